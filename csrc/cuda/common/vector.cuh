@@ -1,0 +1,186 @@
+// Vectors of elements that move in accesses of up to 16 bytes, and the element types' conversion to accumulators.
+#pragma once
+
+#include <type_traits>
+
+#include "cuda/common/platform.cuh"
+#include "cuda/common/ptx.cuh"
+
+namespace mmk {
+
+// Statistics and sums are kept in float, for double in double.
+template <class T>
+using accumulator_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class T>
+MMK_DEVICE accumulator_t<T> to_accumulator(T value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat162float(value);
+  } else {
+    return value;
+  }
+}
+
+// Rounds to nearest even.
+template <class T>
+MMK_DEVICE T from_accumulator(accumulator_t<T> value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+
+// Elements of one 16-byte access.
+template <class T>
+inline constexpr int kVectorWidth = 16 / static_cast<int>(sizeof(T));
+
+template <class T, int Width>
+struct alignas(Width * sizeof(T) < 16 ? Width * sizeof(T) : 16) Vec {
+  static_assert((Width & (Width - 1)) == 0, "the width is a power of two");
+  T data[Width];
+
+  MMK_HOST_DEVICE T& operator[](int index) { return data[index]; }
+  MMK_HOST_DEVICE const T& operator[](int index) const { return data[index]; }
+};
+
+// May every row of `stride` elements that starts at `pointer` be read in vectors of `width` elements?
+template <class T>
+MMK_HOST_DEVICE bool is_vector_aligned(const T* pointer, int64_t stride, int width) {
+  return reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) == 0 && stride % width == 0;
+}
+
+namespace detail {
+
+template <int Bytes>
+struct Word;
+template <>
+struct Word<1> {
+  using Type = uint8_t;
+};
+template <>
+struct Word<2> {
+  using Type = uint16_t;
+};
+template <>
+struct Word<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Word<8> {
+  using Type = uint2;
+};
+template <>
+struct Word<16> {
+  using Type = uint4;
+};
+
+// The widest access for a vector, and how many of them make it up.
+template <class T, int Width>
+struct Access {
+  static constexpr int kBytes = Width * static_cast<int>(sizeof(T));
+  static constexpr int kWordBytes = kBytes < 16 ? kBytes : 16;
+  static constexpr int kCount = kBytes / kWordBytes;
+  using Word = typename detail::Word<kWordBytes>::Type;
+
+  MMK_DEVICE static const Word* words(const T* pointer) {
+#ifdef MMK_SIMT
+    simt::aligned_access(pointer, kWordBytes);
+#endif
+    return reinterpret_cast<const Word*>(pointer);
+  }
+  MMK_DEVICE static Word* words(T* pointer) { return const_cast<Word*>(words(const_cast<const T*>(pointer))); }
+};
+
+}  // namespace detail
+
+// Width elements from an address aligned to min(16, Width * sizeof(T)); global or shared memory.
+template <int Width, class T>
+MMK_DEVICE Vec<T, Width> load(const T* pointer) {
+  using Access = detail::Access<T, Width>;
+  Vec<T, Width> value;
+  const auto* source = Access::words(pointer);
+  auto* target = reinterpret_cast<typename Access::Word*>(&value);
+#pragma unroll
+  for (int i = 0; i < Access::kCount; ++i) target[i] = source[i];
+  return value;
+}
+
+template <int Width, class T>
+MMK_DEVICE void store(T* pointer, const Vec<T, Width>& value) {
+  using Access = detail::Access<T, Width>;
+  auto* target = Access::words(pointer);
+  const auto* source = reinterpret_cast<const typename Access::Word*>(&value);
+#pragma unroll
+  for (int i = 0; i < Access::kCount; ++i) target[i] = source[i];
+}
+
+// As load, for global memory read once by the whole grid and written by nobody during the kernel: bypasses L1.
+// Accesses of less than 16 bytes are ordinary loads.
+template <int Width, class T>
+MMK_DEVICE Vec<T, Width> load_streaming(const T* pointer) {
+  using Access = detail::Access<T, Width>;
+  if constexpr (Access::kWordBytes < 16) {
+    return load<Width>(pointer);
+  } else {
+    Vec<T, Width> value;
+    const auto* source = Access::words(pointer);
+    auto* target = reinterpret_cast<uint4*>(&value);
+#pragma unroll
+    for (int i = 0; i < Access::kCount; ++i) target[i] = load_streaming_16(source + i);
+    return value;
+  }
+}
+
+// As store, for global memory that the grid does not read again.
+template <int Width, class T>
+MMK_DEVICE void store_streaming(T* pointer, const Vec<T, Width>& value) {
+  using Access = detail::Access<T, Width>;
+  if constexpr (Access::kWordBytes < 16) {
+    store(pointer, value);
+  } else {
+    auto* target = Access::words(pointer);
+    const auto* source = reinterpret_cast<const uint4*>(&value);
+#pragma unroll
+    for (int i = 0; i < Access::kCount; ++i) store_streaming_16(target + i, source[i]);
+  }
+}
+
+// Converts all elements, two at a time where the hardware has an instruction for it.
+template <class T, int Width>
+MMK_DEVICE Vec<accumulator_t<T>, Width> to_accumulator(const Vec<T, Width>& value) {
+  Vec<accumulator_t<T>, Width> result;
+#pragma unroll
+  for (int i = 0; i < Width; ++i) result[i] = to_accumulator(value[i]);
+  return result;
+}
+
+template <class T, int Width>
+MMK_DEVICE Vec<T, Width> from_accumulator(const Vec<accumulator_t<T>, Width>& value) {
+  Vec<T, Width> result;
+  if constexpr (std::is_same_v<T, __half> && Width % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < Width; i += 2) {
+      const __half2 pair = __floats2half2_rn(value[i], value[i + 1]);
+      result[i] = __low2half(pair);
+      result[i + 1] = __high2half(pair);
+    }
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16> && Width % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < Width; i += 2) {
+      const __nv_bfloat162 pair = __floats2bfloat162_rn(value[i], value[i + 1]);
+      result[i] = __low2bfloat16(pair);
+      result[i + 1] = __high2bfloat16(pair);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < Width; ++i) result[i] = from_accumulator<T>(value[i]);
+  }
+  return result;
+}
+
+}  // namespace mmk
