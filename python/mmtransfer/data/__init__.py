@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from .audio import SAMPLE_RATE, read_audio, resample
 from .errors import DataError
+from .italian import italian_prompts
 from .recordings import Clip, Recordings, from_folder, from_manifest
 from .synthetic import synthetic
 
@@ -18,6 +19,7 @@ __all__ = [
     "Recordings",
     "from_folder",
     "from_manifest",
+    "italian_prompts",
     "read_audio",
     "resample",
     "synthetic",

@@ -17,8 +17,7 @@ MIN_SECONDS = 0.025
 
 
 def duration(path: Path) -> float:
-    """Seconds of audio in `path`, read from its header; DataError if it is unreadable, empty or under 25
-    ms."""
+    """Seconds of audio in `path`, from its header; DataError if unreadable, empty or under 25 ms."""
     try:
         info = soundfile.info(str(path))
     except (soundfile.SoundFileError, OSError) as error:
@@ -34,7 +33,8 @@ def read_audio(
     """Decode `path`, average its channels and resample.
 
     Returns a float32 array `(samples,)` at `sample_rate` Hz, at most `max_seconds` long. DataError, naming
-    the file, if it cannot be decoded, is empty or under 25 ms, or holds NaN or infinite samples."""
+    the file, if it cannot be decoded, is empty or under 25 ms, or holds NaN or infinite samples.
+    """
     path = Path(path)
     try:
         with soundfile.SoundFile(str(path)) as file:

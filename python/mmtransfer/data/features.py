@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,19 +64,19 @@ def extract(
     *,
     pad_to: Literal["longest", "max"] = "longest",
 ) -> dict[str, torch.Tensor]:
-    """Features of mono float32 arrays at the extractor's rate, and their `lengths` in samples; see
-    `Collator`."""
+    """Features of mono float32 arrays at the extractor's rate, with `lengths` in samples; see `Collator`."""
     lengths = torch.tensor([len(samples) for samples in audio], dtype=torch.int64)
-    options: dict[str, Any] = {"padding": "longest" if pad_to == "longest" else "max_length"}
+    padding = "longest"
     if isinstance(extractor, WhisperFeatureExtractor):
-        audio = _limit_to_window(extractor, audio)
+        audio = [samples[: extractor.n_samples] for samples in audio]
         lengths = lengths.clamp(max=extractor.n_samples)
         if pad_to == "longest":
             audio = _pad_for_whisper(extractor, audio)
-    elif pad_to == "max":
-        # Only Whisper has a length of its own here; AST applies its max_length whatever is asked.
-        options["padding"] = "longest"
-    features = extractor(list(audio), sampling_rate=extractor.sampling_rate, return_tensors="pt", **options)
+        else:
+            padding = "max_length"
+    call: Callable[..., Any] = extractor
+    rate = extractor.sampling_rate
+    features = call(list(audio), sampling_rate=rate, padding=padding, return_tensors="pt")
     return {**features, "lengths": lengths}
 
 
@@ -92,10 +92,6 @@ def load_feature_extractor(source: SequenceFeatureExtractor | str | Path) -> Seq
             f"no audio feature extractor can be loaded from {source} ({reason}); "
             "give the folder of a speech model with its preprocessor_config.json"
         ) from error
-
-
-def _limit_to_window(extractor: WhisperFeatureExtractor, audio: Sequence[np.ndarray]) -> list[np.ndarray]:
-    return [samples[: extractor.n_samples] for samples in audio]
 
 
 def _pad_for_whisper(extractor: WhisperFeatureExtractor, audio: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -31,8 +31,7 @@ class Clip:
 
 @dataclass(frozen=True, eq=False)
 class Recordings:
-    """A classification task on audio. `train` and `test` are plain lists, usable as map-style torch data
-    sets."""
+    """A classification task on audio; `train` and `test` are lists, usable as map-style torch data sets."""
 
     name: str
     classes: tuple[str, ...]
@@ -55,8 +54,7 @@ class Recordings:
     def load(
         self, clip: Clip, sample_rate: int = SAMPLE_RATE, max_seconds: float | None = None
     ) -> np.ndarray:
-        """Mono float32 samples `(samples,)` of `clip` at `sample_rate` Hz, cropped to its first
-        `max_seconds`."""
+        """Mono float32 samples `(samples,)` of `clip` at `sample_rate` Hz, its first `max_seconds` at most."""
         if isinstance(clip.source, Path):
             return read_audio(clip.source, sample_rate, max_seconds)
         samples = clip.source if max_seconds is None else clip.source[: round(max_seconds * SAMPLE_RATE)]
@@ -78,7 +76,8 @@ def from_folder(path: str | Path, *, test_fraction: float = 0.2, seed: int = 0) 
 
     `<path>/train/<class>` and `<path>/test/<class>` give the split; otherwise it is drawn per class, the same
     on every machine for the same file names and `seed`. DataError if the folder is missing or empty, a file
-    cannot be read, there are fewer than two classes, or a class is missing from train or test."""
+    cannot be read, there are fewer than two classes, or a class is missing from train or test.
+    """
     root = Path(path).expanduser()
     if not root.is_dir():
         raise DataError(f"{root} is not a folder; give a folder of class folders, or a CSV manifest")
@@ -96,7 +95,8 @@ def from_manifest(path: str | Path, *, test_fraction: float = 0.2, seed: int = 0
 
     Relative paths are resolved against the folder of the CSV. Without a `split` column the split is drawn as
     in `from_folder`. DataError, naming the line or the files, for missing columns, values or files, and as
-    there."""
+    there.
+    """
     manifest = Path(path).expanduser()
     rows = [
         (manifest.parent / Path(row["path"]).expanduser(), row["label"], row.get("split", ""))

@@ -19,7 +19,8 @@ def synthetic(
     A word is a fixed sequence of three events (harmonic tone, rising or falling chirp, noise burst) with
     fixed relative pitches and bands. A voice changes pitch, formant, tempo, loudness and background noise;
     test voices are higher than any train voice, so that the label cannot be read from absolute pitch. Clips
-    last `seconds` +- 15 %, float32 at 16 kHz with peak below 1, and depend on the arguments alone."""
+    last `seconds` +- 15 %, float32 at 16 kHz with peak below 1, and depend on the arguments alone.
+    """
     _check(classes=(classes, 2), train_clips=(train_clips, 1), test_clips=(test_clips, 1))
     if seconds < 0.1:
         raise ValueError(f"seconds must be at least 0.1, got {seconds}")
