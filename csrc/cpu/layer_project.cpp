@@ -1,0 +1,208 @@
+#include "mmkernels/layer_project.h"
+
+#include <algorithm>
+#include <type_traits>
+#include <vector>
+
+#include "cpu/activation.h"
+#include "cpu/rows.h"
+
+namespace mmk::cpu {
+namespace {
+
+// The products run in float or double; half-precision tensors are widened before.
+template <class Body>
+MMK_INLINE void dispatch_wide(DType dtype, Body&& body) {
+  if (dtype == DType::kFloat64) return body(double{});
+  return body(float{});
+}
+
+template <class A>
+const A* at(const void* data, int64_t offset) {
+  return data == nullptr ? nullptr : static_cast<const A*>(data) + offset;
+}
+
+template <class A>
+A* at(void* data, int64_t offset) {
+  return data == nullptr ? nullptr : static_cast<A*>(data) + offset;
+}
+
+template <class A>
+MMK_INLINE A dot(const A* a, const A* b, int64_t size) {
+  vec_t<A> sum = {};
+  A rest = 0;
+  sweep<A>(
+      size, [&](int64_t j) MMK_LAMBDA { sum += load(a + j) * load(b + j); },
+      [&](int64_t j) MMK_LAMBDA { rest += a[j] * b[j]; });
+  return rest + sum_lanes<A>(sum);
+}
+
+template <class A>
+MMK_INLINE void fold(const LayerProjectFold& args, int64_t begin, int64_t end) {
+  const int64_t inputs = args.shape.inputs;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t tap = i / args.shape.outputs;
+    const A* weight = at<A>(args.weight, i * inputs);
+    const A* gain = at<A>(args.norm_weight, tap * inputs);
+    const A* shift = at<A>(args.norm_bias, tap * inputs);
+    A bias = args.bias == nullptr ? A(0) : *at<A>(args.bias, i);
+    if (shift != nullptr) bias += dot(weight, shift, inputs);
+    *at<A>(args.folded_bias, i) = bias;
+    if (gain == nullptr) continue;
+    A* folded = at<A>(args.folded_weight, i * inputs);
+    const A mean = dot(weight, gain, inputs) / static_cast<A>(inputs);
+    for (int64_t j = 0; j < inputs; ++j) folded[j] = weight[j] * gain[j] - mean;
+  }
+}
+
+template <class A>
+MMK_INLINE const A* input_row(const LayerProjectShape& shape, const LayerProjectInput& x, int64_t i) {
+  return at<A>(x.data, (i / shape.taps) * x.row_stride + (i % shape.taps) * x.tap_stride);
+}
+
+template <class A>
+MMK_INLINE void stats(const LayerProjectStats& args, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const Moments<A> m = moments(input_row<A>(args.shape, args.x, i), args.shape.inputs, args.eps);
+    A* out = at<A>(args.stats, 2 * i);
+    out[0] = m.mean;
+    out[1] = m.rstd;
+  }
+}
+
+template <class A, Activation kActivation>
+MMK_INLINE void activate_rows(const LayerProjectActivate& args, int64_t begin, int64_t end) {
+  const int64_t outputs = args.shape.outputs;
+  for (int64_t i = begin; i < end; ++i) {
+    const A rstd = args.stats == nullptr ? A(1) : *at<A>(args.stats, 2 * i + 1);
+    const A* bias = at<A>(args.folded_bias, (i % args.shape.taps) * outputs);
+    A* y = at<A>(args.y, i * outputs);
+    A* preactivation = at<A>(args.preactivation, i * outputs);
+    for (int64_t j = 0; j < outputs; ++j) {
+      const A z = rstd * y[j] + bias[j];
+      if (preactivation != nullptr) preactivation[j] = z;
+      y[j] = activate(kActivation, z);
+    }
+  }
+}
+
+template <class A, Activation kActivation>
+MMK_INLINE void gradient_tap(const LayerProjectGradient& args, int64_t tap, A* bias_sum) {
+  const LayerProjectShape& shape = args.shape;
+  const int64_t outputs = shape.outputs;
+  const A* bias = at<A>(args.folded_bias, tap * outputs);
+  std::fill(bias_sum, bias_sum + outputs, A(0));
+  for (int64_t n = 0; n < shape.rows; ++n) {
+    const int64_t i = n * shape.taps + tap;
+    const A rstd = args.stats == nullptr ? A(1) : *at<A>(args.stats, 2 * i + 1);
+    const A* grad = at<A>(args.grad, i * outputs);
+    const A* value = at<A>(args.value, i * outputs);
+    A* scaled = at<A>(args.scaled_grad, i * outputs);
+    for (int64_t j = 0; j < outputs; ++j) {
+      const A dz = grad[j] * activation_slope(kActivation, value[j]);
+      bias_sum[j] += dz;
+      scaled[j] = dz * rstd;
+    }
+    if (args.pull == nullptr) continue;
+    // Where relu has cut a value off, its gradient is zero, so that the output stands for z everywhere else.
+    vec_t<A> sum = {};
+    A rest = 0;
+    sweep<A>(
+        outputs, [&](int64_t j) MMK_LAMBDA { sum += load(scaled + j) * (load(value + j) - load(bias + j)); },
+        [&](int64_t j) MMK_LAMBDA { rest += scaled[j] * (value[j] - bias[j]); });
+    *at<A>(args.pull, i) = rstd / static_cast<A>(shape.inputs) * (rest + sum_lanes<A>(sum));
+  }
+}
+
+template <class A>
+MMK_INLINE void input_gradient(const LayerProjectInputGradient& args, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    const A mean = *at<A>(args.stats, 2 * i);
+    const A pull = *at<A>(args.pull, i);
+    const A* x = input_row<A>(args.shape, args.x, i);
+    A* dx = at<A>(args.dx, i * args.shape.inputs);
+    for (int64_t j = 0; j < args.shape.inputs; ++j) dx[j] -= pull * (x[j] - mean);
+  }
+}
+
+template <class A>
+MMK_INLINE void unfold_tap(const LayerProjectUnfold& args, int64_t tap) {
+  const LayerProjectShape& shape = args.shape;
+  const int64_t inputs = shape.inputs;
+  const A* gain = at<A>(args.norm_weight, tap * inputs);
+  const A* shift = at<A>(args.norm_bias, tap * inputs);
+  A* d_gain = at<A>(args.d_norm_weight, tap * inputs);
+  A* d_shift = at<A>(args.d_norm_bias, tap * inputs);
+  if (d_gain != nullptr) std::fill(d_gain, d_gain + inputs, A(0));
+  if (d_shift != nullptr) std::fill(d_shift, d_shift + inputs, A(0));
+  for (int64_t o = 0; o < shape.outputs; ++o) {
+    const int64_t i = tap * shape.outputs + o;
+    double sum = 0;
+    for (int64_t c = 0; c < args.chunks; ++c) {
+      sum += static_cast<double>(*at<A>(args.partial_bias, c * shape.taps * shape.outputs + i));
+    }
+    const A d_bias = static_cast<A>(sum);
+    *at<A>(args.d_bias, i) = d_bias;
+    const A* weight = at<A>(args.weight, i * inputs);
+    A* d_weight = at<A>(args.d_weight, i * inputs);
+    if (d_shift != nullptr) {
+      for (int64_t j = 0; j < inputs; ++j) d_shift[j] += d_bias * weight[j];
+    }
+    if (d_weight == nullptr || gain == nullptr) continue;
+    double total = 0;
+    for (int64_t j = 0; j < inputs; ++j) total += static_cast<double>(d_weight[j]);
+    const A mean = static_cast<A>(total / static_cast<double>(inputs));
+    for (int64_t j = 0; j < inputs; ++j) {
+      const A d_product = d_weight[j] - mean;
+      if (d_gain != nullptr) d_gain[j] += d_product * weight[j];
+      d_weight[j] = d_product * gain[j] + (shift == nullptr ? A(0) : d_bias * shift[j]);
+    }
+  }
+}
+
+}  // namespace
+
+MMK_MULTIARCH void layer_project_fold(DType dtype, const LayerProjectFold& args, int64_t begin, int64_t end) {
+  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { fold<decltype(element)>(args, begin, end); });
+}
+
+MMK_MULTIARCH void layer_project_stats(DType dtype, const LayerProjectStats& args, int64_t begin,
+                                       int64_t end) {
+  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { stats<decltype(element)>(args, begin, end); });
+}
+
+MMK_MULTIARCH void layer_project_activate(DType dtype, const LayerProjectActivate& args, int64_t begin,
+                                          int64_t end) {
+  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
+    dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
+      activate_rows<decltype(element), decltype(activation)::value>(args, begin, end);
+    });
+  });
+}
+
+MMK_MULTIARCH void layer_project_gradient(DType dtype, const LayerProjectGradient& args, int64_t chunk,
+                                          int64_t begin, int64_t end) {
+  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
+    using A = decltype(element);
+    A* partial = at<A>(args.partial_bias, chunk * args.shape.taps * args.shape.outputs);
+    dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
+      for (int64_t tap = begin; tap < end; ++tap) {
+        gradient_tap<A, decltype(activation)::value>(args, tap, partial + tap * args.shape.outputs);
+      }
+    });
+  });
+}
+
+MMK_MULTIARCH void layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& args,
+                                                int64_t begin, int64_t end) {
+  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { input_gradient<decltype(element)>(args, begin, end); });
+}
+
+MMK_MULTIARCH void layer_project_unfold(DType dtype, const LayerProjectUnfold& args, int64_t begin,
+                                        int64_t end) {
+  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
+    for (int64_t tap = begin; tap < end; ++tap) unfold_tap<decltype(element)>(args, tap);
+  });
+}
+
+}  // namespace mmk::cpu

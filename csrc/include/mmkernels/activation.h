@@ -1,0 +1,15 @@
+// Activations that the fused products offer; the order is that of mmkernels/ops/_common.py.
+#pragma once
+
+#include <cstdint>
+
+namespace mmk {
+
+enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
+
+// relu and none have a derivative that the output alone determines; the others need the value before the activation.
+constexpr bool needs_preactivation(Activation activation) {
+  return activation != Activation::kNone && activation != Activation::kRelu;
+}
+
+}  // namespace mmk

@@ -1,0 +1,49 @@
+// The part of layer_project's glue that its CPU and CUDA kernels share: checks and views. The schema is in
+// mmkernels/ops/layer_project/schema.py.
+#pragma once
+
+#include <tuple>
+
+#include "mmkernels/layer_project.h"
+#include "torch/glue.h"
+
+namespace mmk::glue {
+
+// Tensors that a call reads, kept alive for its duration. Parameters are of the accumulation type of x.
+struct LayerProjectInputs {
+  Tensor x, weight;
+  OptionalTensor bias, norm_weight, norm_bias;
+  LayerProjectShape shape;
+
+  LayerProjectInputs(const Tensor& given_x, const Tensor& given_weight, const OptionalTensor& given_bias,
+                     const OptionalTensor& given_norm_weight, const OptionalTensor& given_norm_bias) {
+    STD_TORCH_CHECK(given_x.dim() == 3, "x: expected (N, L, C), got ", given_x.dim(), " dimensions");
+    STD_TORCH_CHECK(given_weight.dim() == 3, "weight: expected (L, C_out, C), got ", given_weight.dim(),
+                    " dimensions");
+    shape = {given_x.size(0), given_x.size(1), given_x.size(2), given_weight.size(1)};
+    const ScalarType accumulate = accumulate_type(dtype_of(given_x, "x"));
+    const int64_t taps = shape.taps, inputs = shape.inputs, outputs = shape.outputs;
+    x = given_x.stride(2) == 1 || inputs <= 1 ? given_x : torch::stable::contiguous(given_x);
+    weight = checked(given_weight, {taps, outputs, inputs}, accumulate, x, "weight");
+    bias = checked(given_bias, {taps, outputs}, accumulate, x, "bias");
+    norm_weight = checked(given_norm_weight, {taps, inputs}, accumulate, x, "norm_weight");
+    norm_bias = checked(given_norm_bias, {taps, inputs}, accumulate, x, "norm_bias");
+    STD_TORCH_CHECK(norm_weight.has_value() || !norm_bias.has_value(), "norm_bias: needs norm_weight");
+  }
+
+  bool norm() const { return norm_weight.has_value(); }
+};
+
+inline Activation activation_of(int64_t value) {
+  STD_TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(Activation::kSilu), "activation: expected 0 to ",
+                  static_cast<int64_t>(Activation::kSilu), ", got ", value);
+  return static_cast<Activation>(value);
+}
+
+inline LayerProjectInput view_of(const Tensor& x) { return {x.const_data_ptr(), x.stride(0), x.stride(1)}; }
+
+inline void* mutable_or_null(const Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr();
+}
+
+}  // namespace mmk::glue

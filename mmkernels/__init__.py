@@ -1,0 +1,35 @@
+"""Fused kernels for adapting speech and audio transformers, as torch ops.
+
+Ops: :func:`layer_mix`, :func:`layer_project`. Modules: :mod:`mmkernels.nn`. Existing models: :func:`accelerate`.
+What serves what on this machine: :func:`info`, or ``python -m mmkernels.info``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mmkernels import _library
+from mmkernels.ops.layer_mix import layer_mix
+from mmkernels.ops.layer_project import layer_project
+
+if TYPE_CHECKING:
+    from mmkernels.patch import Report
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "accelerate", "info", "layer_mix", "layer_project"]
+
+_library.load()
+
+
+def accelerate(model: Any) -> Report:
+    """Replace what mmkernels can compute in ``model`` itself, in place; see :func:`mmkernels.patch.accelerate`."""
+    from mmkernels.patch import accelerate as patch_accelerate
+
+    return patch_accelerate(model)
+
+
+def info() -> dict[str, Any]:
+    """Versions, devices, and which backend serves each op and why not the others; see :mod:`mmkernels.info`."""
+    from mmkernels.info import collect
+
+    return collect()

@@ -1,0 +1,1 @@
+"""One folder per op: ``api`` (public function), ``schema`` (torch ops), ``reference`` (definition), ``triton`` (kernels)."""

@@ -1,0 +1,101 @@
+"""What every op's ``api.py`` shares: choice of backend, checks, messages."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmkernels import _library
+
+BACKENDS = ("auto", "native", "triton", "reference")
+#: Index of a name = value of ``mmk::Activation`` in csrc/include/mmkernels/activation.h.
+ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+# Constants of the process, so that a traced graph need not guard on anything but the device.
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def triton_interpreted() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, which takes CPU tensors."""
+    import os
+
+    return TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+TRITON_INTERPRETED = triton_interpreted()
+
+
+def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """The reason why ``backend`` cannot serve tensors of this device type and dtype, or None if it can."""
+    if backend == "reference":
+        return None
+    if dtype == torch.float64 and device != "cpu":
+        return "float64 is offered on the CPU only; cast to float32, or use backend='reference'"
+    if backend == "native":
+        if device not in ("cpu", "cuda"):
+            return f"there are no compiled kernels for device type {device!r}"
+        return _library.load_errors.get(device)
+    if not TRITON_INSTALLED:
+        return "Triton is not installed"
+    if device == "cpu" and not TRITON_INTERPRETED:
+        return "Triton kernels need a CUDA tensor (or TRITON_INTERPRET=1 set before Python starts)"
+    if device not in ("cpu", "cuda"):
+        return f"there are no Triton kernels for device type {device!r}"
+    return None
+
+
+def choose_backend(op: str, backend: str, tensor: Tensor) -> str:
+    """The backend that serves ``tensor``: the one asked for by name or an error, or the first that can for ``"auto"``."""
+    device, dtype = tensor.device.type, tensor.dtype
+    if backend == "auto":
+        if device == "cuda" and dtype == torch.float64:
+            raise ValueError(f"{op}: got a float64 tensor on CUDA; {why_not('native', device, dtype)}")
+        if why_not("native", device, dtype) is None:
+            return "native"
+        if device == "cuda" and why_not("triton", device, dtype) is None:
+            return "triton"
+        return "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    reason = why_not(backend, device, dtype)
+    if reason is not None:
+        raise ValueError(f"{op}: backend={backend!r} cannot be used: {reason}")
+    return backend
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of weights, statistics and sums that go with elements of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_tensor(op: str, name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
+
+
+def check_floating(op: str, name: str, tensor: Tensor) -> None:
+    if tensor.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}")
+
+
+def check_parameter(
+    op: str, name: str, tensor: Tensor | None, shapes: Sequence[tuple[int, ...]], device: torch.device
+) -> None:
+    """A floating tensor on ``device`` with one of ``shapes``; its dtype may differ from the activations'."""
+    if tensor is None:
+        return
+    check_tensor(op, name, tensor)
+    check_floating(op, name, tensor)
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, the other tensors are on {device}")
+    if all(tuple(tensor.shape) != shape for shape in shapes):
+        allowed = " or ".join(str(shape) for shape in shapes)
+        raise ValueError(f"{op}: {name} must have shape {allowed}, got {tuple(tensor.shape)}")
+
+
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

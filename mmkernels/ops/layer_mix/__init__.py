@@ -1,0 +1,3 @@
+from mmkernels.ops.layer_mix.api import layer_mix
+
+__all__ = ["layer_mix"]

@@ -1,0 +1,207 @@
+"""The public function :func:`layer_mix`: checks, choice of backend, gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmkernels.ops import _common
+from mmkernels.ops.layer_mix import reference
+from mmkernels.ops.layer_mix.schema import MAX_LAYERS, OPS
+
+
+class _LayerMix(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        backend: str,
+        norm: bool,
+        eps: float,
+        lengths: Tensor | None,
+        weights: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        *layers: Tensor,
+    ) -> Tensor:
+        out, stats = OPS[backend][0](list(layers), weights, norm_weight, norm_bias, lengths, norm, eps, True)
+        ctx.save_for_backward(weights, norm_weight, norm_bias, lengths, stats, *layers)
+        ctx.backend, ctx.norm = backend, norm
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        weights, norm_weight, norm_bias, lengths, stats, *layers = ctx.saved_tensors
+        _, _, _, _, need_weights, need_scale, need_shift, *need_layers = ctx.needs_input_grad
+        wanted = [index for index, needed in enumerate(need_layers) if needed]
+        d_weights, d_scale, d_shift, d_layers = OPS[ctx.backend][1](
+            grad,
+            layers,
+            weights,
+            norm_weight,
+            norm_bias,
+            lengths,
+            stats,
+            ctx.norm,
+            need_weights,
+            need_scale or need_shift,
+            wanted,
+        )
+        gradients: list[Tensor | None] = [None] * len(layers)
+        for index, d_layer in zip(wanted, d_layers.unbind(0), strict=True):
+            gradients[index] = d_layer
+        return (
+            *(None, None, None, None),
+            d_weights if need_weights else None,
+            d_scale if need_scale else None,
+            d_shift if need_shift else None,
+            *gradients,
+        )
+
+
+def layer_mix(
+    layers: Sequence[Tensor] | Tensor,
+    weights: Tensor,
+    *,
+    norm: bool = False,
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Weighted sum of layers, each normalised first if asked: ``sum_l weights[l] * N_l(layers[l])``.
+
+    The L layers are read where they lie and never stacked; with ``norm`` the statistics of a row and its part of the sum come
+    from one read. The extra memory is the output, and with gradients 8 bytes of statistics per row and layer if ``norm``.
+
+    Args:
+        layers: 1 to 64 tensors of one shape ``(..., D)``, dtype (float32, float16, bfloat16; on the CPU float64 too) and device,
+            or one tensor whose first dimension counts layers. Any strides: a layer whose last dimension is not dense, or whose
+            leading dimensions cannot be viewed as one, is copied once.
+        weights: ``(L,)``, used as given (apply softmax before, where wanted). Any floating dtype; the sum is in float32 (float64
+            for float64), so float32 weights beside bfloat16 layers, as autocast produces them, lose nothing.
+        norm: LayerNorm over D of every layer, with statistics in float32 (float64).
+        eps: Added to the variance.
+        norm_weight: ``(L, D)``, or ``(D,)`` for all layers: gain of the LayerNorm. Needs ``norm=True``.
+        norm_bias: Its shift, of the same shapes.
+        lengths: Integer tensor of shape ``layers[0].shape[:-2]``: valid frames of each ``(T, D)`` slice. Later frames are
+            neither read nor differentiated, and are zero in the result. On the CPU values outside ``[0, T]`` are an error; on
+            CUDA, where looking would wait for the device, they are clamped.
+        backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` or ``"reference"``.
+
+    Returns:
+        A dense tensor ``(..., D)`` of the layers' dtype.
+
+    Gradients flow to ``weights``, ``norm_weight``, ``norm_bias`` and those ``layers`` that require them, in one pass over the
+    layers; for frozen layers only the small ones are computed. Sums over frames have a fixed order. Gradients of gradients need
+    ``backend="reference"``.
+
+    Raises:
+        TypeError: A value of the wrong type or dtype.
+        ValueError: Shapes, devices or dtypes that do not go together, or a backend that cannot serve.
+
+    Source: Eq. 1 of Yang et al., SUPERB (arXiv 2105.01051), and the linear fusion of frozen layers that HFF (arXiv 2211.02712)
+    is compared with.
+    """
+    if isinstance(layers, Tensor):
+        if layers.dim() < 2:
+            raise ValueError(f"layer_mix: layers must be (L, ..., D), got shape {tuple(layers.shape)}")
+        layers = layers.unbind(0)
+    first = _check_layers(layers)
+    shape = first.shape
+    _check_parameters(len(layers), first, weights, norm, norm_weight, norm_bias)
+    if lengths is not None:
+        lengths = _check_lengths(lengths, first)
+    backend = _common.choose_backend("layer_mix", backend, first)
+    if backend == "reference":
+        return reference.layer_mix(
+            layers, weights, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias, lengths=lengths
+        )
+
+    accumulate = _common.accumulate_dtype(first.dtype)
+    if weights.dtype != accumulate:
+        weights = weights.to(accumulate)
+    norm_weight = _per_layer(norm_weight, len(layers), accumulate)
+    norm_bias = _per_layer(norm_bias, len(layers), accumulate)
+    if len(shape) != 3:
+        as_batch = (shape[:-2].numel(), shape[-2] if len(shape) > 1 else 1, shape[-1])
+        layers = [layer.reshape(as_batch) for layer in layers]
+    if lengths is not None:
+        lengths = lengths.reshape(-1)
+    if _common.needs_gradient(weights, norm_weight, norm_bias, *layers):
+        out = _LayerMix.apply(backend, norm, eps, lengths, weights, norm_weight, norm_bias, *layers)
+    else:
+        out, _ = OPS[backend][0](list(layers), weights, norm_weight, norm_bias, lengths, norm, eps, False)
+    return out if len(shape) == 3 else out.reshape(shape)
+
+
+def _check_layers(layers: Sequence[Tensor]) -> Tensor:
+    if not isinstance(layers, (list, tuple)):
+        raise TypeError(f"layer_mix: layers must be a list or tuple of tensors, got {type(layers).__name__}")
+    if not 1 <= len(layers) <= MAX_LAYERS:
+        raise ValueError(f"layer_mix: layers must hold 1 to {MAX_LAYERS} tensors, got {len(layers)}")
+    first = layers[0]
+    _common.check_tensor("layer_mix", "layers[0]", first)
+    _common.check_floating("layer_mix", "layers[0]", first)
+    shape, dtype, device = first.shape, first.dtype, first.device
+    if len(shape) < 1:
+        raise ValueError("layer_mix: layers must have at least one dimension, got scalars")
+    for index, layer in enumerate(layers):
+        _common.check_tensor("layer_mix", f"layers[{index}]", layer)
+        if layer.shape != shape or layer.dtype != dtype or layer.device != device:
+            raise ValueError(
+                f"layer_mix: layers must share one shape, dtype and device; layers[0] is {tuple(shape)} {dtype} on {device}, "
+                f"layers[{index}] is {tuple(layer.shape)} {layer.dtype} on {layer.device}"
+            )
+    return first
+
+
+def _check_parameters(
+    count: int,
+    first: Tensor,
+    weights: Tensor,
+    norm: bool,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+) -> None:
+    _common.check_parameter("layer_mix", "weights", weights, [(count,)], first.device)
+    if norm_weight is None and norm_bias is None:
+        return
+    if not norm:
+        raise ValueError("layer_mix: norm_weight and norm_bias need norm=True")
+    shapes = [(count, first.shape[-1]), (first.shape[-1],)]
+    _common.check_parameter("layer_mix", "norm_weight", norm_weight, shapes, first.device)
+    _common.check_parameter("layer_mix", "norm_bias", norm_bias, shapes, first.device)
+
+
+def _check_lengths(lengths: Tensor, first: Tensor) -> Tensor:
+    _common.check_tensor("layer_mix", "lengths", lengths)
+    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        raise TypeError(f"layer_mix: lengths must be an integer tensor, got {lengths.dtype}")
+    if first.dim() < 2 or lengths.shape != first.shape[:-2]:
+        raise ValueError(
+            f"layer_mix: lengths must have shape {tuple(first.shape[:-2])}, one entry for each (T, D) slice of the layers, "
+            f"got {tuple(lengths.shape)}"
+        )
+    if lengths.device != first.device:
+        raise ValueError(f"layer_mix: lengths is on {lengths.device}, the layers are on {first.device}")
+    frames = first.shape[-2]
+    # Reading values back is free on the CPU only; while tracing there is nothing to read.
+    if first.device.type == "cpu" and not torch.compiler.is_compiling() and lengths.numel() > 0:
+        low, high = (int(v) for v in torch.aminmax(lengths))
+        if low < 0 or high > frames:
+            raise ValueError(f"layer_mix: lengths must lie in [0, {frames}], got values from {low} to {high}")
+    return lengths.to(torch.int64)
+
+
+def _per_layer(parameter: Tensor | None, count: int, dtype: torch.dtype) -> Tensor | None:
+    if parameter is None:
+        return None
+    if parameter.dim() == 1:
+        parameter = parameter.expand(count, -1)
+    return parameter.to(dtype)

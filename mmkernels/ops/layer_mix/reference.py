@@ -1,0 +1,42 @@
+"""The definition of :func:`mmkernels.layer_mix` in plain torch, for any floating dtype. Optimised for reading."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mmkernels.ops._common import accumulate_dtype
+
+
+def layer_mix(
+    layers: Sequence[Tensor],
+    weights: Tensor,
+    *,
+    norm: bool = False,
+    eps: float = 1e-5,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    first = layers[0]
+    accumulate = accumulate_dtype(first.dtype)
+    weights = weights.to(accumulate)
+    if lengths is None:
+        valid = torch.ones((), dtype=torch.bool, device=first.device)
+    else:
+        frame = torch.arange(first.shape[-2], device=first.device)
+        valid = (frame < lengths.unsqueeze(-1)).unsqueeze(-1)
+    total = torch.zeros(first.shape, dtype=accumulate, device=first.device)
+    for index, layer in enumerate(layers):
+        # Padding is replaced, not multiplied by zero: it may hold anything, NaN too.
+        x = torch.where(valid, layer.to(accumulate), 0.0)
+        if norm:
+            x = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
+            if norm_weight is not None:
+                x = x * (norm_weight[index] if norm_weight.dim() == 2 else norm_weight).to(accumulate)
+            if norm_bias is not None:
+                x = x + (norm_bias[index] if norm_bias.dim() == 2 else norm_bias).to(accumulate)
+        total = total + weights[index] * x
+    return torch.where(valid, total, 0.0).to(first.dtype)

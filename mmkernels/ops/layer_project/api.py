@@ -1,0 +1,153 @@
+"""The public function :func:`layer_project`: checks, choice of backend, gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from mmkernels.ops import _common
+from mmkernels.ops.layer_project import reference
+from mmkernels.ops.layer_project.schema import OPS, OUTPUT_SUFFICES
+
+
+class _LayerProject(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        backend: str,
+        eps: float,
+        activation: int,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+    ) -> Tensor:
+        y, preactivation, stats = OPS[backend][0](
+            x, weight, bias, norm_weight, norm_bias, eps, activation, True
+        )
+        value = y if activation in OUTPUT_SUFFICES else preactivation
+        ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, value, stats)
+        ctx.backend, ctx.activation = backend, activation
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, bias, norm_weight, norm_bias, value, stats = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_scale, need_shift = ctx.needs_input_grad[3:]
+        dx, d_weight, d_bias, d_scale, d_shift = OPS[ctx.backend][1](
+            grad,
+            x,
+            weight,
+            bias,
+            norm_weight,
+            norm_bias,
+            value,
+            stats,
+            ctx.activation,
+            need_x,
+            need_weight,
+            need_scale or need_shift,
+        )
+        return (
+            *(None, None, None),
+            dx if need_x else None,
+            d_weight if need_weight else None,
+            d_bias if need_bias else None,
+            d_scale if need_scale else None,
+            d_shift if need_shift else None,
+        )
+
+
+def layer_project(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    backend: str = "auto",
+) -> Tensor:
+    """A projection of its own for each tap: ``y[n, l] = act(LN_l(x[n, l]) @ weight[l]^T + bias[l])``.
+
+    One batched product over the taps, with the LayerNorm folded into it beforehand (no normalised copy of ``x`` is made) and bias
+    and activation applied to its result. The result lies so that ``y.view(N, L // 2, 2 * C_out)`` is the concatenation of
+    neighbouring taps that HFF builds its tree from.
+
+    Args:
+        x: ``(N, L, C)``: N frames of L taps. float32, float16, bfloat16; on the CPU float64 too. Any strides; copied once where
+            the last dimension is not dense.
+        weight: ``(L, C_out, C)``, one matrix for each tap, laid out as in ``torch.nn.Linear``. Like all parameters of any floating
+            dtype: they are read in float32 (float64 for float64), the product runs in the dtype of ``x``.
+        bias: ``(L, C_out)``.
+        norm_weight: ``(L, C)``: gain of a LayerNorm over C before the product. Without it there is no LayerNorm.
+        norm_bias: ``(L, C)``: its shift. Needs ``norm_weight``.
+        eps: Added to the variance.
+        activation: ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"silu"`` or ``"none"``.
+        backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` or ``"reference"``.
+
+    Returns:
+        A dense tensor ``(N, L, C_out)`` of ``x``'s dtype; under autocast, of the autocast dtype, which ``x`` is cast to as for
+        ``torch.nn.functional.linear``.
+
+    Gradients flow to every tensor that requires them; where ``x`` does not (frozen taps), no product for it is computed, also
+    with a trainable LayerNorm. Saved for backward: ``x``, the result (the value before the activation for gelu and silu), and 8
+    bytes of statistics per frame and tap. Gradients of gradients need ``backend="reference"``.
+
+    Raises:
+        TypeError: A value of the wrong type or dtype.
+        ValueError: Shapes or devices that do not go together, an activation that is not offered, or a backend that cannot serve.
+
+    Source: the feature projectors of HFF (arXiv 2211.02712, section 3.2).
+    """
+    _check(x, weight, bias, norm_weight, norm_bias)
+    if activation not in _common.ACTIVATIONS:
+        raise ValueError(
+            f"layer_project: activation must be one of {', '.join(_common.ACTIVATIONS)}, got {activation!r}"
+        )
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    backend = _common.choose_backend("layer_project", backend, x)
+    if backend == "reference":
+        return reference.layer_project(
+            x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation
+        )
+
+    accumulate = _common.accumulate_dtype(x.dtype)
+    parameters = [p if p is None else p.to(accumulate) for p in (weight, bias, norm_weight, norm_bias)]
+    index = _common.ACTIVATIONS.index(activation)
+    if _common.needs_gradient(x, *parameters):
+        return _LayerProject.apply(backend, eps, index, x, *parameters)
+    y, _, _ = OPS[backend][0](x, *parameters, eps, index, False)
+    return y
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm_weight: Tensor | None, norm_bias: Tensor | None
+) -> None:
+    op = "layer_project"
+    _common.check_tensor(op, "x", x)
+    _common.check_floating(op, "x", x)
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x must have shape (N, L, C), got {tuple(x.shape)}")
+    _common.check_tensor(op, "weight", weight)
+    _, taps, inputs = x.shape
+    outputs = weight.shape[1] if weight.dim() == 3 else 0
+    if weight.dim() != 3 or weight.shape[0] != taps or weight.shape[2] != inputs:
+        raise ValueError(
+            f"{op}: weight must have shape (L, C_out, C) = ({taps}, C_out, {inputs}) for x of shape {tuple(x.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    _common.check_parameter(op, "weight", weight, [(taps, outputs, inputs)], x.device)
+    _common.check_parameter(op, "bias", bias, [(taps, outputs)], x.device)
+    _common.check_parameter(op, "norm_weight", norm_weight, [(taps, inputs)], x.device)
+    _common.check_parameter(op, "norm_bias", norm_bias, [(taps, inputs)], x.device)
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError(f"{op}: norm_bias needs norm_weight")
