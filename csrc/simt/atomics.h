@@ -3,10 +3,13 @@
 
 #include <type_traits>
 
+#include "simt/runtime.h"
+
 namespace mmk::simt {
 
 template <class T, class Update>
 T exchange(T* address, Update update) {
+  count_atomic();
   const T old = *address;
   *address = update(old);
   return old;

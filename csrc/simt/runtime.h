@@ -11,6 +11,8 @@
 namespace mmk::simt {
 
 inline constexpr unsigned kWarpSize = 32;
+inline constexpr size_t kMaxStaticSharedBytes = 48 * 1024;
+inline constexpr size_t kMaxSharedBytes = 227 * 1024;  // static and dynamic, on sm_90
 
 // One launch, its arguments bound: `invoke(arguments)` runs the kernel once, as the current thread.
 struct Kernel {
@@ -65,15 +67,15 @@ BarrierResult block_barrier(int predicate, const std::source_location& where);
 struct Collective {
   const char* name;
   void (*complete)(void* const (&frames)[kWarpSize], unsigned present);
-  bool aligned;  // .sync.aligned: all 32 lanes must exist and be at the same place in the source
+  bool aligned;  // .sync.aligned: all 32 lanes of the warp must be there
 };
 void warp_collective(const Collective& collective, unsigned mask, void* frame, const std::source_location& where);
 
 unsigned lane_index();
 // Lanes of the current warp that have not exited.
 unsigned live_lanes();
-// Lets other threads run.
-void yield();
+// Called at each atomic: lets other threads run now and then, and faults on what looks like an endless wait.
+void count_atomic();
 
 // ---- cp.async ------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,9 @@
 // Barriers, votes and shuffles.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstring>
 #include <source_location>
 #include <type_traits>

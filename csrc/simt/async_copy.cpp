@@ -1,0 +1,61 @@
+// cp.async: the target is poisoned at the issue and gets its bytes at the wait.
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "simt/internal.h"
+
+namespace mmk::simt {
+namespace {
+
+struct Copy {
+  void* target;
+  int bytes;
+  int64_t group;
+  std::array<unsigned char, 16> data;
+};
+
+struct Queue {
+  std::vector<Copy> copies;  // in the order of issue
+  int64_t open_group = 0;    // groups closed so far
+};
+std::vector<Queue> queues;  // one for each thread of the block
+
+// Lands the copies of all groups before `group`.
+void land_before(int64_t group) {
+  auto& copies = queues[thread_index()].copies;
+  size_t landed = 0;
+  for (; landed < copies.size() && copies[landed].group < group; ++landed) {
+    std::memcpy(copies[landed].target, copies[landed].data.data(), copies[landed].bytes);
+  }
+  copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(landed));
+}
+
+}  // namespace
+
+void begin_block_copies(unsigned threads) {
+  if (queues.size() < threads) queues.resize(threads);
+  for (Queue& queue : queues) {
+    queue.copies.clear();
+    queue.open_group = 0;
+  }
+}
+
+size_t pending_copies(unsigned thread) { return queues[thread].copies.size(); }
+
+void cp_async(void* shared, const void* global, int bytes, int source_bytes) {
+  aligned_access(shared, bytes);
+  aligned_access(global, bytes);
+  require_shared(shared, bytes, "cp.async");
+  Queue& queue = queues[thread_index()];
+  Copy copy{shared, bytes, queue.open_group, {}};
+  if (source_bytes > 0) std::memcpy(copy.data.data(), global, source_bytes);
+  std::memset(shared, 0xff, bytes);
+  queue.copies.push_back(copy);
+}
+
+void cp_async_commit_group() { ++queues[thread_index()].open_group; }
+void cp_async_wait_group(int pending) { land_before(queues[thread_index()].open_group - pending); }
+void cp_async_wait_all() { land_before(queues[thread_index()].open_group + 1); }
+
+}  // namespace mmk::simt

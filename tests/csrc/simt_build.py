@@ -1,0 +1,209 @@
+"""Builds CUDA kernel files for the host SIMT runtime with g++, and loads them (csrc/simt/README.md)."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD = ROOT / "build" / "simt"
+RUNTIME = sorted((ROOT / "csrc" / "simt").glob("*.cpp"))
+ORDERS = (0, 1, 2, 3)
+"""Thread orders that a test runs: by index, reversed, and two shuffles."""
+
+CXX_FLAGS = (
+    "-std=c++20 -O1 -g -fPIC -DMMK_SIMT -fno-strict-aliasing -fno-gnu-unique -fvisibility=default -ffp-contract=off"
+    " -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
+).split()
+SANITIZE_FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split()
+SANITIZE_ENVIRONMENT = {"ASAN_OPTIONS": "abort_on_error=0:exitcode=99", "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=98"}
+
+
+class SimtFault(RuntimeError):
+    """A fault that the runtime found in a kernel."""
+
+
+@functools.cache
+def cuda_include() -> Path | None:
+    """The folder of the CUDA headers: nvcc's, or the copy that Triton brings; None where there is neither."""
+    folders: list[Path] = []
+    if nvcc := shutil.which("nvcc"):
+        # A dry run names the folder even where nvcc on PATH is a script that calls the real one.
+        listing = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        top = next((line.split("TOP=", 1)[1] for line in listing.splitlines() if "TOP=" in line), None)
+        folders += [Path(top).resolve() / "include"] if top else []
+    folders += [Path(os.environ[name]) / "include" for name in ("CUDA_HOME",) if name in os.environ]
+    folders += [Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "include"]
+    return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
+
+
+def missing_tools() -> str | None:
+    """Why nothing can be built here, or None."""
+    if shutil.which("g++") is None:
+        return "no g++"
+    if cuda_include() is None:
+        return "no CUDA headers: neither nvcc nor triton is installed"
+    return None
+
+
+@functools.cache
+def _headers_digest(folders: tuple[str, ...]) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for folder in folders for path in (ROOT / "csrc" / folder).rglob("*.*h")):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update((part.encode() if isinstance(part, str) else part) + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def _run(command: Sequence[str | Path], target: Path) -> Path:
+    """Runs a compiler command that writes `target`, atomically: pytest workers may build the same file at once."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        scratch = Path(folder) / target.name
+        done = subprocess.run([*map(str, command), "-o", str(scratch)], capture_output=True, text=True, cwd=ROOT)
+        if done.returncode != 0:
+            raise RuntimeError(f"building {target.name} failed:\n{done.stderr[-6000:]}")
+        scratch.replace(target)
+    return target
+
+
+def _object(source: Path, flags: Sequence[str]) -> Path:
+    include = cuda_include()
+    if include is None:
+        raise RuntimeError(missing_tools())
+    headers = _headers_digest(("simt",) if source in RUNTIME else ("simt", "cuda", "include"))
+    target = BUILD / f"{source.stem}-{_digest(source.name, *flags, str(include), headers, source.read_bytes())}.o"
+    if target.exists():
+        return target
+    folders = ["-I", "csrc", "-I", "csrc/include", "-isystem", str(include)]
+    return _run(["g++", *flags, *folders, "-c", "-x", "c++", source], target)
+
+
+def build(name: str, sources: Sequence[str | Path], *, sanitize: bool = False, defines: Sequence[str] = ()) -> Path:
+    """Compiles `sources` (relative to the repository) and the runtime into one file under build/simt, once per content.
+
+    A shared library for `load`, or with `sanitize` a program built with ASan and UBSan, for `run_program`; one of its
+    sources has `main`. `defines` are preprocessor definitions such as "WIDTH=4".
+    """
+    flags = [*CXX_FLAGS, *(SANITIZE_FLAGS if sanitize else []), *(f"-D{define}" for define in defines)]
+    paths = [ROOT / source for source in sources]
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        objects = list(pool.map(lambda path: _object(path, flags), [*paths, *RUNTIME]))
+    target = BUILD / f"{name}-{_digest(*(file.name for file in objects))}{'' if sanitize else '.so'}"
+    if target.exists():
+        return target
+    # -Bsymbolic: each library has its own runtime, whatever else the process has loaded.
+    link = SANITIZE_FLAGS if sanitize else ["-shared", "-Wl,-Bsymbolic"]
+    return _run(["g++", *link, *objects], target)
+
+
+class Library:
+    """A loaded simt library; its extern "C" functions are attributes of `functions`."""
+
+    def __init__(self, path: Path) -> None:
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.mmk_simt_set_order.argtypes = [ctypes.c_uint64]
+        self.functions.mmk_simt_last_error.restype = ctypes.c_char_p
+
+    def set_order(self, seed: int) -> None:
+        """Thread and block order of the next launches: 0 by index, 1 reversed, others shuffled with that seed."""
+        self.functions.mmk_simt_set_order(seed)
+
+    def last_error(self) -> str:
+        """The message of the first fault since it was last cleared, or an empty string."""
+        message: bytes = self.functions.mmk_simt_last_error()
+        return message.decode()
+
+    def check(self, status: int) -> None:
+        """Raises SimtFault if a launch failed, also where the launcher lost the status."""
+        message = self.last_error()
+        self.functions.mmk_simt_clear_error()
+        if status != 0 or message:
+            raise SimtFault(message or f"the launcher returned {status}")
+
+    def call(self, function: str, *arguments: object, order: int = 0) -> None:
+        """Calls an extern "C" launcher in one thread order; arrays go as pointers, ints as int64_t, floats as double."""
+        self.set_order(order)
+        self.check(getattr(self.functions, function)(*map(_argument, arguments)))
+
+
+def _argument(value: object) -> object:
+    if value is None or isinstance(value, ctypes._SimpleCData | ctypes.Structure):
+        return value
+    if isinstance(value, np.ndarray):
+        return ctypes.c_void_p(value.ctypes.data)
+    if isinstance(value, bool | int | np.integer):
+        return ctypes.c_int64(int(value))
+    if isinstance(value, float):
+        return ctypes.c_double(value)
+    raise TypeError(f"argument of type {type(value).__name__}: pass an array, int, float or ctypes value")
+
+
+@functools.cache
+def load(path: Path) -> Library:
+    """Opens a shared library made by `build`."""
+    return Library(path)
+
+
+def run_program(path: Path, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    """Runs a program made by `build(..., sanitize=True)`; a sanitizer's finding makes its return code nonzero."""
+    environment = {**os.environ, **SANITIZE_ENVIRONMENT}
+    return subprocess.run([str(path), *arguments], capture_output=True, text=True, timeout=timeout, env=environment)
+
+
+GUARD_BYTES = 256
+
+
+class Guarded:
+    """An array between guard bytes. All bytes start as 0xFF (NaN), so what a kernel leaves unwritten shows."""
+
+    def __init__(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> None:
+        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        raw = np.empty(count + 3 * GUARD_BYTES, np.uint8)
+        start = GUARD_BYTES + -(raw.ctypes.data + GUARD_BYTES) % GUARD_BYTES
+        # 0xFFFE is NaN in every float type when read, and unlike what kernels write (zeros, -1, NaN).
+        raw[0::2], raw[1::2] = 0xFE, 0xFF
+        self._guards = {"before": raw[:start], "after": raw[start + count :]}
+        self._expected = {side: guard.copy() for side, guard in self._guards.items()}
+        raw[start : start + count] = 0xFF
+        self.array: np.ndarray = raw[start : start + count].view(dtype).reshape(shape)
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Guarded:
+        """A guarded copy of an array: reads past its end see NaN."""
+        guarded = cls(values.shape, values.dtype)
+        guarded.array[...] = values
+        return guarded
+
+    def check(self) -> None:
+        """Raises SimtFault if a kernel wrote next to the array."""
+        for side, guard in self._guards.items():
+            if changed := np.count_nonzero(guard != self._expected[side]):
+                raise SimtFault(f"a kernel wrote {changed} bytes {side} an array")
+
+
+def same_in_all_orders(compute: Callable[[int], np.ndarray], orders: Sequence[int] = ORDERS) -> np.ndarray:
+    """Returns compute(order) after checking that its bytes are the same for each order: a race shows as a difference."""
+    results = [compute(order) for order in orders]
+    for order, result in zip(orders[1:], results[1:], strict=True):
+        if result.tobytes() != results[0].tobytes():
+            raise SimtFault(f"results differ between thread orders {orders[0]} and {order}: a barrier is missing")
+    return results[0]
