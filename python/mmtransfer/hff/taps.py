@@ -1,0 +1,92 @@
+"""The valid frames of several encoder layers, packed: what the encoder writes and the fusion reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Taps:
+    """Outputs of L encoder layers for the N valid frames of B utterances.
+
+    Build one from stored features with `Taps.pack`, for instance from those of several utterances that
+    `split` has taken apart.
+
+    Attributes:
+        features: `(N, L, C)`, contiguous, utterance after utterance.
+        lengths: `(B,)` int64 frames per utterance, on the features' device; they sum to N.
+        steps: T, the padded length, at least the largest of `lengths`.
+        index: `(N,)` int64 positions of the frames in the flattened `(B, T)` grid; None if N = B * T.
+    """
+
+    features: torch.Tensor
+    lengths: torch.Tensor
+    steps: int
+    index: torch.Tensor | None
+
+    @classmethod
+    def pack(cls, features: torch.Tensor, lengths: torch.Tensor) -> Taps:
+        """Taps of features `(N, L, C)` of utterances of `lengths` (B,) frames; T is the longest."""
+        if features.dim() != 3:
+            raise ValueError(f"features must be (N, L, C), got shape {tuple(features.shape)}")
+        check_lengths("lengths", lengths)
+        counts = lengths.to("cpu", torch.int64)
+        if counts.numel() and int(counts.min()) < 0:
+            raise ValueError(f"lengths must be >= 0, got {counts.tolist()}")
+        if int(counts.sum()) != features.shape[0]:
+            raise ValueError(
+                f"lengths must sum to the {features.shape[0]} frames of features, got {int(counts.sum())}"
+            )
+        steps = int(counts.max()) if counts.numel() else 0
+        index = frame_index(counts, steps)
+        return cls(
+            features=features,
+            lengths=counts.to(features.device),
+            steps=steps,
+            index=None if index is None else index.to(features.device),
+        )
+
+    def scatter(self, y: torch.Tensor) -> torch.Tensor:
+        """Put per-frame values `(N, C_out)` back into a batch `(B, T, C_out)` with zeros past each length.
+
+        Differentiable; every gradient is a plain gather, so the result is deterministic.
+        """
+        if y.dim() != 2 or y.shape[0] != self.features.shape[0]:
+            raise ValueError(f"y must be ({self.features.shape[0]}, C_out), got shape {tuple(y.shape)}")
+        batch = self.lengths.shape[0]
+        if self.index is not None:
+            y = y.new_zeros(batch * self.steps, y.shape[1]).index_copy(0, self.index, y)
+        return y.view(batch, self.steps, y.shape[1])
+
+    def split(self) -> tuple[torch.Tensor, ...]:
+        """The features of each utterance, B views `(lengths[b], L, C)`; moves the lengths to the host."""
+        return self.features.split(self.lengths.tolist())
+
+    def to(self, *args: Any, **kwargs: Any) -> Taps:
+        """Taps with the features moved or cast as `Tensor.to` does; lengths and index follow the device."""
+        features = self.features.to(*args, **kwargs)
+        return replace(
+            self,
+            features=features,
+            lengths=self.lengths.to(features.device),
+            index=None if self.index is None else self.index.to(features.device),
+        )
+
+
+def frame_index(lengths: torch.Tensor, steps: int) -> torch.Tensor | None:
+    """Positions of the valid frames in a flattened `(B, steps)` grid; None if all are valid."""
+    valid = torch.arange(steps, device=lengths.device) < lengths.unsqueeze(1)
+    return None if bool(valid.all()) else valid.flatten().nonzero().squeeze(1)
+
+
+def check_lengths(name: str, lengths: torch.Tensor) -> None:
+    """Raise unless `lengths` is a one-dimensional integer tensor."""
+    if not isinstance(lengths, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(lengths).__name__}")
+    if lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
+        raise TypeError(f"{name} must have an integer dtype, got {lengths.dtype}")
+    if lengths.dim() != 1:
+        raise ValueError(f"{name} must be (B,), got shape {tuple(lengths.shape)}")

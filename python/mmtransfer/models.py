@@ -1,0 +1,299 @@
+"""Where things are inside the transformers encoders that the methods work on: one table, data only.
+
+`describe(model)` finds the row of a model, `find_encoder(model)` the encoder inside a model with a head or a
+decoder. Paths are dotted attribute paths. Checked against transformers 5.17 by tests/methods/test_models.py,
+which builds a tiny model of every row; a new model type needs a row here and a config there.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """One model type; paths named `layer_*` start at an encoder layer, the others at the encoder.
+
+    Attributes:
+        model_type: `config.model_type`.
+        encoder: candidate paths from a model to its encoder, tried in order; "" is the model itself.
+        layers: path to the ModuleList of layers.
+        hidden_size: config attribute of the width.
+        main_input: name of the encoder's input.
+        input_dims: number of dimensions of the main input, the batch first.
+        time_dim: the dimension of the main input that `lengths` counts along.
+        frames: how positions of the main input become frames of the layers: "conv" (the convolutions of
+            `config.conv_kernel` and `config.conv_stride`), "halved" (one convolution of stride 2), "same", or
+            "fixed" (every input has the same length and all its frames count).
+        takes_mask: whether the encoder honours `attention_mask`, of the size of the main input's time axis.
+        padding: whether a padded batch changes the valid frames of an utterance: "exact" (it does not),
+            "layer_norm_stem" (it does not if `config.feat_extract_norm` is "layer"; a group norm takes its
+            statistics over the padding too), "leaks" (a convolution over frames mixes padding in).
+        final_norm: path of the norm that follows the last layer, or None.
+        final_norm_if: config attribute that says whether `final_norm` comes last; elsewhere it comes first.
+        last_state_normed: whether the last of `output_hidden_states` has gone through `final_norm`.
+        prefix_tokens: learned tokens in front of the frames.
+        layer_attention: the self-attention module; it returns a tensor or a tuple led by one.
+        layer_query, layer_key, layer_value, layer_attention_output: its linear projections.
+        layer_mlp: the two linear layers of the (last, where there are two) feed-forward block, in order.
+    """
+
+    model_type: str
+    encoder: tuple[str, ...]
+    layers: str
+    main_input: Literal["input_values", "input_features", "input_ids"]
+    input_dims: int
+    time_dim: int
+    frames: Literal["conv", "halved", "same", "fixed"]
+    padding: Literal["exact", "layer_norm_stem", "leaks"]
+    layer_attention: str
+    layer_query: str
+    layer_key: str
+    layer_value: str
+    layer_attention_output: str
+    layer_mlp: tuple[str, str]
+    hidden_size: str = "hidden_size"
+    takes_mask: bool = True
+    final_norm: str | None = None
+    final_norm_if: str | None = None
+    last_state_normed: bool = False
+    prefix_tokens: int = 0
+
+
+_WAV2VEC2 = ModelDescription(
+    model_type="wav2vec2",
+    encoder=("wav2vec2", ""),
+    layers="encoder.layers",
+    main_input="input_values",
+    input_dims=2,
+    time_dim=1,
+    frames="conv",
+    padding="layer_norm_stem",
+    final_norm="encoder.layer_norm",
+    final_norm_if="do_stable_layer_norm",
+    layer_attention="attention",
+    layer_query="attention.q_proj",
+    layer_key="attention.k_proj",
+    layer_value="attention.v_proj",
+    layer_attention_output="attention.out_proj",
+    layer_mlp=("feed_forward.intermediate_dense", "feed_forward.output_dense"),
+)
+
+_CONFORMER = replace(
+    _WAV2VEC2,
+    model_type="wav2vec2-conformer",
+    encoder=("wav2vec2_conformer", ""),
+    # The depthwise convolution of each layer is not masked.
+    padding="leaks",
+    final_norm_if=None,
+    layer_attention="self_attn",
+    layer_query="self_attn.linear_q",
+    layer_key="self_attn.linear_k",
+    layer_value="self_attn.linear_v",
+    layer_attention_output="self_attn.linear_out",
+    layer_mlp=("ffn2.intermediate_dense", "ffn2.output_dense"),
+)
+
+_BERT = ModelDescription(
+    model_type="bert",
+    encoder=("bert", ""),
+    layers="encoder.layer",
+    main_input="input_ids",
+    input_dims=2,
+    time_dim=1,
+    frames="same",
+    padding="exact",
+    layer_attention="attention",
+    layer_query="attention.self.query",
+    layer_key="attention.self.key",
+    layer_value="attention.self.value",
+    layer_attention_output="attention.output.dense",
+    layer_mlp=("intermediate.dense", "output.dense"),
+)
+
+_ROWS = (
+    _WAV2VEC2,
+    replace(_WAV2VEC2, model_type="hubert", encoder=("hubert", "")),
+    replace(_WAV2VEC2, model_type="wavlm", encoder=("wavlm", "")),
+    replace(_WAV2VEC2, model_type="unispeech", encoder=("unispeech", "")),
+    replace(_WAV2VEC2, model_type="unispeech-sat", encoder=("unispeech_sat", "")),
+    replace(
+        _WAV2VEC2,
+        model_type="data2vec-audio",
+        encoder=("data2vec_audio", ""),
+        # The positional convolutions are several layers deep; only the input of the first is zeroed.
+        padding="leaks",
+        final_norm=None,
+        final_norm_if=None,
+    ),
+    _CONFORMER,
+    replace(
+        _CONFORMER,
+        model_type="wav2vec2-bert",
+        encoder=("wav2vec2_bert", ""),
+        main_input="input_features",
+        input_dims=3,
+        frames="same",
+        padding="exact",
+        final_norm=None,
+    ),
+    ModelDescription(
+        model_type="whisper",
+        encoder=("model.encoder", "encoder", ""),
+        layers="layers",
+        main_input="input_features",
+        input_dims=3,
+        time_dim=2,
+        frames="halved",
+        takes_mask=False,
+        padding="leaks",
+        hidden_size="d_model",
+        final_norm="layer_norm",
+        last_state_normed=True,
+        layer_attention="self_attn",
+        layer_query="self_attn.q_proj",
+        layer_key="self_attn.k_proj",
+        layer_value="self_attn.v_proj",
+        layer_attention_output="self_attn.out_proj",
+        layer_mlp=("fc1", "fc2"),
+    ),
+    ModelDescription(
+        model_type="audio-spectrogram-transformer",
+        encoder=("audio_spectrogram_transformer", ""),
+        layers="layers",
+        main_input="input_values",
+        input_dims=3,
+        time_dim=1,
+        frames="fixed",
+        takes_mask=False,
+        padding="exact",
+        final_norm="layernorm",
+        # The class token and the distillation token.
+        prefix_tokens=2,
+        layer_attention="attention",
+        layer_query="attention.q_proj",
+        layer_key="attention.k_proj",
+        layer_value="attention.v_proj",
+        layer_attention_output="attention.o_proj",
+        layer_mlp=("mlp.fc1", "mlp.fc2"),
+    ),
+    _BERT,
+    replace(_BERT, model_type="roberta", encoder=("roberta", "")),
+    replace(
+        _BERT,
+        model_type="distilbert",
+        encoder=("distilbert", ""),
+        layers="transformer.layer",
+        hidden_size="dim",
+        layer_query="attention.q_lin",
+        layer_key="attention.k_lin",
+        layer_value="attention.v_lin",
+        layer_attention_output="attention.out_lin",
+        layer_mlp=("ffn.lin1", "ffn.lin2"),
+    ),
+)
+
+MODELS: dict[str, ModelDescription] = {row.model_type: row for row in _ROWS}
+
+
+def describe(model: nn.Module) -> ModelDescription:
+    """The table's row for a transformers model.
+
+    Raises:
+        TypeError: `model` is not a module with a transformers config.
+        ValueError: its `config.model_type` is not in the table.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if not isinstance(model, nn.Module) or model_type is None:
+        raise TypeError(
+            f"model must be a transformers model (a module with config.model_type), "
+            f"got {type(model).__name__}"
+        )
+    if model_type not in MODELS:
+        raise ValueError(
+            f"model type {model_type!r} is not in mmtransfer.models.MODELS, which has "
+            f"{', '.join(sorted(MODELS))}; "
+            "add a ModelDescription row for it (paths of the encoder, its layers and their projections)"
+        )
+    return MODELS[model_type]
+
+
+def find_encoder(model: nn.Module) -> nn.Module:
+    """The encoder inside a model with a head or a decoder, or the model itself if it is the encoder."""
+    description = describe(model)
+    for path in description.encoder:
+        encoder = _lookup(model, path)
+        if encoder is not None and _lookup(encoder, description.layers) is not None:
+            return encoder
+    raise ValueError(
+        f"{type(model).__name__} has no {description.model_type} encoder: none of the paths "
+        f"{', '.join(map(repr, description.encoder))} leads to a module with {description.layers!r}"
+    )
+
+
+def get_layers(encoder: nn.Module) -> nn.ModuleList:
+    """The layers of an encoder as `find_encoder` returns it."""
+    layers = encoder.get_submodule(describe(encoder).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def get_final_norm(encoder: nn.Module) -> nn.Module | None:
+    """The norm after the last layer of an encoder, or None where this variant of the model has none."""
+    description = describe(encoder)
+    condition = description.final_norm_if
+    if description.final_norm is None:
+        return None
+    if condition is not None and not getattr(_config(encoder), condition):
+        return None
+    return encoder.get_submodule(description.final_norm)
+
+
+def hidden_size(encoder: nn.Module) -> int:
+    """The width of the encoder's layers."""
+    return int(getattr(_config(encoder), describe(encoder).hidden_size))
+
+
+def frame_lengths(encoder: nn.Module, lengths: torch.Tensor) -> torch.Tensor:
+    """Frames that the encoder's layers make of inputs of these lengths (int64, any shape), at least 0.
+
+    Lengths are counted along the main input's time axis: samples of a waveform, mel frames, tokens. Where
+    `frames` is "fixed" the number does not depend on the lengths, and asking is an error.
+    """
+    description, config = describe(encoder), _config(encoder)
+    if description.frames == "fixed":
+        raise ValueError(f"{description.model_type} makes the same number of frames of every input")
+    if description.frames == "halved":
+        lengths = (lengths + 1) // 2
+    elif description.frames == "conv":
+        for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
+            lengths = (lengths - kernel) // stride + 1
+    return lengths.clamp(min=0)
+
+
+def minimum_length(encoder: nn.Module) -> int:
+    """The shortest input from which the encoder makes one frame, along the main input's time axis."""
+    length = 1
+    if describe(encoder).frames == "conv":
+        config = _config(encoder)
+        for kernel, stride in zip(reversed(config.conv_kernel), reversed(config.conv_stride), strict=True):
+            length = (length - 1) * stride + kernel
+    return length
+
+
+def _config(encoder: nn.Module) -> Any:
+    return encoder.config
+
+
+def _lookup(root: nn.Module, path: str) -> Any:
+    if not path:
+        return root
+    try:
+        return operator.attrgetter(path)(root)
+    except AttributeError:
+        return None
