@@ -1,0 +1,9 @@
+"""Modules that own the parameters of the ops."""
+
+from __future__ import annotations
+
+from mmkernels.nn.featurizer import Featurizer
+from mmkernels.nn.layer_mix import LayerMix
+from mmkernels.nn.layer_project import LayerProject
+
+__all__ = ["Featurizer", "LayerMix", "LayerProject"]

@@ -1,0 +1,139 @@
+"""Drop-in for ``s3prl.nn.Featurizer``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.nn.layer_mix import softmax_layer_mix
+
+
+class Upstream(Protocol):
+    """What a ``Featurizer`` asks of an upstream; ``s3prl.nn.S3PRLUpstream`` has it."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def hidden_sizes(self) -> Sequence[int]: ...
+    @property
+    def downsample_rates(self) -> Sequence[int]: ...
+
+
+class Featurizer(nn.Module):
+    """Reduces the hidden states of an upstream to one, by a softmax-weighted sum without a stacked copy.
+
+    Takes the place of ``s3prl.nn.Featurizer``: same arguments, parameter (``weights``, zeros),
+    ``state_dict``, result. One layer is passed through and has no parameter.
+
+    Args:
+        upstream: an object with ``num_layers``, ``hidden_sizes`` and ``downsample_rates`` (all layers alike),
+            used for its numbers only; or the number of layers, with ``hidden_size`` and ``downsample_rate``
+            given too.
+        layer_selections: indices of the layers to mix; all by default.
+        normalize: LayerNorm (no affine) of each layer before the sum. SUPERB leaves it off.
+        hidden_size: width of the layers, where ``upstream`` is a number.
+        downsample_rate: input samples per frame, where ``upstream`` is a number; 320 for wav2vec2-like
+            encoders at 16 kHz.
+        skip_padding: neither read nor mix frames past the lengths, and leave zeros there. Time and memory
+            traffic then grow with the valid frames. s3prl mixes padding like all else, so this is off by
+            default; anything downstream that respects the lengths sees no difference.
+    """
+
+    def __init__(
+        self,
+        upstream: Upstream | int,
+        layer_selections: Sequence[int] | None = None,
+        normalize: bool = False,
+        *,
+        hidden_size: int | None = None,
+        downsample_rate: int | None = None,
+        skip_padding: bool = False,
+    ) -> None:
+        super().__init__()
+        if isinstance(upstream, int):
+            if hidden_size is None or downsample_rate is None:
+                raise ValueError(
+                    "hidden_size and downsample_rate are needed where upstream is a number of layers"
+                )
+            self.num_layers = upstream
+        else:
+            if hidden_size is not None or downsample_rate is not None:
+                raise ValueError(
+                    "hidden_size and downsample_rate come from upstream, unless that is a number of layers"
+                )
+            self.num_layers = upstream.num_layers
+            hidden_size = _common(upstream.hidden_sizes, "hidden_sizes")
+            downsample_rate = _common(upstream.downsample_rates, "downsample_rates")
+        self._output_size, self._downsample_rate = hidden_size, downsample_rate
+        self.normalize, self.skip_padding = normalize, skip_padding
+        if self.num_layers > 1:
+            self.layer_selections = _selected(layer_selections, self.num_layers)
+            self.weights = nn.Parameter(torch.zeros(len(self.layer_selections)))
+
+    @property
+    def output_size(self) -> int:
+        """Width of the result."""
+        return self._output_size
+
+    @property
+    def downsample_rate(self) -> int:
+        """Input samples per frame of the result."""
+        return self._downsample_rate
+
+    def forward(self, all_hs: Sequence[Tensor], all_lens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Mix the selected layers.
+
+        Args:
+            all_hs: hidden states of all layers, each ``(B, T, D)``.
+            all_lens: valid frames, one ``(B,)`` for each layer; they are equal, and the first selected is
+                returned.
+
+        Returns:
+            The mix ``(B, T, D)`` and its lengths ``(B,)``.
+
+        Raises:
+            ValueError: another number of layers than the module was made for. Layer drop in training does
+                that: turn it off.
+        """
+        if len(all_hs) != len(all_lens):
+            raise ValueError(
+                f"all_hs and all_lens must pair up, got {len(all_hs)} and {len(all_lens)} entries"
+            )
+        if len(all_hs) == 1:
+            return all_hs[0], all_lens[0]
+        if len(all_hs) != self.num_layers:
+            raise ValueError(
+                f"all_hs must have {self.num_layers} layers, got {len(all_hs)}; turn off layer drop, if that "
+                "changes the number of layers in training"
+            )
+        layers = [all_hs[index] for index in self.layer_selections]
+        lengths = all_lens[self.layer_selections[0]]
+        valid = lengths.to(layers[0].device).clamp(max=layers[0].shape[1]) if self.skip_padding else None
+        return softmax_layer_mix(layers, self.weights, norm=self.normalize, lengths=valid), lengths
+
+    def extra_repr(self) -> str:
+        selections = getattr(self, "layer_selections", None)
+        return (
+            f"{self.num_layers}, layer_selections={selections}, normalize={self.normalize}, "
+            f"hidden_size={self.output_size}, downsample_rate={self.downsample_rate}, "
+            f"skip_padding={self.skip_padding}"
+        )
+
+
+def _common(values: Sequence[int], name: str) -> int:
+    if len(set(values)) != 1:
+        raise ValueError(f"{name} of the upstream must be equal for all layers, got {list(values)}")
+    return values[0]
+
+
+def _selected(selections: Sequence[int] | None, num_layers: int) -> list[int]:
+    if selections is None:
+        return list(range(num_layers))
+    if not selections or len(set(selections)) != len(selections):
+        raise ValueError(f"layer_selections must be distinct layer indices, got {list(selections)}")
+    if min(selections) < 0 or max(selections) >= num_layers:
+        raise ValueError(f"layer_selections must lie in [0, {num_layers}), got {list(selections)}")
+    return sorted(selections)

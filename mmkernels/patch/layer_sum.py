@@ -1,0 +1,47 @@
+"""What both weighted-sum recognisers share: when ``layer_mix`` may stand in for the stacked sum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.ops._common import FLOATING
+from mmkernels.ops.layer_mix.schema import MAX_LAYERS
+from mmkernels.patch.recogniser import Unsupported
+
+
+def check_instance(module: nn.Module, method: str, logits: Tensor) -> None:
+    """Raise ``Unsupported`` for what does not depend on the class: a wrapped instance, size, dtype."""
+    if method in vars(module):
+        raise Unsupported(f"{method} is overridden on the instance, by a hook or a wrapper")
+    if logits.dim() != 1 or logits.numel() > MAX_LAYERS:
+        raise Unsupported(
+            f"layer weights of shape {tuple(logits.shape)}; layer_mix takes one axis of at most {MAX_LAYERS}"
+        )
+    if not _dtype_served(logits):
+        raise Unsupported(f"{logits.dtype} on {logits.device.type} has no kernel")
+
+
+def mixable(layers: Any, logits: Tensor) -> bool:
+    """Whether ``layer_mix`` serves these layers. If not, the module's own statements run, or raise."""
+    if not isinstance(layers, (tuple, list)) or len(layers) != logits.numel():
+        return False
+    return all(
+        isinstance(layer, Tensor)
+        and layer.shape == layers[0].shape
+        and layer.device == logits.device
+        and _dtype_served(layer)
+        for layer in layers
+    )
+
+
+def mixable_sequences(layers: Sequence[Tensor], logits: Tensor) -> bool:
+    """``mixable`` and of shape ``(B, T, D)``: else ``weights.view(-1, 1, 1)`` means another axis."""
+    return mixable(layers, logits) and layers[0].dim() == 3
+
+
+def _dtype_served(tensor: Tensor) -> bool:
+    return tensor.dtype in FLOATING and (tensor.dtype != torch.float64 or tensor.device.type == "cpu")

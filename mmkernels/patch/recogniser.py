@@ -1,0 +1,42 @@
+"""What ``accelerate`` asks of one kind of replacement."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+class Unsupported(Exception):
+    """The module is this recogniser's business, but it must not be replaced; the message is the reason."""
+
+
+class Recogniser(ABC):
+    """One kind of slow fragment: how to find it, and the methods that replace it.
+
+    Recognisers have no state, so two of the same class are equal: they key the cache of accelerated classes
+    and travel in pickles of accelerated modules.
+    """
+
+    what: str
+    """What is replaced by what, for the report."""
+
+    @abstractmethod
+    def claims(self, module: nn.Module) -> bool:
+        """Whether the module holds such a fragment, supported or not. Every module is asked: be cheap."""
+
+    @abstractmethod
+    def check(self, module: nn.Module) -> None:
+        """Raise ``Unsupported`` when this instance must not be replaced."""
+
+    @abstractmethod
+    def methods(self, cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+        """The overriding methods for a claimed module's class; raise ``Unsupported`` where it is unknown."""
+
+    def __eq__(self, other: object) -> bool:
+        return type(self) is type(other)
+
+    def __hash__(self) -> int:
+        return hash(type(self))

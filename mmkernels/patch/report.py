@@ -1,0 +1,90 @@
+"""What ``accelerate`` did to a model, and how to undo it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import nn
+
+
+class Replaced(NamedTuple):
+    """A module that now uses a kernel."""
+
+    name: str
+    """Qualified name in the model given to ``accelerate``; empty for the model itself."""
+    class_name: str
+    what: str
+
+
+class Skipped(NamedTuple):
+    """A module that could have used a kernel, and why it does not."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One module whose class is exchanged."""
+
+    name: str
+    module: nn.Module
+    original: type[nn.Module]
+    accelerated: type[nn.Module]
+    what: str
+
+    def apply(self) -> None:
+        self.module.__class__ = self.accelerated
+
+    def obstacle(self) -> str | None:
+        """Why reverting would not restore the module exactly; None when it would."""
+        if type(self.module) is self.original:
+            return None
+        if type(self.module) is not self.accelerated:
+            return f"its class is now {type(self.module).__qualname__}, changed after accelerate()"
+        if "forward" in vars(self.module):
+            return "its forward was wrapped on the instance after accelerate(); remove that wrapper first"
+        return None
+
+    def revert(self) -> None:
+        self.module.__class__ = self.original
+
+
+@dataclass
+class Report:
+    """Result of ``accelerate``. Printing it gives one line for each module concerned.
+
+    Attributes:
+        replaced: the modules that use a kernel now.
+        skipped: the modules that were recognised and left alone, each with the reason.
+    """
+
+    replaced: list[Replaced] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    _swaps: list[Swap] = field(default_factory=list, repr=False)
+
+    def revert(self) -> None:
+        """Give every replaced module its own class back. Reverting twice is allowed.
+
+        Raises:
+            RuntimeError: a module was changed further after ``accelerate`` (its class, or a ``forward`` set
+                on the instance), so that the earlier state cannot be restored; then no module is reverted.
+        """
+        obstacles = [f"{_display(swap.name)}: {why}" for swap in self._swaps if (why := swap.obstacle())]
+        if obstacles:
+            raise RuntimeError("cannot revert " + "; ".join(obstacles))
+        for swap in self._swaps:
+            swap.revert()
+
+    def __str__(self) -> str:
+        lines = [f"mmkernels.accelerate: {len(self.replaced)} replaced, {len(self.skipped)} skipped"]
+        lines += [
+            f"  replaced {_display(name)} ({class_name}): {what}" for name, class_name, what in self.replaced
+        ]
+        lines += [f"  skipped  {_display(name)}: {reason}" for name, reason in self.skipped]
+        return "\n".join(lines)
+
+
+def _display(name: str) -> str:
+    return name or "(model)"

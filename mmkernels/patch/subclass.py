@@ -1,0 +1,49 @@
+"""The class that an accelerated module gets: its own class, with a few methods overridden."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import nn
+
+from mmkernels.patch.recogniser import Recogniser, Unsupported
+
+_ORIGINAL = "_mmkernels_original_class"
+
+
+def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:
+    """The class that an accelerated class, or a subclass of one, comes from; None for any other class."""
+    return getattr(cls, _ORIGINAL, None)
+
+
+@functools.cache
+def accelerated_class(base: type[nn.Module], recogniser: Recogniser) -> type[nn.Module]:
+    """``base`` with the recogniser's methods. Cached, so that modules of one class stay of one class."""
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        _ORIGINAL: base,
+        **recogniser.methods(base),
+    }
+    accelerated = type(base)(base.__name__, (base,), namespace)
+
+    def reduce_ex(self: nn.Module, protocol: int) -> Any:
+        # The class cannot be pickled by name, since its name leads to the original: pickle how it is derived.
+        reduced = super(accelerated, self).__reduce_ex__(max(int(protocol), 2))
+        if type(self) is not accelerated or isinstance(reduced, str) or reduced[1] != (accelerated,):
+            return reduced
+        return (_restore, (base, recogniser), *reduced[2:])
+
+    accelerated.__reduce_ex__ = reduce_ex  # type: ignore[method-assign, assignment]
+    return accelerated
+
+
+def _restore(base: type[nn.Module], recogniser: Recogniser) -> nn.Module:
+    """An empty accelerated module for unpickling; of the original class where that is not possible here."""
+    try:
+        cls = accelerated_class(base, recogniser)
+    except Unsupported:
+        cls = base
+    return cls.__new__(cls)
