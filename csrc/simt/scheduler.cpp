@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <map>
 #include <mutex>
 #include <numeric>
 #include <random>
@@ -201,19 +200,31 @@ std::string waiting_at(const Fiber& fiber) {
 
 // Nobody can go on: tell where each group of threads is.
 void report_deadlock() {
-  std::map<std::string, std::pair<int, const Fiber*>> groups;
-  const Fiber* first = nullptr;
+  struct Group {
+    std::string waiting;
+    const Fiber* first;
+    int threads;
+  };
+  std::vector<Group> groups;
+  const Fiber* culprit = nullptr;
   for (unsigned i = 0; i < machine.threads; ++i) {
     const Fiber& fiber = machine.fibers[i];
-    auto& group = groups.try_emplace(waiting_at(fiber), 0, &fiber).first->second;
-    ++group.first;
-    if (first == nullptr && fiber.state != State::kExited) first = &fiber;
+    if (culprit == nullptr && fiber.state != State::kExited) culprit = &fiber;
+    const std::string waiting = waiting_at(fiber);
+    const auto same = [&](const Group& group) { return group.waiting == waiting; };
+    const auto group = std::find_if(groups.begin(), groups.end(), same);
+    if (group != groups.end()) {
+      ++group->threads;
+    } else {
+      groups.push_back({waiting, &fiber, 1});
+    }
   }
   std::string text = "deadlock, not all threads reach the same barrier or warp collective:";
-  for (const auto& [waiting, group] : groups) {
-    text += "\n  " + std::to_string(group.first) + " threads from " + coordinates(group.second->index) + " on " + waiting;
+  for (const Group& group : groups) {
+    text += "\n  " + std::to_string(group.threads) + " threads from " + coordinates(group.first->index) + " on " +
+            group.waiting;
   }
-  record_fault(first->index, text);
+  record_fault(culprit->index, text);
 }
 
 bool same_place(const std::source_location& a, const std::source_location& b) {
@@ -255,6 +266,9 @@ void complete_collective_of(unsigned thread) {
   Warp& warp = machine.warps[thread / kWarpSize];
   const unsigned first = thread / kWarpSize * kWarpSize;
   const unsigned present = warp.live & fiber.mask;
+  if (fiber.collective.aligned && present != 0xffffffffu) {
+    fail("%s needs all 32 lanes of the warp, live are 0x%08x", fiber.collective.name, present);
+  }
   if ((present & ~warp.waiting) != 0) return;
   void* frames[kWarpSize] = {};
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
@@ -312,7 +326,8 @@ const char* check_geometry(dim3 grid, dim3 block, size_t dynamic_smem_bytes) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "the grid is empty";
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "the grid is larger than (2^31-1, 65535, 65535)";
   if (threads == 0) return "the block is empty";
-  if (block.x > 1024 || block.y > 1024 || block.z > 64 || threads > kMaxThreads) return "more than 1024 threads";
+  if (threads > kMaxThreads) return "more than 1024 threads";
+  if (block.z > 64) return "the block is larger than (1024, 1024, 64)";
   if (dynamic_smem_bytes > kMaxSharedBytes) return "more than 227 KB of shared memory";
   return nullptr;
 }
@@ -376,9 +391,6 @@ void warp_collective(const Collective& collective, unsigned mask, void* frame, c
   Fiber& fiber = self();
   const unsigned lane = lane_index();
   if ((mask >> lane & 1u) == 0) fail("%s: mask 0x%08x leaves out the calling lane %u", collective.name, mask, lane);
-  if (collective.aligned && live_lanes() != 0xffffffffu) {
-    fail("%s needs 32 lanes, live are 0x%08x", collective.name, live_lanes());
-  }
   fiber.state = State::kAtCollective;
   fiber.collective = collective;
   fiber.mask = mask;

@@ -94,7 +94,8 @@ def _object(source: Path, flags: Sequence[str]) -> Path:
     if target.exists():
         return target
     folders = ["-I", "csrc", "-I", "csrc/include", "-isystem", str(include)]
-    return _run(["g++", *flags, *folders, "-c", "-x", "c++", source], target)
+    # A relative path, so that faults name the file the same on every machine.
+    return _run(["g++", *flags, *folders, "-c", "-x", "c++", source.relative_to(ROOT)], target)
 
 
 def build(name: str, sources: Sequence[str | Path], *, sanitize: bool = False, defines: Sequence[str] = ()) -> Path:

@@ -1,0 +1,375 @@
+"""The host SIMT runtime: correct kernels give the right results in any thread order, planted faults are found."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import simt_build
+from simt_build import ORDERS, Guarded, Library, SimtFault
+
+KERNELS = Path("tests/csrc/simt")
+SOURCES = sorted((simt_build.ROOT / KERNELS).glob("*.cu"))
+
+needs_headers = pytest.mark.skipif(simt_build.missing_tools() is not None, reason=str(simt_build.missing_tools()))
+
+
+def open_library(name: str, *defines: str) -> Library:
+    return simt_build.load(simt_build.build(name, [KERNELS / f"{name}.cu"], defines=defines))
+
+
+def bfloat16(values: np.ndarray) -> np.ndarray:
+    """The bits of float32 values rounded to bfloat16, to nearest even."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bfloat16(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+# ---- correct kernels -------------------------------------------------------------------------------------------------
+
+
+@needs_headers
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("dtype", ["float", "half", "bfloat16"])
+@pytest.mark.parametrize("columns", [8, 333, 1000])
+def test_row_statistics(rng: np.random.Generator, dtype: str, columns: int, order: int) -> None:
+    x = rng.standard_normal((3, columns)).astype(np.float32)
+    stored = {"float": x, "half": x.astype(np.float16), "bfloat16": bfloat16(x)}[dtype]
+    exact = from_bfloat16(stored) if dtype == "bfloat16" else stored.astype(np.float32)
+    mean, largest = Guarded(3, np.float32), Guarded(3, np.float32)
+    open_library("row_stats").call(
+        f"row_stats_{dtype}", Guarded.of(stored).array, mean.array, largest.array, 3, columns, order=order
+    )
+    mean.check()
+    largest.check()
+    np.testing.assert_allclose(mean.array, exact.mean(1, dtype=np.float64), atol=1e-6)
+    np.testing.assert_array_equal(largest.array, np.abs(exact).max(1))
+
+
+@needs_headers
+@pytest.mark.parametrize("count", [1, 5, 8])
+def test_vector_mix_of_bfloat16_layers(rng: np.random.Generator, count: int) -> None:
+    size = 2 * 128 * 8 + 40
+    layers = bfloat16(rng.standard_normal((count, size)))
+    weights = rng.standard_normal(count).astype(np.float32)
+    out = Guarded(size, np.uint16)
+    open_library("vector_mix").call("vector_mix_bfloat16", layers, weights, out.array, count, size, order=2)
+    out.check()
+    exact = np.einsum("l,ls->s", weights.astype(np.float64), from_bfloat16(layers).astype(np.float64))
+    np.testing.assert_allclose(from_bfloat16(out.array), exact, rtol=2**-8, atol=1e-5)
+
+
+@needs_headers
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+@pytest.mark.parametrize(("m", "n", "k"), [(64, 64, 64), (37, 64, 16), (100, 128, 80)])
+def test_tensor_core_gemm(rng: np.random.Generator, dtype: str, m: int, n: int, k: int) -> None:
+    a, b = rng.standard_normal((m, k)).astype(np.float32), rng.standard_normal((k, n)).astype(np.float32)
+    if dtype == "half":
+        stored_a, stored_b = a.astype(np.float16), b.astype(np.float16)
+        exact = stored_a.astype(np.float64) @ stored_b.astype(np.float64)
+    else:
+        stored_a, stored_b = bfloat16(a), bfloat16(b)
+        exact = from_bfloat16(stored_a).astype(np.float64) @ from_bfloat16(stored_b).astype(np.float64)
+
+    def compute(order: int) -> np.ndarray:
+        out = Guarded((m, n), np.float32)
+        open_library("gemm").call(f"gemm_{dtype}", stored_a, stored_b, out.array, m, n, k, order=order)
+        out.check()
+        return out.array
+
+    np.testing.assert_allclose(simt_build.same_in_all_orders(compute), exact, atol=1e-4)
+
+
+@needs_headers
+def test_shuffles_follow_the_ptx_definition(rng: np.random.Generator) -> None:
+    """PTX ISA, shfl.sync: source lane j and predicate from the segment mask and clamp; own value where it is false."""
+    values = rng.standard_normal(64)
+    library = open_library("collectives")
+    for kind, name in enumerate(["idx", "up", "down", "bfly"]):
+        for width in [4, 16, 32]:
+            for argument in [0, 1, 3, 8, 17]:
+                out = np.empty(64)
+                library.call("shuffle_values", values, out, kind, argument, width, order=2)
+                expected = [values[t // 32 * 32 + ptx_source(name, t % 32, argument, width)] for t in range(64)]
+                np.testing.assert_array_equal(out, expected, err_msg=f"{name} {argument} width {width}")
+
+
+def ptx_source(mode: str, lane: int, b: int, width: int) -> int:
+    segment_mask = (32 - width) & 0x1F
+    clamp = 0 if mode == "up" else 0x1F
+    highest = (lane & segment_mask) | (clamp & ~segment_mask & 0x1F)
+    lowest = lane & segment_mask
+    source, valid = {
+        "up": (lane - b, lane - b >= highest),
+        "down": (lane + b, lane + b <= highest),
+        "bfly": (lane ^ b, lane ^ b <= highest),
+        "idx": (lowest | (b & ~segment_mask & 0x1F), (lowest | (b & ~segment_mask & 0x1F)) <= highest),
+    }[mode]
+    return source if valid else lane
+
+
+@needs_headers
+@pytest.mark.parametrize("order", ORDERS)
+def test_ballot_compaction(rng: np.random.Generator, order: int) -> None:
+    size, blocks = 250, 3
+    values = rng.integers(-5, 6, size).astype(np.int32)
+    packed, counts = Guarded((blocks, 96), np.int32), Guarded(blocks, np.int32)
+    open_library("collectives").call("compact_values", values, packed.array, counts.array, size, blocks, order=order)
+    packed.check()
+    for block in range(blocks):
+        kept = [v for v in values[block * 96 : (block + 1) * 96] if v > 0]
+        assert counts.array[block] == len(kept)
+        np.testing.assert_array_equal(packed.array[block, : len(kept)], kept)
+        assert (packed.array[block, len(kept) :] == -1).all(), "unwritten outputs stay poisoned"
+
+
+@needs_headers
+@pytest.mark.parametrize("order", ORDERS)
+def test_atomics(rng: np.random.Generator, order: int) -> None:
+    library = open_library("collectives")
+    values = rng.integers(-1000, 1000, 333).astype(np.int32)
+    bins, frequencies, tickets = np.empty(16, np.uint32), np.full(16, np.nan, np.float32), np.zeros(1, np.uint32)
+    library.call("histogram_of", np.abs(values), bins, frequencies, tickets, values.size, order=order)
+    expected = np.bincount(np.abs(values) % 16, minlength=16)
+    np.testing.assert_array_equal(bins, expected)
+    np.testing.assert_allclose(frequencies, expected / values.size, rtol=1e-6)
+
+    integers, floats = np.array([-5000, 5000, 0], np.int32), np.array([-1e9, 0], np.float32)
+    longs, doubles = np.zeros(1, np.uint64), np.zeros(1)
+    library.call("extremes_of", values, integers, floats, longs, doubles, values.size, order=order)
+    assert integers.tolist() == [values.max(), values.min(), values.sum()]
+    assert floats.tolist() == [values.max(), values.size / 2]
+    assert longs[0] == values.size << 40
+    assert doubles[0] == values.size / 4
+
+
+# ---- lane layouts, from the tables of the PTX ISA --------------------------------------------------------------------
+
+
+@needs_headers
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_ldmatrix_layout(count: int, transposed: bool) -> None:
+    """PTX ISA, ldmatrix .m8n8: thread i gets elements 2i and 2i+1 (row-major) of each matrix, or of its transpose."""
+    tiles = np.arange(32 * 8, dtype=np.uint16).reshape(32, 8)
+    out = Guarded((32, count), np.uint32)
+    open_library("fragments").call("ldmatrix_fragments", tiles, out.array, count, int(transposed), order=2)
+    out.check()
+    for tile in range(count):
+        matrix = tiles[8 * tile : 8 * tile + 8]
+        elements = (matrix.T if transposed else matrix).flatten().astype(np.uint32)
+        np.testing.assert_array_equal(out.array[:, tile], elements[0::2] | elements[1::2] << 16)
+
+
+def a_element(lane: int, i: int) -> tuple[int, int]:
+    """PTX ISA, mma.m16n8k16, matrix A of .f16 / .bf16: row and column of a_i, i in 0..7."""
+    group, thread = lane >> 2, lane % 4
+    row = group if 0 <= i < 2 or 4 <= i < 6 else group + 8
+    column = thread * 2 + (i & 1) + (8 if i >= 4 else 0)
+    return row, column
+
+
+def b_element(lane: int, i: int) -> tuple[int, int]:
+    """Matrix B: row and column of b_i, i in 0..3."""
+    return lane % 4 * 2 + (i & 1) + (8 if i >= 2 else 0), lane >> 2
+
+
+def c_element(lane: int, i: int) -> tuple[int, int]:
+    """Accumulators C and D: row and column of c_i, i in 0..3."""
+    return (lane >> 2) + (8 if i >= 2 else 0), lane % 4 * 2 + (i & 1)
+
+
+@needs_headers
+@pytest.mark.parametrize("dtype", ["half", "bfloat16"])
+def test_mma_layout(rng: np.random.Generator, dtype: str) -> None:
+    # Small integers: exact in every type, and no two rows or columns alike.
+    a, b = rng.integers(-8, 9, (16, 16)).astype(np.float32), rng.integers(-8, 9, (16, 8)).astype(np.float32)
+    c = rng.integers(-99, 100, (16, 8)).astype(np.float32)
+    encode = bfloat16 if dtype == "bfloat16" else lambda x: x.astype(np.float16).view(np.uint16)
+
+    def fragment(matrix: np.ndarray, place, count: int) -> np.ndarray:
+        return np.array([[matrix[place(lane, i)] for i in range(count)] for lane in range(32)], matrix.dtype)
+
+    lanes_a = fragment(encode(a), a_element, 8).view(np.uint32)
+    lanes_b = fragment(encode(b), b_element, 4).view(np.uint32)
+    lanes_d = fragment(c, c_element, 4)
+    open_library("fragments").call(f"mma_{dtype}", lanes_a, lanes_b, lanes_d, order=1)
+    np.testing.assert_array_equal(lanes_d, fragment(a @ b + c, c_element, 4))
+
+
+# ---- planted faults --------------------------------------------------------------------------------------------------
+
+
+def run_fault(name: str, order: int, mended: bool) -> np.ndarray:
+    """Runs one kernel of faults.cu; raises SimtFault where the runtime or the guards find something."""
+    values = Guarded.of(np.linspace(1, 2, 64).astype(np.float32))
+    out = Guarded(64, np.float32)
+    open_library("faults").call(f"{name}_fault", values.array, out.array, int(mended), order=order)
+    out.check()
+    return out.array
+
+
+# What the runtime says itself, with the place where it is known.
+REPORTED = {
+    "divergent_barrier": r"deadlock.*\n.*40 threads from \(0, 0, 0\) on wait at __syncthreads, tests/csrc/simt/faults\.cu"
+    r".*\n.*24 threads from \(40, 0, 0\) on wait at __syncthreads",
+    "lost_lanes": r"deadlock.*\n(.*\n)*.*62 threads from \(0, 0, 0\) on wait at __shfl_xor_sync mask 0xffffffff",
+    "exited_lanes": r"shuffle: lane 0 reads lane 16, which takes no part \(present 0x0000ffff\)",
+    "lane_not_in_mask": r"thread \((31|63), 0, 0\): __shfl_sync: mask 0x7fffffff leaves out the calling lane 31",
+    "past_static_shared": r"wrote outside the bounds of shared array tile",
+    "past_dynamic_shared": r"wrote outside the bounds of shared array dynamic shared memory",
+    "past_global": r"wrote 4 bytes after an array",
+    "copy_left_behind": r"exits with 1 cp\.async copies that it has not waited for",
+    "misaligned_copy": r"thread \(3, 0, 0\): access of 16 bytes at \S+, which is not aligned",
+    "partial_warp_matrix": r"ldmatrix needs all 32 lanes of the warp, live are 0x[0-9a-f]{8}",
+    "endless_wait": r"atomics without end",
+}
+# What shows as NaN in the output of every thread order.
+POISONED = ["unwritten_shared", "copy_not_awaited", "wrong_group_awaited", "missing_barrier", "missing_warp_barrier"]
+# What shows as a difference between thread orders.
+RACES = ["missing_barrier", "missing_second_barrier", "missing_warp_barrier"]
+
+
+@needs_headers
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", REPORTED)
+def test_reported_faults(name: str, order: int) -> None:
+    with pytest.raises(SimtFault, match=REPORTED[name]) as caught:
+        run_fault(name, order, mended=False)
+    if name != "past_global":
+        assert re.match(rf"kernel \(anonymous namespace\)::{name}<false>\(", str(caught.value).replace("void ", ""))
+        assert re.search(r"block \([01], 0, 0\)", str(caught.value))
+
+
+@needs_headers
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", POISONED)
+def test_poison_shows(name: str, order: int) -> None:
+    assert np.isnan(run_fault(name, order, mended=False)).any()
+
+
+@needs_headers
+@pytest.mark.parametrize("name", RACES)
+def test_missing_barriers_make_results_depend_on_the_order(name: str) -> None:
+    with pytest.raises(SimtFault, match="a barrier is missing"):
+        simt_build.same_in_all_orders(lambda order: run_fault(name, order, mended=False))
+
+
+@needs_headers
+@pytest.mark.parametrize("name", sorted({*REPORTED, *POISONED, *RACES}))
+def test_mended_twins_pass(name: str) -> None:
+    out = simt_build.same_in_all_orders(lambda order: run_fault(name, order, mended=True))
+    assert np.isfinite(out).all()
+
+
+@needs_headers
+def test_gemm_without_its_wait_is_found(rng: np.random.Generator) -> None:
+    a, b = bfloat16(rng.standard_normal((64, 64))), bfloat16(rng.standard_normal((64, 64)))
+    out = np.zeros((64, 64), np.float32)
+    open_library("gemm").call("gemm_without_wait", a, b, out, 64, 64, 64)
+    assert np.isnan(out).all()
+
+
+@needs_headers
+@pytest.mark.parametrize(
+    ("geometry", "reason"),
+    [
+        ((0, 1, 1, 32, 1, 1, 0), "the grid is empty"),
+        ((1, 65536, 1, 32, 1, 1, 0), "the grid is larger"),
+        ((1, 1, 65536, 32, 1, 1, 0), "the grid is larger"),
+        ((1, 1, 1, 0, 1, 1, 0), "the block is empty"),
+        ((1, 1, 1, 1025, 1, 1, 0), "more than 1024 threads"),
+        ((1, 1, 1, 32, 33, 1, 0), "more than 1024 threads"),
+        ((1, 1, 1, 1, 1, 65, 0), "block is larger"),
+        ((1, 1, 1, 32, 1, 1, 227 * 1024 + 1), "more than 227 KB"),
+    ],
+)
+def test_geometry_no_gpu_takes(geometry: tuple[int, ...], reason: str) -> None:
+    with pytest.raises(SimtFault, match=rf"nothing\(.*{reason}"):
+        open_library("faults").call("launch_nothing", *geometry)
+
+
+@needs_headers
+def test_largest_geometry_runs() -> None:
+    open_library("faults").call("launch_nothing", 2, 2, 2, 32, 4, 8, 227 * 1024)
+
+
+@needs_headers
+def test_faults_leave_nothing_behind() -> None:
+    library = open_library("faults")
+    with pytest.raises(SimtFault):
+        run_fault("divergent_barrier", 0, mended=False)
+    assert library.last_error() == ""
+    assert np.isfinite(run_fault("divergent_barrier", 0, mended=True)).all()
+
+
+# ---- other builds ----------------------------------------------------------------------------------------------------
+
+
+@needs_headers
+def test_portable_context_switch(rng: np.random.Generator) -> None:
+    """ucontext, for machines other than x86-64, runs the same kernels."""
+    library = open_library("row_stats", "MMK_SIMT_UCONTEXT")
+    x = rng.standard_normal((2, 100)).astype(np.float32)
+    mean, largest = np.empty(2, np.float32), np.empty(2, np.float32)
+    library.call("row_stats_float", x, mean, largest, 2, 100, order=2)
+    np.testing.assert_allclose(mean, x.mean(1), atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def sanitized() -> Path:
+    names = ["sanitized.cpp", "row_stats.cu", "gemm.cu", "collectives.cu", "faults.cu"]
+    return simt_build.build("sanitized", [KERNELS / name for name in names], sanitize=True)
+
+
+@needs_headers
+@pytest.mark.parametrize("case", ["correct", "after_faults"])
+def test_sanitizers_pass_correct_kernels(sanitized: Path, case: str) -> None:
+    done = simt_build.run_program(sanitized, case)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "done\n"
+
+
+@needs_headers
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("past_global", "heap-buffer-overflow"),
+        ("copy_past_global", "heap-buffer-overflow"),
+        ("past_static_shared", "index 64 out of bounds"),
+        ("past_dynamic_shared", "use-after-poison"),
+    ],
+)
+def test_sanitizers_name_the_line_of_a_bad_access(sanitized: Path, case: str, message: str) -> None:
+    done = simt_build.run_program(sanitized, case)
+    assert done.returncode in (98, 99)
+    assert message in done.stderr
+    assert "faults.cu" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_the_same_files_compile_for_gpus(source: Path, tmp_path: Path) -> None:
+    targets = [flag for sm in (80, 90) for flag in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
+    command = ["nvcc", "-std=c++20", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", *targets]
+    folders = ["-I", "csrc", "-I", "csrc/include"]
+    done = subprocess.run(
+        [*command, *folders, "-c", str(source), "-o", str(tmp_path / "kernels.o")],
+        capture_output=True, text=True, cwd=simt_build.ROOT,
+    )
+    assert done.returncode == 0, done.stderr
