@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_encoders import BASE_VARIANT, TINY, make_input
 from torch import nn
 
 from mmtransfer import models
-
-from tiny_encoders import BASE_VARIANT, TINY, make_input
 
 LINEARS = ("layer_query", "layer_key", "layer_value", "layer_attention_output")
 

@@ -53,7 +53,9 @@ class TinyModel:
 
 
 def _wav2vec2_like(name: str, **options: Any) -> TinyModel:
-    return TinyModel(f"{name}Config", f"{name}Model", f"{name}ForCTC", {**_SPEECH, "vocab_size": 12, **options})
+    return TinyModel(
+        f"{name}Config", f"{name}Model", f"{name}ForCTC", {**_SPEECH, "vocab_size": 12, **options}
+    )
 
 
 TINY: dict[str, TinyModel] = {
@@ -119,7 +121,14 @@ TINY: dict[str, TinyModel] = {
         "DistilBertConfig",
         "DistilBertModel",
         "DistilBertForMaskedLM",
-        {"dim": 16, "n_layers": 4, "n_heads": 2, "hidden_dim": 24, "vocab_size": 30, "max_position_embeddings": 40},
+        {
+            "dim": 16,
+            "n_layers": 4,
+            "n_heads": 2,
+            "hidden_dim": 24,
+            "vocab_size": 30,
+            "max_position_embeddings": 40,
+        },
     ),
 }
 

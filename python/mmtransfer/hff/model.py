@@ -159,15 +159,12 @@ class HFF(nn.Module):
         write_checkpoint(folder, self._config(), _trainable(self).state_dict())
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, model: nn.Module | None = None, *, backend: str = "auto"
-    ) -> HFF:
+    def from_pretrained(cls, folder: str | Path, model: nn.Module | None = None) -> HFF:
         """The model that `save_pretrained` wrote, in eval mode.
 
         Args:
             folder: where `config.json` and `model.safetensors` are.
             model: the transformers model with the encoder; None loads the one named in the configuration.
-            backend: for the fusion's ops; "auto" for LFF, which has none.
 
         Raises:
             FileNotFoundError: a file is missing.
@@ -187,10 +184,7 @@ class HFF(nn.Module):
                 raise ValueError(
                     f"{folder} was trained on an encoder of {name} {described[name]!r}, got {found!r}"
                 )
-        options = {**config["fusion"]}
-        if options["kind"] != "lff":
-            options["backend"] = backend
-        fusion = make_fusion(**options)
+        fusion = make_fusion(**config["fusion"])
         hff = cls(encoder, fusion, _make_head(config["head"], fusion.out_dim))
         load_strictly(_trainable(hff), tensors, folder)
         return hff.eval()
