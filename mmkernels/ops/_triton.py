@@ -1,0 +1,121 @@
+"""What the Triton kernels of several ops share: argument checks, device guard, row statistics.
+
+Ground rules of all Triton kernels here: program ids are cast to int64 before they are multiplied, so offsets never wrap; launch
+configurations come from fixed tables, because autotuning would make results depend on timing; every dimension is masked; bounds
+of loops are constants of a compilation (sizes of a model, or powers of two), so that loops can be pipelined and unrolled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Triton launches on the current CUDA device; this makes it the tensor's. CPU tensors (interpreter) need none."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The tensor, checked for memory safety (the public functions have better messages) and contiguous."""
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
+        raise ValueError(
+            f"{name}: expected shape {shape}, {dtype} on {device}, "
+            f"got {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}"
+        )
+    return tensor.contiguous()
+
+
+def expect_optional(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    return None if tensor is None else expect(name, tensor, shape, dtype, device)
+
+
+def dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if elements of its last dimension are neighbours, else a copy."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+@triton.jit
+def locate_rows(first, rows, inner, lengths, BLOCK_ROWS: tl.constexpr):
+    """Rows first, first + 1, ... of ``(outer, inner)``; valid are those below ``rows`` and before ``lengths[outer]``.
+
+    Lengths below 0 or above ``inner`` act as if clamped, without the host looking at them.
+    """
+    row = first + tl.arange(0, BLOCK_ROWS)
+    outer_index = row // inner
+    inner_index = row - outer_index * inner
+    valid = row < rows
+    if lengths is not None:
+        valid = valid & (inner_index < tl.load(lengths + outer_index, mask=valid, other=0))
+    return row, outer_index, inner_index, valid
+
+
+@triton.jit
+def row_stats_kernel(
+    x,
+    lengths,
+    stats,
+    inner,
+    outer_stride,
+    inner_stride,
+    stats_stride,
+    WIDTH: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Mean and 1 / standard deviation of one row of ``x (outer, inner, width)``, in two passes; zeros for padding."""
+    row = tl.program_id(0).to(tl.int64)
+    outer_index = row // inner
+    inner_index = row - outer_index * inner
+    valid = inner_index < inner
+    if lengths is not None:
+        valid = inner_index < tl.load(lengths + outer_index)
+    source = x + outer_index * outer_stride + inner_index * inner_stride
+    column = tl.arange(0, BLOCK_D).to(tl.int64)
+    accumulate: tl.constexpr = stats.dtype.element_ty
+
+    total = tl.zeros((BLOCK_D,), accumulate)
+    for start in range(0, WIDTH, BLOCK_D):
+        inside = valid & (start + column < WIDTH)
+        total += tl.load(source + start + column, mask=inside, other=0.0).to(accumulate)
+    mean = tl.sum(total, 0) / WIDTH
+    squares = tl.zeros((BLOCK_D,), accumulate)
+    for start in range(0, WIDTH, BLOCK_D):
+        inside = valid & (start + column < WIDTH)
+        value = tl.load(source + start + column, mask=inside, other=0.0).to(accumulate)
+        centred = tl.where(inside, value - mean, 0.0)
+        squares += centred * centred
+    rstd = 1.0 / tl.sqrt(tl.sum(squares, 0) / WIDTH + EPS)
+    tl.store(stats + row * stats_stride, tl.where(valid, mean, 0.0))
+    tl.store(stats + row * stats_stride + 1, tl.where(valid, rstd, 0.0))
+
+
+def row_stats(x: Tensor, lengths: Tensor | None, stats: Tensor, eps: float) -> None:
+    """Statistics of the rows of ``x (outer, inner, width)`` into ``stats``: a pair for each row, ``stats.stride(0)`` apart."""
+    outer, inner, width = x.shape
+    block, warps = row_block(width)
+    row_stats_kernel[(outer * inner,)](
+        x,
+        lengths,
+        stats,
+        inner,
+        x.stride(0),
+        x.stride(1),
+        stats.stride(0),
+        WIDTH=width,
+        EPS=eps,
+        BLOCK_D=block,
+        num_warps=warps,
+    )
+
+
+def row_block(width: int) -> tuple[int, int]:
+    """Columns of a row that one program of a row kernel takes at a time, and its warps: 32 elements a thread at most."""
+    block = min(triton.next_power_of_2(width), 4096)
+    return block, max(1, block // 1024)
