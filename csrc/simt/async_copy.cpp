@@ -41,7 +41,9 @@ void begin_block_copies(unsigned threads) {
   }
 }
 
-size_t pending_copies(unsigned thread) { return queues[thread].copies.size(); }
+size_t pending_copies(unsigned thread) {
+  return queues[thread].copies.size();
+}
 
 void cp_async(void* shared, const void* global, int bytes, int source_bytes) {
   aligned_access(shared, bytes);
@@ -54,8 +56,14 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes) {
   queue.copies.push_back(copy);
 }
 
-void cp_async_commit_group() { ++queues[thread_index()].open_group; }
-void cp_async_wait_group(int pending) { land_before(queues[thread_index()].open_group - pending); }
-void cp_async_wait_all() { land_before(queues[thread_index()].open_group + 1); }
+void cp_async_commit_group() {
+  ++queues[thread_index()].open_group;
+}
+void cp_async_wait_group(int pending) {
+  land_before(queues[thread_index()].open_group - pending);
+}
+void cp_async_wait_all() {
+  land_before(queues[thread_index()].open_group + 1);
+}
 
 }  // namespace mmk::simt

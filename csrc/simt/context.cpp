@@ -7,8 +7,9 @@ namespace mmk::simt {
 
 #ifdef MMK_SIMT_NATIVE_SWITCH
 
-// void mmk_simt_switch(void** save_stack_pointer, void* load_stack_pointer): the System V callee-saved registers go on
-// the old stack and come from the new one. Kernels leave MXCSR and the x87 control word alone, so they are not saved.
+// void mmk_simt_switch(void** save_stack_pointer, void* load_stack_pointer): the System V callee-saved
+// registers go on the old stack and come from the new one. Kernels leave MXCSR and the x87 control word
+// alone, so they are not saved.
 asm(R"(
 .text
 .p2align 4
@@ -37,7 +38,8 @@ extern "C" void mmk_simt_switch(void** save_stack_pointer, void* load_stack_poin
 
 void prepare(Context& context, void* stack, size_t bytes, void (*entry)()) {
   constexpr int kSavedRegisters = 6;
-  // entry starts as if called: its "return address" (null, which ends backtraces) at 8 bytes below a multiple of 16.
+  // entry starts as if called: its "return address" (null, which ends backtraces) at 8 bytes below a multiple
+  // of 16.
   auto* top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t{15});
   void** frame = top - 2 - kSavedRegisters;
   std::memset(frame, 0, (2 + kSavedRegisters) * sizeof(void*));
@@ -45,7 +47,9 @@ void prepare(Context& context, void* stack, size_t bytes, void (*entry)()) {
   context.stack_pointer = frame;
 }
 
-void switch_context(Context& from, Context& to) { mmk_simt_switch(&from.stack_pointer, to.stack_pointer); }
+void switch_context(Context& from, Context& to) {
+  mmk_simt_switch(&from.stack_pointer, to.stack_pointer);
+}
 
 #else
 
@@ -57,7 +61,9 @@ void prepare(Context& context, void* stack, size_t bytes, void (*entry)()) {
   makecontext(&context.state, entry, 0);
 }
 
-void switch_context(Context& from, Context& to) { swapcontext(&from.state, &to.state); }
+void switch_context(Context& from, Context& to) {
+  swapcontext(&from.state, &to.state);
+}
 
 #endif
 

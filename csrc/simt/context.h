@@ -1,5 +1,5 @@
-// Switching between stacks: x86-64 by hand (a few ns; ucontext's signal mask system calls cost 30 times that),
-// ucontext elsewhere.
+// Switching between stacks: x86-64 by hand (a few ns; ucontext's signal mask system calls cost 30 times
+// that), ucontext elsewhere.
 #pragma once
 
 #include <cstddef>

@@ -23,7 +23,8 @@ unsigned thread_index();
 // The name of a function of this program or library, demangled, or its address.
 std::string kernel_name(const void* function);
 
-// shared_memory.cpp. A block's memory is poisoned where it is first used; end_block faults on broken guard bytes.
+// shared_memory.cpp. A block's memory is poisoned where it is first used; end_block faults on broken guard
+// bytes.
 void begin_grid_shared(size_t dynamic_bytes);
 void begin_block_shared();
 void end_block_shared();

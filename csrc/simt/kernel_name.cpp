@@ -1,5 +1,5 @@
-// Names of kernels for messages. Kernels mostly lie in anonymous namespaces, which dladdr cannot name, so the full symbol
-// table of the file is read.
+// Names of kernels for messages. Kernels mostly lie in anonymous namespaces, which dladdr cannot name, so the
+// full symbol table of the file is read.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -37,7 +37,8 @@ std::string symbol_at(const char* path, ElfW(Addr) offset) {
     const char* names = file.data() + sections[sections[i].sh_link].sh_offset;
     const auto* symbols = reinterpret_cast<const ElfW(Sym)*>(file.data() + sections[i].sh_offset);
     for (size_t k = 0; k < sections[i].sh_size / sizeof(ElfW(Sym)); ++k) {
-      if ((symbols[k].st_info & 0xf) == STT_FUNC && symbols[k].st_value == offset) return names + symbols[k].st_name;
+      if ((symbols[k].st_info & 0xf) == STT_FUNC && symbols[k].st_value == offset)
+        return names + symbols[k].st_name;
     }
   }
   return "";

@@ -1,5 +1,5 @@
-// Device math functions that glibc lacks. The fast ones are as exact as the host makes them, so tolerances that hold
-// here must leave room for their error bounds in the CUDA C++ Programming Guide.
+// Device math functions that glibc lacks. The fast ones are as exact as the host makes them, so tolerances
+// that hold here must leave room for their error bounds in the CUDA C++ Programming Guide.
 #pragma once
 
 #include <bit>
@@ -27,6 +27,7 @@ using std::isinf;
 using std::isnan;
 using std::signbit;
 
+// clang-format off: a table, one function to a line
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 inline float rsqrt(float x) { return rsqrtf(x); }
@@ -75,12 +76,13 @@ inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 inline int __clzll(long long x) { return std::countl_zero(static_cast<unsigned long long>(x)); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+// clang-format on
+
 inline unsigned __brev(unsigned x) {
   unsigned reversed = 0;
   for (int bit = 0; bit < 32; ++bit) reversed |= ((x >> bit) & 1u) << (31 - bit);
   return reversed;
 }
-inline int __mul24(int x, int y) { return x * y; }
 inline unsigned __umulhi(unsigned x, unsigned y) {
   return static_cast<unsigned>((static_cast<uint64_t>(x) * y) >> 32);
 }

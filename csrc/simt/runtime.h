@@ -1,4 +1,5 @@
-// The host runtime's own interface: what the emulated intrinsics and launch.cuh call. Kernels do not use it directly.
+// The host runtime's own interface: what the emulated intrinsics and launch.cuh call. Kernels do not use it
+// directly.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -22,7 +23,8 @@ struct Kernel {
 };
 
 // Runs all blocks one after the other, every thread of a block as a fiber. Returns cudaSuccess,
-// cudaErrorInvalidConfiguration for a geometry that no GPU takes, or cudaErrorLaunchFailure for a fault in the kernel.
+// cudaErrorInvalidConfiguration for a geometry that no GPU takes, or cudaErrorLaunchFailure for a fault in
+// the kernel.
 cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_smem_bytes);
 
 template <class... Params, class... Args>
@@ -43,9 +45,10 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dyna
 // Ends the launch with a fault; the message gets the kernel's name and the coordinates of the current thread.
 [[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
 
-// ---- shared memory -------------------------------------------------------------------------------------------------
+// ---- shared memory ---------------------------------------------------------------------------------------
 
-// The block's storage for one MMK_SHARED, identified by the address `site`; filled with 0xFF at the start of a block.
+// The block's storage for one MMK_SHARED, identified by the address `site`; filled with 0xFF at the start of
+// a block.
 void* static_shared(const void* site, const char* name, size_t bytes);
 void* dynamic_shared();
 // Faults unless [address, address + bytes) lies in one shared array of this block.
@@ -53,7 +56,7 @@ void require_shared(const void* address, size_t bytes, const char* what);
 // The address itself, after a fault if it is not a multiple of `alignment`.
 void* aligned_access(const void* address, size_t alignment);
 
-// ---- meeting points ------------------------------------------------------------------------------------------------
+// ---- meeting points --------------------------------------------------------------------------------------
 
 struct BarrierResult {
   int count;  // threads with a nonzero predicate
@@ -62,14 +65,16 @@ struct BarrierResult {
 // Blocks until all live threads of the block have arrived at this same place in the source.
 BarrierResult block_barrier(int predicate, const std::source_location& where);
 
-// A warp collective. Every lane brings a frame on its own stack; the last of the lanes in `mask` to arrive calls
-// complete(frames, present) for all of them, in which frames[lane] is null for lanes that are not present.
+// A warp collective. Every lane brings a frame on its own stack; the last of the lanes in `mask` to arrive
+// calls complete(frames, present) for all of them, in which frames[lane] is null for lanes that are not
+// present.
 struct Collective {
   const char* name;
   void (*complete)(void* const (&frames)[kWarpSize], unsigned present);
   bool aligned;  // .sync.aligned: all 32 lanes of the warp must be there
 };
-void warp_collective(const Collective& collective, unsigned mask, void* frame, const std::source_location& where);
+void warp_collective(const Collective& collective, unsigned mask, void* frame,
+                     const std::source_location& where);
 
 unsigned lane_index();
 // Lanes of the current warp that have not exited.
@@ -77,7 +82,7 @@ unsigned live_lanes();
 // Called at each atomic: lets other threads run now and then, and faults on what looks like an endless wait.
 void count_atomic();
 
-// ---- cp.async ------------------------------------------------------------------------------------------------------
+// ---- cp.async --------------------------------------------------------------------------------------------
 
 void cp_async(void* shared, const void* global, int bytes, int source_bytes);
 void cp_async_commit_group();

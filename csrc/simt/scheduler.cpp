@@ -1,4 +1,5 @@
-// Runs the blocks of a grid one after the other, the threads of a block as fibers that switch only where they meet.
+// Runs the blocks of a grid one after the other, the threads of a block as fibers that switch only where they
+// meet.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -7,8 +8,6 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
-#include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -74,15 +73,19 @@ struct Machine {
   const void* scheduler_stack = nullptr;
   size_t scheduler_stack_bytes = 0;
   uint64_t seed = 0;
-  std::mt19937_64 random;
+  uint64_t random = 0;
   std::string error;
 };
 Machine machine;
 
-Fiber& self() { return machine.fibers[machine.current]; }
-Warp& own_warp() { return machine.warps[machine.current / kWarpSize]; }
+Fiber& self() {
+  return machine.fibers[machine.current];
+}
+Warp& own_warp() {
+  return machine.warps[machine.current / kWarpSize];
+}
 
-// ---- switching -----------------------------------------------------------------------------------------------------
+// ---- switching -------------------------------------------------------------------------------------------
 
 void resume(unsigned thread) {
   Fiber& fiber = machine.fibers[thread];
@@ -163,23 +166,25 @@ void start_fibers() {
     prepare(fiber.context, fiber.stack, kStackBytes, fiber_main);
   }
   machine.warps.assign((machine.threads + kWarpSize - 1) / kWarpSize, {0xffffffffu, 0});
-  if (const unsigned rest = machine.threads % kWarpSize; rest != 0) machine.warps.back().live = (1u << rest) - 1;
+  if (const unsigned rest = machine.threads % kWarpSize; rest != 0)
+    machine.warps.back().live = (1u << rest) - 1;
   machine.live = machine.threads;
   machine.at_barrier = 0;
 }
 
-// ---- faults --------------------------------------------------------------------------------------------------------
+// ---- faults ----------------------------------------------------------------------------------------------
 
 std::string coordinates(const uint3& index) {
-  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) + ")";
+  return "(" + std::to_string(index.x) + ", " + std::to_string(index.y) + ", " + std::to_string(index.z) +
+         ")";
 }
 
 // `culprit` names the thread, or says that it is not known.
 void record_fault(const std::string& culprit, const std::string& text) {
   machine.faulted = true;
   if (!machine.error.empty()) return;
-  machine.error = "kernel " + kernel_name(machine.kernel.function) + ": block " + coordinates(blockIdx) + ", " +
-                  culprit + ": " + text;
+  machine.error = "kernel " + kernel_name(machine.kernel.function) + ": block " + coordinates(blockIdx) +
+                  ", " + culprit + ": " + text;
 }
 
 void record_fault(const uint3& thread, const std::string& text) {
@@ -221,8 +226,8 @@ void report_deadlock() {
   }
   std::string text = "deadlock, not all threads reach the same barrier or warp collective:";
   for (const Group& group : groups) {
-    text += "\n  " + std::to_string(group.threads) + " threads from " + coordinates(group.first->index) + " on " +
-            group.waiting;
+    text += "\n  " + std::to_string(group.threads) + " threads from " + coordinates(group.first->index) +
+            " on " + group.waiting;
   }
   record_fault(culprit->index, text);
 }
@@ -231,7 +236,7 @@ bool same_place(const std::source_location& a, const std::source_location& b) {
   return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
 }
 
-// ---- barriers ------------------------------------------------------------------------------------------------------
+// ---- barriers --------------------------------------------------------------------------------------------
 
 void release_barrier_if_complete() {
   if (machine.at_barrier == 0 || machine.at_barrier != machine.live) return;
@@ -254,7 +259,7 @@ void release_barrier_if_complete() {
   machine.at_barrier = 0;
 }
 
-// ---- warp collectives ----------------------------------------------------------------------------------------------
+// ---- warp collectives ------------------------------------------------------------------------------------
 
 bool same_collective(const Fiber& a, const Fiber& b) {
   return a.mask == b.mask && std::strcmp(a.collective.name, b.collective.name) == 0;
@@ -284,14 +289,22 @@ void complete_collective_of(unsigned thread) {
   }
 }
 
-// ---- blocks and grids ----------------------------------------------------------------------------------------------
+// ---- blocks and grids ------------------------------------------------------------------------------------
+
+// splitmix64
+uint64_t next_random() {
+  uint64_t value = machine.random += 0x9e3779b97f4a7c15u;
+  value = (value ^ value >> 30) * 0xbf58476d1ce4e5b9u;
+  value = (value ^ value >> 27) * 0x94d049bb133111ebu;
+  return value ^ value >> 31;
+}
 
 // 0..count-1 in the order that the seed asks for; a new shuffle each time.
 void set_order(std::vector<unsigned>& order, size_t count) {
   order.resize(count);
-  std::iota(order.begin(), order.end(), 0u);
-  if (machine.seed == 1) std::reverse(order.begin(), order.end());
-  if (machine.seed > 1) std::shuffle(order.begin(), order.end(), machine.random);
+  for (size_t i = 0; i < count; ++i) order[i] = static_cast<unsigned>(machine.seed == 1 ? count - 1 - i : i);
+  if (machine.seed <= 1) return;
+  for (size_t i = count; i > 1; --i) std::swap(order[i - 1], order[next_random() % i]);
 }
 
 void run_block() {
@@ -315,8 +328,9 @@ void run_block() {
 
 cudaError_t geometry_fault(const char* reason, dim3 grid, dim3 block, size_t dynamic_smem_bytes) {
   char text[256];
-  std::snprintf(text, sizeof(text), ": grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of dynamic shared memory: ",
-                grid.x, grid.y, grid.z, block.x, block.y, block.z, dynamic_smem_bytes);
+  std::snprintf(text, sizeof(text),
+                ": grid (%u, %u, %u), block (%u, %u, %u), %zu bytes of dynamic shared memory: ", grid.x,
+                grid.y, grid.z, block.x, block.y, block.z, dynamic_smem_bytes);
   if (machine.error.empty()) machine.error = "kernel " + kernel_name(machine.kernel.function) + text + reason;
   return cudaErrorInvalidConfiguration;
 }
@@ -324,7 +338,8 @@ cudaError_t geometry_fault(const char* reason, dim3 grid, dim3 block, size_t dyn
 const char* check_geometry(dim3 grid, dim3 block, size_t dynamic_smem_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "the grid is empty";
-  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535) return "the grid is larger than (2^31-1, 65535, 65535)";
+  if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
+    return "the grid is larger than (2^31-1, 65535, 65535)";
   if (threads == 0) return "the block is empty";
   if (threads > kMaxThreads) return "more than 1024 threads";
   if (block.z > 64) return "the block is larger than (1024, 1024, 64)";
@@ -343,7 +358,7 @@ cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic
   }
   machine.faulted = false;
   machine.threads = block.x * block.y * block.z;
-  machine.random.seed(machine.seed);
+  machine.random = machine.seed;
   gridDim = grid;
   blockDim = block;
   begin_grid_shared(dynamic_smem_bytes);
@@ -373,7 +388,9 @@ void fail(const char* format, ...) {
   std::abort();  // a faulted block is never resumed
 }
 
-void block_fault(const std::string& text) { record_fault("one of the threads", text); }
+void block_fault(const std::string& text) {
+  record_fault("one of the threads", text);
+}
 
 BarrierResult block_barrier(int predicate, const std::source_location& where) {
   Fiber& fiber = self();
@@ -387,10 +404,12 @@ BarrierResult block_barrier(int predicate, const std::source_location& where) {
   return fiber.barrier_result;
 }
 
-void warp_collective(const Collective& collective, unsigned mask, void* frame, const std::source_location& where) {
+void warp_collective(const Collective& collective, unsigned mask, void* frame,
+                     const std::source_location& where) {
   Fiber& fiber = self();
   const unsigned lane = lane_index();
-  if ((mask >> lane & 1u) == 0) fail("%s: mask 0x%08x leaves out the calling lane %u", collective.name, mask, lane);
+  if ((mask >> lane & 1u) == 0)
+    fail("%s: mask 0x%08x leaves out the calling lane %u", collective.name, mask, lane);
   fiber.state = State::kAtCollective;
   fiber.collective = collective;
   fiber.mask = mask;
@@ -402,14 +421,21 @@ void warp_collective(const Collective& collective, unsigned mask, void* frame, c
   if (fiber.state == State::kAtCollective) suspend();
 }
 
-unsigned thread_index() { return machine.current; }
-unsigned lane_index() { return machine.current % kWarpSize; }
+unsigned thread_index() {
+  return machine.current;
+}
+unsigned lane_index() {
+  return machine.current % kWarpSize;
+}
 
-unsigned live_lanes() { return own_warp().live; }
+unsigned live_lanes() {
+  return own_warp().live;
+}
 
 void count_atomic() {
   Fiber& fiber = self();
-  if (++fiber.atomics > kMaxAtomics) fail("does atomics without end: a wait for a block that runs later, or a lost value");
+  if (++fiber.atomics > kMaxAtomics)
+    fail("does atomics without end: a wait for a block that runs later, or a lost value");
   if (fiber.atomics % kAtomicsPerYield == 0) suspend();
 }
 
@@ -417,6 +443,12 @@ void count_atomic() {
 
 using mmk::simt::machine;
 
-void mmk_simt_set_order(uint64_t seed) { machine.seed = seed; }
-const char* mmk_simt_last_error() { return machine.error.c_str(); }
-void mmk_simt_clear_error() { machine.error.clear(); }
+void mmk_simt_set_order(uint64_t seed) {
+  machine.seed = seed;
+}
+const char* mmk_simt_last_error() {
+  return machine.error.c_str();
+}
+void mmk_simt_clear_error() {
+  machine.error.clear();
+}

@@ -1,4 +1,5 @@
-// The shared memory of the running block: one array for each MMK_SHARED and one for the dynamic part, each between guard bytes.
+// The shared memory of the running block: one array for each MMK_SHARED and one for the dynamic part, each
+// between guard bytes.
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -53,8 +54,10 @@ void require_capacity() {
   size_t fixed = 0;
   size_t dynamic = 0;
   for (const Array& array : arrays) (array.site == &kDynamicSite ? dynamic : fixed) += array.bytes;
-  if (fixed > kMaxStaticSharedBytes) fail("uses %zu bytes of static shared memory, 48 KB is the limit", fixed);
-  if (fixed + dynamic > kMaxSharedBytes) fail("uses %zu bytes of shared memory, 227 KB is the limit", fixed + dynamic);
+  if (fixed > kMaxStaticSharedBytes)
+    fail("uses %zu bytes of static shared memory, 48 KB is the limit", fixed);
+  if (fixed + dynamic > kMaxSharedBytes)
+    fail("uses %zu bytes of shared memory, 227 KB is the limit", fixed + dynamic);
 }
 
 bool guards_intact(const Array& array) {
@@ -104,7 +107,8 @@ void* static_shared(const void* site, const char* name, size_t bytes) {
 }
 
 void* dynamic_shared() {
-  if (arrays.empty() || arrays.front().site != &kDynamicSite) fail("uses dynamic shared memory, launched with 0 bytes");
+  if (arrays.empty() || arrays.front().site != &kDynamicSite)
+    fail("uses dynamic shared memory, launched with 0 bytes");
   return arrays.front().data();
 }
 

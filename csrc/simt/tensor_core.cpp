@@ -22,7 +22,8 @@ void complete_ldmatrix(void* const (&frames)[kWarpSize], unsigned) {
     uint16_t matrix[8][8];
     for (int row = 0; row < 8; ++row) {
       const auto& frame = *static_cast<const LoadFrame*>(frames[8 * tile + row]);
-      if (reinterpret_cast<uintptr_t>(frame.row) % 16 != 0) fail("ldmatrix: row %p is not aligned to 16", frame.row);
+      if (reinterpret_cast<uintptr_t>(frame.row) % 16 != 0)
+        fail("ldmatrix: row %p is not aligned to 16", frame.row);
       require_shared(frame.row, 16, "ldmatrix");
       std::memcpy(matrix[row], frame.row, 16);
     }
@@ -36,8 +37,12 @@ void complete_ldmatrix(void* const (&frames)[kWarpSize], unsigned) {
   }
 }
 
-float to_float(__half, uint16_t bits) { return __half2float(std::bit_cast<__half>(bits)); }
-float to_float(__nv_bfloat16, uint16_t bits) { return __bfloat162float(std::bit_cast<__nv_bfloat16>(bits)); }
+float to_float(__half, uint16_t bits) {
+  return __half2float(std::bit_cast<__half>(bits));
+}
+float to_float(__nv_bfloat16, uint16_t bits) {
+  return __bfloat162float(std::bit_cast<__nv_bfloat16>(bits));
+}
 
 struct MultiplyFrame {
   float* d;
@@ -45,7 +50,8 @@ struct MultiplyFrame {
   const uint32_t* b;
 };
 
-// Register r of the A fragment holds rows g + 8 * (r % 2) and columns 2t + 8 * (r / 2); of B, rows 2t + 8 * r, column g.
+// Register r of the A fragment holds rows g + 8 * (r % 2) and columns 2t + 8 * (r / 2); of B, rows 2t + 8 *
+// r, column g.
 template <class T>
 void complete_mma(void* const (&frames)[kWarpSize], unsigned) {
   float a[16][16];
@@ -58,7 +64,8 @@ void complete_mma(void* const (&frames)[kWarpSize], unsigned) {
       const auto element = [half](uint32_t word) {
         return to_float(T(), static_cast<uint16_t>(half == 0 ? word : word >> 16));
       };
-      for (unsigned r = 0; r < 4; ++r) a[group + 8 * (r % 2)][pair + 8 * (r / 2) + half] = element(frame.a[r]);
+      for (unsigned r = 0; r < 4; ++r)
+        a[group + 8 * (r % 2)][pair + 8 * (r / 2) + half] = element(frame.a[r]);
       for (unsigned r = 0; r < 2; ++r) b[pair + 8 * r + half][group] = element(frame.b[r]);
     }
   }
@@ -75,14 +82,16 @@ void complete_mma(void* const (&frames)[kWarpSize], unsigned) {
 }
 
 template <class T>
-void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], const std::source_location& where) {
+void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+              const std::source_location& where) {
   MultiplyFrame frame{d, a, b};
   warp_collective({"mma.sync", complete_mma<T>, true}, 0xffffffffu, &frame, where);
 }
 
 }  // namespace
 
-void ldmatrix(uint32_t* fragment, int tiles, bool transposed, const void* row, const std::source_location& where) {
+void ldmatrix(uint32_t* fragment, int tiles, bool transposed, const void* row,
+              const std::source_location& where) {
   LoadFrame frame{fragment, tiles, transposed, row};
   warp_collective({"ldmatrix", complete_ldmatrix, true}, 0xffffffffu, &frame, where);
 }

@@ -62,9 +62,11 @@ void sync_warp(unsigned mask, const std::source_location& where);
 
 }  // namespace mmk::simt
 
-#define MMK_SIMT_HERE const std::source_location &where = std::source_location::current()
+#define MMK_SIMT_HERE const std::source_location& where = std::source_location::current()
 
-inline void __syncthreads(MMK_SIMT_HERE) { mmk::simt::block_barrier(0, where); }
+inline void __syncthreads(MMK_SIMT_HERE) {
+  mmk::simt::block_barrier(0, where);
+}
 inline int __syncthreads_count(int predicate, MMK_SIMT_HERE) {
   return mmk::simt::block_barrier(predicate, where).count;
 }
@@ -75,7 +77,9 @@ inline int __syncthreads_and(int predicate, MMK_SIMT_HERE) {
 inline int __syncthreads_or(int predicate, MMK_SIMT_HERE) {
   return mmk::simt::block_barrier(predicate, where).count != 0;
 }
-inline void __syncwarp(unsigned mask = 0xffffffffu, MMK_SIMT_HERE) { mmk::simt::sync_warp(mask, where); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, MMK_SIMT_HERE) {
+  mmk::simt::sync_warp(mask, where);
+}
 
 inline unsigned __ballot_sync(unsigned mask, int predicate, MMK_SIMT_HERE) {
   return mmk::simt::vote("__ballot_sync", mask, predicate, where).set;
@@ -87,24 +91,29 @@ inline int __all_sync(unsigned mask, int predicate, MMK_SIMT_HERE) {
   const auto votes = mmk::simt::vote("__all_sync", mask, predicate, where);
   return votes.set == votes.present;
 }
-inline unsigned __activemask() { return mmk::simt::live_lanes(); }
+inline unsigned __activemask() {
+  return mmk::simt::live_lanes();
+}
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, MMK_SIMT_HERE) {
   const int lane = static_cast<int>(mmk::simt::lane_index());
-  return mmk::simt::shuffle("__shfl_sync", mask, value, (lane & ~(width - 1)) | (source & (width - 1)), where);
+  return mmk::simt::shuffle("__shfl_sync", mask, value, (lane & ~(width - 1)) | (source & (width - 1)),
+                            where);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, MMK_SIMT_HERE) {
   const int lane = static_cast<int>(mmk::simt::lane_index());
   const bool inside = (lane & (width - 1)) >= static_cast<int>(delta);
-  return mmk::simt::shuffle("__shfl_up_sync", mask, value, inside ? lane - static_cast<int>(delta) : lane, where);
+  return mmk::simt::shuffle("__shfl_up_sync", mask, value, inside ? lane - static_cast<int>(delta) : lane,
+                            where);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, MMK_SIMT_HERE) {
   const int lane = static_cast<int>(mmk::simt::lane_index());
   const bool inside = (lane & (width - 1)) + static_cast<int>(delta) < width;
-  return mmk::simt::shuffle("__shfl_down_sync", mask, value, inside ? lane + static_cast<int>(delta) : lane, where);
+  return mmk::simt::shuffle("__shfl_down_sync", mask, value, inside ? lane + static_cast<int>(delta) : lane,
+                            where);
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32, MMK_SIMT_HERE) {

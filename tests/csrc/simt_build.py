@@ -23,12 +23,17 @@ RUNTIME = sorted((ROOT / "csrc" / "simt").glob("*.cpp"))
 ORDERS = (0, 1, 2, 3)
 """Thread orders that a test runs: by index, reversed, and two shuffles."""
 
-CXX_FLAGS = (
-    "-std=c++20 -O1 -g -fPIC -DMMK_SIMT -fno-strict-aliasing -fno-gnu-unique -fvisibility=default -ffp-contract=off"
-    " -Wall -Wextra -Werror -Wno-unknown-pragmas -Wno-psabi"
-).split()
-SANITIZE_FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer".split()
-SANITIZE_ENVIRONMENT = {"ASAN_OPTIONS": "abort_on_error=0:exitcode=99", "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=98"}
+CXX_FLAGS = [
+    *("-std=c++20", "-O1", "-g1", "-fPIC", "-DMMK_SIMT"),
+    *("-fno-strict-aliasing", "-fno-gnu-unique", "-ffp-contract=off"),
+    *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-Wno-psabi"),
+]
+SANITIZE_FLAGS = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+]
+SANITIZE_ENVIRONMENT = {"ASAN_OPTIONS": "exitcode=99", "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=98"}
 
 
 class SimtFault(RuntimeError):
@@ -41,9 +46,9 @@ def cuda_include() -> Path | None:
     folders: list[Path] = []
     if nvcc := shutil.which("nvcc"):
         # A dry run names the folder even where nvcc on PATH is a script that calls the real one.
-        listing = subprocess.run([nvcc, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-        top = next((line.split("TOP=", 1)[1] for line in listing.splitlines() if "TOP=" in line), None)
-        folders += [Path(top).resolve() / "include"] if top else []
+        command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
+        listing = subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
+        folders += [Path(line.split("TOP=")[1]).resolve() / "include" for line in listing if "TOP=" in line]
     folders += [Path(os.environ[name]) / "include" for name in ("CUDA_HOME",) if name in os.environ]
     folders += [Path(sysconfig.get_paths()["purelib"]) / "triton" / "backends" / "nvidia" / "include"]
     return next((folder for folder in folders if (folder / "cuda_bf16.h").exists()), None)
@@ -74,11 +79,12 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def _run(command: Sequence[str | Path], target: Path) -> Path:
-    """Runs a compiler command that writes `target`, atomically: pytest workers may build the same file at once."""
+    """Runs a compiler that writes `target`, atomically: two processes may build the same file at once."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         scratch = Path(folder) / target.name
-        done = subprocess.run([*map(str, command), "-o", str(scratch)], capture_output=True, text=True, cwd=ROOT)
+        full_command = [*map(str, command), "-o", str(scratch)]
+        done = subprocess.run(full_command, capture_output=True, text=True, cwd=ROOT)
         if done.returncode != 0:
             raise RuntimeError(f"building {target.name} failed:\n{done.stderr[-6000:]}")
         scratch.replace(target)
@@ -90,7 +96,8 @@ def _object(source: Path, flags: Sequence[str]) -> Path:
     if include is None:
         raise RuntimeError(missing_tools())
     headers = _headers_digest(("simt",) if source in RUNTIME else ("simt", "cuda", "include"))
-    target = BUILD / f"{source.stem}-{_digest(source.name, *flags, str(include), headers, source.read_bytes())}.o"
+    digest = _digest(source.name, *flags, str(include), headers, source.read_bytes())
+    target = BUILD / f"{source.stem}-{digest}.o"
     if target.exists():
         return target
     folders = ["-I", "csrc", "-I", "csrc/include", "-isystem", str(include)]
@@ -98,11 +105,14 @@ def _object(source: Path, flags: Sequence[str]) -> Path:
     return _run(["g++", *flags, *folders, "-c", "-x", "c++", source.relative_to(ROOT)], target)
 
 
-def build(name: str, sources: Sequence[str | Path], *, sanitize: bool = False, defines: Sequence[str] = ()) -> Path:
-    """Compiles `sources` (relative to the repository) and the runtime into one file under build/simt, once per content.
+def build(
+    name: str, sources: Sequence[str | Path], *, sanitize: bool = False, defines: Sequence[str] = ()
+) -> Path:
+    """Compiles `sources` (relative to the repository) with the runtime into one file under build/simt.
 
-    A shared library for `load`, or with `sanitize` a program built with ASan and UBSan, for `run_program`; one of its
-    sources has `main`. `defines` are preprocessor definitions such as "WIDTH=4".
+    Nothing is compiled again before its content, or that of a header, changes. The file is a shared library
+    for `load`, or with `sanitize` a program for `run_program`, with ASan and UBSan; then one of the sources
+    has `main`. `defines` are preprocessor definitions such as "WIDTH=4".
     """
     flags = [*CXX_FLAGS, *(SANITIZE_FLAGS if sanitize else []), *(f"-D{define}" for define in defines)]
     paths = [ROOT / source for source in sources]
@@ -116,6 +126,17 @@ def build(name: str, sources: Sequence[str | Path], *, sanitize: bool = False, d
     return _run(["g++", *link, *objects], target)
 
 
+def compile_for_gpus(source: Path) -> Path:
+    """Compiles a kernel file with nvcc for sm_80 and sm_90, warnings as errors, once per content."""
+    targets = [flag for sm in (80, 90) for flag in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
+    flags = ["-std=c++20", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", *targets]
+    digest = _digest(*flags, _headers_digest(("cuda", "include")), source.read_bytes())
+    target = BUILD / f"{source.stem}-gpus-{digest}.o"
+    if target.exists():
+        return target
+    return _run(["nvcc", *flags, "-I", "csrc", "-I", "csrc/include", "-c", source.relative_to(ROOT)], target)
+
+
 class Library:
     """A loaded simt library; its extern "C" functions are attributes of `functions`."""
 
@@ -125,7 +146,7 @@ class Library:
         self.functions.mmk_simt_last_error.restype = ctypes.c_char_p
 
     def set_order(self, seed: int) -> None:
-        """Thread and block order of the next launches: 0 by index, 1 reversed, others shuffled with that seed."""
+        """Thread and block order of launches: 0 by index, 1 reversed, others shuffled with that seed."""
         self.functions.mmk_simt_set_order(seed)
 
     def last_error(self) -> str:
@@ -141,7 +162,7 @@ class Library:
             raise SimtFault(message or f"the launcher returned {status}")
 
     def call(self, function: str, *arguments: object, order: int = 0) -> None:
-        """Calls an extern "C" launcher in one thread order; arrays go as pointers, ints as int64_t, floats as double."""
+        """Calls an extern "C" launcher; arrays go as pointers, ints as int64_t, floats as double."""
         self.set_order(order)
         self.check(getattr(self.functions, function)(*map(_argument, arguments)))
 
@@ -165,16 +186,17 @@ def load(path: Path) -> Library:
 
 
 def run_program(path: Path, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """Runs a program made by `build(..., sanitize=True)`; a sanitizer's finding makes its return code nonzero."""
+    """Runs a program of `build(..., sanitize=True)`; status nonzero where a sanitizer finds something."""
+    command = [str(path), *arguments]
     environment = {**os.environ, **SANITIZE_ENVIRONMENT}
-    return subprocess.run([str(path), *arguments], capture_output=True, text=True, timeout=timeout, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
 
 
 GUARD_BYTES = 256
 
 
 class Guarded:
-    """An array between guard bytes. All bytes start as 0xFF (NaN), so what a kernel leaves unwritten shows."""
+    """An array between guard bytes. Its bytes start as 0xFF (NaN): what a kernel leaves unwritten shows."""
 
     def __init__(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> None:
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -202,9 +224,9 @@ class Guarded:
 
 
 def same_in_all_orders(compute: Callable[[int], np.ndarray], orders: Sequence[int] = ORDERS) -> np.ndarray:
-    """Returns compute(order) after checking that its bytes are the same for each order: a race shows as a difference."""
+    """Returns compute(order), after checking that its bytes are the same for all: races make them differ."""
     results = [compute(order) for order in orders]
     for order, result in zip(orders[1:], results[1:], strict=True):
         if result.tobytes() != results[0].tobytes():
-            raise SimtFault(f"results differ between thread orders {orders[0]} and {order}: a barrier is missing")
+            raise SimtFault(f"thread orders {orders[0]} and {order} differ in results: a barrier is missing")
     return results[0]

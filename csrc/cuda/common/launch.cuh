@@ -13,12 +13,12 @@ MMK_HOST_DEVICE constexpr Integer ceil_div(Integer dividend, Integer divisor) {
 // Dynamic shared memory that needs no opt-in, on every architecture.
 inline constexpr size_t kDefaultSharedMemory = 48 * 1024;
 
-// Starts kernel<<<grid, block, dynamic_smem_bytes, stream>>>(args...) and returns the launch's own error: it neither
-// reads nor clears the error of an earlier call. A grid with a zero extent is an error: return before launching.
-// On the host runtime it returns when the kernel has ended, with nonzero if a fault was found.
+// Starts kernel<<<grid, block, dynamic_smem_bytes, stream>>>(args...) and returns the launch's own error: it
+// neither reads nor clears the error of an earlier call. A grid with a zero extent is an error: return before
+// launching. On the host runtime it returns when the kernel has ended, with nonzero if a fault was found.
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_smem_bytes, cudaStream_t stream,
-                   Args&&... args) {
+cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_smem_bytes,
+                   cudaStream_t stream, Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "one argument for each kernel parameter");
 #ifdef MMK_SIMT
   return simt::launch(kernel, grid, block, dynamic_smem_bytes, stream, static_cast<Args&&>(args)...);

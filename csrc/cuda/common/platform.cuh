@@ -43,11 +43,10 @@ using array_t = typename detail::Array<T, Extents...>::Type;
 // MMK_DYNAMIC_SMEM(float, buffer) declares `float* buffer`, the start of the dynamic shared memory.
 // Both are 128-byte aligned. A type whose name holds a comma needs a `using` first.
 #ifdef MMK_SIMT
-#define MMK_SHARED(type, name, ...)             \
-  static const char name##_shared_site = 0;     \
-  ::mmk::array_t<type, __VA_ARGS__>& name =     \
-      *static_cast<::mmk::array_t<type, __VA_ARGS__>*>(::mmk::simt::static_shared( \
-          &name##_shared_site, #name, sizeof(::mmk::array_t<type, __VA_ARGS__>)))
+#define MMK_SHARED(type, name, ...)                                                           \
+  static const char name##_shared_site = 0;                                                   \
+  ::mmk::array_t<type, __VA_ARGS__>& name = *static_cast<::mmk::array_t<type, __VA_ARGS__>*>( \
+      ::mmk::simt::static_shared(&name##_shared_site, #name, sizeof(::mmk::array_t<type, __VA_ARGS__>)))
 #define MMK_DYNAMIC_SMEM(type, name) type* const name = static_cast<type*>(::mmk::simt::dynamic_shared())
 #else
 #define MMK_SHARED(type, name, ...) __shared__ __align__(128)::mmk::array_t<type, __VA_ARGS__> name

@@ -1,15 +1,16 @@
-// Inline PTX, and nowhere else. Under MMK_SIMT each function is an emulation with the lane layout of the PTX ISA.
+// Inline PTX, and nowhere else. Under MMK_SIMT each function is emulated, with the lane layout of the PTX
+// ISA.
 #pragma once
 
 #include "cuda/common/platform.cuh"
 
 namespace mmk {
 
-// ---- cp.async: copies from global to shared memory that land at the wait -------------------------------------------
+// ---- cp.async: copies from global to shared memory that land at the wait ---------------------------------
 
-// Copies Bytes (4, 8 or 16) from global to shared memory, both aligned to Bytes. 16-byte copies skip L1 (.cg), as only
-// they can; smaller ones are .ca. The data is there for this thread after cp_async_wait_group, for others after the
-// barrier that follows it.
+// Copies Bytes (4, 8 or 16) from global to shared memory, both aligned to Bytes. 16-byte copies skip L1
+// (.cg), as only they can; smaller ones are .ca. The data is there for this thread after cp_async_wait_group,
+// for others after the barrier that follows it.
 template <int Bytes>
 MMK_DEVICE void cp_async(void* shared, const void* global) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -20,7 +21,8 @@ MMK_DEVICE void cp_async(void* shared, const void* global) {
   if constexpr (Bytes == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;\n" ::"r"(address), "l"(global) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(address), "l"(global), "n"(Bytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;\n" ::"r"(address), "l"(global), "n"(Bytes)
+                 : "memory");
   }
 #endif
 }
@@ -35,7 +37,8 @@ MMK_DEVICE void cp_async_zfill(void* shared, const void* global, bool valid) {
 #else
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   if constexpr (Bytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(global), "r"(source_bytes)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(address), "l"(global),
+                 "r"(source_bytes)
                  : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;\n" ::"r"(address), "l"(global), "n"(Bytes),
@@ -73,11 +76,12 @@ MMK_DEVICE void cp_async_wait_all() {
 #endif
 }
 
-// ---- ldmatrix: 8x8 tiles of 16-bit elements from shared memory to mma fragments -------------------------------------
+// ---- ldmatrix: 8x8 tiles of 16-bit elements from shared memory to mma fragments --------------------------
 
-// Loads Tiles (1, 2 or 4) 8x8 tiles. Lane 8 * i + r gives the address of row r of tile i (16 bytes, 16-byte aligned);
-// the addresses of lanes >= 8 * Tiles are not used, but must be valid. Lane l gets in fragment[i] the elements
-// (row l / 4, columns 2 * (l % 4) and + 1) of tile i, or of its transpose. All 32 lanes must call it.
+// Loads Tiles (1, 2 or 4) 8x8 tiles. Lane 8 * i + r gives the address of row r of tile i (16 bytes, 16-byte
+// aligned); the addresses of lanes >= 8 * Tiles are not used, but must be valid. Lane l gets in fragment[i]
+// the elements (row l / 4, columns 2 * (l % 4) and + 1) of tile i, or of its transpose. All 32 lanes must
+// call it.
 template <int Tiles, bool Transposed = false>
 MMK_DEVICE void ldmatrix(uint32_t (&fragment)[Tiles], const void* row) {
   static_assert(Tiles == 1 || Tiles == 2 || Tiles == 4, "ldmatrix loads 1, 2 or 4 tiles");
@@ -119,12 +123,12 @@ MMK_DEVICE void ldmatrix(uint32_t (&fragment)[Tiles], const void* row) {
 #endif
 }
 
-// ---- mma.sync m16n8k16: d = a * b + d, fp32 accumulators -------------------------------------------------------------
+// ---- mma.sync m16n8k16: d = a * b + d, fp32 accumulators -------------------------------------------------
 
 // T is __half or __nv_bfloat16. With g = lane / 4 and t = lane % 4 a lane holds, two elements to a register,
-//   a[0] = A(g, 2t..2t+1)      a[1] = A(g+8, 2t..2t+1)    a[2] = A(g, 2t+8..2t+9)    a[3] = A(g+8, 2t+8..2t+9)
-//   b[0] = B(2t..2t+1, g)      b[1] = B(2t+8..2t+9, g)
-//   d[0..1] = D(g, 2t..2t+1)   d[2..3] = D(g+8, 2t..2t+1)
+//   a[0] = A(g, 2t..2t+1)    a[2] = A(g, 2t+8..2t+9)      b[0] = B(2t..2t+1, g)
+//   a[1] = A(g+8, 2t..2t+1)  a[3] = A(g+8, 2t+8..2t+9)    b[1] = B(2t+8..2t+9, g)
+//   d[0..1] = D(g, 2t..2t+1) d[2..3] = D(g+8, 2t..2t+1)
 // for A 16x16 (row, k), B 16x8 (k, column), D 16x8. All 32 lanes must call it.
 template <class T>
 MMK_DEVICE void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
@@ -155,7 +159,7 @@ MMK_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4
 #endif
 }
 
-// ---- streaming access: data used once should not push reused data out of the caches ----------------------------------
+// ---- streaming access: data used once should not push reused data out of the caches ----------------------
 
 // Read-only data of 16 bytes that no thread writes during the kernel; keeps it out of L1.
 MMK_DEVICE uint4 load_streaming_16(const void* global) {
@@ -175,8 +179,8 @@ MMK_DEVICE void store_streaming_16(void* global, uint4 value) {
 #ifdef MMK_SIMT
   *static_cast<uint4*>(simt::aligned_access(global, 16)) = value;
 #else
-  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
                : "memory");
 #endif
 }

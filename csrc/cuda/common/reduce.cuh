@@ -1,13 +1,17 @@
-// Reductions of a warp and of a block. The order of the operations is fixed, so results are the same bit for bit on
-// every run, and every participating thread gets the same value.
+// Reductions of a warp and of a block. The order of the operations is fixed, so results are the same bit for
+// bit on every run, and every participating thread gets the same value.
 #pragma once
 
 #include "cuda/common/platform.cuh"
 
 namespace mmk {
 
-MMK_DEVICE int lane_index() { return static_cast<int>(threadIdx.x) % kWarpSize; }
-MMK_DEVICE int warp_index() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+MMK_DEVICE int lane_index() {
+  return static_cast<int>(threadIdx.x) % kWarpSize;
+}
+MMK_DEVICE int warp_index() {
+  return static_cast<int>(threadIdx.x) / kWarpSize;
+}
 
 struct Sum {
   template <class T>
@@ -24,7 +28,8 @@ struct Max {
   }
 };
 
-// Combines the values of each group of Lanes neighbouring lanes (a power of two). All lanes of the warp must call it.
+// Combines the values of each group of Lanes neighbouring lanes (a power of two). All lanes of the warp must
+// call it.
 template <int Lanes = kWarpSize, class T, class Combine>
 MMK_DEVICE T warp_reduce(T value, Combine combine) {
   static_assert(Lanes >= 1 && Lanes <= kWarpSize && (Lanes & (Lanes - 1)) == 0, "a power of two up to 32");
@@ -45,8 +50,8 @@ MMK_DEVICE T warp_max(T value) {
   return warp_reduce<Lanes>(value, Max());
 }
 
-// Combines Count values of each of the Threads threads of a one-dimensional block, each on its own. All threads must
-// call it. It begins with no barrier and ends with one, so that it can be called again at once.
+// Combines Count values of each of the Threads threads of a one-dimensional block, each on its own. All
+// threads must call it. It begins with no barrier and ends with one, so that it can be called again at once.
 template <int Threads, int Count, class T, class Combine>
 MMK_DEVICE void block_reduce(T (&values)[Count], Combine combine) {
   static_assert(Threads % kWarpSize == 0 && Threads <= 1024, "whole warps");

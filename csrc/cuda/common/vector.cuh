@@ -1,4 +1,4 @@
-// Vectors of elements that move in accesses of up to 16 bytes, and the element types' conversion to accumulators.
+// Vectors of elements that move in accesses of up to 16 bytes, and conversion to and from accumulators.
 #pragma once
 
 #include <type_traits>
@@ -93,7 +93,9 @@ struct Access {
 #endif
     return reinterpret_cast<const Word*>(pointer);
   }
-  MMK_DEVICE static Word* words(T* pointer) { return const_cast<Word*>(words(const_cast<const T*>(pointer))); }
+  MMK_DEVICE static Word* words(T* pointer) {
+    return const_cast<Word*>(words(const_cast<const T*>(pointer)));
+  }
 };
 
 }  // namespace detail
@@ -119,8 +121,8 @@ MMK_DEVICE void store(T* pointer, const Vec<T, Width>& value) {
   for (int i = 0; i < Access::kCount; ++i) target[i] = source[i];
 }
 
-// As load, for global memory read once by the whole grid and written by nobody during the kernel: bypasses L1.
-// Accesses of less than 16 bytes are ordinary loads.
+// As load, for global memory read once by the whole grid and written by nobody during the kernel: bypasses
+// L1. Accesses of less than 16 bytes are ordinary loads.
 template <int Width, class T>
 MMK_DEVICE Vec<T, Width> load_streaming(const T* pointer) {
   using Access = detail::Access<T, Width>;

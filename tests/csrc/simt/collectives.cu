@@ -33,7 +33,8 @@ __global__ void compact(const int* values, int* packed, int* counts, int size) {
 }
 
 // A histogram in shared memory, added up in global memory; the last block to finish scales it.
-__global__ void histogram(const int* values, unsigned* bins, float* frequencies, unsigned* tickets, int size) {
+__global__ void histogram(const int* values, unsigned* bins, float* frequencies, unsigned* tickets,
+                          int size) {
   MMK_SHARED(unsigned, local, 16);
   MMK_SHARED(bool, last, 1);
   if (threadIdx.x < 16) local[threadIdx.x] = 0;
@@ -52,7 +53,8 @@ __global__ void histogram(const int* values, unsigned* bins, float* frequencies,
 }
 
 // max and min of int, max of float by compare-and-swap, sums of four types.
-__global__ void extremes(const int* values, int* integers, float* floats, unsigned long long* longs, double* doubles) {
+__global__ void extremes(const int* values, int* integers, float* floats, unsigned long long* longs,
+                         double* doubles) {
   const int value = values[threadIdx.x];
   atomicMax(&integers[0], value);
   atomicMin(&integers[1], value);
@@ -71,19 +73,22 @@ __global__ void extremes(const int* values, int* integers, float* floats, unsign
 
 }  // namespace
 
-extern "C" int shuffle_values(const double* values, double* out, int64_t kind, int64_t argument, int64_t width) {
+extern "C" int shuffle_values(const double* values, double* out, int64_t kind, int64_t argument,
+                              int64_t width) {
   return mmk::launch(shuffle, dim3(1), dim3(16, 4), 0, nullptr, values, out, static_cast<Shuffle>(kind),
                      static_cast<int>(argument), static_cast<int>(width));
 }
 extern "C" int compact_values(const int* values, int* packed, int* counts, int64_t size, int64_t blocks) {
-  return mmk::launch(compact, dim3(blocks), dim3(96), 0, nullptr, values, packed, counts, static_cast<int>(size));
+  return mmk::launch(compact, dim3(blocks), dim3(96), 0, nullptr, values, packed, counts,
+                     static_cast<int>(size));
 }
-extern "C" int histogram_of(const int* values, unsigned* bins, float* frequencies, unsigned* tickets, int64_t size) {
+extern "C" int histogram_of(const int* values, unsigned* bins, float* frequencies, unsigned* tickets,
+                            int64_t size) {
   if (const cudaError_t error = cudaMemsetAsync(bins, 0, 16 * sizeof(unsigned), nullptr)) return error;
-  return mmk::launch(histogram, dim3(mmk::ceil_div<int64_t>(size, 64)), dim3(64), 0, nullptr, values, bins, frequencies,
-                     tickets, static_cast<int>(size));
+  return mmk::launch(histogram, dim3(mmk::ceil_div<int64_t>(size, 64)), dim3(64), 0, nullptr, values, bins,
+                     frequencies, tickets, static_cast<int>(size));
 }
-extern "C" int extremes_of(const int* values, int* integers, float* floats, unsigned long long* longs, double* doubles,
-                           int64_t size) {
+extern "C" int extremes_of(const int* values, int* integers, float* floats, unsigned long long* longs,
+                           double* doubles, int64_t size) {
   return mmk::launch(extremes, dim3(1), dim3(size), 0, nullptr, values, integers, floats, longs, doubles);
 }

@@ -178,9 +178,9 @@ __global__ void nothing(const float*, float*) {}
 
 }  // namespace
 
-#define FAULT(name)                                                            \
-  extern "C" int name##_fault(const float* in, float* out, int64_t mended) {   \
-    return run(mended != 0 ? name<true> : name<false>, in, out);               \
+#define FAULT(name)                                                          \
+  extern "C" int name##_fault(const float* in, float* out, int64_t mended) { \
+    return run(mended != 0 ? name<true> : name<false>, in, out);             \
   }
 
 FAULT(missing_barrier)
@@ -201,14 +201,15 @@ FAULT(partial_warp_matrix)
 FAULT(endless_wait)
 
 extern "C" int past_dynamic_shared_fault(const float* in, float* out, int64_t mended) {
-  return run(mended != 0 ? past_dynamic_shared<true> : past_dynamic_shared<false>, in, out, kThreads * sizeof(float));
+  return run(mended != 0 ? past_dynamic_shared<true> : past_dynamic_shared<false>, in, out,
+             kThreads * sizeof(float));
 }
 
 // A kernel that does nothing, to try launch geometries.
-extern "C" int launch_nothing(int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t block_x, int64_t block_y,
-                              int64_t block_z, int64_t dynamic_smem_bytes) {
+extern "C" int launch_nothing(int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t block_x,
+                              int64_t block_y, int64_t block_z, int64_t dynamic_smem_bytes) {
   const auto extent = [](int64_t size) { return static_cast<unsigned>(size); };
   return mmk::launch(nothing, dim3(extent(grid_x), extent(grid_y), extent(grid_z)),
-                     dim3(extent(block_x), extent(block_y), extent(block_z)), dynamic_smem_bytes, nullptr, nullptr,
-                     nullptr);
+                     dim3(extent(block_x), extent(block_y), extent(block_z)), dynamic_smem_bytes, nullptr,
+                     nullptr, nullptr);
 }

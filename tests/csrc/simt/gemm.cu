@@ -1,5 +1,5 @@
-// C = A B on tensor cores: A (m, k), B (k, n), C (m, n) fp32, all row-major; n and k multiples of 64 and 16. Two stages of
-// cp.async in dynamic shared memory; rows of A past m are filled with zeros.
+// C = A B on tensor cores: A (m, k), B (k, n), C (m, n) fp32, all row-major; n and k multiples of 64 and 16.
+// Two stages of cp.async in dynamic shared memory; rows of A past m are filled with zeros.
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/vector.cuh"
@@ -21,7 +21,8 @@ struct Stage {
 };
 
 template <class T>
-__device__ void load_stage(Stage<T>& stage, const T* a, const T* b, int64_t m, int64_t n, int64_t k, int64_t depth) {
+__device__ void load_stage(Stage<T>& stage, const T* a, const T* b, int64_t m, int64_t n, int64_t k,
+                           int64_t depth) {
   const int64_t row = static_cast<int64_t>(blockIdx.y) * kTile + threadIdx.x / 2;
   const int part = static_cast<int>(threadIdx.x) % 2 * 8;
   const bool valid = row < m;
@@ -60,10 +61,13 @@ __device__ void store_tile(float* c, const float (&sums)[2][4][4], int64_t m, in
     for (int j = 0; j < 4; ++j) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int64_t row = static_cast<int64_t>(blockIdx.y) * kTile + warp / 2 * 32 + 16 * i + lane / 4 + 8 * half;
-        const int64_t column = static_cast<int64_t>(blockIdx.x) * kTile + warp % 2 * 32 + 8 * j + lane % 4 * 2;
+        const int64_t row =
+            static_cast<int64_t>(blockIdx.y) * kTile + warp / 2 * 32 + 16 * i + lane / 4 + 8 * half;
+        const int64_t column =
+            static_cast<int64_t>(blockIdx.x) * kTile + warp % 2 * 32 + 8 * j + lane % 4 * 2;
         if (row < m) {
-          mmk::store(c + row * n + column, mmk::Vec<float, 2>{{sums[i][j][2 * half], sums[i][j][2 * half + 1]}});
+          mmk::store(c + row * n + column,
+                     mmk::Vec<float, 2>{{sums[i][j][2 * half], sums[i][j][2 * half + 1]}});
         }
       }
     }
@@ -72,8 +76,8 @@ __device__ void store_tile(float* c, const float (&sums)[2][4][4], int64_t m, in
 
 // With !Waits the data is used while it may still be in flight.
 template <class T, bool Waits>
-__global__ void __launch_bounds__(kThreads)
-    gemm(const T* __restrict__ a, const T* __restrict__ b, float* __restrict__ c, int64_t m, int64_t n, int64_t k) {
+__global__ void __launch_bounds__(kThreads) gemm(const T* __restrict__ a, const T* __restrict__ b,
+                                                 float* __restrict__ c, int64_t m, int64_t n, int64_t k) {
   MMK_DYNAMIC_SMEM(Stage<T>, stages);
   float sums[2][4][4] = {};
   load_stage(stages[0], a, b, m, n, k, 0);
@@ -94,7 +98,8 @@ __global__ void __launch_bounds__(kThreads)
 template <class T, bool Waits = true>
 cudaError_t run(const T* a, const T* b, float* c, int64_t m, int64_t n, int64_t k) {
   const dim3 grid(n / kTile, mmk::ceil_div<int64_t>(m, kTile));
-  return mmk::launch(gemm<T, Waits>, grid, dim3(kThreads), kStages * sizeof(Stage<T>), nullptr, a, b, c, m, n, k);
+  return mmk::launch(gemm<T, Waits>, grid, dim3(kThreads), kStages * sizeof(Stage<T>), nullptr, a, b, c, m, n,
+                     k);
 }
 
 }  // namespace
@@ -102,10 +107,11 @@ cudaError_t run(const T* a, const T* b, float* c, int64_t m, int64_t n, int64_t 
 extern "C" int gemm_half(const __half* a, const __half* b, float* c, int64_t m, int64_t n, int64_t k) {
   return run(a, b, c, m, n, k);
 }
-extern "C" int gemm_bfloat16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int64_t m, int64_t n, int64_t k) {
+extern "C" int gemm_bfloat16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int64_t m, int64_t n,
+                             int64_t k) {
   return run(a, b, c, m, n, k);
 }
-extern "C" int gemm_without_wait(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int64_t m, int64_t n,
-                                 int64_t k) {
+extern "C" int gemm_without_wait(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int64_t m,
+                                 int64_t n, int64_t k) {
   return run<__nv_bfloat16, false>(a, b, c, m, n, k);
 }

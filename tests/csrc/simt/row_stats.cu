@@ -6,8 +6,8 @@
 namespace {
 
 template <int Threads, class T>
-__global__ void __launch_bounds__(Threads)
-    row_stats(const T* __restrict__ x, float* __restrict__ mean, float* __restrict__ largest, int64_t columns) {
+__global__ void __launch_bounds__(Threads) row_stats(const T* __restrict__ x, float* __restrict__ mean,
+                                                     float* __restrict__ largest, int64_t columns) {
   constexpr int kWidth = mmk::kVectorWidth<T>;
   const T* row = x + blockIdx.x * columns;
   float sum = 0.0f;
@@ -37,8 +37,8 @@ __global__ void __launch_bounds__(Threads)
 template <class T>
 cudaError_t run(const void* x, float* mean, float* largest, int64_t rows, int64_t columns) {
   constexpr int kThreads = 128;
-  return mmk::launch(row_stats<kThreads, T>, dim3(rows), dim3(kThreads), 0, nullptr, static_cast<const T*>(x), mean,
-                     largest, columns);
+  return mmk::launch(row_stats<kThreads, T>, dim3(rows), dim3(kThreads), 0, nullptr, static_cast<const T*>(x),
+                     mean, largest, columns);
 }
 
 }  // namespace

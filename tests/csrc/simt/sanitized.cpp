@@ -1,4 +1,5 @@
-// Program for ASan and UBSan builds: runs one case by name on heap buffers of the exact size, in three thread orders.
+// Program for ASan and UBSan builds: runs one case by name on heap buffers of the exact size, in three thread
+// orders.
 #include <cuda_bf16.h>
 
 #include <cstdio>

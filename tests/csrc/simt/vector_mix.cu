@@ -13,8 +13,8 @@ struct Layers {
 
 template <class T>
 __global__ void __launch_bounds__(128)
-    vector_mix(const __grid_constant__ Layers layers, const float* __restrict__ weights, T* __restrict__ out, int count,
-               int64_t size) {
+    vector_mix(const __grid_constant__ Layers layers, const float* __restrict__ weights, T* __restrict__ out,
+               int count, int64_t size) {
   constexpr int kWidth = mmk::kVectorWidth<T>;
   const int64_t offset = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * kWidth;
   if (offset >= size) return;
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(128)
 }  // namespace
 
 // `layers` is [count, size], size a multiple of 8.
-extern "C" int vector_mix_bfloat16(const __nv_bfloat16* layers, const float* weights, __nv_bfloat16* out, int64_t count,
-                                   int64_t size) {
+extern "C" int vector_mix_bfloat16(const __nv_bfloat16* layers, const float* weights, __nv_bfloat16* out,
+                                   int64_t count, int64_t size) {
   Layers pointers = {};
   for (int64_t i = 0; i < count; ++i) pointers.pointer[i] = layers + i * size;
   const int64_t blocks = mmk::ceil_div<int64_t>(size, 128 * mmk::kVectorWidth<__nv_bfloat16>);

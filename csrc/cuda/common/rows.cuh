@@ -1,0 +1,56 @@
+// Rows of any width and alignment: a thread owns runs of Width neighbouring columns, one 16-byte access where Aligned holds.
+#pragma once
+
+#include "cuda/common/reduce.cuh"
+#include "cuda/common/vector.cuh"
+
+namespace mmk {
+
+// Columns [column, column + Width) of a row; zero beyond its end. Aligned promises that the row starts on a vector and holds
+// whole vectors only. Every order of additions is the same with and without it.
+template <bool Aligned, int Width, class T>
+MMK_DEVICE Vec<T, Width> load_columns(const T* row, int64_t column, int64_t columns) {
+  Vec<T, Width> value = {};
+  if constexpr (Aligned) {
+    if (column < columns) value = load<Width>(row + column);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Width; ++i) {
+      if (column + i < columns) value[i] = row[column + i];
+    }
+  }
+  return value;
+}
+
+template <bool Aligned, int Width, class T>
+MMK_DEVICE void store_columns(T* row, int64_t column, int64_t columns, const Vec<T, Width>& value) {
+  if constexpr (Aligned) {
+    if (column < columns) store<Width>(row + column, value);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Width; ++i) {
+      if (column + i < columns) row[column + i] = value[i];
+    }
+  }
+}
+
+// Sums over the Threads threads that share a row: a warp, or a block of that many threads.
+template <int Threads, int Count>
+MMK_DEVICE void row_sums(float (&values)[Count]) {
+  if constexpr (Threads == kWarpSize) {
+#pragma unroll
+    for (int i = 0; i < Count; ++i) values[i] = warp_sum(values[i]);
+  } else {
+    block_sums<Threads>(values);
+  }
+}
+
+// The one-dimensional grid of so many blocks; false where no GPU takes it.
+inline bool make_grid(int64_t blocks, dim3* grid) {
+  constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
+  if (blocks < 1 || blocks > kMostBlocks) return false;
+  *grid = dim3(static_cast<unsigned>(blocks));
+  return true;
+}
+
+}  // namespace mmk
