@@ -168,7 +168,7 @@ def _unpack_debian(package: DebianPackage, folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder.parent) as download:
         with progress(f"Downloading {package.name}"):
             result = run_client(["apt-get", "download", package.name], Path(download))
-            if result.returncode and "Unable to locate package" in result.stderr and os.geteuid() == 0:
+            if result.returncode and os.geteuid() == 0:  # package lists that are missing or out of date
                 run_client(["apt-get", "update"], Path(download))
                 result = run_client(["apt-get", "download", package.name], Path(download))
         archives = list(Path(download).glob("*.deb"))

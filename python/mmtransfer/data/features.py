@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +74,7 @@ def extract(
             audio = _pad_for_whisper(extractor, audio)
         else:
             padding = "max_length"
-    call: Callable[..., Any] = extractor
+    call: Any = extractor  # transformers declares no __call__ on the base class
     rate = extractor.sampling_rate
     features = call(list(audio), sampling_rate=rate, padding=padding, return_tensors="pt")
     return {**features, "lengths": lengths}

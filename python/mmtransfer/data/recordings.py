@@ -54,7 +54,7 @@ class Recordings:
     def load(
         self, clip: Clip, sample_rate: int = SAMPLE_RATE, max_seconds: float | None = None
     ) -> np.ndarray:
-        """Mono float32 samples `(samples,)` of `clip` at `sample_rate` Hz, its first `max_seconds` at most."""
+        """Mono float32 samples `(samples,)` of `clip` at `sample_rate` Hz, at most `max_seconds` of it."""
         if isinstance(clip.source, Path):
             return read_audio(clip.source, sample_rate, max_seconds)
         samples = clip.source if max_seconds is None else clip.source[: round(max_seconds * SAMPLE_RATE)]
