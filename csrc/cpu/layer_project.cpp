@@ -56,26 +56,27 @@ MMK_INLINE void fold(const LayerProjectFold& args, int64_t begin, int64_t end) {
 }
 
 template <class A>
-MMK_INLINE const A* input_row(const LayerProjectShape& shape, const LayerProjectInput& x, int64_t i) {
-  return at<A>(x.data, (i / shape.taps) * x.row_stride + (i % shape.taps) * x.tap_stride);
+MMK_INLINE const A* input_row(const LayerProjectInput& x, int64_t row, int64_t tap) {
+  return at<A>(x.data, row * x.row_stride + tap * x.tap_stride);
 }
 
 template <class A>
-MMK_INLINE void stats(const LayerProjectStats& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
-    const Moments<A> m = moments(input_row<A>(args.shape, args.x, i), args.shape.inputs, args.eps);
-    A* out = at<A>(args.stats, 2 * i);
+MMK_INLINE void stats(const LayerProjectStats& args, int64_t tap, int64_t begin, int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    const Moments<A> m = moments(input_row<A>(args.x, n, tap), args.shape.inputs, args.eps);
+    A* out = at<A>(args.stats, 2 * (n * args.shape.taps + tap));
     out[0] = m.mean;
     out[1] = m.rstd;
   }
 }
 
 template <class A, Activation kActivation>
-MMK_INLINE void activate_rows(const LayerProjectActivate& args, int64_t begin, int64_t end) {
+MMK_INLINE void activate_rows(const LayerProjectActivate& args, int64_t tap, int64_t begin, int64_t end) {
   const int64_t outputs = args.shape.outputs;
-  for (int64_t i = begin; i < end; ++i) {
+  const A* bias = at<A>(args.folded_bias, tap * outputs);
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t i = n * args.shape.taps + tap;
     const A rstd = args.stats == nullptr ? A(1) : *at<A>(args.stats, 2 * i + 1);
-    const A* bias = at<A>(args.folded_bias, (i % args.shape.taps) * outputs);
     A* y = at<A>(args.y, i * outputs);
     A* preactivation = at<A>(args.preactivation, i * outputs);
     for (int64_t j = 0; j < outputs; ++j) {
@@ -87,20 +88,23 @@ MMK_INLINE void activate_rows(const LayerProjectActivate& args, int64_t begin, i
 }
 
 template <class A, Activation kActivation>
-MMK_INLINE void gradient_tap(const LayerProjectGradient& args, int64_t tap, A* bias_sum) {
+MMK_INLINE void gradient_chunk(const LayerProjectGradient& args, int64_t tap, int64_t chunk) {
   const LayerProjectShape& shape = args.shape;
   const int64_t outputs = shape.outputs;
   const A* bias = at<A>(args.folded_bias, tap * outputs);
-  std::fill(bias_sum, bias_sum + outputs, A(0));
-  for (int64_t n = 0; n < shape.rows; ++n) {
+  A* bias_sum = at<A>(args.partial_bias, (chunk * shape.taps + tap) * outputs);
+  std::vector<double> sum_of_rows(outputs, 0.0);
+  const int64_t begin = chunk * kLayerProjectChunk;
+  const int64_t end = std::min(shape.rows, begin + kLayerProjectChunk);
+  for (int64_t n = begin; n < end; ++n) {
     const int64_t i = n * shape.taps + tap;
     const A rstd = args.stats == nullptr ? A(1) : *at<A>(args.stats, 2 * i + 1);
     const A* grad = at<A>(args.grad, i * outputs);
     const A* value = at<A>(args.value, i * outputs);
-    A* scaled = at<A>(args.scaled_grad, i * outputs);
+    A* scaled = at<A>(args.scaled_grad, n * outputs);
     for (int64_t j = 0; j < outputs; ++j) {
       const A dz = grad[j] * activation_slope(kActivation, value[j]);
-      bias_sum[j] += dz;
+      sum_of_rows[j] += static_cast<double>(dz);
       scaled[j] = dz * rstd;
     }
     if (args.pull == nullptr) continue;
@@ -112,14 +116,17 @@ MMK_INLINE void gradient_tap(const LayerProjectGradient& args, int64_t tap, A* b
         [&](int64_t j) MMK_LAMBDA { rest += scaled[j] * (value[j] - bias[j]); });
     *at<A>(args.pull, i) = rstd / static_cast<A>(shape.inputs) * (rest + sum_lanes<A>(sum));
   }
+  for (int64_t j = 0; j < outputs; ++j) bias_sum[j] = static_cast<A>(sum_of_rows[j]);
 }
 
 template <class A>
-MMK_INLINE void input_gradient(const LayerProjectInputGradient& args, int64_t begin, int64_t end) {
-  for (int64_t i = begin; i < end; ++i) {
+MMK_INLINE void input_gradient(const LayerProjectInputGradient& args, int64_t tap, int64_t begin,
+                               int64_t end) {
+  for (int64_t n = begin; n < end; ++n) {
+    const int64_t i = n * args.shape.taps + tap;
     const A mean = *at<A>(args.stats, 2 * i);
     const A pull = *at<A>(args.pull, i);
-    const A* x = input_row<A>(args.shape, args.x, i);
+    const A* x = input_row<A>(args.x, n, tap);
     A* dx = at<A>(args.dx, i * args.shape.inputs);
     for (int64_t j = 0; j < args.shape.inputs; ++j) dx[j] -= pull * (x[j] - mean);
   }
@@ -166,36 +173,35 @@ MMK_MULTIARCH void layer_project_fold(DType dtype, const LayerProjectFold& args,
   dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { fold<decltype(element)>(args, begin, end); });
 }
 
-MMK_MULTIARCH void layer_project_stats(DType dtype, const LayerProjectStats& args, int64_t begin,
+MMK_MULTIARCH void layer_project_stats(DType dtype, const LayerProjectStats& args, int64_t tap, int64_t begin,
                                        int64_t end) {
-  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { stats<decltype(element)>(args, begin, end); });
+  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { stats<decltype(element)>(args, tap, begin, end); });
 }
 
-MMK_MULTIARCH void layer_project_activate(DType dtype, const LayerProjectActivate& args, int64_t begin,
-                                          int64_t end) {
+MMK_MULTIARCH void layer_project_activate(DType dtype, const LayerProjectActivate& args, int64_t tap,
+                                          int64_t begin, int64_t end) {
   dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
     dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
-      activate_rows<decltype(element), decltype(activation)::value>(args, begin, end);
+      activate_rows<decltype(element), decltype(activation)::value>(args, tap, begin, end);
     });
   });
 }
 
-MMK_MULTIARCH void layer_project_gradient(DType dtype, const LayerProjectGradient& args, int64_t chunk,
+MMK_MULTIARCH void layer_project_gradient(DType dtype, const LayerProjectGradient& args, int64_t tap,
                                           int64_t begin, int64_t end) {
   dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
-    using A = decltype(element);
-    A* partial = at<A>(args.partial_bias, chunk * args.shape.taps * args.shape.outputs);
     dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
-      for (int64_t tap = begin; tap < end; ++tap) {
-        gradient_tap<A, decltype(activation)::value>(args, tap, partial + tap * args.shape.outputs);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        gradient_chunk<decltype(element), decltype(activation)::value>(args, tap, chunk);
       }
     });
   });
 }
 
 MMK_MULTIARCH void layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& args,
-                                                int64_t begin, int64_t end) {
-  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { input_gradient<decltype(element)>(args, begin, end); });
+                                                int64_t tap, int64_t begin, int64_t end) {
+  dispatch_wide(dtype,
+                [&](auto element) MMK_LAMBDA { input_gradient<decltype(element)>(args, tap, begin, end); });
 }
 
 MMK_MULTIARCH void layer_project_unfold(DType dtype, const LayerProjectUnfold& args, int64_t begin,

@@ -15,14 +15,6 @@ inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out += a b
-inline void mm_add(const Tensor& out, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  std::array<StableIValue, 6> stack{from(out), from(a), from(b), from(1.0), from(1.0), from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "out", stack.data(), TORCH_ABI_VERSION));
-  (void)torch::stable::detail::to<Tensor>(stack[0]);
-}
-
 inline Tensor transposed(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
 
 // Rows [start, start + rows) of one tap of a (N, L, width) tensor, as a matrix.

@@ -43,17 +43,8 @@ Folded fold(const LayerProjectInputs& inputs) {
   return folded;
 }
 
-// Address of row `start` of a contiguous tensor whose rows hold `width` elements; null stays null.
-void* from_row(const Tensor& tensor, int64_t start, int64_t width, int64_t bytes) {
-  return tensor.numel() == 0 ? nullptr : static_cast<char*>(tensor.mutable_data_ptr()) + start * width * bytes;
-}
-
-template <class Body>
-void for_each_block(int64_t rows, Body&& body) {
-  for (int64_t start = 0; start < rows; start += kLayerProjectBlock) {
-    body(start, std::min(kLayerProjectBlock, rows - start));
-  }
-}
+// Rows that forward works on at once: a tap's input is still in the last-level cache when the product reads it again.
+constexpr int64_t kBlock = 4096;
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& weight,
                                            const OptionalTensor& bias, const OptionalTensor& norm_weight,
@@ -63,34 +54,34 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
   const Activation activation = activation_of(activation_index);
   const Folded folded = fold(inputs);
   const auto [rows, taps, in, out] = inputs.shape;
-  const int64_t bytes = element_size(folded.dtype);
   const Tensor x = widened(inputs.x, folded.type);
   const bool save_value = save && needs_preactivation(activation);
   const Tensor y = new_empty(x, {rows, taps, out}, folded.type);
   const Tensor value = new_empty(x, {save_value ? rows : 0, taps, out}, folded.type);
   const Tensor stats = new_empty(x, {inputs.norm() ? rows : 0, taps, 2}, folded.type);
 
-  for_each_block(rows, [&](int64_t start, int64_t count) {
-    const LayerProjectShape block = {count, taps, in, out};
-    const Tensor block_x = torch::stable::narrow(const_cast<Tensor&>(x), 0, start, count);
-    void* block_stats = from_row(stats, start, taps * 2, bytes);
-    if (block_stats != nullptr) {
-      const LayerProjectStats args = {block, view_of(block_x), eps, block_stats};
-      torch::stable::parallel_for(0, count * taps, grain(in), [&](int64_t begin, int64_t end) {
-        cpu::layer_project_stats(folded.dtype, args, begin, end);
-      });
-    }
+  const LayerProjectStats stats_args = {inputs.shape, view_of(x), eps, mutable_or_null(stats)};
+  const LayerProjectActivate activate_args = {inputs.shape,
+                                              activation,
+                                              mutable_or_null(stats),
+                                              folded.bias.const_data_ptr(),
+                                              y.mutable_data_ptr(),
+                                              mutable_or_null(value)};
+  for (int64_t start = 0; start < rows; start += kBlock) {
+    const int64_t count = std::min(kBlock, rows - start);
     for (int64_t tap = 0; tap < taps; ++tap) {
+      if (inputs.norm()) {
+        torch::stable::parallel_for(start, start + count, grain(in), [&](int64_t begin, int64_t end) {
+          cpu::layer_project_stats(folded.dtype, stats_args, tap, begin, end);
+        });
+      }
       mm_out(tap_rows(y, tap, start, count), tap_rows(x, tap, start, count),
              transposed(torch::stable::select(folded.weight, 0, tap)));
+      torch::stable::parallel_for(start, start + count, grain(out), [&](int64_t begin, int64_t end) {
+        cpu::layer_project_activate(folded.dtype, activate_args, tap, begin, end);
+      });
     }
-    const LayerProjectActivate args = {block, activation, block_stats, folded.bias.const_data_ptr(),
-                                       from_row(y, start, taps * out, bytes),
-                                       from_row(value, start, taps * out, bytes)};
-    torch::stable::parallel_for(0, count * taps, grain(out), [&](int64_t begin, int64_t end) {
-      cpu::layer_project_activate(folded.dtype, args, begin, end);
-    });
-  });
+  }
   const ScalarType type = given_x.scalar_type();
   const bool save_stats = save && inputs.norm();
   return {widened(y, type), widened(value, type),
@@ -105,7 +96,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Activation activation = activation_of(activation_index);
   const Folded folded = fold(inputs);
   const auto [rows, taps, in, out] = inputs.shape;
-  const int64_t bytes = element_size(folded.dtype);
   const Tensor x = widened(inputs.x, folded.type);
   const ScalarType type = given_x.scalar_type();
   const Tensor grad = widened(checked(given_grad, {rows, taps, out}, type, given_x, "grad"), folded.type);
@@ -116,58 +106,45 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   // The gain's gradient comes out of the product's, so the product is needed for either.
   const bool need_product = need_weight || (need_norm && inputs.norm());
   const bool pull_rows = need_x && inputs.norm();
-  const int64_t blocks = (rows + kLayerProjectBlock - 1) / kLayerProjectBlock;
+  const int64_t chunks = layer_project_chunks(rows);
   const Tensor dx = new_empty(x, {need_x ? rows : 0, taps, in}, folded.type);
   const Tensor d_weight = new_empty(x, {need_product ? taps : 0, out, in}, folded.type);
   const Tensor d_bias = new_empty(x, {taps, out}, folded.type);
   const Tensor d_norm_weight = new_empty(x, {need_norm ? taps : 0, in}, folded.type);
   const Tensor d_norm_bias = new_empty(x, {need_norm ? taps : 0, in}, folded.type);
-  const Tensor partial_bias = new_empty(x, {blocks, taps, out}, folded.type);
-  // One block's worth: it is written again for each, while it is still in cache.
-  const Tensor scaled = new_empty(x, {std::min(rows, kLayerProjectBlock), taps, out}, folded.type);
-  const Tensor pull = new_empty(x, {pull_rows ? std::min(rows, kLayerProjectBlock) : 0, taps}, folded.type);
-  if (rows == 0 && need_product) {
-    Tensor zeroed = d_weight;
-    torch::stable::zero_(zeroed);
+  const Tensor partial_bias = new_empty(x, {chunks, taps, out}, folded.type);
+  // One tap's worth, written again for each.
+  const Tensor scaled = new_empty(x, {rows, out}, folded.type);
+  const Tensor pull = new_empty(x, {pull_rows ? rows : 0, taps}, folded.type);
+  const void* stats_data = data_or_null(stats);
+  const LayerProjectGradient gradient_args = {inputs.shape,
+                                              activation,
+                                              grad.const_data_ptr(),
+                                              value.const_data_ptr(),
+                                              stats_data,
+                                              folded.bias.const_data_ptr(),
+                                              scaled.mutable_data_ptr(),
+                                              mutable_or_null(pull),
+                                              partial_bias.mutable_data_ptr()};
+  const LayerProjectInputGradient input_args = {inputs.shape, view_of(x), stats_data, mutable_or_null(pull),
+                                                mutable_or_null(dx)};
+  for (int64_t tap = 0; tap < taps; ++tap) {
+    torch::stable::parallel_for(0, chunks, grain(kLayerProjectChunk * out), [&](int64_t begin, int64_t end) {
+      cpu::layer_project_gradient(folded.dtype, gradient_args, tap, begin, end);
+    });
+    if (need_product) {
+      mm_out(torch::stable::select(d_weight, 0, tap), transposed(scaled), torch::stable::select(x, 1, tap));
+    }
+    if (!need_x) continue;
+    mm_out(torch::stable::select(dx, 1, tap), scaled, torch::stable::select(folded.weight, 0, tap));
+    if (!pull_rows) continue;
+    torch::stable::parallel_for(0, rows, grain(in), [&](int64_t begin, int64_t end) {
+      cpu::layer_project_input_gradient(folded.dtype, input_args, tap, begin, end);
+    });
   }
 
-  for_each_block(rows, [&](int64_t start, int64_t count) {
-    const LayerProjectShape block = {count, taps, in, out};
-    const void* block_stats = stats.has_value() ? from_row(*stats, start, taps * 2, bytes) : nullptr;
-    const LayerProjectGradient args = {block,
-                                       activation,
-                                       from_row(grad, start, taps * out, bytes),
-                                       from_row(value, start, taps * out, bytes),
-                                       block_stats,
-                                       folded.bias.const_data_ptr(),
-                                       mutable_or_null(scaled),
-                                       mutable_or_null(pull),
-                                       partial_bias.mutable_data_ptr()};
-    torch::stable::parallel_for(0, taps, grain(count * out), [&](int64_t begin, int64_t end) {
-      cpu::layer_project_gradient(folded.dtype, args, start / kLayerProjectBlock, begin, end);
-    });
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      const Tensor g = tap_rows(scaled, tap, 0, count);
-      if (need_product) {
-        const Tensor product = torch::stable::select(d_weight, 0, tap);
-        const Tensor tap_x = tap_rows(x, tap, start, count);
-        start == 0 ? mm_out(product, transposed(g), tap_x) : mm_add(product, transposed(g), tap_x);
-      }
-      if (need_x) {
-        mm_out(tap_rows(dx, tap, start, count), g, torch::stable::select(folded.weight, 0, tap));
-      }
-    }
-    if (!pull_rows) return;
-    const Tensor block_x = torch::stable::narrow(const_cast<Tensor&>(x), 0, start, count);
-    const LayerProjectInputGradient input_args = {block, view_of(block_x), block_stats, mutable_or_null(pull),
-                                                  from_row(dx, start, taps * in, bytes)};
-    torch::stable::parallel_for(0, count * taps, grain(in), [&](int64_t begin, int64_t end) {
-      cpu::layer_project_input_gradient(folded.dtype, input_args, begin, end);
-    });
-  });
-
   const LayerProjectUnfold args = {inputs.shape,
-                                   blocks,
+                                   chunks,
                                    partial_bias.const_data_ptr(),
                                    inputs.weight.const_data_ptr(),
                                    data_or_null(inputs.norm_weight),

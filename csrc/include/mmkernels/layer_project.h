@@ -66,9 +66,9 @@ struct LayerProjectGradient {
   const void* value;        // [N, L, C_out] z, or y where y determines the derivative
   const void* stats;        // null without norm
   const void* folded_bias;  // [L, C_out]
-  void* scaled_grad;        // [N, L, C_out] g
+  void* scaled_grad;        // [N, C_out] g of one tap
   void* pull;               // [N, L] or null
-  void* partial_bias;       // [chunks, L, C_out] sums of dz over rows
+  void* partial_bias;       // [chunks, L, C_out] sums of dz over the rows of a chunk
 };
 
 struct LayerProjectInputGradient {
@@ -92,21 +92,25 @@ struct LayerProjectUnfold {
   void* d_norm_bias;         // [L, C] or null
 };
 
-// Rows are worked on in blocks of a fixed size, so that the product of a block is still in cache when the rest is done to it,
-// and so that sums over rows have one order.
-constexpr int64_t kLayerProjectBlock = 512;
+// Sums over rows run over chunks of this many rows, added in order.
+constexpr int64_t kLayerProjectChunk = 256;
+
+constexpr int64_t layer_project_chunks(int64_t rows) {
+  return (rows + kLayerProjectChunk - 1) / kLayerProjectChunk;
+}
 
 namespace cpu {
 
-// dtype is kFloat32 or kFloat64.
-void layer_project_fold(DType dtype, const LayerProjectFold& args, int64_t begin, int64_t end);          // of L * C_out
-void layer_project_stats(DType dtype, const LayerProjectStats& args, int64_t begin, int64_t end);        // of N * L
-void layer_project_activate(DType dtype, const LayerProjectActivate& args, int64_t begin, int64_t end);  // of N * L
-// Taps [begin, end) of all rows: one thread sums the bias gradient of a tap.
-void layer_project_gradient(DType dtype, const LayerProjectGradient& args, int64_t chunk, int64_t begin, int64_t end);
-void layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& args, int64_t begin,
-                                  int64_t end);                                                          // of N * L
-void layer_project_unfold(DType dtype, const LayerProjectUnfold& args, int64_t begin, int64_t end);      // of L
+// dtype is kFloat32 or kFloat64. Ranges are of L * C_out, of rows of one tap, of chunks of one tap, or of taps.
+void layer_project_fold(DType dtype, const LayerProjectFold& args, int64_t begin, int64_t end);
+void layer_project_stats(DType dtype, const LayerProjectStats& args, int64_t tap, int64_t begin, int64_t end);
+void layer_project_activate(DType dtype, const LayerProjectActivate& args, int64_t tap, int64_t begin,
+                            int64_t end);
+void layer_project_gradient(DType dtype, const LayerProjectGradient& args, int64_t tap, int64_t begin,
+                            int64_t end);
+void layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& args, int64_t tap,
+                                  int64_t begin, int64_t end);
+void layer_project_unfold(DType dtype, const LayerProjectUnfold& args, int64_t begin, int64_t end);
 
 }  // namespace cpu
 }  // namespace mmk

@@ -28,14 +28,12 @@ def layer_project(
     activation: str = "relu",
 ) -> Tensor:
     accumulate = accumulate_dtype(x.dtype)
-    taps = []
-    for tap in range(x.shape[1]):
-        h = x[:, tap].to(accumulate)
-        if norm_weight is not None:
-            shift = None if norm_bias is None else norm_bias[tap].to(accumulate)
-            h = functional.layer_norm(h, h.shape[-1:], norm_weight[tap].to(accumulate), shift, eps)
-        z = functional.linear(h, weight[tap].to(accumulate), None if bias is None else bias[tap].to(accumulate))
-        taps.append(ACTIVATE[activation](z))
-    if not taps:
-        return x.new_empty((x.shape[0], 0, weight.shape[1]))
-    return torch.stack(taps, dim=1).to(x.dtype)
+    h = x.to(accumulate)
+    if norm_weight is not None:
+        h = functional.layer_norm(h, h.shape[-1:], eps=eps) * norm_weight.to(accumulate)
+        if norm_bias is not None:
+            h = h + norm_bias.to(accumulate)
+    z = torch.einsum("nlc,loc->nlo", h, weight.to(accumulate))
+    if bias is not None:
+        z = z + bias.to(accumulate)
+    return ACTIVATE[activation](z).to(x.dtype)
