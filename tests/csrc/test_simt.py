@@ -93,6 +93,32 @@ def test_tensor_core_gemm(rng: np.random.Generator, dtype: str, m: int, n: int, 
 
 
 @needs_headers
+@pytest.mark.parametrize("count", [4, 8, 16])
+def test_async_copies_land_and_fill_with_zeros(rng: np.random.Generator, count: int) -> None:
+    words = rng.integers(1, 2**32, (32, count // 4), dtype=np.uint32)
+    whole, filled = Guarded(words.shape, np.uint32), Guarded(words.shape, np.uint32)
+    open_library("async_copy").call(
+        "async_copies", Guarded.of(words).array, whole.array, filled.array, count, 20
+    )
+    np.testing.assert_array_equal(whole.array, words)
+    np.testing.assert_array_equal(filled.array, np.where(np.arange(32)[:, None] < 20, words, 0))
+
+
+@needs_headers
+def test_thread_and_block_orders() -> None:
+    def places(order: int) -> list[int]:
+        counter, place = np.zeros(1, np.uint32), np.empty(3 * 50, np.uint32)
+        open_library("collectives").call("arrival_order", counter, place, 3, 50, order=order)
+        return place.tolist()
+
+    by_index = list(range(150))
+    assert places(0) == by_index
+    assert places(1) == by_index[::-1]
+    assert places(2) == places(2) != places(3)
+    assert sorted(places(2)) == by_index != places(2)
+
+
+@needs_headers
 def test_shuffles_follow_the_ptx_definition(rng: np.random.Generator) -> None:
     """PTX ISA, shfl.sync: source lane and predicate from segment mask and clamp; own value where false."""
     values = rng.standard_normal(64)

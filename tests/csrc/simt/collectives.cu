@@ -71,8 +71,16 @@ __global__ void extremes(const int* values, int* integers, float* floats, unsign
   atomicAdd(&doubles[0], 0.25);
 }
 
+// The place of each thread in the order that the runtime chose.
+__global__ void arrival(unsigned* counter, unsigned* place) {
+  place[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(counter, 1u);
+}
+
 }  // namespace
 
+extern "C" int arrival_order(unsigned* counter, unsigned* place, int64_t blocks, int64_t threads) {
+  return mmk::launch(arrival, dim3(blocks), dim3(threads), 0, nullptr, counter, place);
+}
 extern "C" int shuffle_values(const double* values, double* out, int64_t kind, int64_t argument,
                               int64_t width) {
   return mmk::launch(shuffle, dim3(1), dim3(16, 4), 0, nullptr, values, out, static_cast<Shuffle>(kind),

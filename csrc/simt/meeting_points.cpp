@@ -1,0 +1,126 @@
+// Where threads meet: barriers of the block and collectives of a warp.
+#include <cstring>
+
+#include "simt/machine.h"
+
+namespace mmk::simt {
+namespace {
+
+// A thread that does more atomics than this without meeting others waits for something that never comes.
+constexpr int64_t kMaxAtomics = 4 << 20;
+constexpr int64_t kAtomicsPerYield = 64;
+
+bool same_place(const std::source_location& a, const std::source_location& b) {
+  return a.line() == b.line() && a.column() == b.column() && std::strcmp(a.file_name(), b.file_name()) == 0;
+}
+
+void release_barrier_if_complete() {
+  if (machine.at_barrier == 0 || machine.at_barrier != machine.live) return;
+  BarrierResult result{0, 0};
+  const Fiber* first = nullptr;
+  for (unsigned i = 0; i < machine.threads; ++i) {
+    const Fiber& fiber = machine.fibers[i];
+    if (fiber.state != State::kAtBarrier) continue;
+    if (first == nullptr) first = &fiber;
+    if (!same_place(fiber.where, first->where)) return report_deadlock();
+    ++result.threads;
+    result.count += fiber.predicate != 0;
+  }
+  for (unsigned i = 0; i < machine.threads; ++i) {
+    Fiber& fiber = machine.fibers[i];
+    if (fiber.state != State::kAtBarrier) continue;
+    fiber.state = State::kReady;
+    fiber.barrier_result = result;
+  }
+  machine.at_barrier = 0;
+}
+
+bool same_collective(const Fiber& a, const Fiber& b) {
+  return a.mask == b.mask && std::strcmp(a.collective.name, b.collective.name) == 0;
+}
+
+// Completes the collective that `thread` waits at, if all live lanes of its mask are there.
+void complete_collective_of(unsigned thread) {
+  const Fiber& fiber = machine.fibers[thread];
+  Warp& warp = machine.warps[thread / kWarpSize];
+  const unsigned first = thread / kWarpSize * kWarpSize;
+  const unsigned present = warp.live & fiber.mask;
+  if (fiber.collective.aligned && present != 0xffffffffu) {
+    fail("%s needs all 32 lanes of the warp, live are 0x%08x", fiber.collective.name, present);
+  }
+  if ((present & ~warp.waiting) != 0) return;
+  void* frames[kWarpSize] = {};
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if ((present >> lane & 1u) == 0) continue;
+    // Lanes at another collective may still come to this one; if they cannot, it is a deadlock.
+    if (!same_collective(fiber, machine.fibers[first + lane])) return;
+    frames[lane] = machine.fibers[first + lane].frame;
+  }
+  fiber.collective.complete(frames, present);
+  warp.waiting &= ~present;
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if (frames[lane] != nullptr) machine.fibers[first + lane].state = State::kReady;
+  }
+}
+
+}  // namespace
+
+BarrierResult block_barrier(int predicate, const std::source_location& where) {
+  Fiber& fiber = current_fiber();
+  fiber.state = State::kAtBarrier;
+  fiber.where = where;
+  fiber.predicate = predicate;
+  fiber.atomics = 0;
+  ++machine.at_barrier;
+  release_barrier_if_complete();
+  if (fiber.state == State::kAtBarrier || machine.faulted) suspend();
+  return fiber.barrier_result;
+}
+
+void warp_collective(const Collective& collective, unsigned mask, void* frame,
+                     const std::source_location& where) {
+  Fiber& fiber = current_fiber();
+  const unsigned lane = lane_index();
+  if ((mask >> lane & 1u) == 0)
+    fail("%s: mask 0x%08x leaves out the calling lane %u", collective.name, mask, lane);
+  fiber.state = State::kAtCollective;
+  fiber.collective = collective;
+  fiber.mask = mask;
+  fiber.frame = frame;
+  fiber.where = where;
+  fiber.atomics = 0;
+  current_warp().waiting |= 1u << lane;
+  complete_collective_of(machine.current);
+  if (fiber.state == State::kAtCollective) suspend();
+}
+
+void exit_thread() {
+  current_fiber().state = State::kExited;
+  --machine.live;
+  release_barrier_if_complete();
+  current_warp().live &= ~(1u << lane_index());
+  const unsigned first = machine.current - lane_index();
+  for (unsigned lane = 0; lane < kWarpSize; ++lane) {
+    if (current_warp().waiting >> lane & 1u) complete_collective_of(first + lane);
+  }
+}
+
+unsigned thread_index() {
+  return machine.current;
+}
+unsigned lane_index() {
+  return machine.current % kWarpSize;
+}
+
+unsigned live_lanes() {
+  return current_warp().live;
+}
+
+void count_atomic() {
+  Fiber& fiber = current_fiber();
+  if (++fiber.atomics > kMaxAtomics)
+    fail("does atomics without end: a wait for a block that runs later, or a lost value");
+  if (fiber.atomics % kAtomicsPerYield == 0) suspend();
+}
+
+}  // namespace mmk::simt
