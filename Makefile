@@ -2,40 +2,67 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
-SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := $(shell find csrc/cpu csrc/cuda csrc/include csrc/torch cmake -type f) csrc/module.cpp CMakeLists.txt
 
-.PHONY: setup test demo bench gpu lint format clean
-.DEFAULT_GOAL := help
+.PHONY: help setup test demo bench gpu lint format clean
 
 help:
-	@echo "make test    set everything up and run all tests"
 	@echo "make demo    set everything up and compare fusion methods on real speech"
-	@echo "make bench   measure the kernels on this machine (benches/results/*.json)"
+	@echo "make test    set everything up and run all tests"
+	@echo "make bench   measure the kernels on this machine, into benches/results"
 	@echo "make gpu     build, test, sanitize and measure on a machine with a CUDA GPU"
 	@echo "make lint    ruff, mypy, clang-format, and a build with warnings as errors"
+	@echo "make format  let ruff and clang-format rewrite the sources"
 
-$(VENV)/.dependencies: pyproject.toml constraints.txt
-	@test -x $(BIN)/python || $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
-	  { echo "mmkernels needs Python 3.10 or later as $(PYTHON); choose one with: make PYTHON=python3.11"; exit 1; }
+# torch comes first and alone: everything after it is built against, or resolved beside, the torch that is there.
+$(VENV)/.torch: constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+	  { echo "mmkernels needs Python 3.10 or later; choose one with: make PYTHON=python3.11 ..."; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-	  echo "Python's venv module is missing; install it with: apt-get install python3-venv python3-dev"; exit 1; }
-	@echo "Installing dependencies into $(VENV) (minutes the first time)"
-	$(PIP) torch numpy
-	$(PIP) "scikit-build-core>=0.11" "pybind11>=2.13" ninja "cmake>=3.24"
-	@# A CUDA build of torch brings the Triton it was made with; beside a CPU build any recent one will do.
-	$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) "triton==3.6.0"
-	@$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) tomli
-	$(BIN)/python tools/extras.py transfer dev > $(VENV)/requirements.txt
-	$(PIP) -r $(VENV)/requirements.txt
+	  echo "Python's venv module or headers are missing; install them with: apt-get install python3-venv python3-dev"; exit 1; }
+	@echo "Installing torch into $(VENV) (minutes the first time)"
+	@$(PIP) torch numpy
+	@$(PIP) "scikit-build-core>=0.11" "pybind11>=2.13" ninja "cmake>=3.24"
+	@# A CUDA build of torch brings the Triton that it was made with; beside a CPU build the tests need one all the same.
+	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==3.6.0
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
-	@echo "Building the kernels"
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation --no-deps -e .
+$(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
+	@echo "Building the kernels and installing the other dependencies"
+	@PATH="$(abspath $(BIN)):$$PATH" $(PIP) --no-build-isolation -e ".[transfer,dev]"
 	@touch $@
 
-setup: $(VENV)/.built
+setup: $(VENV)/.installed
 
+# Triton's interpreter has to be chosen before Triton is imported, hence a process of its own.
 test: setup
-	$(BIN)/python tools/test.py
+	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/test_interpreter.py
+
+demo: setup
+	$(BIN)/mmtransfer compare --demo
+
+bench: setup
+	$(BIN)/python -m benches
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/lint -G Ninja -DMMKERNELS_WERROR=ON \
+	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > build/lint.log
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/lint
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+# Uses the torch of $(PYTHON), which has to see the GPU; installs nothing but mmkernels itself, and that into a folder here.
+gpu:
+	PYTHON=$(PYTHON) bash tests/gpu/run.sh
+
+clean:
+	rm -rf build $(VENV)

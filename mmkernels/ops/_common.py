@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
 
 import torch
@@ -15,18 +16,18 @@ BACKENDS = ("auto", "native", "triton", "reference")
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
+
+def _triton_installed() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        return False
+
+
 # Constants of the process, so that a traced graph need not guard on anything but the device.
-TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
-
-
-def triton_interpreted() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, which takes CPU tensors."""
-    import os
-
-    return TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
-
-
-TRITON_INTERPRETED = triton_interpreted()
+TRITON_INSTALLED = _triton_installed()
+#: Triton kernels run in Triton's interpreter, which takes CPU tensors.
+TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:

@@ -1,0 +1,88 @@
+"""What this installation is, and which backend serves each op here: ``python -m mmkernels.info`` or :func:`mmkernels.info`."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pkgutil
+import platform
+import sys
+from types import ModuleType
+from typing import Any
+
+import torch
+
+import mmkernels
+from mmkernels import _library, ops
+from mmkernels.ops import _common
+
+
+def op_names() -> list[str]:
+    """Ops of this package: the folders of :mod:`mmkernels.ops`."""
+    return sorted(module.name for module in pkgutil.iter_modules(ops.__path__) if module.ispkg)
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _serving(device: str) -> dict[str, Any]:
+    reasons = {name: _common.why_not(name, device, torch.float32) for name in ("native", "triton", "reference")}
+    chosen = next(name for name, reason in reasons.items() if reason is None)
+    return {
+        "serves": "reference" if device == "cpu" and chosen == "triton" else chosen,
+        "cannot": {name: reason for name, reason in reasons.items() if reason is not None},
+    }
+
+
+def collect() -> dict[str, Any]:
+    """Versions, build facts, devices, and for each op and device the backend that ``"auto"`` takes and why not the others.
+
+    Unlike importing the package, asking for the name of a GPU starts CUDA where there is one.
+    """
+    module = _library.compiled_module()
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {
+        "mmkernels": mmkernels.__version__,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "cpu_kernels": module.cpu_capability() if module else "unknown (no mmkernels._C)",
+        "build": module.build_info() if module else None,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if "cuda" in devices else None,
+        "not_loaded": dict(_library.load_errors),
+        "ops": {op: {device: _serving(device) for device in devices} for op in op_names()},
+    }
+
+
+def render(facts: dict[str, Any]) -> str:
+    """The facts as text."""
+    lines = [f"{key:13}{facts[key]}" for key in ("mmkernels", "torch", "triton", "transformers", "python", "machine")]
+    lines += [f"{'cpu kernels':13}{facts['cpu_kernels']}, {facts['threads']} threads"]
+    lines += [f"{'gpu':13}{facts['gpu'] or 'none'}"]
+    if facts["build"]:
+        lines.append(f"{'built with':13}{facts['build']['compiler']}; CUDA kernels {facts['build']['cuda']}")
+    lines += [f"{'not loaded':13}{device}: {reason}" for device, reason in facts["not_loaded"].items()]
+    for op, by_device in facts["ops"].items():
+        for device, state in by_device.items():
+            lines.append(f"{op} on {device}: {state['serves']}")
+            lines += [f"    not {name}: {reason}" for name, reason in state["cannot"].items()]
+    return "\n".join(lines)
+
+
+class _CallableModule(ModuleType):
+    """Importing this module binds ``mmkernels.info`` to it; the call that the name stands for keeps working."""
+
+    def __call__(self) -> dict[str, Any]:
+        return collect()
+
+
+sys.modules[__name__].__class__ = _CallableModule
+
+if __name__ == "__main__":
+    print(render(collect()))

@@ -1,0 +1,40 @@
+"""The public names and signatures; a change here is a change that users see, and belongs in CHANGELOG.md."""
+
+from __future__ import annotations
+
+import inspect
+
+import mmkernels
+import mmkernels.nn
+
+SIGNATURES = {
+    "accelerate": "(model)",
+    "info": "()",
+    "layer_mix": "(layers, weights, *, norm=False, eps=1e-05, norm_weight=None, norm_bias=None, lengths=None, backend='auto')",
+    "layer_project": (
+        "(x, weight, bias=None, *, norm_weight=None, norm_bias=None, eps=1e-05, activation='relu', backend='auto')"
+    ),
+}
+MODULES = {"Featurizer", "LayerMix", "LayerProject"}
+
+
+def bare(function: object) -> str:
+    signature = inspect.signature(function)  # type: ignore[arg-type]
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return str(inspect.Signature(parameters))
+
+
+def test_functions() -> None:
+    assert set(mmkernels.__all__) == {*SIGNATURES, "__version__"}
+    assert {name: bare(getattr(mmkernels, name)) for name in SIGNATURES} == SIGNATURES
+
+
+def test_modules() -> None:
+    assert set(mmkernels.nn.__all__) == MODULES
+
+
+def test_public_docstrings_say_what_users_need() -> None:
+    for name in ("layer_mix", "layer_project"):
+        text = inspect.getdoc(getattr(mmkernels, name)) or ""
+        for part in ("Args:", "Returns:", "Raises:", "Gradients", "Source:"):
+            assert part in text, f"{name}: {part}"

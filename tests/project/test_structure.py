@@ -1,0 +1,116 @@
+"""The rules of the tree: one op, one name, one fixed set of files; imports point one way only."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from mmkernels.info import op_names
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FILES_OF_AN_OP = (
+    "csrc/include/mmkernels/{op}.h",
+    "csrc/cpu/{op}.cpp",
+    "csrc/cuda/{op}.cu",
+    "csrc/torch/{op}_cpu.cpp",
+    "csrc/torch/{op}_cuda.cpp",
+    "mmkernels/ops/{op}/__init__.py",
+    "mmkernels/ops/{op}/api.py",
+    "mmkernels/ops/{op}/schema.py",
+    "mmkernels/ops/{op}/reference.py",
+    "mmkernels/ops/{op}/triton.py",
+    "mmkernels/nn/{op}.py",
+    "tests/ops/test_{op}.py",
+    "benches/ops/bench_{op}.py",
+)
+
+
+@pytest.mark.parametrize("op", op_names())
+def test_an_op_has_its_files(op: str) -> None:
+    missing = [name for pattern in FILES_OF_AN_OP if not (ROOT / (name := pattern.format(op=op))).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    ("folder", "suffix"), [("csrc/cpu", ".cpp"), ("csrc/cuda", ".cu")], ids=["cpu", "cuda"]
+)
+def test_every_kernel_file_is_an_op(folder: str, suffix: str) -> None:
+    assert sorted(path.stem for path in (ROOT / folder).glob(f"*{suffix}")) == op_names()
+
+
+def imports(path: Path) -> set[str]:
+    """Modules that a file imports, also inside functions; relative ones are not used in this project."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return found
+
+
+def starts(modules: set[str], *names: str) -> set[str]:
+    return {module for module in modules if any(module == name or module.startswith(f"{name}.") for name in names)}
+
+
+# What a folder must not import: arrows of the design point from kernels to ops, to modules and patches, to methods.
+FORBIDDEN = {
+    "mmkernels/ops": ("mmkernels.nn", "mmkernels.patch", "mmkernels.testing", "mmtransfer", "transformers", "benches"),
+    "mmkernels/nn": ("mmkernels.patch", "mmkernels.testing", "mmtransfer", "transformers", "benches"),
+    "mmkernels/patch": ("mmtransfer", "benches", "mmkernels.testing"),
+    "mmkernels": ("mmtransfer", "benches"),
+    "python/mmtransfer": ("benches", "mmkernels.testing", "mmkernels.ops"),
+}
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_imports_point_one_way(folder: str) -> None:
+    wrong = {
+        str(path.relative_to(ROOT)): sorted(found)
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        if (found := starts(imports(path), *FORBIDDEN[folder]))
+    }
+    assert not wrong
+
+
+def test_backends_of_an_op_do_not_import_each_other() -> None:
+    for op in op_names():
+        for backend, other in (("reference", "triton"), ("triton", "reference")):
+            found = imports(ROOT / f"mmkernels/ops/{op}/{backend}.py")
+            assert not starts(found, f"mmkernels.ops.{op}.{other}")
+
+
+def test_triton_is_imported_by_launchers_only() -> None:
+    for path in (ROOT / "mmkernels").rglob("*.py"):
+        if path.name not in ("triton.py", "_triton.py"):
+            assert not starts(imports(path), "triton"), path
+
+
+def test_kernels_know_nothing_of_torch() -> None:
+    sources = [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc/cuda").rglob("*.cu*"), *(ROOT / "csrc/include").rglob("*.h")]
+    for path in sources:
+        if path.is_file():
+            assert "torch/" not in path.read_text(), path
+
+
+def test_inline_ptx_and_launches_have_one_home() -> None:
+    for path in (ROOT / "csrc/cuda").rglob("*.cu*"):
+        text = path.read_text()
+        assert path.name == "ptx.cuh" or "asm volatile" not in text, path
+        assert path.name == "launch.cuh" or "<<<" not in text, path
+
+
+def test_glue_includes_the_stable_interface_only() -> None:
+    """torch headers outside torch/csrc/stable and torch/headeronly tie a binary to one torch."""
+    allowed = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/", "torch/glue.h")
+    own = {f"torch/{path.name}" for path in (ROOT / "csrc/torch").iterdir()}
+    for path in (ROOT / "csrc/torch").iterdir():
+        for line in path.read_text().splitlines():
+            if line.startswith("#include") and ("torch/" in line or "ATen" in line or "c10/" in line):
+                header = line.split("<" if "<" in line else '"')[1].rstrip('>"')
+                assert header in own or header.startswith(allowed), f"{path.name}: {header}"
