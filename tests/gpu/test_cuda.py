@@ -1,0 +1,144 @@
+"""What only a GPU can show: streams, graphs, no hidden synchronisation, sizes beyond 32 bits. Run by `make gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import mmkernels
+from mmkernels.testing import backends
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; run `make gpu` on a machine with one"),
+]
+BACKENDS = backends("cuda", torch.float32)
+
+
+def mix_inputs(dtype: torch.dtype = torch.bfloat16) -> tuple[list[Tensor], Tensor, Tensor]:
+    layers = [torch.randn(3, 50, 256, device="cuda", dtype=dtype) for _ in range(5)]
+    weights = torch.randn(5, device="cuda", requires_grad=True)
+    return layers, weights, torch.tensor([50, 20, 0], device="cuda")
+
+
+def mix_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
+    layers, weights, lengths = mix_inputs()
+
+    def step() -> Tensor:
+        out = mmkernels.layer_mix(layers, weights, norm=True, lengths=lengths, backend=backend)
+        (grad,) = torch.autograd.grad(out.float().square().sum(), weights)
+        return grad
+
+    return step, weights
+
+
+def project_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
+    x = torch.randn(300, 4, 128, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(4, 64, 128, device="cuda", requires_grad=True)
+    gain = torch.ones(4, 128, device="cuda", requires_grad=True)
+
+    def step() -> Tensor:
+        out = mmkernels.layer_project(x, weight, norm_weight=gain, backend=backend)
+        (grad, _) = torch.autograd.grad(out.float().square().sum(), (weight, gain))
+        return grad
+
+    return step, weight
+
+
+STEPS = {"layer_mix": mix_step, "layer_project": project_step}
+each = pytest.mark.parametrize("op", list(STEPS))
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@each
+@each_backend
+def test_side_stream(op: str, backend: str) -> None:
+    """Work goes to the current stream: a long kernel before it on that stream must be waited for."""
+    step, parameter = STEPS[op](backend)
+    expected = step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    original = parameter.detach().clone()
+    with torch.cuda.stream(stream), torch.no_grad():
+        parameter.zero_()
+        torch.cuda._sleep(50_000_000)
+        parameter.copy_(original)
+    with torch.cuda.stream(stream):
+        got = step()
+    stream.synchronize()
+    assert torch.equal(got, expected)
+
+
+@each
+@each_backend
+def test_graph_capture(op: str, backend: str) -> None:
+    """Forward and backward are capturable, and a replay reads what is in memory then."""
+    step, parameter = STEPS[op](backend)
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        parameter.mul_(0.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(captured, step())
+
+
+@each
+@each_backend
+def test_no_synchronisation(op: str, backend: str) -> None:
+    step, _ = STEPS[op](backend)
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@each_backend
+def test_lengths_are_clamped_on_the_device(backend: str) -> None:
+    layers, weights, _ = mix_inputs(torch.float32)
+    wild = torch.tensor([-3, 999, 20], device="cuda")
+    tame = torch.tensor([0, 50, 20], device="cuda")
+    got = mmkernels.layer_mix(layers, weights, lengths=wild, backend=backend)
+    assert torch.equal(got, mmkernels.layer_mix(layers, weights, lengths=tame, backend=backend))
+
+
+def test_float64_is_refused() -> None:
+    layers = [torch.ones(2, 3, device="cuda", dtype=torch.float64)]
+    for backend in ("auto", "native", "triton"):
+        with pytest.raises(ValueError, match="float64"):
+            mmkernels.layer_mix(layers, torch.ones(1, device="cuda"), backend=backend)
+
+
+@each_backend
+def test_more_elements_than_32_bits_count(backend: str) -> None:
+    """A layer of 2^31 + some elements: its last rows must be right."""
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    frames, width = 2**21 + 8, 1024
+    layers = [torch.empty(1, frames, width, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(2)]
+    weights = torch.tensor([0.5, -2.0], device="cuda")
+    out = mmkernels.layer_mix(layers, weights, norm=True, backend=backend)
+    tail = [layer[:, -16:] for layer in layers]
+    torch.testing.assert_close(
+        out[:, -16:], mmkernels.layer_mix(tail, weights, norm=True, backend="reference"), rtol=2e-2, atol=2e-2
+    )
+
+
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="one backend only")
+@each
+def test_backends_agree(op: str) -> None:
+    torch.manual_seed(3)
+    first = STEPS[op](BACKENDS[0])[0]()
+    torch.manual_seed(3)
+    second = STEPS[op](BACKENDS[1])[0]()
+    torch.testing.assert_close(first, second, rtol=2e-2, atol=2e-2)
