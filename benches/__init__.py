@@ -1,0 +1,1 @@
+"""Benchmarks of mmkernels: ``python -m benches``. See README.md in this folder."""

@@ -1,0 +1,218 @@
+"""Clocks, memory and ceilings of the CPU and of CUDA devices."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from benches.problem import Runner
+
+# glibc, malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
+_MIB = 1 << 20
+
+
+class Device(Protocol):
+    name: str
+
+    def set_memory(self, memory: str) -> None:
+        """Choose what becomes of freed memory; see ``benches.cases.Memory``."""
+        ...
+
+    def sampler(self, runner: Runner) -> Callable[[], float]:
+        """Warm the runner up; each call of the result then gives the seconds of one call of the runner."""
+        ...
+
+    def peak_memory(self, runner: Runner) -> int:
+        """Most bytes that torch held at once during one call beyond what was there before; results count."""
+        ...
+
+
+class Cpu:
+    name = "cpu"
+    memory_note = (
+        "system: glibc's allocator, thresholds at their highest (blocks over 32 MiB come with fresh pages); "
+        "reused: freed memory stays in the process (no mmap, no trim), for all candidates alike"
+    )
+
+    def __init__(self) -> None:
+        try:
+            self._libc: ctypes.CDLL | None = ctypes.CDLL("libc.so.6")
+        except OSError:
+            self._libc = None  # not glibc: its allocator decides
+
+    def sampler(self, runner: Runner) -> Callable[[], float]:
+        if runner.timer is not None:
+            return runner.timer
+        _warm_up(runner)
+        return lambda: self._sample(runner)
+
+    def _sample(self, runner: Runner) -> float:
+        state = runner.prepare()
+        run, calls = runner.run, runner.calls
+        start = time.perf_counter()
+        if calls == 1:
+            results = run(state)
+        else:
+            for _ in range(calls):
+                results = run(state)
+        end = time.perf_counter()
+        del results
+        return (end - start) / calls
+
+    def peak_memory(self, runner: Runner) -> int:
+        state = runner.prepare()
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+            results = runner.run(state)
+        del results
+        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        held = peak = 0
+        for event in sorted(events, key=lambda e: e.start_ns()):
+            held += event.nbytes()
+            peak = max(peak, held)
+        return peak
+
+    def set_memory(self, memory: str) -> None:
+        if self._libc is None:
+            return
+        reused = memory == "reused"
+        # glibc moves its two thresholds up with what it sees freed. Their highest values are set at once, so that no case
+        # depends on those before it: up to 32 MiB are reused, larger blocks come and go with fresh pages.
+        self._libc.mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)
+        self._libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if reused else 64 * _MIB)
+        self._libc.mallopt(_M_MMAP_MAX, 0 if reused else 65536)
+        self._libc.malloc_trim(0)
+
+
+class Cuda:
+    """Times by CUDA events with a cold L2 cache; calls under 20 us by replaying a CUDA graph."""
+
+    name = "cuda"
+    graph_below = 20e-6
+    graph_calls = 20
+
+    def __init__(self) -> None:
+        properties = torch.cuda.get_device_properties(0)
+        # Writing this much evicts everything else.
+        size = max(4 * properties.L2_cache_size, 64 * _MIB)
+        self._flush_buffer = torch.empty(size // 4, dtype=torch.int32, device="cuda")
+
+    def sampler(self, runner: Runner) -> Callable[[], float]:
+        if runner.timer is not None:
+            return runner.timer
+        _warm_up(runner)
+        if runner.calls > 1:
+            return lambda: self._host_sample(runner)
+        by_graph = None
+        if min(self._event_sample(runner) for _ in range(5)) < self.graph_below:
+            by_graph = self._graph_sampler(runner)
+        return by_graph or (lambda: self._event_sample(runner))
+
+    def peak_memory(self, runner: Runner) -> int:
+        state = runner.prepare()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = runner.run(state)
+        torch.cuda.synchronize()
+        del results
+        return torch.cuda.max_memory_allocated() - before
+
+    def set_memory(self, memory: str) -> None:
+        """torch's caching allocator always reuses."""
+
+    def _event_sample(self, runner: Runner) -> float:
+        state = runner.prepare()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush_buffer.zero_()
+        start.record()
+        results = runner.run(state)
+        end.record()
+        end.synchronize()
+        del results
+        return start.elapsed_time(end) * 1e-3
+
+    def _host_sample(self, runner: Runner) -> float:
+        """Time until the calls are queued: what dispatching costs the host."""
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(runner.calls):
+            runner.run(None)
+        end = time.perf_counter()
+        torch.cuda.synchronize()
+        return (end - start) / runner.calls
+
+    def _graph_sampler(self, runner: Runner) -> Callable[[], float] | None:
+        """Seconds of a call without its launch: a graph of flushes and calls less a graph of flushes."""
+        if runner.prepare() is not None:
+            return None
+        try:
+            full, flushes = self._capture(runner), self._capture(None)
+        except RuntimeError:
+            return None  # cannot be captured; events then
+
+        def sample() -> float:
+            seconds = [self._replay(graph) for graph in (full, flushes)]
+            return (seconds[0] - seconds[1]) / self.graph_calls
+
+        return sample
+
+    def _capture(self, runner: Runner | None) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for _ in range(self.graph_calls):
+                self._flush_buffer.zero_()
+                if runner is not None:
+                    runner.run(None)
+        return graph
+
+    @staticmethod
+    def _replay(graph: torch.cuda.CUDAGraph) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e-3
+
+
+def _warm_up(runner: Runner) -> None:
+    for _ in range(2):
+        runner.run(runner.prepare())
+
+
+def open_device(name: str) -> Device:
+    return Cuda() if name == "cuda" else Cpu()
+
+
+def copy_runner(device: str) -> tuple[Runner, int]:
+    """A copy between two buffers that no cache holds, both already touched, and the bytes it moves."""
+    size = (128 if device == "cpu" else 1024) * _MIB
+    source = torch.ones(size // 4, device=device)
+    target = torch.zeros_like(source)
+
+    def run(_: None) -> list[Tensor]:
+        target.copy_(source)
+        return []
+
+    return Runner(run), 2 * size
+
+
+def matmul_runner(device: str, dtype: torch.dtype) -> tuple[Runner, int]:
+    """A large square product into an existing buffer, and its operations."""
+    size = 1024 if device == "cpu" else 8192
+    a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
+    out = torch.empty_like(a)
+
+    def run(_: None) -> list[Tensor]:
+        torch.mm(a, b, out=out)
+        return []
+
+    return Runner(run), 2 * size**3

@@ -1,0 +1,78 @@
+"""What a record's header says about the machine and the software."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import re
+from typing import Any
+
+import torch
+
+from benches.devices import Cpu
+from mmkernels import _library
+
+
+def facts(device: str) -> dict[str, Any]:
+    """Names and versions; nothing that identifies the host."""
+    compiled = _library.compiled_module()
+    load = os.getloadavg()[0]
+    found = {
+        "device": device,
+        "name": torch.cuda.get_device_name(0) if device == "cuda" else cpu_name(),
+        "cpu": cpu_name(),
+        "instructions": compiled.cpu_capability() if compiled else torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "mmkernels": importlib.metadata.version("mmkernels"),
+        "load_average": round(load, 2),
+        "busy": load > 0.25 * (os.cpu_count() or 1),
+        "compiler": compiled.build_info()["compiler"] if compiled else None,
+        "timing": "candidates interleaved in shuffled order; medians, 20 % and 80 % quantiles, ratios round by round",
+    }
+    if device == "cuda":
+        found["cuda"] = torch.version.cuda
+        found["driver"] = _driver()
+        found["memory"] = "torch's caching allocator; L2 flushed before each call"
+    else:
+        found["memory"] = Cpu.memory_note
+    return found
+
+
+def slug(device: str) -> str:
+    """A file name for this machine's results."""
+    name = (
+        torch.cuda.get_device_name(0)
+        if device == "cuda"
+        else f"{cpu_name()} {torch.get_num_threads()} threads"
+    )
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def cpu_name() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _driver() -> str | None:
+    try:
+        text = pathlib.Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return None
+    found = re.search(r"Kernel Module\D*?([\d.]+)", text)
+    return found.group(1) if found else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

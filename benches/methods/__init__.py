@@ -1,0 +1,1 @@
+"""One bench file for each method of the papers."""

@@ -1,0 +1,113 @@
+"""From a case to something that can be timed: inputs, the fp64 result, and one runner for each candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from benches.cases import Candidate
+
+
+def nothing() -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Runner:
+    """What is timed: ``run(prepare())``, of which ``prepare`` is not on the clock.
+
+    Attributes:
+        run: returns the tensors that are compared with the expected ones.
+        calls: calls per sample, for calls too short for the clock.
+        timer: gives the seconds of one sample, where the candidate measures itself (in another process, for instance).
+    """
+
+    run: Callable[[Any], Sequence[Tensor]]
+    prepare: Callable[[], Any] = nothing
+    calls: int = 1
+    timer: Callable[[], float] | None = None
+
+
+class Problem(Protocol):
+    def runner(self, candidate: Candidate) -> Runner: ...
+
+    def expected(self) -> list[Tensor]:
+        """The results in float64; empty where there is nothing to compare."""
+        ...
+
+
+@dataclass(frozen=True)
+class OpProblem:
+    """A function of tensors, forwards or backwards.
+
+    Attributes:
+        inputs: keyword arguments: tensors, lists of tensors, plain values. Gradients are taken for those tensors that
+            require them.
+        reference: the definition of the op, for any dtype.
+        direction: "forward" and "call" run without gradients.
+        dtype: of the incoming gradient, which is the same for every candidate.
+        calls: calls per sample.
+    """
+
+    inputs: dict[str, Any]
+    reference: Callable[..., Tensor]
+    direction: str
+    dtype: torch.dtype
+    calls: int = 1
+    _gradients: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False)
+
+    def runner(self, candidate: Candidate) -> Runner:
+        call = candidate.call
+        if candidate.role == "compile":
+            call = torch.compile(call, fullgraph=True, dynamic=False)
+        return self._runner(call, self.inputs)
+
+    def expected(self) -> list[Tensor]:
+        inputs = {name: _in_double(value) for name, value in self.inputs.items()}
+        runner = self._runner(self.reference, inputs)
+        return [tensor.detach() for tensor in runner.run(runner.prepare())]
+
+    def _runner(self, call: Callable[..., Tensor], inputs: dict[str, Any]) -> Runner:
+        leaves = [tensor for tensor in _tensors(inputs) if tensor.requires_grad]
+
+        @torch.no_grad()
+        def forward(_: None) -> list[Tensor]:
+            return [call(**inputs)]
+
+        def forward_backward(_: None) -> list[Tensor]:
+            out = call(**inputs)
+            return [out, *torch.autograd.grad(out, leaves, self._gradient(out))]
+
+        def backward(out: Tensor) -> list[Tensor]:
+            return list(torch.autograd.grad(out, leaves, self._gradient(out)))
+
+        if self.direction == "backward":
+            return Runner(backward, prepare=lambda: call(**inputs), calls=self.calls)
+        return Runner(forward_backward if self.direction == "forward_backward" else forward, calls=self.calls)
+
+    def _gradient(self, out: Tensor) -> Tensor:
+        if out.dtype not in self._gradients:
+            generator = torch.Generator().manual_seed(7)
+            gradient = torch.randn(out.shape, generator=generator).to(self.dtype)
+            self._gradients[out.dtype] = gradient.to(out.device, out.dtype)
+        return self._gradients[out.dtype]
+
+
+def _tensors(inputs: dict[str, Any]) -> Iterator[Tensor]:
+    for value in inputs.values():
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, Tensor):
+                yield item
+
+
+def _in_double(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_in_double(item) for item in value]
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double().requires_grad_(value.requires_grad)
+    return value
