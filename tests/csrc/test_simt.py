@@ -119,6 +119,17 @@ def test_thread_and_block_orders() -> None:
 
 
 @needs_headers
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("staying", [64, 40, 32, 6])
+def test_barriers_do_not_wait_for_threads_that_have_exited(staying: int, order: int) -> None:
+    values, out = np.arange(64.0), Guarded(64, np.float64)
+    open_library("collectives").call("reverse_with_early_exit", values, out.array, staying, order=order)
+    lanes = np.arange(staying)
+    np.testing.assert_array_equal(out.array[:staying], (staying - 1 - lanes) + (lanes ^ 1))
+    assert np.isnan(out.array[staying:]).all()
+
+
+@needs_headers
 def test_shuffles_follow_the_ptx_definition(rng: np.random.Generator) -> None:
     """PTX ISA, shfl.sync: source lane and predicate from segment mask and clamp; own value where false."""
     values = rng.standard_normal(64)
