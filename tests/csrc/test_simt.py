@@ -120,12 +120,16 @@ def test_thread_and_block_orders() -> None:
 
 @needs_headers
 @pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("whole_block", [False, True])
 @pytest.mark.parametrize("staying", [64, 40, 32, 6])
-def test_barriers_do_not_wait_for_threads_that_have_exited(staying: int, order: int) -> None:
+def test_barriers_do_not_wait_for_threads_that_have_exited(
+    staying: int, whole_block: bool, order: int
+) -> None:
     values, out = np.arange(64.0), Guarded(64, np.float64)
-    open_library("collectives").call("reverse_with_early_exit", values, out.array, staying, order=order)
-    lanes = np.arange(staying)
-    np.testing.assert_array_equal(out.array[:staying], (staying - 1 - lanes) + (lanes ^ 1))
+    open_library("collectives").call(
+        "swap_with_early_exit", values, out.array, staying, whole_block, order=order
+    )
+    np.testing.assert_array_equal(out.array[:staying], np.arange(staying) ^ 1)
     assert np.isnan(out.array[staying:]).all()
 
 

@@ -76,22 +76,26 @@ __global__ void arrival(unsigned* counter, unsigned* place) {
   place[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(counter, 1u);
 }
 
-// Threads may leave before the barriers of the others: `staying` threads turn their values round.
+// Threads may leave before the others meet: the `staying` first ones swap values with their neighbours.
+template <bool WholeBlock>
 __global__ void early_exit(const double* values, double* out, int staying) {
   MMK_SHARED(double, tile, 64);
   const int thread = static_cast<int>(threadIdx.x);
   if (thread >= staying) return;
   tile[thread] = values[thread];
-  __syncwarp();
-  const double neighbour = tile[thread ^ 1];
-  __syncthreads();
-  out[thread] = tile[staying - 1 - thread] + neighbour;
+  if constexpr (WholeBlock) {
+    __syncthreads();
+  } else {
+    __syncwarp();
+  }
+  out[thread] = tile[thread ^ 1];
 }
 
 }  // namespace
 
-extern "C" int reverse_with_early_exit(const double* values, double* out, int64_t staying) {
-  return mmk::launch(early_exit, dim3(1), dim3(64), 0, nullptr, values, out, static_cast<int>(staying));
+extern "C" int swap_with_early_exit(const double* values, double* out, int64_t staying, int64_t whole_block) {
+  const auto kernel = whole_block != 0 ? early_exit<true> : early_exit<false>;
+  return mmk::launch(kernel, dim3(1), dim3(64), 0, nullptr, values, out, static_cast<int>(staying));
 }
 extern "C" int arrival_order(unsigned* counter, unsigned* place, int64_t blocks, int64_t threads) {
   return mmk::launch(arrival, dim3(blocks), dim3(threads), 0, nullptr, counter, place);
