@@ -1,4 +1,5 @@
-// Rows of any width and alignment: a thread owns runs of Width neighbouring columns, one 16-byte access where Aligned holds.
+// Rows of any width and alignment: a thread owns runs of Width neighbouring columns, one 16-byte access where
+// Aligned holds.
 #pragma once
 
 #include "cuda/common/reduce.cuh"
@@ -6,8 +7,8 @@
 
 namespace mmk {
 
-// Columns [column, column + Width) of a row; zero beyond its end. Aligned promises that the row starts on a vector and holds
-// whole vectors only. Every order of additions is the same with and without it.
+// Columns [column, column + Width) of a row; zero beyond its end. Aligned promises that the row starts on a
+// vector and holds whole vectors only. Every order of additions is the same with and without it.
 template <bool Aligned, int Width, class T>
 MMK_DEVICE Vec<T, Width> load_columns(const T* row, int64_t column, int64_t columns) {
   Vec<T, Width> value = {};

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "mmkernels/dtype.h"
+#include "mmkernels/stream.h"
 
 namespace mmk {
 
@@ -34,6 +35,7 @@ struct LayerMixForward {
   LayerMixParams mix;
   void* out;    // [batch, frames, width]
   void* stats;  // [batch * frames, layers, 2] mean and 1 / standard deviation (zero for padding), or null
+  void* mixed_bias = nullptr;  // CUDA: scratch [width] for sum_l weights[l] * norm_bias[l]; null without norm_bias
 };
 
 struct LayerMixBackward {
@@ -79,4 +81,11 @@ void layer_mix_backward(const LayerMixBackward& args, int64_t begin, int64_t end
 void layer_mix_reduce(const LayerMixBackward& args);
 
 }  // namespace cpu
+
+namespace cuda {
+
+// Launchers run on the current device and return a cudaError_t. Types are float, half and bfloat16.
+int layer_mix_forward(const LayerMixForward& args, CudaStream stream);
+
+}  // namespace cuda
 }  // namespace mmk

@@ -1,4 +1,5 @@
-// The launchers of layer_mix with arguments that ctypes can pass: arrays of pointers and strides instead of structures.
+// The launchers of layer_mix with arguments that ctypes can pass: arrays of pointers and strides instead of
+// structures.
 #include <algorithm>
 #include <cstdint>
 
@@ -34,7 +35,8 @@ mmk::LayerMixParams make_params(const int64_t* sizes, const void* const* layers,
 // sizes: dtype, layers, batch, frames, width, norm
 extern "C" int layer_mix_forward(const int64_t* sizes, const void* const* layers, const int64_t* strides,
                                  const int64_t* lengths, const float* weights, const float* norm_weight,
-                                 const float* norm_bias, double eps, void* out, float* stats, float* mixed_bias) {
+                                 const float* norm_bias, double eps, void* out, float* stats,
+                                 float* mixed_bias) {
   const mmk::LayerMixParams p =
       make_params(sizes, layers, strides, lengths, weights, norm_weight, norm_bias, eps);
   return mmk::cuda::layer_mix_forward({p, out, stats, mixed_bias}, nullptr);

@@ -1,0 +1,452 @@
+#include "cuda/common/launch.cuh"
+#include "cuda/common/rows.cuh"
+#include "mmkernels/layer_mix.h"
+
+namespace mmk::cuda {
+namespace {
+
+struct Row {
+  int64_t batch;
+  int64_t frame;
+  bool valid;
+};
+
+// The comparison clamps lengths: negative ones leave no frame, too large ones all.
+MMK_DEVICE bool is_valid(const LayerMixParams& p, int64_t batch, int64_t frame) {
+  return p.lengths == nullptr || frame < p.lengths[batch];
+}
+
+MMK_DEVICE Row locate(const LayerMixParams& p, int64_t index) {
+  const int64_t batch = index / p.frames;
+  const int64_t frame = index - batch * p.frames;
+  return {batch, frame, is_valid(p, batch, frame)};
+}
+
+template <class T>
+MMK_DEVICE const T* layer_row(const LayerMixParams& p, int layer, const Row& row) {
+  return static_cast<const T*>(p.layer[layer]) + row.batch * p.batch_stride[layer] +
+         row.frame * p.frame_stride[layer];
+}
+
+MMK_DEVICE const float* parameter_row(const void* parameter, int64_t layer, int64_t width) {
+  return parameter == nullptr ? nullptr : static_cast<const float*>(parameter) + layer * width;
+}
+
+// ---- forward without norm: a thread to each vector of the output
+// ---------------------------------------------------
+
+constexpr int kPlainThreads = 256;
+
+// Adds `count` layers from `first` on; their loads are issued before the first one is used.
+template <class T, bool kAligned, int kCount>
+MMK_DEVICE void add_layers(Vec<float, kVectorWidth<T>>& sum, const LayerMixParams& p, int first,
+                           const Row& row, int64_t column) {
+  constexpr int kWidth = kVectorWidth<T>;
+  const float* weights = static_cast<const float*>(p.weights) + first;
+  Vec<T, kWidth> x[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const T* layer = layer_row<T>(p, first + i, row);
+    if constexpr (kAligned) {
+      x[i] = load_streaming<kWidth>(layer + column);
+    } else {
+      x[i] = load_columns<false, kWidth>(layer, column, p.width);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const Vec<float, kWidth> value = to_accumulator(x[i]);
+    const float weight = __ldg(weights + i);
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) sum[j] += weight * value[j];
+  }
+}
+
+// Three blocks to a multiprocessor let the compiler keep the eight loads together; with more it spreads them
+// out.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kPlainThreads, 3)
+    mix_plain(const __grid_constant__ LayerMixForward args, int64_t vectors_per_row) {
+  constexpr int kWidth = kVectorWidth<T>;
+  const LayerMixParams& p = args.mix;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
+  const int64_t row_index = index / vectors_per_row;
+  if (row_index >= p.batch * p.frames) return;
+  const int64_t column = (index - row_index * vectors_per_row) * kWidth;
+  const Row row = locate(p, row_index);
+  T* out = static_cast<T*>(args.out) + row_index * p.width;
+  if (!row.valid) {
+    store_columns<kAligned>(out, column, p.width, Vec<T, kWidth>{});
+    return;
+  }
+  Vec<float, kWidth> sum = {};
+  if constexpr (kAligned) {
+    int l = 0;
+    for (; l + 8 <= p.layers; l += 8) add_layers<T, true, 8>(sum, p, l, row, column);
+    if (p.layers & 4) add_layers<T, true, 4>(sum, p, l, row, column);
+    if (p.layers & 2) add_layers<T, true, 2>(sum, p, l + (p.layers & 4), row, column);
+    if (p.layers & 1) add_layers<T, true, 1>(sum, p, p.layers - 1, row, column);
+  } else {
+    for (int l = 0; l < p.layers; ++l) add_layers<T, false, 1>(sum, p, l, row, column);
+  }
+  store_columns<kAligned>(out, column, p.width, from_accumulator<T>(sum));
+}
+
+// ---- forward with norm: a warp or a block to each row, which stays in registers
+// ------------------------------------
+
+// sum_l weights[l] * norm_bias[l]: the same for every row, where the weighted sum starts from.
+__global__ void __launch_bounds__(kPlainThreads) mix_bias(const __grid_constant__ LayerMixForward args) {
+  const LayerMixParams& p = args.mix;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
+  if (column >= p.width) return;
+  const float* weights = static_cast<const float*>(p.weights);
+  const float* bias = static_cast<const float*>(p.norm_bias);
+  float sum = 0.0f;
+  for (int l = 0; l < p.layers; ++l) sum += weights[l] * bias[l * p.width + column];
+  static_cast<float*>(args.mixed_bias)[column] = sum;
+}
+
+constexpr int kRowBlockThreads = 128;
+
+// kVectors vectors in each of kRowThreads threads (32, or the whole block) hold a row.
+template <class T, int kRowThreads, int kVectors, bool kAligned>
+struct RowShape {
+  using Element = T;
+  static constexpr int kThreads = kRowThreads;
+  static constexpr int kRowsPerBlock = kRowBlockThreads / kRowThreads;
+  static constexpr int kCount = kVectors;
+  static constexpr int kWidth = kVectorWidth<T>;
+  static constexpr bool kIsAligned = kAligned;
+  using Part = Vec<float, kWidth>[kVectors];
+
+  MMK_DEVICE static int thread() { return static_cast<int>(threadIdx.x) % kThreads; }
+  MMK_DEVICE static int slot() { return static_cast<int>(threadIdx.x) / kThreads; }
+  MMK_DEVICE static int column(int vector) { return (vector * kThreads + thread()) * kWidth; }
+  MMK_DEVICE static bool inside(int vector, int i, int width) {
+    return column(vector) + (kAligned ? 0 : i) < width;
+  }
+};
+
+// Rows on their way to the registers: kStages - 1 are in flight while one is worked on. A thread reads back
+// only what it copied itself, so no barrier is needed.
+template <class Shape>
+class RowRing {
+ public:
+  using T = typename Shape::Element;
+  static constexpr int kInFlight = 8 / Shape::kCount < 2 ? 2 : 8 / Shape::kCount > 6 ? 6 : 8 / Shape::kCount;
+  static constexpr int kStages = kInFlight + 1;
+  static constexpr int kBytes = kStages * Shape::kCount * kRowBlockThreads * 16;
+
+  MMK_DEVICE explicit RowRing(T* buffer) : buffer_(buffer) {}
+
+  // Starts the copy of the next row; null is no row, but takes its turn.
+  MMK_DEVICE void push(const T* row, int width) {
+    if (row != nullptr) {
+#pragma unroll
+      for (int v = 0; v < Shape::kCount; ++v) {
+        const int column = Shape::column(v);
+        if constexpr (Shape::kIsAligned) {
+          const bool inside = column < width;
+          cp_async_zfill<16>(place(head_, v), inside ? row + column : row, inside);
+        } else {
+          store(place(head_, v), load_columns<false, Shape::kWidth>(row, column, width));
+        }
+      }
+    }
+    cp_async_commit_group();
+    head_ = head_ + 1 == kStages ? 0 : head_ + 1;
+  }
+
+  // The oldest row, when kInFlight rows have been pushed since the last one, or since the start.
+  MMK_DEVICE void pop(typename Shape::Part& part) {
+    cp_async_wait_group<kInFlight - 1>();
+#pragma unroll
+    for (int v = 0; v < Shape::kCount; ++v) part[v] = to_accumulator(load<Shape::kWidth>(place(tail_, v)));
+    tail_ = tail_ + 1 == kStages ? 0 : tail_ + 1;
+  }
+
+ private:
+  MMK_DEVICE T* place(int stage, int vector) const {
+    return buffer_ + ((stage * Shape::kCount + vector) * kRowBlockThreads + static_cast<int>(threadIdx.x)) *
+                         Shape::kWidth;
+  }
+
+  T* buffer_;
+  int head_ = 0;
+  int tail_ = 0;
+};
+
+template <class Shape, class Body>
+MMK_DEVICE void for_each_element(int width, Body&& body) {
+#pragma unroll
+  for (int v = 0; v < Shape::kCount; ++v) {
+#pragma unroll
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      if (Shape::inside(v, i, width)) body(v, i);
+    }
+  }
+}
+
+// Centres a row and gives its moments, by two passes over the registers.
+template <class Shape>
+MMK_DEVICE float2 centre(typename Shape::Part& x, int width, float eps) {
+  const float inverse = 1.0f / static_cast<float>(width);
+  float sum[1] = {0.0f};
+#pragma unroll
+  for (int v = 0; v < Shape::kCount; ++v) {
+#pragma unroll
+    for (int i = 0; i < Shape::kWidth; ++i) sum[0] += x[v][i];
+  }
+  row_sums<Shape::kThreads>(sum);
+  const float mean = sum[0] * inverse;
+  float square[1] = {0.0f};
+  for_each_element<Shape>(width, [&](int v, int i) {
+    x[v][i] -= mean;
+    square[0] += x[v][i] * x[v][i];
+  });
+  row_sums<Shape::kThreads>(square);
+  return {mean, rsqrtf(square[0] * inverse + eps)};
+}
+
+// sum += scale * gain * x, gain left out where null.
+template <class Shape>
+MMK_DEVICE void add_scaled(typename Shape::Part& sum, const typename Shape::Part& x, float scale,
+                           const float* gain, int width) {
+  if (gain == nullptr) {
+#pragma unroll
+    for (int v = 0; v < Shape::kCount; ++v) {
+#pragma unroll
+      for (int i = 0; i < Shape::kWidth; ++i) sum[v][i] += scale * x[v][i];
+    }
+    return;
+  }
+#pragma unroll
+  for (int v = 0; v < Shape::kCount; ++v) {
+    const auto factor = load_columns<Shape::kIsAligned, Shape::kWidth>(gain, Shape::column(v), width);
+#pragma unroll
+    for (int i = 0; i < Shape::kWidth; ++i) sum[v][i] += scale * factor[i] * x[v][i];
+  }
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(kRowBlockThreads, 3)
+    mix_norm(const __grid_constant__ LayerMixForward args) {
+  using T = typename Shape::Element;
+  const LayerMixParams& p = args.mix;
+  const int width = static_cast<int>(p.width);
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * Shape::kRowsPerBlock + Shape::slot();
+  if (index >= p.batch * p.frames) return;
+  const Row row = locate(p, index);
+  const int layers = row.valid ? p.layers : 0;
+  const float* weights = static_cast<const float*>(p.weights);
+  float2* stats = args.stats == nullptr ? nullptr : static_cast<float2*>(args.stats) + index * p.layers;
+
+  typename Shape::Part sum = {};
+  if (row.valid && args.mixed_bias != nullptr) {
+    const float* bias = static_cast<const float*>(args.mixed_bias);
+#pragma unroll
+    for (int v = 0; v < Shape::kCount; ++v) {
+      sum[v] = load_columns<Shape::kIsAligned, Shape::kWidth>(bias, Shape::column(v), width);
+    }
+  }
+  MMK_DYNAMIC_SMEM(T, buffer);
+  RowRing<Shape> ring(buffer);
+  const auto push = [&](int l) { ring.push(l < layers ? layer_row<T>(p, l, row) : nullptr, width); };
+  for (int l = 0; l < ring.kInFlight; ++l) push(l);
+  for (int l = 0; l < layers; ++l) {
+    typename Shape::Part x;
+    ring.pop(x);
+    push(l + ring.kInFlight);
+    const float2 moments = centre<Shape>(x, width, static_cast<float>(p.eps));
+    if (stats != nullptr && Shape::thread() == 0) stats[l] = moments;
+    add_scaled<Shape>(sum, x, __ldg(weights + l) * moments.y, parameter_row(p.norm_weight, l, p.width),
+                      width);
+  }
+  if (!row.valid && stats != nullptr) {
+    for (int l = Shape::thread(); l < p.layers; l += Shape::kThreads) stats[l] = {0.0f, 0.0f};
+  }
+  T* out = static_cast<T*>(args.out) + index * p.width;
+#pragma unroll
+  for (int v = 0; v < Shape::kCount; ++v) {
+    store_columns<Shape::kIsAligned>(out, Shape::column(v), width, from_accumulator<T>(sum[v]));
+  }
+}
+
+// ---- forward with norm, rows too wide for the registers: three passes, the later ones from the L2 cache
+// ------------
+
+constexpr int kWideThreads = 256;
+
+// Calls body(column, vector) for all vectors of a row, spread over the block.
+template <class T, bool kAligned, class Body>
+MMK_DEVICE void for_each_vector(const T* row, int64_t width, Body&& body) {
+  constexpr int kWidth = kVectorWidth<T>;
+  for (int64_t column = static_cast<int64_t>(threadIdx.x) * kWidth; column < width;
+       column += kWideThreads * kWidth) {
+    body(column, to_accumulator(load_columns<kAligned, kWidth>(row, column, width)));
+  }
+}
+
+template <class T, bool kAligned>
+MMK_DEVICE float2 wide_moments(const T* row, int64_t width, float eps) {
+  constexpr int kWidth = kVectorWidth<T>;
+  float sum = 0.0f;
+  for_each_vector<T, kAligned>(row, width, [&](int64_t, const Vec<float, kWidth>& x) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) sum += x[i];
+  });
+  const float mean = block_sum<kWideThreads>(sum) / static_cast<float>(width);
+  float square = 0.0f;
+  for_each_vector<T, kAligned>(row, width, [&](int64_t column, const Vec<float, kWidth>& x) {
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      if (column + i < width) square += (x[i] - mean) * (x[i] - mean);
+    }
+  });
+  return {mean, rsqrtf(block_sum<kWideThreads>(square) / static_cast<float>(width) + eps)};
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kWideThreads) mix_norm_wide(const __grid_constant__ LayerMixForward args) {
+  constexpr int kWidth = kVectorWidth<T>;
+  const LayerMixParams& p = args.mix;
+  const int64_t index = blockIdx.x;
+  const Row row = locate(p, index);
+  float2* saved = args.stats == nullptr ? nullptr : static_cast<float2*>(args.stats) + index * p.layers;
+  MMK_SHARED(float2, stats, kLayerMixMaxLayers);
+  for (int l = 0; l < p.layers; ++l) {
+    float2 moments = {0.0f, 0.0f};
+    if (row.valid) {
+      moments = wide_moments<T, kAligned>(layer_row<T>(p, l, row), p.width, static_cast<float>(p.eps));
+    }
+    if (threadIdx.x == 0) {
+      stats[l] = moments;
+      if (saved != nullptr) saved[l] = moments;
+    }
+  }
+  __syncthreads();
+  const float* weights = static_cast<const float*>(p.weights);
+  T* out = static_cast<T*>(args.out) + index * p.width;
+  for (int64_t column = static_cast<int64_t>(threadIdx.x) * kWidth; column < p.width;
+       column += kWideThreads * kWidth) {
+    Vec<float, kWidth> sum = {};
+    if (row.valid && args.mixed_bias != nullptr) {
+      sum = load_columns<kAligned, kWidth>(static_cast<const float*>(args.mixed_bias), column, p.width);
+    }
+    for (int l = 0; row.valid && l < p.layers; ++l) {
+      const auto x = to_accumulator(load_columns<kAligned, kWidth>(layer_row<T>(p, l, row), column, p.width));
+      const float scale = weights[l] * stats[l].y;
+      const float* gain = parameter_row(p.norm_weight, l, p.width);
+      Vec<float, kWidth> factor;
+      if (gain != nullptr) factor = load_columns<kAligned, kWidth>(gain, column, p.width);
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) {
+        sum[i] += (gain == nullptr ? scale : scale * factor[i]) * (x[i] - stats[l].x);
+      }
+    }
+    store_columns<kAligned>(out, column, p.width, from_accumulator<T>(sum));
+  }
+}
+
+// ---- launchers
+// -----------------------------------------------------------------------------------------------------
+
+// Calls body(T{}) with the element type that dtype names.
+template <class Body>
+cudaError_t dispatch(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kFloat16:
+      return body(__half{});
+    case DType::kBFloat16:
+      return body(__nv_bfloat16{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+template <class T>
+bool is_aligned(const LayerMixParams& p) {
+  constexpr int kWidth = kVectorWidth<T>;
+  const auto rows_fit = [](const void* data, int64_t batch_stride, int64_t frame_stride) {
+    return is_vector_aligned(static_cast<const T*>(data), batch_stride, kWidth) && frame_stride % kWidth == 0;
+  };
+  bool aligned = p.width % kWidth == 0 && is_vector_aligned(static_cast<const float*>(p.norm_weight), 0, 4) &&
+                 is_vector_aligned(static_cast<const float*>(p.norm_bias), 0, 4);
+  for (int l = 0; l < p.layers; ++l) {
+    aligned = aligned && rows_fit(p.layer[l], p.batch_stride[l], p.frame_stride[l]);
+  }
+  return aligned;
+}
+
+// Calls body(RowShape) with the narrowest shape that holds a row, or wide() where none does. Unaligned rows
+// have few shapes: they are rare, and each shape costs compile time.
+template <class T, bool kAligned, class Body, class Wide>
+cudaError_t dispatch_row_shape(int64_t width, Body&& body, Wide&& wide) {
+  constexpr int kPer8 = 8 / kVectorWidth<T>;
+  if constexpr (kAligned) {
+    if (width <= 256) return body(RowShape<T, 32, 1 * kPer8, true>{});
+    if (width <= 512) return body(RowShape<T, 32, 2 * kPer8, true>{});
+    if (width <= 768) return body(RowShape<T, 32, 3 * kPer8, true>{});
+    if (width <= 1024) return body(RowShape<T, 32, 4 * kPer8, true>{});
+    if (width <= 1280) return body(RowShape<T, 32, 5 * kPer8, true>{});
+  } else {
+    if (width <= 512) return body(RowShape<T, 32, 2 * kPer8, false>{});
+  }
+  if (width <= 4096) return body(RowShape<T, kRowBlockThreads, 4 * kPer8, kAligned>{});
+  return wide();
+}
+
+template <class T, bool kAligned>
+cudaError_t forward_plain(const LayerMixForward& args, CudaStream stream) {
+  const int64_t vectors_per_row = ceil_div<int64_t>(args.mix.width, kVectorWidth<T>);
+  const int64_t vectors = args.mix.batch * args.mix.frames * vectors_per_row;
+  dim3 grid;
+  if (!make_grid(ceil_div<int64_t>(vectors, kPlainThreads), &grid)) return cudaErrorInvalidConfiguration;
+  return launch(mix_plain<T, kAligned>, grid, dim3(kPlainThreads), 0, stream, args, vectors_per_row);
+}
+
+template <class T, bool kAligned>
+cudaError_t forward_norm(const LayerMixForward& args, CudaStream stream) {
+  const int64_t rows = args.mix.batch * args.mix.frames;
+  dim3 grid;
+  if (args.mixed_bias != nullptr) {
+    if (!make_grid(ceil_div<int64_t>(args.mix.width, kPlainThreads), &grid))
+      return cudaErrorInvalidConfiguration;
+    const cudaError_t error = launch(mix_bias, grid, dim3(kPlainThreads), 0, stream, args);
+    if (error != cudaSuccess) return error;
+  }
+  return dispatch_row_shape<T, kAligned>(
+      args.mix.width,
+      [&](auto shape) {
+        using Shape = decltype(shape);
+        if (!make_grid(ceil_div<int64_t>(rows, Shape::kRowsPerBlock), &grid))
+          return cudaErrorInvalidConfiguration;
+        return launch(mix_norm<Shape>, grid, dim3(kRowBlockThreads), RowRing<Shape>::kBytes, stream, args);
+      },
+      [&] {
+        if (!make_grid(rows, &grid)) return cudaErrorInvalidConfiguration;
+        return launch(mix_norm_wide<T, kAligned>, grid, dim3(kWideThreads), 0, stream, args);
+      });
+}
+
+template <class T, bool kAligned>
+cudaError_t forward(const LayerMixForward& args, CudaStream stream) {
+  return args.mix.norm ? forward_norm<T, kAligned>(args, stream) : forward_plain<T, kAligned>(args, stream);
+}
+
+}  // namespace
+
+int layer_mix_forward(const LayerMixForward& args, CudaStream stream) {
+  if (args.mix.batch * args.mix.frames * args.mix.width == 0) return cudaSuccess;
+  return dispatch(args.mix.dtype, [&](auto element) {
+    using T = decltype(element);
+    const bool aligned =
+        is_aligned<T>(args.mix) && is_vector_aligned(static_cast<const T*>(args.out), 0, kVectorWidth<T>);
+    return aligned ? forward<T, true>(args, stream) : forward<T, false>(args, stream);
+  });
+}
+
+}  // namespace mmk::cuda
