@@ -36,4 +36,5 @@ def layer_project(
     z = torch.einsum("nlc,loc->nlo", h, weight.to(accumulate))
     if bias is not None:
         z = z + bias.to(accumulate)
-    return ACTIVATE[activation](z).to(x.dtype)
+    # einsum lays its result out as it computed it; callers view pairs of taps as one.
+    return ACTIVATE[activation](z).to(x.dtype).contiguous()
