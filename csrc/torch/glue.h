@@ -33,8 +33,16 @@ inline ScalarType accumulate_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// Through the C shim: torch::stable::new_empty boxes its arguments first, which takes longer than allocating.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  int32_t type = to<int32_t>(from(dtype));
+  AtenTensorHandle handle = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(),
+                                                   static_cast<int64_t>(sizes.size()), &type, nullptr, nullptr,
+                                                   0, nullptr, &handle));
+  return Tensor(handle);
 }
 
 inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* name) {
@@ -58,7 +66,8 @@ inline Tensor checked(const Tensor& tensor, std::initializer_list<int64_t> sizes
   check_shape(tensor, sizes, name);
   check_same_device(tensor, like, name);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": unexpected dtype");
-  return torch::stable::contiguous(tensor);
+  // A copy or not, torch::stable::contiguous goes through the dispatcher, which costs as much as a small kernel.
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 
 inline OptionalTensor checked(const OptionalTensor& tensor, std::initializer_list<int64_t> sizes,

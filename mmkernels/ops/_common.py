@@ -51,21 +51,27 @@ def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
 
 def choose_backend(op: str, backend: str, tensor: Tensor) -> str:
     """The backend that serves ``tensor``: the one asked for by name or an error, or the first that can for ``"auto"``."""
-    device, dtype = tensor.device.type, tensor.dtype
     if backend == "auto":
-        if device == "cuda" and dtype == torch.float64:
-            raise ValueError(f"{op}: got a float64 tensor on CUDA; {why_not('native', device, dtype)}")
-        if why_not("native", device, dtype) is None:
-            return "native"
-        if device == "cuda" and why_not("triton", device, dtype) is None:
-            return "triton"
-        return "reference"
+        # The usual answer first: this runs on every call of every op.
+        if tensor.is_cpu:
+            return "reference" if "cpu" in _library.load_errors else "native"
+        return _choose_automatically(op, tensor)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = why_not(backend, device, dtype)
+    reason = why_not(backend, tensor.device.type, tensor.dtype)
     if reason is not None:
         raise ValueError(f"{op}: backend={backend!r} cannot be used: {reason}")
     return backend
+
+
+def _choose_automatically(op: str, tensor: Tensor) -> str:
+    device, dtype = tensor.device.type, tensor.dtype
+    if device == "cuda" and dtype == torch.float64:
+        raise ValueError(f"{op}: got a float64 tensor on CUDA; {why_not('native', device, dtype)}")
+    for name in ("native", "triton"):
+        if why_not(name, device, dtype) is None:
+            return name
+    return "reference"
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -93,10 +99,14 @@ def check_parameter(
     check_floating(op, name, tensor)
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, the other tensors are on {device}")
-    if all(tuple(tensor.shape) != shape for shape in shapes):
+    if tensor.shape not in shapes:
         allowed = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{op}: {name} must have shape {allowed}, got {tuple(tensor.shape)}")
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False

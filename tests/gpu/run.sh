@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
-"$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" || {
+"$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2> /dev/null || {
   echo "make gpu: $python sees no CUDA GPU through torch; choose another Python with: make gpu PYTHON=..."
   exit 1
 }

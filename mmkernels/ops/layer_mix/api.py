@@ -152,7 +152,8 @@ def _check_layers(layers: Sequence[Tensor]) -> Tensor:
     if len(shape) < 1:
         raise ValueError("layer_mix: layers must have at least one dimension, got scalars")
     for index, layer in enumerate(layers):
-        _common.check_tensor("layer_mix", f"layers[{index}]", layer)
+        if not isinstance(layer, Tensor):
+            _common.check_tensor("layer_mix", f"layers[{index}]", layer)
         if layer.shape != shape or layer.dtype != dtype or layer.device != device:
             raise ValueError(
                 f"layer_mix: layers must share one shape, dtype and device; layers[0] is {tuple(shape)} {dtype} on {device}, "
