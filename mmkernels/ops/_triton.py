@@ -8,6 +8,7 @@ of loops are constants of a compilation (sizes of a model, or powers of two), so
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -20,7 +21,9 @@ def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def expect(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def expect(
+    name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """The tensor, checked for memory safety (the public functions have better messages) and contiguous."""
     if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != device:
         raise ValueError(
@@ -39,6 +42,23 @@ def expect_optional(
 def dense_rows(tensor: Tensor) -> Tensor:
     """The tensor itself if elements of its last dimension are neighbours, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+@triton.jit(do_not_specialize=["values"])
+def write_table_kernel(values, table, COUNT: tl.constexpr):
+    for index in tl.static_range(COUNT):
+        tl.store(table + index, values[index].to(tl.int64))
+
+
+def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """Integers as an int64 tensor on the device: ``(len(rows), len(rows[0]))``, 256 entries at most.
+
+    They travel as arguments of a launch, so nothing is copied from host memory or waited for, and a CUDA graph can capture it.
+    """
+    table = torch.empty((len(rows), len(rows[0])), dtype=torch.int64, device=device)
+    values = tuple(value for row in rows for value in row)
+    write_table_kernel[(1,)](values, table, COUNT=len(values), num_warps=1)
+    return table
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """Triton kernels of :func:`mmkernels.layer_mix`, and the functions behind its ``_triton`` ops.
 
-Layers reach the kernels as a tuple of tensors, and their strides as tuples of integers, over which the kernels unroll: pointers
-travel as ordinary launch arguments, so nothing is stacked, copied to the device or waited for, and a CUDA graph can capture the
-launch. A table of pointers in device memory would need a host-to-device copy for each call.
+Layers are read in place through a table of addresses in device memory, which a small kernel writes from its launch arguments:
+nothing is stacked, copied from the host or waited for, and a CUDA graph can capture it. (Layers as a tuple of kernel arguments
+would need no table, but can only be unrolled over: 25 layers then take minutes to compile, and spill.)
 
 A program holds whole rows in registers and takes everything it needs from one read of each layer. Rows wider than
 ``WIDEST_HELD_ROW`` get their row sums from kernels of their own first, and then the same kernels work on pieces of rows.
@@ -10,6 +10,8 @@ A program holds whole rows in registers and takes everything it needs from one r
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +20,25 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops._common import accumulate_dtype
-from mmkernels.ops._triton import dense_rows, expect, expect_optional, locate_rows, on_device, row_stats
+from mmkernels.ops._triton import (
+    dense_rows,
+    device_table,
+    expect,
+    expect_optional,
+    locate_rows,
+    on_device,
+    row_block,
+    row_stats,
+)
 
 WIDEST_HELD_ROW = 8192
 #: Elements of a tile per warp: 32 for each thread and tensor, so that several tensors fit in registers without spills.
 WARP_ELEMENTS = 1024
 #: Columns of a tile that need not hold whole rows.
 PIECE = 256
+#: Sums as wide as a row are kept by each chunk of rows, so there are few chunks, with many warps each.
+MOST_AFFINE_CHUNKS = 512
+AFFINE_WARPS = 8
 
 
 @dataclass(frozen=True)
@@ -47,16 +61,28 @@ def tile_for(width: int, whole_rows: bool, least_warps: int = 1) -> Tile:
 
 
 @triton.jit
-def load_tile(layer, batch_stride, frame_stride, batch, frame, column, inside):
-    offset = (batch * batch_stride + frame * frame_stride)[:, None] + column[None, :]
-    return tl.load(layer + offset, mask=inside, other=0.0)
+def load_layer(
+    table,
+    layer,
+    batch,
+    frame,
+    column,
+    inside,
+    element: tl.constexpr,
+    LAYERS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+):
+    """Tile of a layer, whose address and strides are in the table's first three rows."""
+    base = tl.load(table + layer).to(tl.pointer_type(element))
+    batch_stride = tl.load(table + LAYERS + layer)
+    frame_stride = tl.load(table + 2 * LAYERS + layer)
+    source = base + (batch * batch_stride + frame * frame_stride)[:, None] + column[None, :]
+    return tl.load(tl.multiple_of(source, (1, ALIGNMENT)), mask=inside, other=0.0)
 
 
 @triton.jit
 def layer_mix_fwd_kernel(
-    layers,
-    batch_strides,
-    frame_strides,
+    table,
     weights,
     norm_weight,
     mixed_bias,
@@ -70,33 +96,28 @@ def layer_mix_fwd_kernel(
     LAYERS: tl.constexpr,
     NORM: tl.constexpr,
     STATS_GIVEN: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    accumulate: tl.constexpr = weights.dtype.element_ty
+    element: tl.constexpr = out.dtype.element_ty
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     row, batch, frame, valid = locate_rows(first_row, rows, frames, lengths, BLOCK_ROWS)
     present = (row < rows)[:, None] & (column < width)[None, :]
     inside = valid[:, None] & (column < width)[None, :]
-    accumulate: tl.constexpr = weights.dtype.element_ty
 
     total = tl.zeros((BLOCK_ROWS, BLOCK_D), accumulate)
     if mixed_bias is not None:
         total += tl.load(mixed_bias + column, mask=column < width, other=0.0)[None, :]
-    coming = load_tile(layers[0], batch_strides[0], frame_strides[0], batch, frame, column, inside)
-    for layer in tl.static_range(LAYERS):
+    coming = load_layer(table, 0, batch, frame, column, inside, element, LAYERS, ALIGNMENT)
+    for layer in range(LAYERS):
         x = coming.to(accumulate)
-        # Sums of a row would hold back the next layer's loads; asked for here, they are under way meanwhile.
-        if layer + 1 < LAYERS:
-            coming = load_tile(
-                layers[layer + 1],
-                batch_strides[layer + 1],
-                frame_strides[layer + 1],
-                batch,
-                frame,
-                column,
-                inside,
-            )
+        # Row sums wait for all of a row; the next layer is under way meanwhile. (After the last one nothing is read.)
+        following = (layer + 1) % LAYERS
+        more = inside & (following > 0)
+        coming = load_layer(table, following, batch, frame, column, more, element, LAYERS, ALIGNMENT)
         weight = tl.load(weights + layer)
         if NORM:
             pair = (row * LAYERS + layer) * 2
@@ -118,7 +139,171 @@ def layer_mix_fwd_kernel(
         else:
             total += weight * x
     total = tl.where(inside, total, 0.0)
-    tl.store(out + row[:, None] * width + column[None, :], total.to(out.dtype.element_ty), mask=present)
+    tl.store(out + row[:, None] * width + column[None, :], total.to(element), mask=present)
+
+
+@triton.jit
+def load_grad(grad, batch_stride, frame_stride, batch, frame, column, inside, accumulate: tl.constexpr):
+    offset = (batch * batch_stride + frame * frame_stride)[:, None] + column[None, :]
+    return tl.load(grad + offset, mask=inside, other=0.0).to(accumulate)
+
+
+@triton.jit
+def layer_mix_bwd_kernel(
+    table,
+    grad,
+    weights,
+    norm_weight,
+    norm_bias,
+    lengths,
+    stats,
+    row_dots,
+    d_layers,
+    partial_dot,
+    partial_scale,
+    partial_shift,
+    rows,
+    frames,
+    width,
+    grad_batch_stride,
+    grad_frame_stride,
+    LAYERS: tl.constexpr,
+    NORM: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
+    TILES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Gradients of the layers that the table's fourth row has a place for, and one chunk's part of the sums over rows.
+
+    A chunk is TILES tiles of rows. Layers are the outer loop, so that sums as wide as a row stay in registers; one tile of the
+    gradient is then read once, several tiles once for each layer, from cache.
+    """
+    accumulate: tl.constexpr = weights.dtype.element_ty
+    element: tl.constexpr = grad.dtype.element_ty
+    chunk = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    used = column < width
+
+    if partial_shift is not None:
+        shift_sum = tl.zeros((BLOCK_D,), accumulate)
+        for tile in range(TILES):
+            first_row = (chunk * TILES + tile) * BLOCK_ROWS
+            row, batch, frame, valid = locate_rows(first_row, rows, frames, lengths, BLOCK_ROWS)
+            inside = valid[:, None] & used[None, :]
+            g = load_grad(
+                grad, grad_batch_stride, grad_frame_stride, batch, frame, column, inside, accumulate
+            )
+            shift_sum += tl.sum(g, 0)
+        tl.store(partial_shift + chunk * width + column, shift_sum, mask=used)
+    if TILES == 1:
+        row, batch, frame, valid = locate_rows(chunk * BLOCK_ROWS, rows, frames, lengths, BLOCK_ROWS)
+        inside = valid[:, None] & used[None, :]
+        g = load_grad(grad, grad_batch_stride, grad_frame_stride, batch, frame, column, inside, accumulate)
+
+    for layer in range(LAYERS):
+        weight = tl.load(weights + layer)
+        slot = tl.load(table + 3 * LAYERS + layer)
+        dot_sum = tl.zeros((BLOCK_ROWS,), accumulate)
+        scale_sum = tl.zeros((BLOCK_D,), accumulate)
+        for tile in range(TILES):
+            if TILES > 1:
+                first_row = (chunk * TILES + tile) * BLOCK_ROWS
+                row, batch, frame, valid = locate_rows(first_row, rows, frames, lengths, BLOCK_ROWS)
+                inside = valid[:, None] & used[None, :]
+                g = load_grad(
+                    grad, grad_batch_stride, grad_frame_stride, batch, frame, column, inside, accumulate
+                )
+            if NORM:
+                x = load_layer(table, layer, batch, frame, column, inside, element, LAYERS, ALIGNMENT)
+                pair = (row * LAYERS + layer) * 2
+                mean = tl.load(stats + pair, mask=valid, other=0.0)
+                rstd = tl.load(stats + pair + 1, mask=valid, other=0.0)
+                centred = tl.where(inside, x.to(accumulate) - mean[:, None], 0.0)
+                if partial_scale is not None:
+                    scale_sum += tl.sum(g * centred * rstd[:, None], 0)
+                gained = g
+                if norm_weight is not None:
+                    gained *= tl.load(norm_weight + layer * width + column, mask=used, other=0.0)[None, :]
+                if row_dots is not None:
+                    along_x = tl.load(row_dots + pair, mask=valid, other=0.0)
+                    total = tl.load(row_dots + pair + 1, mask=valid, other=0.0)
+                else:
+                    along_x = tl.sum(gained * centred, 1)
+                    total = tl.sum(gained, 1)
+                if partial_dot is not None:
+                    dot_sum += along_x * rstd
+                    if norm_bias is not None:
+                        shift = tl.load(norm_bias + layer * width + column, mask=used, other=0.0)
+                        dot_sum += tl.sum(g * shift[None, :], 1)
+                slope = along_x * rstd * rstd / width
+                dx = (weight * rstd)[:, None] * (gained - (total / width)[:, None] - slope[:, None] * centred)
+            else:
+                if partial_dot is not None:
+                    x = load_layer(table, layer, batch, frame, column, inside, element, LAYERS, ALIGNMENT)
+                    dot_sum += tl.sum(g * x.to(accumulate), 1)
+                dx = weight * g
+            if d_layers is not None:
+                target = d_layers + (slot * rows + row)[:, None] * width + column[None, :]
+                wanted = (row < rows)[:, None] & used[None, :] & (slot >= 0)
+                tl.store(target, tl.where(inside, dx, 0.0).to(element), mask=wanted)
+        if partial_dot is not None:
+            piece = chunk * tl.num_programs(1) + tl.program_id(1)
+            tl.store(partial_dot + piece * LAYERS + layer, tl.sum(dot_sum, 0))
+        if partial_scale is not None:
+            tl.store(partial_scale + (chunk * LAYERS + layer) * width + column, scale_sum, mask=used)
+
+
+@triton.jit
+def row_dots_kernel(
+    x,
+    grad,
+    gain,
+    shift,
+    lengths,
+    stats,
+    row_dots,
+    contribution,
+    frames,
+    batch_stride,
+    frame_stride,
+    grad_batch_stride,
+    grad_frame_stride,
+    LAYERS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Row sums of one layer for rows too wide for registers: the two of the gradient, and what the row gives to d_weights."""
+    accumulate: tl.constexpr = stats.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64)
+    batch = row // frames
+    frame = row - batch * frames
+    valid = frame < frames
+    if lengths is not None:
+        valid = frame < tl.load(lengths + batch)
+    source = x + batch * batch_stride + frame * frame_stride
+    source_grad = grad + batch * grad_batch_stride + frame * grad_frame_stride
+    pair = row * LAYERS * 2
+    mean = tl.load(stats + pair)
+    rstd = tl.load(stats + pair + 1)
+    along_x = tl.zeros((BLOCK_D,), accumulate)
+    total = tl.zeros((BLOCK_D,), accumulate)
+    along_shift = tl.zeros((BLOCK_D,), accumulate)
+    for start in range(0, WIDTH, BLOCK_D):
+        column = start + tl.arange(0, BLOCK_D).to(tl.int64)
+        used = column < WIDTH
+        g = tl.load(source_grad + column, mask=valid & used, other=0.0).to(accumulate)
+        value = tl.load(source + column, mask=valid & used, other=0.0).to(accumulate)
+        if shift is not None:
+            along_shift += g * tl.load(shift + column, mask=used, other=0.0)
+        if gain is not None:
+            g *= tl.load(gain + column, mask=used, other=0.0)
+        along_x += g * (value - mean)
+        total += g
+    along_x_sum = tl.sum(along_x, 0)
+    tl.store(row_dots + pair, along_x_sum)
+    tl.store(row_dots + pair + 1, tl.sum(total, 0))
+    tl.store(contribution + row * LAYERS, along_x_sum * rstd + tl.sum(along_shift, 0))
 
 
 def layer_mix_fwd(
@@ -152,9 +337,7 @@ def layer_mix_fwd(
             for index, layer in enumerate(inputs.layers):
                 row_stats(layer, inputs.lengths, stats[:, index], eps)
         layer_mix_fwd_kernel[grid](
-            inputs.layers,
-            inputs.batch_strides,
-            inputs.frame_strides,
+            inputs.table(),
             inputs.weights,
             inputs.norm_weight,
             inputs.mixed_bias(),
@@ -168,11 +351,95 @@ def layer_mix_fwd(
             LAYERS=len(layers),
             NORM=norm,
             STATS_GIVEN=given,
+            ALIGNMENT=inputs.alignment(),
             BLOCK_ROWS=tile.rows,
             BLOCK_D=tile.columns,
             num_warps=tile.warps,
         )
     return out, returned
+
+
+def layer_mix_bwd(
+    grad: Tensor,
+    layers: list[Tensor],
+    weights: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    lengths: Tensor | None,
+    stats: Tensor,
+    norm: bool,
+    need_weights: bool,
+    need_affine: bool,
+    wanted: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``mmkernels::layer_mix_bwd_triton``."""
+    inputs = Inputs.checked(layers, weights, norm_weight, norm_bias, lengths)
+    first, count = inputs.layers[0], len(layers)
+    batch, frames, width = first.shape
+    rows = batch * frames
+    if grad.shape != first.shape or grad.dtype != first.dtype or grad.device != first.device:
+        raise ValueError("grad: expected the shape, dtype and device of the layers")
+    if any(not 0 <= index < count for index in wanted):
+        raise ValueError(f"wanted: expected layer indices below {count}, got {wanted}")
+    if need_affine and not norm:
+        raise ValueError("need_affine: expected False without norm")
+    new = inputs.weights.new_empty
+    if norm:
+        stats = expect("stats", stats, (rows, count, 2), inputs.weights.dtype, first.device)
+    d_layers = first.new_empty((len(wanted), *first.shape))
+    affine_shape = (count if need_affine else 0, width)
+    if first.numel() == 0:
+        return (
+            new((count if need_weights else 0,)).zero_(),
+            new(affine_shape).zero_(),
+            new(affine_shape).zero_(),
+            d_layers,
+        )
+
+    grad = dense_rows(grad)
+    sums_given = norm and width > WIDEST_HELD_ROW
+    tile = tile_for(width, whole_rows=norm, least_warps=AFFINE_WARPS if need_affine else 1)
+    tiles = 1
+    if need_affine:
+        tiles = triton.next_power_of_2(triton.cdiv(rows, tile.rows * MOST_AFFINE_CHUNKS))
+    grid = (triton.cdiv(rows, tile.rows * tiles), triton.cdiv(width, tile.columns))
+    partial_dot = new((rows if sums_given else grid[0] * grid[1], count))
+    partial_scale = new((grid[0], count, width)) if need_affine else None
+    partial_shift = new((grid[0], width)) if need_affine else None
+    with on_device(first):
+        row_dots = inputs.row_dots(grad, stats, partial_dot) if sums_given else None
+        layer_mix_bwd_kernel[grid](
+            inputs.table(wanted),
+            grad,
+            inputs.weights,
+            inputs.norm_weight,
+            inputs.norm_bias,
+            inputs.lengths,
+            stats if norm else None,
+            row_dots,
+            d_layers if wanted else None,
+            partial_dot if need_weights and not sums_given else None,
+            partial_scale,
+            partial_shift,
+            rows,
+            frames,
+            width,
+            grad.stride(0),
+            grad.stride(1),
+            LAYERS=count,
+            NORM=norm,
+            ALIGNMENT=inputs.alignment(),
+            TILES=tiles,
+            BLOCK_ROWS=tile.rows,
+            BLOCK_D=tile.columns,
+            num_warps=tile.warps,
+        )
+    d_weights = partial_dot.sum(0) if need_weights else new((0,))
+    d_scale, d_shift = new(affine_shape), new(affine_shape)
+    if partial_scale is not None and partial_shift is not None:
+        torch.mul(inputs.weights[:, None], partial_scale.sum(0), out=d_scale)
+        torch.mul(inputs.weights[:, None], partial_shift.sum(0), out=d_shift)
+    return d_weights, d_scale, d_shift, d_layers
 
 
 @dataclass(frozen=True)
@@ -210,14 +477,55 @@ class Inputs:
             expect_optional("lengths", lengths, (first.shape[0],), torch.int64, device),
         )
 
-    @property
-    def batch_strides(self) -> tuple[int, ...]:
-        return tuple(layer.stride(0) for layer in self.layers)
+    def table(self, wanted: Sequence[int] = ()) -> Tensor:
+        """Address, batch stride and frame stride of each layer, and its place in ``wanted`` or -1."""
+        slots = [-1] * len(self.layers)
+        for slot, index in enumerate(wanted):
+            slots[index] = slot
+        return device_table(
+            [
+                [layer.data_ptr() for layer in self.layers],
+                [layer.stride(0) for layer in self.layers],
+                [layer.stride(1) for layer in self.layers],
+                slots,
+            ],
+            self.weights.device,
+        )
 
-    @property
-    def frame_strides(self) -> tuple[int, ...]:
-        return tuple(layer.stride(1) for layer in self.layers)
+    def alignment(self) -> int:
+        """Bytes that the address of every row is a multiple of, 16 at most: it decides how wide loads can be."""
+        size = self.layers[0].element_size()
+        addresses = [layer.data_ptr() for layer in self.layers]
+        steps = [layer.stride(d) * size for layer in self.layers for d in (0, 1) if layer.shape[d] > 1]
+        return math.gcd(16, *addresses, *steps)
 
     def mixed_bias(self) -> Tensor | None:
         """What the shifts of all layers add to every valid frame."""
         return None if self.norm_bias is None else (self.weights[:, None] * self.norm_bias).sum(0)
+
+    def row_dots(self, grad: Tensor, stats: Tensor, contribution: Tensor) -> Tensor:
+        """The row sums of the backward pass for rows wider than ``WIDEST_HELD_ROW``."""
+        batch, frames, width = self.layers[0].shape
+        sums = torch.empty_like(stats)
+        block, warps = row_block(width)
+        for index, layer in enumerate(self.layers):
+            row_dots_kernel[(batch * frames,)](
+                layer,
+                grad,
+                None if self.norm_weight is None else self.norm_weight[index],
+                None if self.norm_bias is None else self.norm_bias[index],
+                self.lengths,
+                stats[:, index],
+                sums[:, index],
+                contribution[:, index],
+                frames,
+                layer.stride(0),
+                layer.stride(1),
+                grad.stride(0),
+                grad.stride(1),
+                LAYERS=len(self.layers),
+                WIDTH=width,
+                BLOCK_D=block,
+                num_warps=warps,
+            )
+        return sums
