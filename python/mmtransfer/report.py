@@ -1,0 +1,275 @@
+"""A comparison as a terminal table, a JSON file and one self-contained HTML page."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import html
+import importlib.resources
+import json
+import os
+import string
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+
+from mmtransfer import figures
+from mmtransfer.compare import Comparison, MethodResult
+from mmtransfer.data import DataError
+
+JSON_NAME, HTML_NAME, MODELS_NAME = "report.json", "report.html", "models"
+FORMAT = "mmtransfer-compare"
+VERSION = 1
+_NONE = "–"
+
+
+def check_output(folder: Path, *, force: bool = False) -> None:
+    """Make `folder` if need be, and make sure that a report can be written there without loss.
+
+    An earlier report of a comparison may be replaced. Raises DataError if the folder cannot be written, or
+    holds other files and `force` is not set.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        entries = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise DataError(
+            f"{folder} cannot be used for the report ({reason}); choose another with --output"
+        ) from error
+    if entries and not force and not _is_ours(folder):
+        raise DataError(
+            f"{folder} holds files that are not from an earlier report ({', '.join(entries[:3])}); "
+            "choose another folder with --output, or write beside them with --force"
+        )
+
+
+def write_report(folder: Path, comparison: Comparison) -> tuple[Path, Path]:
+    """Write the page and the JSON into `folder`, each in one step; returns their paths."""
+    record = to_record(comparison)
+    page, data = folder / HTML_NAME, folder / JSON_NAME
+    _replace(data, json.dumps(record, indent=2, allow_nan=False) + "\n")
+    _replace(page, to_html(comparison))
+    return page, data
+
+
+def to_record(comparison: Comparison) -> dict[str, Any]:
+    """The comparison as JSON-ready data: every run, and per method its mean and spread."""
+    methods = [
+        {
+            **dataclasses.asdict(method),
+            "accuracy": method.accuracy,
+            "spread": method.spread,
+            "seconds_per_epoch": method.seconds_per_epoch,
+        }
+        for method in comparison.methods
+    ]
+    return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(comparison), "methods": methods}
+
+
+def to_tables(comparison: Comparison) -> list[Table]:
+    """The results and the costs for a terminal of 80 columns."""
+    rows = [table_row(method) for method in comparison.methods]
+    costs = [(row[0], *row[4:]) for row in rows]
+    header = ("Method", "mmkernels", "eager", "ratio", "MiB", "MiB, eager")
+    return [
+        _terminal_table(headline(comparison), HEADER[:4], [row[:4] for row in rows]),
+        _terminal_table("One training step: median ms, and the MiB it adds", header, costs),
+    ]
+
+
+def _terminal_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+HEADER = (
+    "Method",
+    "Accuracy %",
+    "Trainable parameters",
+    "Seconds per epoch",
+    "Step ms, mmkernels",
+    "Step ms, eager",
+    "Eager / mmkernels",
+    "Peak MiB, mmkernels",
+    "Peak MiB, eager",
+)
+
+
+def table_row(method: MethodResult) -> tuple[str, ...]:
+    """One method's cells, in the order of `HEADER`."""
+    step = method.step
+    accuracy = f"{method.accuracy:.1%}".rstrip("%")
+    if method.spread is not None:
+        accuracy += f" ± {100 * method.spread:.1f}"
+    if not step.agrees:
+        # No speed for a result that differs.
+        times = ("results differ", _NONE, _NONE)
+    else:
+        times = (
+            _number(step.mmkernels.milliseconds, 1),
+            _number(step.eager.milliseconds if step.eager else None, 1),
+            _number(step.speedup, 2),
+        )
+    return (
+        method.title,
+        accuracy,
+        f"{method.trainable_parameters:,}",
+        _number(method.seconds_per_epoch, 2),
+        *times,
+        _number(step.mmkernels.memory_mib, 0),
+        _number(step.eager.memory_mib if step.eager else None, 0),
+    )
+
+
+def headline(comparison: Comparison) -> str:
+    """What was compared on what, in one line."""
+    task = comparison.task
+    kind = " [synthetic]" if task["synthetic"] else ""
+    return f"{task['data']}{kind}: {task['classes']} classes on {task['model']}"
+
+
+def caption(comparison: Comparison) -> str:
+    """What the numbers are."""
+    settings, task = comparison.settings, comparison.task
+    source = "cached features" if settings["cached_features"] else "the encoder in the loop"
+    seeds = len(settings["seeds"])
+    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    return (
+        f"Test accuracy, {spread}; chance {task['chance']:.1%}. Trained with {source}, "
+        f"{settings['epochs']} epochs. A step is forward, backward and update of fusion and classifier on "
+        f"{settings['batch_size']} clips whose features are there; peak memory is what it adds."
+    )
+
+
+def to_html(comparison: Comparison) -> str:
+    """The whole page: no script, no link to another file."""
+    template = importlib.resources.files("mmtransfer").joinpath("report.html").read_text(encoding="utf-8")
+    task = comparison.task
+    kind = "Synthetic data: " if task["synthetic"] else ""
+    return string.Template(template).substitute(
+        title=html.escape(f"{kind}{task['classes']} classes of {task['data']} on {task['model']}"),
+        banner=_banner(comparison),
+        note=html.escape(task["note"]),
+        table=_html_table([HEADER, *(table_row(method) for method in comparison.methods)]),
+        caption=html.escape(caption(comparison)),
+        figures="\n".join(_html_figure(*figure) for figure in figures.draw(comparison)),
+        reading="\n".join(f"<li>{html.escape(line)}</li>" for line in _reading(comparison)),
+        facts=_html_facts(_facts(comparison)),
+        date=datetime.date.today().isoformat(),
+    )
+
+
+def _banner(comparison: Comparison) -> str:
+    if not comparison.task["synthetic"]:
+        return ""
+    text = "Synthetic data and a random encoder: the accuracies say nothing about speech."
+    return f'<p class="banner">{text}</p>'
+
+
+def _reading(comparison: Comparison) -> list[str]:
+    """What a reader must know to judge the numbers."""
+    task, settings = comparison.task, comparison.settings
+    best = max(method.accuracy for method in comparison.methods)
+    error = (best * (1 - best) / task["test_clips"]) ** 0.5
+    lines = [
+        f"One test clip is {100 / task['test_clips']:.2f} points. Another draw of as many test clips would "
+        f"move an accuracy of {best:.0%} by about {100 * error:.1f} points (one binomial standard error); "
+        "differences below that, or below the seeds' spread, are no evidence.",
+        "All methods had the same epochs, batches and seeds, fixed beforehand; the test clips were used "
+        "once, at the end.",
+        "Eager is the same fusion with the same weights in plain PyTorch: stack, multiply and sum for the "
+        "weighted sums (as s3prl does), one LayerNorm, Linear and concatenation at a time for HFF. Both "
+        "sides were checked against each other (logits and gradients) and then timed in turn, on the same "
+        "packed batch. LFF runs no kernel of mmkernels: what it saves is the concatenation.",
+    ]
+    if settings["cached_features"]:
+        lines.insert(
+            1,
+            "The encoder is frozen and ran once over all clips; training read its cached features. Seconds "
+            "per epoch therefore hold no encoder time, and no augmentation of the audio was possible.",
+        )
+    return lines
+
+
+def _facts(comparison: Comparison) -> dict[str, str]:
+    task, settings, machine = comparison.task, comparison.settings, comparison.machine
+    rates = ", ".join(f"{method.title} {method.learning_rate:g}" for method in comparison.methods)
+    encoder = f"{task['model_type']}, {task['layers']} layers, width {task['hidden_size']}, frozen"
+    packages = ("mmkernels", "torch", "transformers", "accelerate", "python")
+    facts = {
+        "Data": f"{task['data']}{' (synthetic)' if task['synthetic'] else ''}; {task['classes']} classes",
+        "Training clips": f"{task['train_clips']} ({task['train_seconds']:.0f} s)",
+        "Test clips": f"{task['test_clips']} ({task['test_seconds']:.0f} s)",
+        "Cropped at": f"{task['max_seconds']:g} s",
+        "Encoder": f"{task['model']} ({encoder})",
+        "Taps": ", ".join(settings["taps"]),
+        "Width of LFF and HFF": str(settings["width"]),
+        "Head": "mean over frames, linear",
+        "Optimiser": f"AdamW, weight decay {settings['weight_decay']:g} on matrices; warm-up over a tenth of "
+        "the steps, then linear decay",
+        "Learning rate": f"{rates}; mixing weights {settings['mixing_learning_rate']:g}",
+        "Epochs, batch": f"{settings['epochs']}, {settings['batch_size']} clips",
+        "Precision": "bfloat16 autocast" if settings["bf16"] else "float32",
+        "Seeds": ", ".join(map(str, settings["seeds"])),
+        "Features": "cached" if settings["cached_features"] else "computed in every step",
+        "Device": f"{machine['device']}, {machine['threads']} CPU threads",
+        "Versions": ", ".join(f"{name} {machine[name]}" for name in packages),
+        "Whole comparison": f"{comparison.total_seconds:.0f} s",
+    }
+    if comparison.feature_seconds is not None:
+        facts["Whole comparison"] += f", of it {comparison.feature_seconds:.0f} s for the features"
+    return facts
+
+
+def _html_table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
+    lines = [f"<thead><tr>{cells}</tr></thead>", "<tbody>"]
+    for row in body:
+        first, *others = (html.escape(cell) for cell in row)
+        lines.append(
+            f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>"
+        )
+    return "\n".join([*lines, "</tbody>"])
+
+
+def _html_figure(svg: str, text: str) -> str:
+    return f"<figure>\n{svg}\n<figcaption>{html.escape(text)}</figcaption>\n</figure>"
+
+
+def _html_facts(facts: dict[str, str]) -> str:
+    return "\n".join(
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts.items()
+    )
+
+
+def _number(value: float | None, digits: int) -> str:
+    return _NONE if value is None else f"{value:,.{digits}f}"
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        return json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))["format"] == FORMAT
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
