@@ -266,6 +266,15 @@ class TestSynthetic:
             np.testing.assert_array_equal(a.source, b.source)
         assert not np.array_equal(first.train[0].source, other.train[0].source)
 
+    def test_test_voices_are_higher(self):
+        def centroid(clip: Clip) -> float:
+            power = np.abs(np.fft.rfft(clip.source)) ** 2
+            return float((power * np.fft.rfftfreq(len(clip.source), 1 / SAMPLE_RATE)).sum() / power.sum())
+
+        recordings = synthetic()
+        train, test = (np.mean([centroid(c) for c in part]) for part in (recordings.train, recordings.test))
+        assert test / train > 1.1
+
     def test_words_can_be_learned_across_voices(self):
         """Nearest class mean on coarse log-mel pictures beats chance far, and does not solve the task."""
         recordings = synthetic()
