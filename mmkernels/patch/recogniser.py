@@ -32,7 +32,7 @@ class Recogniser(ABC):
         """Raise ``Unsupported`` when this instance must not be replaced."""
 
     @abstractmethod
-    def methods(self, cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    def methods(self, cls: type[Any]) -> dict[str, Callable[..., Any]]:
         """The overriding methods for a claimed module's class; raise ``Unsupported`` where it is unknown."""
 
     def __eq__(self, other: object) -> bool:

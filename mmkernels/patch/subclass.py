@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import types
 from typing import Any
 
 from torch import nn
@@ -10,6 +10,7 @@ from torch import nn
 from mmkernels.patch.recogniser import Recogniser, Unsupported
 
 _ORIGINAL = "_mmkernels_original_class"
+_accelerated_classes: dict[tuple[Any, Recogniser], type[nn.Module]] = {}
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -17,18 +18,15 @@ def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     return getattr(cls, _ORIGINAL, None)
 
 
-@functools.cache
 def accelerated_class(base: type[nn.Module], recogniser: Recogniser) -> type[nn.Module]:
-    """``base`` with the recogniser's methods. Cached, so that modules of one class stay of one class."""
-    namespace: dict[str, Any] = {
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-        _ORIGINAL: base,
-        **recogniser.methods(base),
-    }
-    accelerated = type(base)(base.__name__, (base,), namespace)
+    """``base`` with the recogniser's methods. Made once, so that modules of one class stay of one class."""
+    key = base, recogniser
+    if key not in _accelerated_classes:
+        _accelerated_classes[key] = _derive(base, recogniser)
+    return _accelerated_classes[key]
 
+
+def _derive(base: type[nn.Module], recogniser: Recogniser) -> type[nn.Module]:
     def reduce_ex(self: nn.Module, protocol: int) -> Any:
         # The class cannot be pickled by name, since its name leads to the original: pickle how it is derived.
         reduced = super(accelerated, self).__reduce_ex__(max(int(protocol), 2))
@@ -36,7 +34,17 @@ def accelerated_class(base: type[nn.Module], recogniser: Recogniser) -> type[nn.
             return reduced
         return (_restore, (base, recogniser), *reduced[2:])
 
-    accelerated.__reduce_ex__ = reduce_ex  # type: ignore[method-assign, assignment]
+    namespace: dict[str, Any] = {
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "__reduce_ex__": reduce_ex,
+        _ORIGINAL: base,
+        **recogniser.methods(base),
+    }
+    accelerated: type[Any] = types.new_class(
+        base.__name__, (base,), exec_body=lambda scope: scope.update(namespace)
+    )
     return accelerated
 
 

@@ -45,5 +45,5 @@ class WeightedLayerSum(Recogniser):
             raise Unsupported("it has no layer_weights")
         check_instance(module, "forward", weights)
 
-    def methods(self, cls: type[nn.Module]) -> dict[str, Callable[..., Any]]:
+    def methods(self, cls: type[Any]) -> dict[str, Callable[..., Any]]:
         return {"forward": STACKED_SUM.apply(cls.forward)}

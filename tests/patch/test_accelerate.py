@@ -154,6 +154,17 @@ def test_replaces_the_fragment_and_nothing_else() -> None:
     assert "(model) (Mixer)" in str(report)
 
 
+def test_class_goes_by_the_same_names() -> None:
+    class Local(Mixer):
+        """Inherits the fragment."""
+
+    module = Local()
+    assert len(mmkernels.accelerate(module).replaced) == 1
+    assert type(module) is not Local
+    assert str(type(module)) == str(Local)
+    assert type(module).__doc__ == Local.__doc__
+
+
 def test_needs_a_module() -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got dict"):
         mmkernels.accelerate({})
