@@ -1,4 +1,4 @@
-"""``python -m benches``: measure everything on this machine, print the table, write ``benches/results/<machine>.json``."""
+"""``python -m benches``: measure all on this machine, print the table, write it to ``benches/results``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benches import machine, report
+from benches import machine, report, table
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -31,10 +31,9 @@ def main() -> int:
         content = json.loads(raw.read_text())
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(one_row_per_line(content))
-    report.print_record(report.load(output))
-    print(
-        f"\nwritten to {os.path.relpath(output)}; figure and page: python -m benches.report {os.path.relpath(output)}"
-    )
+    report.print_record(table.load(output))
+    written = os.path.relpath(output)
+    print(f"\nwritten to {written}; figure and page: python -m benches.report {written}")
     return status
 
 

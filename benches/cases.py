@@ -1,7 +1,7 @@
 """The registry: what is measured, on which shapes, against what.
 
-A bench file (``ops/bench_<op>.py``, ``methods/bench_<method>.py``, ``bench_overhead.py``) has one function
-``cases(device, tiny)`` that yields its :class:`Case` objects, and one test function. Nothing else knows about it.
+A bench file (``ops/bench_<op>.py``, ``methods/bench_<method>.py``, ``bench_overhead.py``) has a function
+``cases(device, tiny)`` that yields its :class:`Case` objects, and a test function. Nothing else knows of it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from benches.problem import Problem
 from mmkernels.ops._common import why_not
 
 Role = Literal["kernel", "papers", "hand_written", "compile", "library"]
-Direction = Literal["forward", "backward", "forward_backward", "step", "call", "import"]
+Direction = Literal["forward", "backward", "forward_backward", "training step", "call", "import"]
 #: What limits a case in the end; "latency": neither, the time itself is the result.
 Bound = Literal["memory", "compute", "latency"]
-#: "system": glibc's allocator as every user has it, which hands large blocks back to the kernel, so that the next
-#: allocation pays for fresh pages. "reused": freed memory stays in the process, for all candidates alike.
+#: "system": glibc's allocator as every user has it, which returns large blocks to the operating system, so
+#: that the next come with fresh pages. "reused": freed memory stays in the process, for all candidates alike.
 Memory = Literal["system", "reused"]
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Hidden states of a real speech encoder: their number (transformer layers and the embedding) and width."""
+    """Hidden states of a real speech encoder: their number (layers and the embedding) and their width."""
 
     name: str
     layers: int
@@ -42,11 +42,19 @@ WAV2VEC2_LARGE = Encoder("wav2vec2-large", 25, 1024)
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a case. ``call`` is what the bench file's problem makes of it, for ops a function."""
+    """One way to compute a case.
+
+    Attributes:
+        call: a function of the inputs; what other problems than ``OpProblem`` make of it is theirs.
+        lay_out: turns the inputs into the form that this candidate has them in, off the clock.
+        collect: turns its results into the form of the definition's, off the clock.
+    """
 
     name: str
     role: Role
     call: Callable[..., Any]
+    lay_out: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    collect: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,8 @@ class Case:
         minimum_bytes: what any implementation must read and write, every tensor once.
         flops: floating-point operations of the definition.
         output_bytes: size of the results.
-        problem: makes the inputs; called once all candidates are to be measured.
+        problem: makes the inputs; called when the case is measured.
+        max_rounds: for what takes long and varies little.
     """
 
     op: str
@@ -77,6 +86,7 @@ class Case:
     bound: Bound = "memory"
     memory: Memory = "system"
     headline: bool = False
+    max_rounds: int = 60
 
     @property
     def id(self) -> str:
@@ -86,7 +96,7 @@ class Case:
 
 
 def kernel_candidates(function: Callable[..., Any], device: str) -> tuple[Candidate, ...]:
-    """``function`` by each fused backend that serves ``device``; the first is the one that ``"auto"`` takes."""
+    """``function`` by each fused backend that serves ``device``; ``"auto"`` takes the first."""
 
     def bind(backend: str) -> Callable[..., Any]:
         return lambda *args, **options: function(*args, backend=backend, **options)

@@ -82,8 +82,8 @@ class Cpu:
         if self._libc is None:
             return
         reused = memory == "reused"
-        # glibc moves its two thresholds up with what it sees freed. Their highest values are set at once, so that no case
-        # depends on those before it: up to 32 MiB are reused, larger blocks come and go with fresh pages.
+        # glibc moves its two thresholds up with what it sees freed. Their highest values are set at once, so
+        # that no case depends on those before it: blocks up to 32 MiB are reused, larger ones are fresh.
         self._libc.mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)
         self._libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if reused else 64 * _MIB)
         self._libc.mallopt(_M_MMAP_MAX, 0 if reused else 65536)

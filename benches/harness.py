@@ -17,8 +17,8 @@ from benches.cases import Candidate, Case
 from benches.devices import Device, copy_runner, matmul_runner
 from benches.problem import Runner
 
-#: Largest error, relative to the largest entry of a result, of a candidate that counts as right. The ops' tests are
-#: stricter; this must also let pass what the eager baselines lose in half precision.
+#: Largest error, relative to the largest entry of a result, of a candidate that counts as right. The tests of
+#: the ops are stricter; this must also let pass what the eager baselines lose in half precision.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 
 _CEILING = "ceiling"
@@ -26,11 +26,10 @@ _CEILING = "ceiling"
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure a case: rounds until the budget is spent, but within bounds."""
+    """How long to measure a case: rounds until the time is spent, but at least so many."""
 
     seconds: float = 4.0
     min_rounds: int = 9
-    max_rounds: int = 60
 
 
 @dataclass
@@ -74,7 +73,7 @@ def measure(case: Case, device: Device, effort: Effort) -> dict[str, Measurement
     ceiling, work = _ceiling(case)
     if ceiling is not None:
         samplers[_CEILING] = device.sampler(ceiling)
-    samples = interleave(samplers, effort)
+    samples = interleave(samplers, effort, case.max_rounds)
     for name, result in results.items():
         result.samples = samples.get(name, [])
         if result.samples:
@@ -83,8 +82,10 @@ def measure(case: Case, device: Device, effort: Effort) -> dict[str, Measurement
     return results
 
 
-def interleave(samplers: Mapping[str, Callable[[], float]], effort: Effort) -> dict[str, list[float]]:
-    """One sample of each in every round, in an order shuffled anew, so that no candidate always follows the same one."""
+def interleave(
+    samplers: Mapping[str, Callable[[], float]], effort: Effort, max_rounds: int
+) -> dict[str, list[float]]:
+    """One sample of each in every round, in an order shuffled anew: nobody always follows the same one."""
     order = list(samplers)
     shuffle = random.Random(0).shuffle
     samples: dict[str, list[float]] = {name: [] for name in order}
@@ -92,7 +93,7 @@ def interleave(samplers: Mapping[str, Callable[[], float]], effort: Effort) -> d
     gc.disable()
     try:
         deadline = time.perf_counter() + effort.seconds
-        for finished in range(effort.max_rounds):
+        for finished in range(max_rounds):
             if finished >= effort.min_rounds and time.perf_counter() > deadline:
                 break
             shuffle(order)
@@ -112,7 +113,7 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest error of any result, relative to the largest entry expected of it; infinite for a result that is not finite."""
+    """Largest error of any result, relative to the largest entry expected of it; infinite if not a number."""
     worst = 0.0
     for result, target in zip(results, expected, strict=True):
         if result.shape != target.shape:
@@ -126,13 +127,14 @@ def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> flo
 def _check(result: Measurement, runner: Runner, expected: list[Tensor], dtype: torch.dtype) -> None:
     if not expected:
         return
-    result.error = relative_error(runner.run(runner.prepare()), expected)
+    results = runner.run(runner.prepare())
+    result.error = relative_error(runner.collect(results), expected)
     if result.error > TOLERANCE[dtype]:
         result.failure = f"wrong result: relative error {result.error:.1e}, allowed {TOLERANCE[dtype]:.0e}"
 
 
 def _ceiling(case: Case) -> tuple[Runner | None, int]:
-    """What the hardware could do at best, measured in the same rounds: a copy or a product, and its bytes or operations."""
+    """What the hardware does at best, measured in the same rounds: a copy or a product, and its size."""
     if case.bound == "memory":
         return copy_runner(case.device)
     if case.bound == "compute":

@@ -32,7 +32,7 @@ def facts(device: str) -> dict[str, Any]:
         "load_average": round(load, 2),
         "busy": load > 0.25 * (os.cpu_count() or 1),
         "compiler": compiled.build_info()["compiler"] if compiled else None,
-        "timing": "candidates interleaved in shuffled order; medians, 20 % and 80 % quantiles, ratios round by round",
+        "timing": "in turns, in shuffled order; medians, 20 % and 80 % quantiles; ratios round by round",
     }
     if device == "cuda":
         found["cuda"] = torch.version.cuda

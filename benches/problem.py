@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -22,13 +22,15 @@ class Runner:
     """What is timed: ``run(prepare())``, of which ``prepare`` is not on the clock.
 
     Attributes:
-        run: returns the tensors that are compared with the expected ones.
+        run: returns tensors, which are freed off the clock.
+        collect: makes of them what is compared with the expected results.
         calls: calls per sample, for calls too short for the clock.
-        timer: gives the seconds of one sample, where the candidate measures itself (in another process, for instance).
+        timer: gives the seconds of one sample, where the candidate measures itself, as another process does.
     """
 
-    run: Callable[[Any], Sequence[Tensor]]
+    run: Callable[[Any], list[Tensor]]
     prepare: Callable[[], Any] = nothing
+    collect: Callable[[list[Tensor]], Sequence[Tensor]] = list
     calls: int = 1
     timer: Callable[[], float] | None = None
 
@@ -46,8 +48,8 @@ class OpProblem:
     """A function of tensors, forwards or backwards.
 
     Attributes:
-        inputs: keyword arguments: tensors, lists of tensors, plain values. Gradients are taken for those tensors that
-            require them.
+        inputs: keyword arguments: tensors, lists of tensors, plain values. Gradients are taken for those
+            tensors that require them.
         reference: the definition of the op, for any dtype.
         direction: "forward" and "call" run without gradients.
         dtype: of the incoming gradient, which is the same for every candidate.
@@ -65,7 +67,9 @@ class OpProblem:
         call = candidate.call
         if candidate.role == "compile":
             call = torch.compile(call, fullgraph=True, dynamic=False)
-        return self._runner(call, self.inputs)
+        inputs = self.inputs if candidate.lay_out is None else candidate.lay_out(self.inputs)
+        runner = self._runner(call, inputs)
+        return runner if candidate.collect is None else replace(runner, collect=candidate.collect)
 
     def expected(self) -> list[Tensor]:
         inputs = {name: _in_double(value) for name, value in self.inputs.items()}

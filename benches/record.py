@@ -13,7 +13,7 @@ from benches.harness import Measurement
 
 
 class ReplayTimer:
-    """A timer that makes pytest-benchmark see given durations: it reads the clock before and after every round."""
+    """A timer that lets pytest-benchmark, which reads it before and after every round, see given times."""
 
     def __init__(self, samples: Sequence[float]) -> None:
         self._readings = self._read(samples)
@@ -42,7 +42,7 @@ class Row:
     failures: list[dict[str, Any]]
 
     def record(self) -> None:
-        """Measure the case, if no other row has, and record this candidate; a wrong result has no time and fails."""
+        """Record this candidate; the first row measures the case. A wrong result has no time and fails."""
         measurement = self.measurement()
         info = describe(self.case, self.candidate, measurement)
         if measurement.failure is not None:
@@ -56,7 +56,7 @@ class Row:
 
 
 def describe(case: Case, candidate: Candidate, measurement: Measurement) -> dict[str, Any]:
-    """The facts of a row; ``benches.report`` reads nothing else of it."""
+    """The facts of a row; ``benches.table`` reads nothing else of it."""
     info = asdict_without_calls(case)
     info |= {"candidate": candidate.name, "role": candidate.role, "error": measurement.error}
     info |= {"failure": measurement.failure, **measurement.facts}

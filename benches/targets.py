@@ -15,7 +15,7 @@ class Target:
 
     Attributes:
         rows: what a row must have to count; of several the worst counts.
-        figure: "share" of the ceiling; "speedup" over the best row with the role ``baseline`` of the same case;
+        figure: "share" of the ceiling; "speedup" over the row with the role ``baseline`` of the same case;
             "seconds"; "memory", extra memory as a multiple of the output.
         wanted: at least this, for "seconds" and "memory" at most.
         tolerance: relative, by which a measured value may miss and still counts as met.
@@ -105,7 +105,7 @@ TARGETS = (
     ),
     Target(
         "HFF-b training step / eager",
-        {"op": "hff", "direction": "step", "headline": True, "device": "cpu"},
+        {"op": "hff", "direction": "training step", "headline": True, "device": "cpu"},
         "speedup",
         1.3,
         "papers",

@@ -109,7 +109,7 @@ def in_place_loop(
 
 class _InPlaceSum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weights: Tensor, *layers: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, weights: Tensor, *layers: Tensor) -> Tensor:
         ctx.save_for_backward(weights, *layers)
         mixed = layers[0] * weights[0]
         for layer, weight in zip(layers[1:], weights[1:], strict=True):
@@ -117,7 +117,7 @@ class _InPlaceSum(torch.autograd.Function):
         return mixed
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, *layers = ctx.saved_tensors
         flat = grad.reshape(-1)
         d_weights = torch.stack([torch.dot(flat, layer.reshape(-1)) for layer in layers])

@@ -1,0 +1,94 @@
+"""What mmkernels costs beside its kernels: a call on tiny tensors, and the import."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from benches.cases import HUBERT_BASE, Candidate, Case, kernel_candidates
+from benches.ops.bench_layer_mix import in_place_loop, plain_loop, s3prl
+from benches.problem import OpProblem, Runner
+from benches.record import Row
+from mmkernels.ops.layer_mix import layer_mix
+from mmkernels.ops.layer_mix.reference import layer_mix as reference
+
+
+class ImportProblem:
+    """Seconds of an import in a fresh interpreter; ``candidate.call`` gives what comes before it, and it."""
+
+    def runner(self, candidate: Candidate) -> Runner:
+        before, module = candidate.call()
+        program = f"import time\n{before}\nstart = time.perf_counter()\nimport {module}\n"
+        command = [sys.executable, "-c", program + "print(time.perf_counter() - start)"]
+
+        def seconds() -> float:
+            return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+        return Runner(run=lambda _: [], timer=seconds)
+
+    def expected(self) -> list[Tensor]:
+        return []
+
+
+def cases(device: str, tiny: bool = False) -> Iterator[Case]:
+    layers, frames, width = HUBERT_BASE.layers, 4, 64
+    item, count = 4, frames * width
+    yield Case(
+        op="overhead",
+        shape="tiny layer_mix",
+        variant="",
+        direction="call",
+        dtype=torch.float32,
+        device=device,
+        sizes={"L": layers, "B": 1, "T": frames, "D": width},
+        minimum_bytes=item * count * (layers + 1),
+        flops=2 * layers * count,
+        output_bytes=item * count,
+        candidates=(
+            *kernel_candidates(layer_mix, device),
+            Candidate("eager (s3prl)", "papers", s3prl),
+            Candidate("eager in place", "hand_written", in_place_loop),
+            Candidate("torch.compile", "compile", plain_loop),
+        ),
+        problem=functools.partial(_tiny_problem, (layers, frames, width), device, 10 if tiny else 1000),
+        bound="latency",
+        headline=True,
+    )
+    yield Case(
+        op="overhead",
+        shape="fresh interpreter",
+        variant="",
+        direction="import",
+        dtype=torch.float32,
+        device=device,
+        sizes={},
+        minimum_bytes=0,
+        flops=0,
+        output_bytes=0,
+        candidates=(
+            Candidate("mmkernels beyond torch", "kernel", lambda: ("import torch", "mmkernels")),
+            Candidate("torch", "library", lambda: ("", "torch")),
+        ),
+        problem=ImportProblem,
+        bound="latency",
+        headline=True,
+        max_rounds=5,
+    )
+
+
+def _tiny_problem(sizes: tuple[int, int, int], device: str, calls: int) -> OpProblem:
+    layers, frames, width = sizes
+    inputs = {
+        "layers": [torch.randn(1, frames, width, device=device) for _ in range(layers)],
+        "weights": torch.randn(layers, device=device).softmax(0),
+    }
+    return OpProblem(inputs, reference, "call", torch.float32, calls)
+
+
+def bench_overhead(row: Row) -> None:
+    row.record()

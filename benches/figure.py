@@ -1,0 +1,140 @@
+"""The roofline figure of one record."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+from benches.table import Record, ceilings, ceilings_by_kind, duration, short_title
+from benches.targets import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart; the shapes differ too.
+STYLE = {
+    "mmkernels native": ("#0072B2", "o"),
+    "mmkernels triton": ("#56B4E9", "P"),
+    "compile": ("#D55E00", "D"),
+    "hand_written": ("#E69F00", "s"),
+    "papers": ("#7F7F7F", "^"),
+    "library": ("#009E73", "v"),
+}
+MARKER: dict[str, Any] = {"ms": 7, "mec": "white", "mew": 0.6}
+LABEL = {
+    "compile": "torch.compile",
+    "hand_written": "best hand-written eager",
+    "papers": "eager, as the papers have it",
+    "library": "library",
+}
+
+
+def draw(record: Record, path: pathlib.Path) -> None:
+    """Write the figure as PNG: the classical roofline, and each case's share of its ceiling."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in record.rows if row["failure"] is None and "share_of_ceiling" in row]
+    if not rows:
+        raise ValueError("the record has no row that was measured against a ceiling")
+    count = len({row["id"] for row in rows})
+    with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
+        figure, (left, right) = pyplot.subplots(
+            1, 2, figsize=(15, max(5.5, 1.8 + 0.34 * count)), width_ratios=(1, 1.25), layout="constrained"
+        )
+        _roofline(left, record, rows)
+        _shares(right, rows)
+        handles, labels = _unique_handles(left)
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+        name, threads = record.machine["name"], record.machine["threads"]
+        figure.suptitle(f"{name}, {threads} threads, {record.date}, commit {record.commit}", fontsize=11)
+        figure.savefig(path, dpi=150)
+        pyplot.close(figure)
+
+
+def _key(row: Row) -> str:
+    return row["candidate"] if row["candidate"] in STYLE else row["role"]
+
+
+def _roofline(axes: Axes, record: Record, rows: list[Row]) -> None:
+    intensities = [row["flops"] / row["minimum_bytes"] for row in rows]
+    low = 10.0 ** math.floor(math.log10(min(intensities)))
+    high = 10.0 ** math.ceil(math.log10(max(intensities)))
+    _draw_ceilings(axes, ceilings_by_kind(record), low, high)
+    # The kernels last, so that they lie on top.
+    for row in sorted(rows, key=lambda r: r["role"] == "kernel"):
+        colour, marker = STYLE[_key(row)]
+        rate = row["flops"] / row["seconds"]["median"] / 1e9
+        label = LABEL.get(_key(row), _key(row))
+        intensity = row["flops"] / row["minimum_bytes"]
+        axes.plot(intensity, rate, marker, color=colour, label=label, alpha=0.9, **MARKER)
+    axes.set(xscale="log", yscale="log", xlim=(low, high))
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(lambda *_: "")
+    axes.set(xlabel="arithmetic intensity (operations per minimum byte)", ylabel="GFLOP/s")
+    axes.set_title("Roofline, with ceilings measured in the same run", loc="left")
+    axes.text(0.02, 0.98, "\n".join(ceilings(record)), transform=axes.transAxes, va="top")
+    axes.grid(True, which="major", color="#E5E5E5", lw=0.6)
+    axes.set_axisbelow(True)
+
+
+def _draw_ceilings(axes: Axes, rates: dict[str, float], low: float, high: float) -> None:
+    copy = rates.get("copy")
+    peaks = [rate for kind, rate in rates.items() if kind != "copy"]
+    if copy is not None:
+        end = min(high, max(peaks) / copy) if peaks else high
+        axes.plot([low, end], [low * copy / 1e9, end * copy / 1e9], color="black", lw=1.2)
+    for peak in peaks:
+        start = low if copy is None else max(low, peak / copy)
+        axes.plot([start, high], [peak / 1e9] * 2, color="black", lw=1.2)
+
+
+def _shares(axes: Axes, rows: list[Row]) -> None:
+    """One line per case, its candidates side by side on the share of the ceiling."""
+    bounds = {"memory": "of copy bandwidth", "compute": "of matmul peak"}
+    names, position, ticks = [], 0.0, []
+    top = 1.0
+    for bound, unit in bounds.items():
+        cases: dict[str, list[Row]] = {}
+        for row in rows:
+            if row["bound"] == bound:
+                cases.setdefault(row["id"], []).append(row)
+        for group in cases.values():
+            kernel = next((r for r in group if r["role"] == "kernel"), group[0])
+            ticks.append(position)
+            names.append(f"{short_title(group[0])}  ({duration(kernel['seconds']['median'])})")
+            top = max(top, *(_line(axes, position, row) for row in group))
+            position += 1
+        if cases:
+            axes.axhline(position - 0.3, color="#BBBBBB", lw=0.6)
+            axes.text(1.0, position - 0.42, f"100 % {unit} ", ha="right", va="bottom", color="#555555")
+            position += 0.6
+    axes.axvline(1.0, color="black", lw=1.0)
+    axes.set(xlim=(0, math.ceil(top * 10 + 0.2) / 10), ylim=(position - 0.2, -0.8))
+    axes.set_yticks(ticks, names)
+    axes.tick_params(axis="y", length=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("share of the ceiling (whiskers: 20 % and 80 % quantiles)")
+    axes.set_title("Share of the ceiling by case (in brackets: the kernel's median time)", loc="left")
+    axes.grid(True, axis="x", color="#E5E5E5", lw=0.6)
+    axes.set_axisbelow(True)
+
+
+def _line(axes: Axes, position: float, row: Row) -> float:
+    colour, marker = STYLE[_key(row)]
+    share = row["share_of_ceiling"]
+    order = 4 if row["role"] == "kernel" else 3
+    axes.plot([share["p20"], share["p80"]], [position] * 2, color=colour, lw=1.6, alpha=0.5, zorder=2)
+    axes.plot(share["median"], position, marker, color=colour, zorder=order, **MARKER)
+    return share["p80"]
+
+
+def _unique_handles(axes: Axes) -> tuple[list, list[str]]:
+    handles, labels = axes.get_legend_handles_labels()
+    unique = dict(zip(labels, handles, strict=True))
+    order = [label for label in (LABEL.get(key, key) for key in STYLE) if label in unique]
+    return [unique[label] for label in order], order
