@@ -1,8 +1,9 @@
 """What the Triton kernels of several ops share: argument checks, device guard, row statistics.
 
-Ground rules of all Triton kernels here: program ids are cast to int64 before they are multiplied, so offsets never wrap; launch
-configurations come from fixed tables, because autotuning would make results depend on timing; every dimension is masked; bounds
-of loops are constants of a compilation (sizes of a model, or powers of two), so that loops can be pipelined and unrolled.
+Ground rules of all Triton kernels here: program ids are cast to int64 before they are multiplied, so offsets never
+wrap; launch configurations come from fixed tables, because autotuning would make results depend on timing; every
+dimension is masked; bounds of loops are constants of a compilation (sizes of a model, or powers of two), so that
+loops can be pipelined and unrolled.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Triton launches on the current CUDA device; this makes it the tensor's. CPU tensors (interpreter) need none."""
+    """Makes the tensor's device the current one, which Triton launches on. The interpreter needs none."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -53,7 +54,8 @@ def write_table_kernel(values, table, COUNT: tl.constexpr):
 def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Integers as an int64 tensor on the device: ``(len(rows), len(rows[0]))``, 256 entries at most.
 
-    They travel as arguments of a launch, so nothing is copied from host memory or waited for, and a CUDA graph can capture it.
+    They travel as arguments of a launch, so nothing is copied from host memory or waited for, and a CUDA graph can
+    capture it.
     """
     table = torch.empty((len(rows), len(rows[0])), dtype=torch.int64, device=device)
     values = tuple(value for row in rows for value in row)
@@ -63,7 +65,7 @@ def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 
 @triton.jit
 def locate_rows(first, rows, inner, lengths, BLOCK_ROWS: tl.constexpr):
-    """Rows first, first + 1, ... of ``(outer, inner)``; valid are those below ``rows`` and before ``lengths[outer]``.
+    """Rows first, first + 1, ... of ``(outer, inner)``; valid: below ``rows`` and before ``lengths[outer]``.
 
     Lengths below 0 or above ``inner`` act as if clamped, without the host looking at them.
     """
@@ -89,7 +91,7 @@ def row_stats_kernel(
     EPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Mean and 1 / standard deviation of one row of ``x (outer, inner, width)``, in two passes; zeros for padding."""
+    """Mean and 1 / standard deviation of a row of ``x (outer, inner, width)``, in two passes; zeros if padding."""
     row = tl.program_id(0).to(tl.int64)
     outer_index = row // inner
     inner_index = row - outer_index * inner
@@ -117,7 +119,7 @@ def row_stats_kernel(
 
 
 def row_stats(x: Tensor, lengths: Tensor | None, stats: Tensor, eps: float) -> None:
-    """Statistics of the rows of ``x (outer, inner, width)`` into ``stats``: a pair for each row, ``stats.stride(0)`` apart."""
+    """Writes a pair for each row of ``x (outer, inner, width)`` to ``stats``, pairs ``stats.stride(0)`` apart."""
     outer, inner, width = x.shape
     block, warps = row_block(width)
     row_stats_kernel[(outer * inner,)](
@@ -136,6 +138,6 @@ def row_stats(x: Tensor, lengths: Tensor | None, stats: Tensor, eps: float) -> N
 
 
 def row_block(width: int) -> tuple[int, int]:
-    """Columns of a row that one program of a row kernel takes at a time, and its warps: 32 elements a thread at most."""
-    block = min(triton.next_power_of_2(width), 4096)
+    """Columns that a program of a row kernel takes at a time, and its warps: 32 elements for each thread at most."""
+    block = min(triton.next_power_of_2(max(width, 1)), 4096)
     return block, max(1, block // 1024)

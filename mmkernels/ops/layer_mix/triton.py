@@ -1,11 +1,12 @@
 """Triton kernels of :func:`mmkernels.layer_mix`, and the functions behind its ``_triton`` ops.
 
-Layers are read in place through a table of addresses in device memory, which a small kernel writes from its launch arguments:
-nothing is stacked, copied from the host or waited for, and a CUDA graph can capture it. (Layers as a tuple of kernel arguments
-would need no table, but can only be unrolled over: 25 layers then take minutes to compile, and spill.)
+Layers are read in place through a table of addresses in device memory, which a small kernel writes from its
+launch arguments: nothing is stacked, copied from the host or waited for, and a CUDA graph can capture it. (Layers
+as a tuple of kernel arguments would need no table, but can only be unrolled over: 13 layers then take ten seconds
+to compile, 64 take minutes, and registers spill.)
 
 A program holds whole rows in registers and takes everything it needs from one read of each layer. Rows wider than
-``WIDEST_HELD_ROW`` get their row sums from kernels of their own first, and then the same kernels work on pieces of rows.
+``WIDEST_HELD_ROW`` get their row sums from kernels of their own; the same kernels then work on pieces of rows.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from mmkernels.ops._triton import (
 )
 
 WIDEST_HELD_ROW = 8192
-#: Elements of a tile per warp: 32 for each thread and tensor, so that several tensors fit in registers without spills.
+#: Elements of a tile per warp: 32 for each thread and tensor, so that several tensors fit in registers.
 WARP_ELEMENTS = 1024
 #: Columns of a tile that need not hold whole rows.
 PIECE = 256
@@ -114,7 +115,7 @@ def layer_mix_fwd_kernel(
     coming = load_layer(table, 0, batch, frame, column, inside, element, LAYERS, ALIGNMENT)
     for layer in range(LAYERS):
         x = coming.to(accumulate)
-        # Row sums wait for all of a row; the next layer is under way meanwhile. (After the last one nothing is read.)
+        # Row sums wait for all of a row; the next layer is under way meanwhile. After the last, nothing is read.
         following = (layer + 1) % LAYERS
         more = inside & (following > 0)
         coming = load_layer(table, following, batch, frame, column, more, element, LAYERS, ALIGNMENT)
@@ -174,10 +175,10 @@ def layer_mix_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of the layers that the table's fourth row has a place for, and one chunk's part of the sums over rows.
+    """Gradients of the layers that the table's fourth row has a place for, and one chunk's part of sums over rows.
 
-    A chunk is TILES tiles of rows. Layers are the outer loop, so that sums as wide as a row stay in registers; one tile of the
-    gradient is then read once, several tiles once for each layer, from cache.
+    A chunk is TILES tiles of rows. Layers are the outer loop, so that sums as wide as a row stay in registers; one
+    tile of the gradient is then read once, several tiles once for each layer, from cache.
     """
     accumulate: tl.constexpr = weights.dtype.element_ty
     element: tl.constexpr = grad.dtype.element_ty
@@ -273,7 +274,7 @@ def row_dots_kernel(
     WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Row sums of one layer for rows too wide for registers: the two of the gradient, and what the row gives to d_weights."""
+    """Sums over the rows of one layer, too wide for registers: two for its gradient, one for its weight's."""
     accumulate: tl.constexpr = stats.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     batch = row // frames
@@ -493,7 +494,7 @@ class Inputs:
         )
 
     def alignment(self) -> int:
-        """Bytes that the address of every row is a multiple of, 16 at most: it decides how wide loads can be."""
+        """Bytes that the addresses of all rows are multiples of, 16 at most: they decide how wide loads are."""
         size = self.layers[0].element_size()
         addresses = [layer.data_ptr() for layer in self.layers]
         steps = [layer.stride(d) * size for layer in self.layers for d in (0, 1) if layer.shape[d] > 1]

@@ -1,0 +1,612 @@
+"""Triton kernels of :func:`mmkernels.layer_project`, and the functions behind its ``_triton`` ops.
+
+The LayerNorm is folded into the product as ``csrc/include/mmkernels/layer_project.h`` derives it: with ``Vc`` the
+centred ``W * gamma``, ``z = rstd * x Vc^T + b'``. Here ``Vc`` is rounded to the type of ``x``, after which its rows
+no longer sum to zero exactly; the kernel takes off ``rstd * mean(x)`` times what they do sum to, so that rounding is
+relative to the normalised input, however far the mean of ``x`` is from zero.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmkernels.ops._common import ACTIVATIONS, TRITON_INTERPRETED, accumulate_dtype
+from mmkernels.ops._triton import dense_rows, expect, expect_optional, on_device, row_block, row_stats
+from mmkernels.ops.layer_project.schema import OUTPUT_SUFFICES
+
+RELU = tl.constexpr(ACTIVATIONS.index("relu"))
+GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
+GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
+SILU = tl.constexpr(ACTIVATIONS.index("silu"))
+INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """Tile of a product, BLOCK_M x BLOCK_N in steps of BLOCK_K; GROUP tiles of rows share their columns in L2."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+
+#: By element type alone: the numbers of a row must not depend on how many rows there are. Products of float32
+#: outside the tensor cores run on registers, so their tiles are small.
+PRODUCT_CONFIGS = {
+    torch.float16: ProductConfig(128, 128, 64, warps=8, stages=3),
+    torch.bfloat16: ProductConfig(128, 128, 64, warps=8, stages=3),
+    torch.float32: ProductConfig(64, 64, 32, warps=4, stages=3),
+    torch.float64: ProductConfig(64, 64, 32, warps=4, stages=3),
+}
+GRADIENT_ROWS = 64
+GRADIENT_COLUMNS = 64
+UNFOLD_ROWS = 16
+UNFOLD_COLUMNS = 64
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == RELU:
+        # Written so that NaN passes through.
+        return tl.where(z < 0.0, 0.0, z)
+    elif ACTIVATION == GELU:
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == GELU_TANH:
+        # (1 + tanh(u)) / 2 = sigmoid(2 u), without the cancellation.
+        return z * sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+    elif ACTIVATION == SILU:
+        return z * sigmoid(z)
+    else:
+        return z
+
+
+@triton.jit
+def activation_slope(z, ACTIVATION: tl.constexpr):
+    """Derivative at z; for relu the output serves as well as z."""
+    if ACTIVATION == RELU:
+        return tl.where(z <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == GELU:
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif ACTIVATION == GELU_TANH:
+        cubic = 0.044715 * z * z
+        s = sigmoid(1.5957691216057308 * z * (1.0 + cubic))
+        return s * (1.0 + z * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cubic))
+    elif ACTIVATION == SILU:
+        s = sigmoid(z)
+        return s * (1.0 + z * (1.0 - s))
+    else:
+        return tl.full(z.shape, 1.0, z.dtype)
+
+
+@triton.jit
+def layer_project_fold_kernel(
+    weight,
+    bias,
+    norm_weight,
+    norm_bias,
+    folded_weight,
+    folded_bias,
+    weight_sum,
+    outputs,
+    WIDTH: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One row of ``Vc``, its entry of ``b'``, and the sum of the row as rounded."""
+    row = tl.program_id(0).to(tl.int64)
+    tap = row // outputs
+    column = tl.arange(0, BLOCK_C).to(tl.int64)
+    accumulate: tl.constexpr = weight.dtype.element_ty
+    gained = tl.zeros((BLOCK_C,), accumulate)
+    shifted = tl.zeros((BLOCK_C,), accumulate)
+    for start in range(0, WIDTH, BLOCK_C):
+        used = start + column < WIDTH
+        w = tl.load(weight + row * WIDTH + start + column, mask=used, other=0.0)
+        if norm_weight is not None:
+            gained += w * tl.load(norm_weight + tap * WIDTH + start + column, mask=used, other=0.0)
+        if norm_bias is not None:
+            shifted += w * tl.load(norm_bias + tap * WIDTH + start + column, mask=used, other=0.0)
+    total = tl.sum(shifted, 0)
+    if bias is not None:
+        total += tl.load(bias + row)
+    tl.store(folded_bias + row, total)
+
+    mean = tl.sum(gained, 0) / WIDTH
+    rounded_sum = tl.zeros((BLOCK_C,), accumulate)
+    for start in range(0, WIDTH, BLOCK_C):
+        used = start + column < WIDTH
+        w = tl.load(weight + row * WIDTH + start + column, mask=used, other=0.0)
+        if norm_weight is not None:
+            w = w * tl.load(norm_weight + tap * WIDTH + start + column, mask=used, other=0.0) - mean
+        rounded = tl.where(used, w, 0.0).to(folded_weight.dtype.element_ty)
+        rounded_sum += rounded.to(accumulate)
+        tl.store(folded_weight + row * WIDTH + start + column, rounded, mask=used)
+    tl.store(weight_sum + row, tl.sum(rounded_sum, 0))
+
+
+@triton.jit
+def add_product(a, b, total, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        # Triton 3.6's interpreter multiplies the bit patterns of bfloat16; widening is exact.
+        a, b = a.to(total.dtype), b.to(total.dtype)
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@triton.jit
+def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP tiles of rows go over the columns together, so that both stay in L2."""
+    group = program // (GROUP * column_tiles)
+    first = group * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    within = program - group * (GROUP * column_tiles)
+    return first + within % size, within // size
+
+
+@triton.jit
+def layer_project_fwd_kernel(
+    x,
+    folded_weight,
+    folded_bias,
+    weight_sum,
+    stats,
+    y,
+    preactivation,
+    rows,
+    taps,
+    outputs,
+    row_stride,
+    tap_stride,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    accumulate: tl.constexpr = folded_bias.dtype.element_ty
+    tap = tl.program_id(1).to(tl.int64)
+    row_tile, column_tile = tile_of(
+        tl.program_id(0).to(tl.int64), tl.cdiv(rows, BLOCK_M), tl.cdiv(outputs, BLOCK_N), GROUP
+    )
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    source = x + tap * tap_stride + row[:, None] * row_stride + k[None, :]
+    factor = folded_weight + (tap * outputs + column[None, :]) * WIDTH + k[:, None]
+
+    total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
+    for start in range(0, WIDTH, BLOCK_K):
+        left = WIDTH - start
+        a = tl.load(source + start, mask=(row < rows)[:, None] & (k < left)[None, :], other=0.0)
+        b = tl.load(factor + start, mask=(column < outputs)[None, :] & (k < left)[:, None], other=0.0)
+        total = add_product(a, b, total, PRECISION)
+
+    line = row * taps + tap
+    inside = (row < rows)[:, None] & (column < outputs)[None, :]
+    entry = tap * outputs + column
+    if stats is not None:
+        mean = tl.load(stats + line * 2, mask=row < rows, other=0.0)
+        rstd = tl.load(stats + line * 2 + 1, mask=row < rows, other=0.0)
+        remainder = tl.load(weight_sum + entry, mask=column < outputs, other=0.0)
+        total = (total - mean[:, None] * remainder[None, :]) * rstd[:, None]
+    z = total + tl.load(folded_bias + entry, mask=column < outputs, other=0.0)[None, :]
+    target = line[:, None] * outputs + column[None, :]
+    if preactivation is not None:
+        tl.store(preactivation + target, z.to(preactivation.dtype.element_ty), mask=inside)
+    tl.store(y + target, activate(z, ACTIVATION).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def layer_project_gradient_kernel(
+    grad,
+    value,
+    stats,
+    folded_bias,
+    scaled_grad,
+    pull,
+    partial_bias,
+    rows,
+    taps,
+    inputs,
+    OUTPUTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+):
+    """``g = dL/dz * rstd``, ``pull`` of the rows of one tile, and the tile's part of the bias gradient."""
+    accumulate: tl.constexpr = partial_bias.dtype.element_ty
+    chunk = tl.program_id(0).to(tl.int64)
+    tap = tl.program_id(1).to(tl.int64)
+    row = chunk * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    line = row * taps + tap
+    if stats is not None:
+        rstd = tl.load(stats + line * 2 + 1, mask=row < rows, other=0.0)
+    pull_sum = tl.zeros((BLOCK_ROWS,), accumulate)
+    for start in range(0, OUTPUTS, BLOCK_O):
+        column = start + tl.arange(0, BLOCK_O).to(tl.int64)
+        used = column < OUTPUTS
+        inside = (row < rows)[:, None] & used[None, :]
+        place = line[:, None] * OUTPUTS + column[None, :]
+        v = tl.load(value + place, mask=inside, other=0.0).to(accumulate)
+        dz = tl.load(grad + place, mask=inside, other=0.0).to(accumulate)
+        dz = dz * activation_slope(v, ACTIVATION)
+        tl.store(partial_bias + (chunk * taps + tap) * OUTPUTS + column, tl.sum(dz, 0), mask=used)
+        if stats is not None:
+            dz = dz * rstd[:, None]
+        if scaled_grad is not None:
+            tl.store(scaled_grad + place, dz.to(scaled_grad.dtype.element_ty), mask=inside)
+        if pull is not None:
+            # Where relu has cut a value off, its gradient is zero; elsewhere its output is z.
+            shift = tl.load(folded_bias + tap * OUTPUTS + column, mask=used, other=0.0)
+            pull_sum += tl.sum(dz * (v - shift[None, :]), 1)
+    if pull is not None:
+        tl.store(pull + line, pull_sum * rstd / inputs, mask=row < rows)
+
+
+@triton.jit
+def layer_project_dx_kernel(
+    scaled_grad,
+    folded_weight,
+    x,
+    stats,
+    pull,
+    dx,
+    rows,
+    taps,
+    inputs,
+    row_stride,
+    tap_stride,
+    OUTPUTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """``dx = g Vc - pull * (x - mean)``, rounded once."""
+    tap = tl.program_id(1).to(tl.int64)
+    row_tile, column_tile = tile_of(
+        tl.program_id(0).to(tl.int64), tl.cdiv(rows, BLOCK_M), tl.cdiv(inputs, BLOCK_N), GROUP
+    )
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    line = row * taps + tap
+    source = scaled_grad + line[:, None] * OUTPUTS + k[None, :]
+    factor = folded_weight + (tap * OUTPUTS + k[:, None]) * inputs + column[None, :]
+
+    accumulate: tl.constexpr = tl.float64 if dx.dtype.element_ty == tl.float64 else tl.float32
+    total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
+    for start in range(0, OUTPUTS, BLOCK_K):
+        left = OUTPUTS - start
+        a = tl.load(source + start, mask=(row < rows)[:, None] & (k < left)[None, :], other=0.0)
+        b = tl.load(factor + start * inputs, mask=(column < inputs)[None, :] & (k < left)[:, None], other=0.0)
+        total = add_product(a, b, total, PRECISION)
+
+    inside = (row < rows)[:, None] & (column < inputs)[None, :]
+    if stats is not None:
+        mean = tl.load(stats + line * 2, mask=row < rows, other=0.0)
+        strength = tl.load(pull + line, mask=row < rows, other=0.0)
+        values = x + tap * tap_stride + row[:, None] * row_stride + column[None, :]
+        centred = tl.load(values, mask=inside, other=0.0).to(accumulate) - mean[:, None]
+        total -= strength[:, None] * centred
+    tl.store(dx + line[:, None] * inputs + column[None, :], total.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def layer_project_unfold_kernel(
+    product,
+    product_mean,
+    d_bias,
+    weight,
+    norm_weight,
+    norm_bias,
+    d_weight,
+    d_norm_weight,
+    d_norm_bias,
+    inputs,
+    OUTPUTS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """dW, dgamma and dbeta of some columns of one tap, from ``dVc = g^T x``."""
+    accumulate: tl.constexpr = weight.dtype.element_ty
+    tap = tl.program_id(1).to(tl.int64)
+    column = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    used = column < inputs
+    scale_sum = tl.zeros((BLOCK_C,), accumulate)
+    shift_sum = tl.zeros((BLOCK_C,), accumulate)
+    gain = tl.load(norm_weight + tap * inputs + column, mask=used, other=0.0)
+    if norm_bias is not None:
+        shift = tl.load(norm_bias + tap * inputs + column, mask=used, other=0.0)
+    for start in range(0, OUTPUTS, BLOCK_O):
+        output = start + tl.arange(0, BLOCK_O).to(tl.int64)
+        inside = (output < OUTPUTS)[:, None] & used[None, :]
+        entry = tap * OUTPUTS + output
+        place = entry[:, None] * inputs + column[None, :]
+        w = tl.load(weight + place, mask=inside, other=0.0)
+        d_shifted = tl.load(d_bias + entry, mask=output < OUTPUTS, other=0.0)
+        shift_sum += tl.sum(d_shifted[:, None] * w, 0)
+        mean = tl.load(product_mean + entry, mask=output < OUTPUTS, other=0.0)
+        d_product = tl.load(product + place, mask=inside, other=0.0) - mean[:, None]
+        scale_sum += tl.sum(d_product * w, 0)
+        dw = d_product * gain[None, :]
+        if norm_bias is not None:
+            dw += d_shifted[:, None] * shift[None, :]
+        tl.store(d_weight + place, dw, mask=inside)
+    if d_norm_weight is not None:
+        tl.store(d_norm_weight + tap * inputs + column, scale_sum, mask=used)
+        tl.store(d_norm_bias + tap * inputs + column, shift_sum, mask=used)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both directions read, in the layout that the kernels take."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    norm_weight: Tensor | None
+    norm_bias: Tensor | None
+
+    @classmethod
+    def checked(
+        cls,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+    ) -> Inputs:
+        if x.dim() != 3 or weight.dim() != 3:
+            raise ValueError(f"x, weight: expected 3 dimensions, got {x.dim()} and {weight.dim()}")
+        _, taps, inputs = x.shape
+        outputs, accumulate = weight.shape[1], accumulate_dtype(x.dtype)
+        return cls(
+            dense_rows(x),
+            expect("weight", weight, (taps, outputs, inputs), accumulate, x.device),
+            expect_optional("bias", bias, (taps, outputs), accumulate, x.device),
+            expect_optional("norm_weight", norm_weight, (taps, inputs), accumulate, x.device),
+            expect_optional("norm_bias", norm_bias, (taps, inputs), accumulate, x.device),
+        )
+
+    @property
+    def norm(self) -> bool:
+        """Whether there is anything to normalise: rows of no elements have no statistics."""
+        return self.norm_weight is not None and self.x.shape[2] > 0
+
+    def fold(self) -> tuple[Tensor, Tensor, Tensor]:
+        """``Vc`` in the type of ``x``, ``b'``, and the row sums of ``Vc``."""
+        taps, outputs, inputs = self.weight.shape
+        folded_weight = self.x.new_empty(self.weight.shape)
+        folded_bias = self.weight.new_empty((taps, outputs))
+        weight_sum = self.weight.new_empty((taps, outputs))
+        block, warps = row_block(inputs)
+        layer_project_fold_kernel[(taps * outputs,)](
+            self.weight,
+            self.bias,
+            self.norm_weight,
+            self.norm_bias,
+            folded_weight,
+            folded_bias,
+            weight_sum,
+            outputs,
+            WIDTH=inputs,
+            BLOCK_C=block,
+            num_warps=warps,
+        )
+        return folded_weight, folded_bias, weight_sum
+
+
+def input_precision() -> str:
+    """Float32 products use TF32 where the user lets torch's own do so."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def product_grid(config: ProductConfig, rows: int, columns: int, taps: int) -> tuple[int, int]:
+    return triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n), taps
+
+
+def product_options(config: ProductConfig) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP": config.group,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+def layer_project_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    eps: float,
+    activation: int,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mmkernels::layer_project_fwd_triton``."""
+    args = Inputs.checked(x, weight, bias, norm_weight, norm_bias)
+    rows, taps, inputs = x.shape
+    outputs = weight.shape[1]
+    save_value = save and activation not in OUTPUT_SUFFICES
+    y = x.new_empty((rows, taps, outputs))
+    preactivation = x.new_empty((rows if save_value else 0, taps, outputs))
+    stats = args.weight.new_empty((0 if norm_weight is None else rows, taps, 2))
+    returned = stats if save else stats.new_empty((0, taps, 2))
+    if y.numel() == 0 or inputs == 0:
+        returned.zero_()
+    if y.numel() == 0:
+        return y, preactivation, returned
+
+    config = PRODUCT_CONFIGS[x.dtype]
+    with on_device(x):
+        if args.norm:
+            row_stats(args.x, None, stats.view(rows * taps, 2), eps)
+        folded_weight, folded_bias, weight_sum = args.fold()
+        layer_project_fwd_kernel[product_grid(config, rows, outputs, taps)](
+            args.x,
+            folded_weight,
+            folded_bias,
+            weight_sum,
+            stats if args.norm else None,
+            y,
+            preactivation if save_value else None,
+            rows,
+            taps,
+            outputs,
+            args.x.stride(0),
+            args.x.stride(1),
+            WIDTH=inputs,
+            ACTIVATION=activation,
+            PRECISION=input_precision(),
+            **product_options(config),
+        )
+    return y, preactivation, returned
+
+
+def layer_project_bwd(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    value: Tensor,
+    stats: Tensor,
+    activation: int,
+    need_x: bool,
+    need_weight: bool,
+    need_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``mmkernels::layer_project_bwd_triton``."""
+    args = Inputs.checked(x, weight, bias, norm_weight, norm_bias)
+    rows, taps, inputs = x.shape
+    outputs = weight.shape[1]
+    grad = expect("grad", grad, (rows, taps, outputs), x.dtype, x.device)
+    value = expect("value", value, (rows, taps, outputs), x.dtype, x.device)
+    if norm_weight is not None:
+        stats = expect("stats", stats, (rows, taps, 2), args.weight.dtype, x.device)
+    # The gain's gradient comes out of the product's, so the product is needed for either.
+    need_product = need_weight or (need_norm and norm_weight is not None)
+    new = args.weight.new_empty
+    dx = x.new_empty((rows if need_x else 0, taps, inputs))
+    d_weight = new((taps if need_product else 0, outputs, inputs))
+    d_norm_weight = new((taps if need_norm else 0, inputs))
+    d_norm_bias = new((taps if need_norm else 0, inputs))
+    if grad.numel() == 0:
+        d_bias = new((taps, outputs))
+        return dx.zero_(), d_weight.zero_(), d_bias.zero_(), d_norm_weight.zero_(), d_norm_bias.zero_()
+
+    need_x, need_product = dx.numel() > 0, d_weight.numel() > 0
+    chunks = triton.cdiv(rows, GRADIENT_ROWS)
+    scaled_grad = x.new_empty(grad.shape)
+    pull = new((rows, taps)) if need_x and args.norm else None
+    partial_bias = new((chunks, taps, outputs))
+    with on_device(x):
+        folded_weight, folded_bias, _ = args.fold() if need_x else (None, None, None)
+        layer_project_gradient_kernel[(chunks, taps)](
+            grad,
+            value,
+            stats if args.norm else None,
+            folded_bias,
+            scaled_grad if need_x or need_product else None,
+            pull,
+            partial_bias,
+            rows,
+            taps,
+            inputs,
+            OUTPUTS=outputs,
+            ACTIVATION=activation,
+            BLOCK_ROWS=GRADIENT_ROWS,
+            BLOCK_O=GRADIENT_COLUMNS,
+        )
+        d_bias = partial_bias.sum(0)
+        if need_x:
+            write_input_gradient(args, scaled_grad, folded_weight, stats, pull, dx)
+        if need_product:
+            product = weight_product(scaled_grad, args.x, d_weight.dtype)
+            if args.norm:
+                unfold(args, product, d_bias, d_weight, d_norm_weight, d_norm_bias)
+            else:
+                d_weight = product
+    return dx, d_weight, d_bias, d_norm_weight, d_norm_bias
+
+
+def write_input_gradient(
+    args: Inputs,
+    scaled_grad: Tensor,
+    folded_weight: Tensor | None,
+    stats: Tensor,
+    pull: Tensor | None,
+    dx: Tensor,
+) -> None:
+    rows, taps, inputs = dx.shape
+    config = PRODUCT_CONFIGS[dx.dtype]
+    layer_project_dx_kernel[product_grid(config, rows, inputs, taps)](
+        scaled_grad,
+        folded_weight,
+        args.x,
+        stats if args.norm else None,
+        pull,
+        dx,
+        rows,
+        taps,
+        inputs,
+        args.x.stride(0),
+        args.x.stride(1),
+        OUTPUTS=scaled_grad.shape[2],
+        PRECISION=input_precision(),
+        **product_options(config),
+    )
+
+
+def weight_product(scaled_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``g^T x`` of each tap; a mean will be taken from it, so it is not rounded to half precision first."""
+    left, right = scaled_grad.permute(1, 2, 0), x.transpose(0, 1)
+    if x.dtype != dtype and x.is_cuda:
+        return torch.bmm(left, right, out_dtype=dtype)
+    return torch.bmm(left.to(dtype), right.to(dtype))
+
+
+def unfold(
+    args: Inputs,
+    product: Tensor,
+    d_bias: Tensor,
+    d_weight: Tensor,
+    d_norm_weight: Tensor,
+    d_norm_bias: Tensor,
+) -> None:
+    taps, outputs, inputs = args.weight.shape
+    need_norm = d_norm_weight.numel() > 0
+    layer_project_unfold_kernel[(triton.cdiv(inputs, UNFOLD_COLUMNS), taps)](
+        product,
+        product.mean(2),
+        d_bias,
+        args.weight,
+        args.norm_weight,
+        args.norm_bias,
+        d_weight,
+        d_norm_weight if need_norm else None,
+        d_norm_bias if need_norm else None,
+        inputs,
+        OUTPUTS=outputs,
+        BLOCK_O=UNFOLD_ROWS,
+        BLOCK_C=UNFOLD_COLUMNS,
+    )
