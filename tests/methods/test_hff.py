@@ -235,17 +235,20 @@ class TestSaving:
             make_hff().save_pretrained(tmp_path)
         assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
 
-    def test_a_failed_save_leaves_the_old_one(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("step", ["save_file", "os.replace"])
+    def test_a_failed_save_leaves_the_old_one(self, tmp_path, monkeypatch, step):
         make_hff(seed=1).save_pretrained(tmp_path)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-        def fail(tensors, path, metadata):
-            path.write_bytes(b"half")
+        def fail(_, path, **__):
+            if step == "save_file":
+                path.write_bytes(b"half")
             raise OSError("disk full")
 
-        monkeypatch.setattr("mmtransfer.hff.checkpoint.save_file", fail)
+        monkeypatch.setattr(f"mmtransfer.hff.checkpoint.{step}", fail)
         with pytest.raises(OSError, match="disk full"):
             make_hff(seed=2).save_pretrained(tmp_path)
+        monkeypatch.undo()
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
     @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])

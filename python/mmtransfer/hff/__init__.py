@@ -7,7 +7,7 @@ PyTorch, as the paper's code would have them.
 
 from __future__ import annotations
 
-from .encoder import FrozenEncoder
+from .encoder import FrozenEncoder, Tap
 from .fusion import FUSIONS, LFF, Fusion, HFFb, HFFub, WeightedSum, make_fusion
 from .model import HFF, FusedOutput, SequenceClassificationHead
 from .taps import Taps
@@ -22,6 +22,7 @@ __all__ = [
     "HFFb",
     "HFFub",
     "SequenceClassificationHead",
+    "Tap",
     "Taps",
     "WeightedSum",
     "make_fusion",
