@@ -1,6 +1,7 @@
 #include "mmkernels/layer_mix.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/rows.h"
@@ -33,42 +34,92 @@ MMK_INLINE void prefetch_row(const T* p, int64_t width) {
   for (int64_t i = 0; i < width * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
 }
 
-// acc[j] += scale * gain[j] * (x[j] - mean), gain left out where null.
-template <class T>
-MMK_INLINE void add_scaled(acc_t<T>* acc, const T* x, acc_t<T> mean, acc_t<T> scale, const acc_t<T>* gain,
-                           int64_t width) {
-  using A = acc_t<T>;
-  if (gain == nullptr) {
-    sweep<A>(
-        width, [&](int64_t j) MMK_LAMBDA { store(acc + j, load(acc + j) + scale * (load(x + j) - mean)); },
-        [&](int64_t j) MMK_LAMBDA { acc[j] += scale * (convert(x[j]) - mean); });
-  } else {
-    sweep<A>(
-        width,
-        [&](int64_t j)
-            MMK_LAMBDA { store(acc + j, load(acc + j) + scale * load(gain + j) * (load(x + j) - mean)); },
-        [&](int64_t j) MMK_LAMBDA { acc[j] += scale * gain[j] * (convert(x[j]) - mean); });
-  }
-}
-
-// Plain weighted sum of up to kGroup layers at once, so that the accumulator row is touched once per group.
+// Rows of a few layers that are worked on together, so that what they share is loaded and stored once.
 constexpr int kGroup = 4;
 
-template <class T, int N>
-MMK_INLINE void add_group(acc_t<T>* acc, const T* const* x, const acc_t<T>* weight, int64_t width, bool first) {
+template <class T>
+struct Group {
+  const T* x[kGroup];
+  acc_t<T> mean[kGroup];   // zero without norm
+  acc_t<T> scale[kGroup];  // what x - mean is multiplied by
+  const acc_t<T>* gain[kGroup];
+};
+
+// acc[j] += sum_i scale_i * gain_i[j] * (x_i[j] - mean_i)
+template <class T, int N, bool kNorm, bool kGain>
+MMK_INLINE void add_group(acc_t<T>* acc, const Group<T>& group, int64_t width) {
   using A = acc_t<T>;
   sweep<A>(
       width,
       [&](int64_t j) MMK_LAMBDA {
-        vec_t<A> sum = first ? vec_t<A>{} : load(acc + j);
-        for (int i = 0; i < N; ++i) sum += weight[i] * load(x[i] + j);
+        vec_t<A> sum = load(acc + j);
+        for (int i = 0; i < N; ++i) {
+          vec_t<A> x = load(group.x[i] + j);
+          if constexpr (kNorm) x -= group.mean[i];
+          if constexpr (kGain) x *= load(group.gain[i] + j);
+          sum += group.scale[i] * x;
+        }
         store(acc + j, sum);
       },
       [&](int64_t j) MMK_LAMBDA {
-        A sum = first ? A(0) : acc[j];
-        for (int i = 0; i < N; ++i) sum += weight[i] * convert(x[i][j]);
+        A sum = acc[j];
+        for (int i = 0; i < N; ++i) {
+          A x = convert(group.x[i][j]);
+          if constexpr (kNorm) x -= group.mean[i];
+          if constexpr (kGain) x *= group.gain[i][j];
+          sum += group.scale[i] * x;
+        }
         acc[j] = sum;
       });
+}
+
+// dots[i] = sum_j g[j] * gain_i[j] * (x_i[j] - mean_i)
+template <class T, int N, bool kNorm, bool kGain>
+MMK_INLINE void dot_group(acc_t<T>* dots, const acc_t<T>* g, const Group<T>& group, int64_t width) {
+  using A = acc_t<T>;
+  vec_t<A> sums[N] = {};
+  A rests[N] = {};
+  sweep<A>(
+      width,
+      [&](int64_t j) MMK_LAMBDA {
+        const vec_t<A> gradient = load(g + j);
+        for (int i = 0; i < N; ++i) {
+          vec_t<A> x = load(group.x[i] + j);
+          if constexpr (kNorm) x -= group.mean[i];
+          if constexpr (kGain) x *= load(group.gain[i] + j);
+          sums[i] += gradient * x;
+        }
+      },
+      [&](int64_t j) MMK_LAMBDA {
+        for (int i = 0; i < N; ++i) {
+          A x = convert(group.x[i][j]);
+          if constexpr (kNorm) x -= group.mean[i];
+          if constexpr (kGain) x *= group.gain[i][j];
+          rests[i] += g[j] * x;
+        }
+      });
+  for (int i = 0; i < N; ++i) dots[i] = sum_lanes<A>(sums[i]) + rests[i];
+}
+
+// Calls body(count, norm, gain) with integral constants, for the size of a group and the form of the op.
+template <class Body>
+MMK_INLINE void dispatch_group(int count, bool norm, bool gain, Body&& body) {
+  const auto with_count = [&](auto size) MMK_LAMBDA {
+    if (gain) return body(size, std::true_type{}, std::true_type{});
+    if (norm) return body(size, std::true_type{}, std::false_type{});
+    return body(size, std::false_type{}, std::false_type{});
+  };
+  switch (count) {
+    case 1: return with_count(std::integral_constant<int, 1>{});
+    case 2: return with_count(std::integral_constant<int, 2>{});
+    case 3: return with_count(std::integral_constant<int, 3>{});
+    default: return with_count(std::integral_constant<int, 4>{});
+  }
+}
+
+template <class A>
+MMK_INLINE const A* parameter_row(const void* parameter, int64_t layer, int64_t width) {
+  return parameter == nullptr ? nullptr : static_cast<const A*>(parameter) + layer * width;
 }
 
 template <class T>
@@ -92,41 +143,31 @@ MMK_INLINE void mix_bias(const LayerMixParams& p, A* bias) {
 }
 
 template <class T>
-MMK_INLINE void forward_plain_row(const LayerMixParams& p, Row row, Row next, acc_t<T>* acc) {
+MMK_INLINE void forward_row(const LayerMixParams& p, Row row, Row next, const acc_t<T>* bias, acc_t<T>* acc,
+                            acc_t<T>* stats) {
   using A = acc_t<T>;
   const A* weights = static_cast<const A*>(p.weights);
+  std::copy(bias, bias + p.width, acc);
   for (int first = 0; first < p.layers; first += kGroup) {
     const int count = std::min(kGroup, p.layers - first);
-    const T* x[kGroup];
+    Group<T> group;
     for (int i = 0; i < count; ++i) {
-      x[i] = layer_row<T>(p, first + i, row);
-      if (next.valid) prefetch_row(layer_row<T>(p, first + i, next), p.width);
+      const int l = first + i;
+      group.x[i] = layer_row<T>(p, l, row);
+      if (next.valid) prefetch_row(layer_row<T>(p, l, next), p.width);
+      Moments<A> m = {0, 1};
+      if (p.norm) m = moments(group.x[i], p.width, p.eps);
+      group.mean[i] = m.mean;
+      group.scale[i] = weights[l] * m.rstd;
+      group.gain[i] = parameter_row<A>(p.norm_weight, l, p.width);
+      if (stats != nullptr) {
+        stats[2 * l] = m.mean;
+        stats[2 * l + 1] = m.rstd;
+      }
     }
-    switch (count) {
-      case 1: add_group<T, 1>(acc, x, weights + first, p.width, first == 0); break;
-      case 2: add_group<T, 2>(acc, x, weights + first, p.width, first == 0); break;
-      case 3: add_group<T, 3>(acc, x, weights + first, p.width, first == 0); break;
-      default: add_group<T, 4>(acc, x, weights + first, p.width, first == 0); break;
-    }
-  }
-}
-
-template <class T>
-MMK_INLINE void forward_norm_row(const LayerMixParams& p, Row row, Row next, const acc_t<T>* bias,
-                                 acc_t<T>* acc, acc_t<T>* stats) {
-  using A = acc_t<T>;
-  const A* weights = static_cast<const A*>(p.weights);
-  const A* gain = static_cast<const A*>(p.norm_weight);
-  std::copy(bias, bias + p.width, acc);
-  for (int l = 0; l < p.layers; ++l) {
-    const T* x = layer_row<T>(p, l, row);
-    if (next.valid) prefetch_row(layer_row<T>(p, l, next), p.width);
-    const Moments<A> m = moments(x, p.width, p.eps);
-    if (stats != nullptr) {
-      stats[2 * l] = m.mean;
-      stats[2 * l + 1] = m.rstd;
-    }
-    add_scaled(acc, x, m.mean, weights[l] * m.rstd, gain == nullptr ? nullptr : gain + l * p.width, p.width);
+    dispatch_group(count, p.norm, p.norm_weight != nullptr, [&](auto size, auto norm, auto gain) MMK_LAMBDA {
+      add_group<T, size.value, norm.value, gain.value>(acc, group, p.width);
+    });
   }
 }
 
@@ -137,7 +178,7 @@ MMK_INLINE void forward_rows(const LayerMixForward& args, int64_t begin, int64_t
   std::vector<A> scratch(2 * p.width);
   A* bias = scratch.data();
   A* row_sum = bias + p.width;
-  if (p.norm) mix_bias(p, bias);
+  mix_bias(p, bias);
   for (int64_t r = begin; r < end; ++r) {
     const Row row = locate(p, r);
     T* out = static_cast<T*>(args.out) + r * p.width;
@@ -151,46 +192,9 @@ MMK_INLINE void forward_rows(const LayerMixForward& args, int64_t begin, int64_t
     // Where element and accumulator are one type, the output row itself accumulates.
     A* acc = row_sum;
     if constexpr (std::is_same_v<T, A>) acc = out;
-    if (p.norm) {
-      forward_norm_row<T>(p, row, next, bias, acc, stats);
-    } else {
-      forward_plain_row<T>(p, row, next, acc);
-    }
+    forward_row<T>(p, row, next, bias, acc, stats);
     if constexpr (!std::is_same_v<T, A>) write_row(out, acc, p.width);
   }
-}
-
-template <class A>
-struct Dots {
-  A plain;       // sum of g * (x - mean)
-  A with_gain;   // sum of g * gain
-  A shift;       // sum of g * bias
-};
-
-// What one row and one layer give to the sums of the backward pass.
-template <class T>
-MMK_INLINE Dots<acc_t<T>> row_dots(const acc_t<T>* g, const T* x, acc_t<T> mean, const acc_t<T>* gain,
-                                   const acc_t<T>* bias, int64_t width) {
-  using A = acc_t<T>;
-  vec_t<A> plain = {}, with_gain = {}, shift = {};
-  Dots<A> rest = {};
-  sweep<A>(
-      width,
-      [&](int64_t j) MMK_LAMBDA {
-        vec_t<A> scaled = load(g + j);
-        if (bias != nullptr) shift += scaled * load(bias + j);
-        if (gain != nullptr) scaled *= load(gain + j);
-        plain += scaled * (load(x + j) - mean);
-        with_gain += scaled;
-      },
-      [&](int64_t j) MMK_LAMBDA {
-        const A scaled = gain == nullptr ? g[j] : g[j] * gain[j];
-        if (bias != nullptr) rest.shift += g[j] * bias[j];
-        rest.plain += scaled * (convert(x[j]) - mean);
-        rest.with_gain += scaled;
-      });
-  return {rest.plain + sum_lanes<A>(plain), rest.with_gain + sum_lanes<A>(with_gain),
-          rest.shift + sum_lanes<A>(shift)};
 }
 
 // scale_sum[j] += g[j] * (x[j] - mean) * rstd: the gradient of the LayerNorm gain, before the layer's weight.
@@ -209,7 +213,8 @@ MMK_INLINE void add_scale_gradient(acc_t<T>* scale_sum, const acc_t<T>* g, const
 // dx = weight * rstd * (g' - mean(g') - xhat * mean(g' xhat)), g' = g * gain; without norm dx = weight * g.
 template <class T>
 MMK_INLINE void write_layer_gradient(T* dx, const acc_t<T>* g, const T* x, bool norm, Moments<acc_t<T>> m,
-                                     acc_t<T> weight, Dots<acc_t<T>> dots, const acc_t<T>* gain, int64_t width) {
+                                     acc_t<T> weight, acc_t<T> plain_dot, const acc_t<T>* gain,
+                                     int64_t width) {
   using A = acc_t<T>;
   if (!norm) {
     sweep<A>(
@@ -218,8 +223,8 @@ MMK_INLINE void write_layer_gradient(T* dx, const acc_t<T>* g, const T* x, bool 
     return;
   }
   const A scale = weight * m.rstd;
-  const A mean_gradient = dots.with_gain / static_cast<A>(width);
-  const A slope = dots.plain * m.rstd * m.rstd / static_cast<A>(width);
+  const A mean_gradient = (gain == nullptr ? sum(g, width) : dot(g, gain, width)) / static_cast<A>(width);
+  const A slope = plain_dot * m.rstd * m.rstd / static_cast<A>(width);
   sweep<A>(
       width,
       [&](int64_t j) MMK_LAMBDA {
@@ -242,59 +247,97 @@ MMK_INLINE void zero_padding_gradients(const LayerMixBackward& args, int64_t r) 
   }
 }
 
-// Sums of one chunk; dot is kept in double, since a chunk may hold thousands of rows.
+// Sums over the rows of one chunk.
 template <class T>
 struct ChunkSums {
-  double* dot;
-  acc_t<T>* scale;
-  acc_t<T>* shift;
+  double* dot;         // [layers]         grad . gain * normalised layer; in double, for a chunk may hold thousands of rows
+  acc_t<T>* scale;     // [layers, width]  grad * normalised layer, or null
+  acc_t<T>* gradient;  // [width]          grad, or null
 };
 
 template <class T>
 MMK_INLINE void backward_row(const LayerMixBackward& args, int64_t r, Row row, Row next, const acc_t<T>* g,
-                             ChunkSums<T> sums) {
+                             const ChunkSums<T>& sums) {
   using A = acc_t<T>;
   const LayerMixParams& p = args.mix;
   const A* weights = static_cast<const A*>(p.weights);
   const A* stats = static_cast<const A*>(args.stats);
-  for (int l = 0; l < p.layers; ++l) {
-    T* dx = static_cast<T*>(args.d_layer[l]);
-    const bool reads_layer = args.need_weights || args.need_affine || p.norm;
-    const T* x = reads_layer ? layer_row<T>(p, l, row) : nullptr;
-    if (reads_layer && next.valid) prefetch_row(layer_row<T>(p, l, next), p.width);
-    const A* gain = p.norm_weight == nullptr ? nullptr : static_cast<const A*>(p.norm_weight) + l * p.width;
-    const A* bias = p.norm_bias == nullptr ? nullptr : static_cast<const A*>(p.norm_bias) + l * p.width;
-    Moments<A> m = {0, 1};
-    if (p.norm) m = {stats[(r * p.layers + l) * 2], stats[(r * p.layers + l) * 2 + 1]};
-    Dots<A> dots = {};
-    if (args.need_weights || (p.norm && dx != nullptr)) {
-      dots = row_dots(g, x, m.mean, gain, args.need_weights ? bias : nullptr, p.width);
-      sums.dot[l] += static_cast<double>(dots.plain * m.rstd) + static_cast<double>(dots.shift);
+  const bool reads_layers = args.need_weights || p.norm;
+  for (int first = 0; first < p.layers; first += kGroup) {
+    const int count = std::min(kGroup, p.layers - first);
+    Group<T> group = {};
+    Moments<A> m[kGroup];
+    bool any_gradient = false;
+    for (int i = 0; i < count; ++i) {
+      const int l = first + i;
+      m[i] = {0, 1};
+      if (p.norm) m[i] = {stats[(r * p.layers + l) * 2], stats[(r * p.layers + l) * 2 + 1]};
+      group.mean[i] = m[i].mean;
+      group.gain[i] = parameter_row<A>(p.norm_weight, l, p.width);
+      any_gradient |= args.d_layer[l] != nullptr;
+      if (!reads_layers) continue;
+      group.x[i] = layer_row<T>(p, l, row);
+      if (next.valid) prefetch_row(layer_row<T>(p, l, next), p.width);
     }
-    if (args.need_affine) add_scale_gradient(sums.scale + l * p.width, g, x, m, p.width);
-    if (dx != nullptr) {
-      write_layer_gradient(dx + r * p.width, g, x, p.norm, m, weights[l], dots, gain, p.width);
+    A dots[kGroup] = {};
+    // With the sums for the gain at hand, those for the weights follow from them at the end of the chunk.
+    if ((args.need_weights && sums.scale == nullptr) || (p.norm && any_gradient)) {
+      dispatch_group(count, p.norm, p.norm_weight != nullptr,
+                     [&](auto size, auto norm, auto gain) MMK_LAMBDA {
+                       dot_group<T, size.value, norm.value, gain.value>(dots, g, group, p.width);
+                     });
+    }
+    for (int i = 0; i < count; ++i) {
+      const int l = first + i;
+      sums.dot[l] += static_cast<double>(dots[i] * m[i].rstd);
+      if (sums.scale != nullptr) add_scale_gradient(sums.scale + l * p.width, g, group.x[i], m[i], p.width);
+      T* dx = static_cast<T*>(args.d_layer[l]);
+      if (dx != nullptr) {
+        write_layer_gradient(dx + r * p.width, g, group.x[i], p.norm, m[i], weights[l], dots[i], group.gain[i],
+                             p.width);
+      }
     }
   }
-  if (args.need_affine) {
-    for (int64_t j = 0; j < p.width; ++j) sums.shift[j] += g[j];
+  if (sums.gradient != nullptr) {
+    for (int64_t j = 0; j < p.width; ++j) sums.gradient[j] += g[j];
+  }
+}
+
+// The chunk's part of d_weights: what the rows gave, or what the sums for gain and shift imply.
+template <class T>
+MMK_INLINE void write_dots(const LayerMixBackward& args, int64_t chunk, const ChunkSums<T>& sums) {
+  using A = acc_t<T>;
+  const LayerMixParams& p = args.mix;
+  A* partial = static_cast<A*>(args.partial_dot) + chunk * p.layers;
+  for (int l = 0; l < p.layers; ++l) {
+    const A* gain = parameter_row<A>(p.norm_weight, l, p.width);
+    const A* shift = parameter_row<A>(p.norm_bias, l, p.width);
+    A total = static_cast<A>(sums.dot[l]);
+    if (sums.scale != nullptr) {
+      const A* scale = sums.scale + l * p.width;
+      total = gain == nullptr ? sum(scale, p.width) : dot(scale, gain, p.width);
+    }
+    if (shift != nullptr) total += dot(sums.gradient, shift, p.width);
+    partial[l] = total;
   }
 }
 
 template <class T>
-MMK_INLINE void backward_chunk(const LayerMixBackward& args, int64_t chunk, acc_t<T>* wide_gradient) {
+MMK_INLINE void backward_chunk(const LayerMixBackward& args, int64_t chunk, acc_t<T>* scratch) {
   using A = acc_t<T>;
   const LayerMixParams& p = args.mix;
   const int64_t rows = p.batch * p.frames;
   const LayerMixChunks chunks = layer_mix_chunks(rows, args.need_affine);
-  double dot[kLayerMixMaxLayers] = {};
-  ChunkSums<T> sums = {dot, nullptr, nullptr};
+  A* wide_gradient = scratch;
+  double dot_sums[kLayerMixMaxLayers] = {};
+  ChunkSums<T> sums = {dot_sums, nullptr, nullptr};
+  if (p.norm_bias != nullptr && args.need_weights) sums.gradient = scratch + p.width;
   if (args.need_affine) {
     sums.scale = static_cast<A*>(args.partial_scale) + chunk * p.layers * p.width;
-    sums.shift = static_cast<A*>(args.partial_shift) + chunk * p.width;
+    sums.gradient = static_cast<A*>(args.partial_shift) + chunk * p.width;
     std::fill(sums.scale, sums.scale + p.layers * p.width, A(0));
-    std::fill(sums.shift, sums.shift + p.width, A(0));
   }
+  if (sums.gradient != nullptr) std::fill(sums.gradient, sums.gradient + p.width, A(0));
   const int64_t begin = chunk * chunks.rows_per_chunk;
   const int64_t end = std::min(rows, begin + chunks.rows_per_chunk);
   for (int64_t r = begin; r < end; ++r) {
@@ -317,10 +360,7 @@ MMK_INLINE void backward_chunk(const LayerMixBackward& args, int64_t chunk, acc_
     }
     backward_row<T>(args, r, row, next, g, sums);
   }
-  if (args.need_weights) {
-    A* partial = static_cast<A*>(args.partial_dot) + chunk * p.layers;
-    for (int l = 0; l < p.layers; ++l) partial[l] = static_cast<A>(dot[l]);
-  }
+  if (args.need_weights) write_dots<T>(args, chunk, sums);
 }
 
 template <class A>
@@ -361,8 +401,8 @@ MMK_MULTIARCH void layer_mix_forward(const LayerMixForward& args, int64_t begin,
 MMK_MULTIARCH void layer_mix_backward(const LayerMixBackward& args, int64_t begin, int64_t end) {
   dispatch(args.mix.dtype, [&](auto element) MMK_LAMBDA {
     using T = decltype(element);
-    std::vector<acc_t<T>> wide_gradient(args.mix.width);
-    for (int64_t chunk = begin; chunk < end; ++chunk) backward_chunk<T>(args, chunk, wide_gradient.data());
+    std::vector<acc_t<T>> scratch(2 * args.mix.width);
+    for (int64_t chunk = begin; chunk < end; ++chunk) backward_chunk<T>(args, chunk, scratch.data());
   });
 }
 

@@ -28,16 +28,6 @@ A* at(void* data, int64_t offset) {
 }
 
 template <class A>
-MMK_INLINE A dot(const A* a, const A* b, int64_t size) {
-  vec_t<A> sum = {};
-  A rest = 0;
-  sweep<A>(
-      size, [&](int64_t j) MMK_LAMBDA { sum += load(a + j) * load(b + j); },
-      [&](int64_t j) MMK_LAMBDA { rest += a[j] * b[j]; });
-  return rest + sum_lanes<A>(sum);
-}
-
-template <class A>
 MMK_INLINE void fold(const LayerProjectFold& args, int64_t begin, int64_t end) {
   const int64_t inputs = args.shape.inputs;
   for (int64_t i = begin; i < end; ++i) {
@@ -109,12 +99,11 @@ MMK_INLINE void gradient_chunk(const LayerProjectGradient& args, int64_t tap, in
     }
     if (args.pull == nullptr) continue;
     // Where relu has cut a value off, its gradient is zero, so that the output stands for z everywhere else.
-    vec_t<A> sum = {};
-    A rest = 0;
-    sweep<A>(
-        outputs, [&](int64_t j) MMK_LAMBDA { sum += load(scaled + j) * (load(value + j) - load(bias + j)); },
-        [&](int64_t j) MMK_LAMBDA { rest += scaled[j] * (value[j] - bias[j]); });
-    *at<A>(args.pull, i) = rstd / static_cast<A>(shape.inputs) * (rest + sum_lanes<A>(sum));
+    const A sum = sum_over<A>(
+        outputs,
+        [&](int64_t j) MMK_LAMBDA { return load(scaled + j) * (load(value + j) - load(bias + j)); },
+        [&](int64_t j) MMK_LAMBDA { return scaled[j] * (value[j] - bias[j]); });
+    *at<A>(args.pull, i) = rstd / static_cast<A>(shape.inputs) * sum;
   }
   for (int64_t j = 0; j < outputs; ++j) bias_sum[j] = static_cast<A>(sum_of_rows[j]);
 }

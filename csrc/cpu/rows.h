@@ -21,31 +21,56 @@ struct Moments {
   A rstd;
 };
 
+// Sum of f(j) over vectors and f_tail(j) over the rest, in four chains, so that additions need not wait for each other.
+template <class A, class Main, class Tail>
+MMK_INLINE A sum_over(int64_t width, Main&& main, Tail&& tail) {
+  constexpr int64_t kStep = 4 * kLanes<A>;
+  vec_t<A> sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
+  A rest = 0;
+  int64_t j = 0;
+  for (; j + kStep <= width; j += kStep) {
+    sum0 += main(j);
+    sum1 += main(j + kLanes<A>);
+    sum2 += main(j + 2 * kLanes<A>);
+    sum3 += main(j + 3 * kLanes<A>);
+  }
+  for (; j + kLanes<A> <= width; j += kLanes<A>) sum0 += main(j);
+  for (; j < width; ++j) rest += tail(j);
+  return sum_lanes<A>((sum0 + sum1) + (sum2 + sum3)) + rest;
+}
+
 // Two passes over the row: the second one reads it from the L1 cache, and no cancellation occurs for a large mean.
 template <class T>
 MMK_INLINE Moments<acc_t<T>> moments(const T* x, int64_t width, double eps) {
   using A = acc_t<T>;
-  vec_t<A> sum0 = {}, sum1 = {};
-  A rest = 0;
-  int64_t j = 0;
-  for (; j + 2 * kLanes<A> <= width; j += 2 * kLanes<A>) {
-    sum0 += load(x + j);
-    sum1 += load(x + j + kLanes<A>);
-  }
-  for (; j < width; ++j) rest += convert(x[j]);
-  const A mean = (sum_lanes<A>(sum0 + sum1) + rest) / static_cast<A>(width);
-  vec_t<A> square0 = {}, square1 = {};
-  rest = 0;
-  j = 0;
-  for (; j + 2 * kLanes<A> <= width; j += 2 * kLanes<A>) {
-    const vec_t<A> d0 = load(x + j) - mean;
-    const vec_t<A> d1 = load(x + j + kLanes<A>) - mean;
-    square0 += d0 * d0;
-    square1 += d1 * d1;
-  }
-  for (; j < width; ++j) rest += (convert(x[j]) - mean) * (convert(x[j]) - mean);
-  const A variance = (sum_lanes<A>(square0 + square1) + rest) / static_cast<A>(width);
+  const A inverse = A(1) / static_cast<A>(width);
+  const A mean = inverse * sum_over<A>(
+                               width, [&](int64_t j) MMK_LAMBDA { return load(x + j); },
+                               [&](int64_t j) MMK_LAMBDA { return convert(x[j]); });
+  const A variance = inverse * sum_over<A>(
+                                   width,
+                                   [&](int64_t j) MMK_LAMBDA {
+                                     const vec_t<A> d = load(x + j) - mean;
+                                     return d * d;
+                                   },
+                                   [&](int64_t j) MMK_LAMBDA {
+                                     const A d = convert(x[j]) - mean;
+                                     return d * d;
+                                   });
   return {mean, A(1) / std::sqrt(variance + static_cast<A>(eps))};
+}
+
+template <class A>
+MMK_INLINE A dot(const A* a, const A* b, int64_t width) {
+  return sum_over<A>(
+      width, [&](int64_t j) MMK_LAMBDA { return load(a + j) * load(b + j); },
+      [&](int64_t j) MMK_LAMBDA { return a[j] * b[j]; });
+}
+
+template <class A>
+MMK_INLINE A sum(const A* a, int64_t width) {
+  return sum_over<A>(
+      width, [&](int64_t j) MMK_LAMBDA { return load(a + j); }, [&](int64_t j) MMK_LAMBDA { return a[j]; });
 }
 
 }  // namespace mmk::cpu

@@ -1,5 +1,6 @@
-// 64-byte vectors by the compiler's vector extension. Functions marked MMK_MULTIARCH are compiled once per instruction set
-// (SSE2, AVX2+FMA, AVX-512) and chosen when the library is loaded; everything they use must be inlined into them.
+// 32-byte vectors by the compiler's vector extension; wider ones it splits badly where they are not native. Functions marked
+// MMK_MULTIARCH are compiled once per instruction set (SSE2, AVX2 + FMA, AVX-512) and chosen when the library is loaded;
+// everything they use must be inlined into them.
 #pragma once
 
 #include <cstdint>
@@ -39,12 +40,12 @@ using acc_t = typename Accumulate<T>::type;
 
 template <class A>
 struct VectorOf {
-  typedef A type __attribute__((vector_size(64)));
+  typedef A type __attribute__((vector_size(32)));
 };
 template <class A>
 using vec_t = typename VectorOf<A>::type;
 template <class A>
-constexpr int64_t kLanes = 64 / static_cast<int64_t>(sizeof(A));
+constexpr int64_t kLanes = 32 / static_cast<int64_t>(sizeof(A));
 
 MMK_INLINE float to_float(uint32_t bits) {
   float value;
@@ -106,11 +107,11 @@ template <class T>
 MMK_INLINE vec_t<acc_t<T>> load(const T* p) {
   vec_t<acc_t<T>> v;
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    std::memcpy(&v, p, 64);
+    std::memcpy(&v, p, 32);
   } else {
     acc_t<T> wide[kLanes<acc_t<T>>];
     for (int64_t i = 0; i < kLanes<acc_t<T>>; ++i) wide[i] = convert(p[i]);
-    std::memcpy(&v, wide, 64);
+    std::memcpy(&v, wide, 32);
   }
   return v;
 }
@@ -118,10 +119,10 @@ MMK_INLINE vec_t<acc_t<T>> load(const T* p) {
 template <class T>
 MMK_INLINE void store(T* p, vec_t<acc_t<T>> v) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
-    std::memcpy(p, &v, 64);
+    std::memcpy(p, &v, 32);
   } else {
     acc_t<T> wide[kLanes<acc_t<T>>];
-    std::memcpy(wide, &v, 64);
+    std::memcpy(wide, &v, 32);
     for (int64_t i = 0; i < kLanes<acc_t<T>>; ++i) p[i] = round_to<T>(wide[i]);
   }
 }
