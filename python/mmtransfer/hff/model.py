@@ -203,8 +203,9 @@ class HFF(nn.Module):
 
 def _describe(encoder: FrozenEncoder) -> dict[str, Any]:
     """The configuration's part on the encoder; a dtype only where the user chose one."""
+    config: Any = encoder.encoder.config
     return {
-        "name_or_path": encoder.encoder.config._name_or_path,
+        "name_or_path": config._name_or_path,
         "model_type": encoder.description.model_type,
         "hidden_size": encoder.hidden_size,
         "num_layers": encoder.num_layers,
