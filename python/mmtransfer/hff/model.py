@@ -147,7 +147,8 @@ class HFF(nn.Module):
                 raise ValueError("labels need a head; without one the caller computes the loss")
             return FusedOutput(last_hidden_state=taps.scatter(fused), lengths=taps.lengths)
         logits = self.head(taps, fused)
-        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        # transformers annotates its outputs with the legacy FloatTensor.
+        loss: Any = None if labels is None else F.cross_entropy(logits.float(), labels)
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def save_pretrained(self, folder: str | Path) -> None:
