@@ -1,4 +1,5 @@
-// mmkernels._C: what this build is and how kernels would be launched. No tensors pass through it; the ops do not need it.
+// mmkernels._C: what this build is and how kernels would be launched. No tensors pass through it; the ops do
+// not need it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,6 +31,26 @@ py::dict build_info() {
   return info;
 }
 
+// Values of mmk::DType by the names that torch prints.
+mmk::DType dtype_of(const std::string& name) {
+  if (name == "float32") return mmk::DType::kFloat32;
+  if (name == "float16") return mmk::DType::kFloat16;
+  if (name == "bfloat16") return mmk::DType::kBFloat16;
+  throw py::value_error("dtype: expected float32, float16 or bfloat16, got " + name);
+}
+
+py::dict layer_mix_sums(const std::string& dtype, int64_t rows, int64_t width, int32_t layers) {
+  const mmk::cuda::LayerMixSums plan = mmk::cuda::layer_mix_sums(dtype_of(dtype), rows, width, layers);
+  py::dict result;
+  result["rows_per_chunk"] = plan.rows_per_chunk;
+  result["chunks"] = plan.chunks;
+  result["slice_columns"] = plan.slice_columns;
+  result["slices"] = plan.slices;
+  result["groups"] = plan.groups;
+  result["blocks"] = plan.blocks();
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -42,5 +63,8 @@ PYBIND11_MODULE(_C, m) {
         const mmk::LayerMixChunks plan = mmk::layer_mix_chunks(rows, need_affine);
         return py::make_tuple(plan.rows_per_chunk, plan.chunks);
       },
-      py::arg("rows"), py::arg("need_affine"), "(rows per chunk, chunks) of layer_mix's backward sums.");
+      py::arg("rows"), py::arg("need_affine"),
+      "(rows per chunk, chunks) of layer_mix's backward sums on the CPU.");
+  m.def("layer_mix_sums", &layer_mix_sums, py::arg("dtype"), py::arg("rows"), py::arg("width"),
+        py::arg("layers"), "How layer_mix's backward sums are cut up on CUDA.");
 }

@@ -1,46 +1,14 @@
-#include "cuda/common/launch.cuh"
-#include "cuda/common/rows.cuh"
-#include "mmkernels/layer_mix.h"
+#include "cuda/layer_mix.cuh"
 
 namespace mmk::cuda {
 namespace {
 
-struct Row {
-  int64_t batch;
-  int64_t frame;
-  bool valid;
-};
-
-// The comparison clamps lengths: negative ones leave no frame, too large ones all.
-MMK_DEVICE bool is_valid(const LayerMixParams& p, int64_t batch, int64_t frame) {
-  return p.lengths == nullptr || frame < p.lengths[batch];
-}
-
-MMK_DEVICE Row locate(const LayerMixParams& p, int64_t index) {
-  const int64_t batch = index / p.frames;
-  const int64_t frame = index - batch * p.frames;
-  return {batch, frame, is_valid(p, batch, frame)};
-}
-
-template <class T>
-MMK_DEVICE const T* layer_row(const LayerMixParams& p, int layer, const Row& row) {
-  return static_cast<const T*>(p.layer[layer]) + row.batch * p.batch_stride[layer] +
-         row.frame * p.frame_stride[layer];
-}
-
-MMK_DEVICE const float* parameter_row(const void* parameter, int64_t layer, int64_t width) {
-  return parameter == nullptr ? nullptr : static_cast<const float*>(parameter) + layer * width;
-}
-
 // ---- forward without norm: a thread to each vector of the output
-// ---------------------------------------------------
-
-constexpr int kPlainThreads = 256;
 
 // Adds `count` layers from `first` on; their loads are issued before the first one is used.
 template <class T, bool kAligned, int kCount>
 MMK_DEVICE void add_layers(Vec<float, kVectorWidth<T>>& sum, const LayerMixParams& p, int first,
-                           const Row& row, int64_t column) {
+                           const MixRow& row, int64_t column) {
   constexpr int kWidth = kVectorWidth<T>;
   const float* weights = static_cast<const float*>(p.weights) + first;
   Vec<T, kWidth> x[kCount];
@@ -73,7 +41,7 @@ __global__ void __launch_bounds__(kPlainThreads, 3)
   const int64_t row_index = index / vectors_per_row;
   if (row_index >= p.batch * p.frames) return;
   const int64_t column = (index - row_index * vectors_per_row) * kWidth;
-  const Row row = locate(p, row_index);
+  const MixRow row = locate(p, row_index);
   T* out = static_cast<T*>(args.out) + row_index * p.width;
   if (!row.valid) {
     store_columns<kAligned>(out, column, p.width, Vec<T, kWidth>{});
@@ -93,7 +61,6 @@ __global__ void __launch_bounds__(kPlainThreads, 3)
 }
 
 // ---- forward with norm: a warp or a block to each row, which stays in registers
-// ------------------------------------
 
 // sum_l weights[l] * norm_bias[l]: the same for every row, where the weighted sum starts from.
 __global__ void __launch_bounds__(kPlainThreads) mix_bias(const __grid_constant__ LayerMixForward args) {
@@ -106,76 +73,6 @@ __global__ void __launch_bounds__(kPlainThreads) mix_bias(const __grid_constant_
   for (int l = 0; l < p.layers; ++l) sum += weights[l] * bias[l * p.width + column];
   static_cast<float*>(args.mixed_bias)[column] = sum;
 }
-
-constexpr int kRowBlockThreads = 128;
-
-// kVectors vectors in each of kRowThreads threads (32, or the whole block) hold a row.
-template <class T, int kRowThreads, int kVectors, bool kAligned>
-struct RowShape {
-  using Element = T;
-  static constexpr int kThreads = kRowThreads;
-  static constexpr int kRowsPerBlock = kRowBlockThreads / kRowThreads;
-  static constexpr int kCount = kVectors;
-  static constexpr int kWidth = kVectorWidth<T>;
-  static constexpr bool kIsAligned = kAligned;
-  using Part = Vec<float, kWidth>[kVectors];
-
-  MMK_DEVICE static int thread() { return static_cast<int>(threadIdx.x) % kThreads; }
-  MMK_DEVICE static int slot() { return static_cast<int>(threadIdx.x) / kThreads; }
-  MMK_DEVICE static int column(int vector) { return (vector * kThreads + thread()) * kWidth; }
-  MMK_DEVICE static bool inside(int vector, int i, int width) {
-    return column(vector) + (kAligned ? 0 : i) < width;
-  }
-};
-
-// Rows on their way to the registers: kStages - 1 are in flight while one is worked on. A thread reads back
-// only what it copied itself, so no barrier is needed.
-template <class Shape>
-class RowRing {
- public:
-  using T = typename Shape::Element;
-  static constexpr int kInFlight = 8 / Shape::kCount < 2 ? 2 : 8 / Shape::kCount > 6 ? 6 : 8 / Shape::kCount;
-  static constexpr int kStages = kInFlight + 1;
-  static constexpr int kBytes = kStages * Shape::kCount * kRowBlockThreads * 16;
-
-  MMK_DEVICE explicit RowRing(T* buffer) : buffer_(buffer) {}
-
-  // Starts the copy of the next row; null is no row, but takes its turn.
-  MMK_DEVICE void push(const T* row, int width) {
-    if (row != nullptr) {
-#pragma unroll
-      for (int v = 0; v < Shape::kCount; ++v) {
-        const int column = Shape::column(v);
-        if constexpr (Shape::kIsAligned) {
-          const bool inside = column < width;
-          cp_async_zfill<16>(place(head_, v), inside ? row + column : row, inside);
-        } else {
-          store(place(head_, v), load_columns<false, Shape::kWidth>(row, column, width));
-        }
-      }
-    }
-    cp_async_commit_group();
-    head_ = head_ + 1 == kStages ? 0 : head_ + 1;
-  }
-
-  // The oldest row, when kInFlight rows have been pushed since the last one, or since the start.
-  MMK_DEVICE void pop(typename Shape::Part& part) {
-    cp_async_wait_group<kInFlight - 1>();
-#pragma unroll
-    for (int v = 0; v < Shape::kCount; ++v) part[v] = to_accumulator(load<Shape::kWidth>(place(tail_, v)));
-    tail_ = tail_ + 1 == kStages ? 0 : tail_ + 1;
-  }
-
- private:
-  MMK_DEVICE T* place(int stage, int vector) const {
-    return buffer_ + ((stage * Shape::kCount + vector) * kRowBlockThreads + static_cast<int>(threadIdx.x)) *
-                         Shape::kWidth;
-  }
-
-  T* buffer_;
-  int head_ = 0;
-  int tail_ = 0;
-};
 
 template <class Shape, class Body>
 MMK_DEVICE void for_each_element(int width, Body&& body) {
@@ -237,7 +134,7 @@ __global__ void __launch_bounds__(kRowBlockThreads, 3)
   const int width = static_cast<int>(p.width);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * Shape::kRowsPerBlock + Shape::slot();
   if (index >= p.batch * p.frames) return;
-  const Row row = locate(p, index);
+  const MixRow row = locate(p, index);
   const int layers = row.valid ? p.layers : 0;
   const float* weights = static_cast<const float*>(p.weights);
   float2* stats = args.stats == nullptr ? nullptr : static_cast<float2*>(args.stats) + index * p.layers;
@@ -256,7 +153,8 @@ __global__ void __launch_bounds__(kRowBlockThreads, 3)
   for (int l = 0; l < ring.kInFlight; ++l) push(l);
   for (int l = 0; l < layers; ++l) {
     typename Shape::Part x;
-    ring.pop(x);
+    ring.peek(x);
+    ring.pop();
     push(l + ring.kInFlight);
     const float2 moments = centre<Shape>(x, width, static_cast<float>(p.eps));
     if (stats != nullptr && Shape::thread() == 0) stats[l] = moments;
@@ -274,31 +172,18 @@ __global__ void __launch_bounds__(kRowBlockThreads, 3)
 }
 
 // ---- forward with norm, rows too wide for the registers: three passes, the later ones from the L2 cache
-// ------------
-
-constexpr int kWideThreads = 256;
-
-// Calls body(column, vector) for all vectors of a row, spread over the block.
-template <class T, bool kAligned, class Body>
-MMK_DEVICE void for_each_vector(const T* row, int64_t width, Body&& body) {
-  constexpr int kWidth = kVectorWidth<T>;
-  for (int64_t column = static_cast<int64_t>(threadIdx.x) * kWidth; column < width;
-       column += kWideThreads * kWidth) {
-    body(column, to_accumulator(load_columns<kAligned, kWidth>(row, column, width)));
-  }
-}
 
 template <class T, bool kAligned>
 MMK_DEVICE float2 wide_moments(const T* row, int64_t width, float eps) {
   constexpr int kWidth = kVectorWidth<T>;
   float sum = 0.0f;
-  for_each_vector<T, kAligned>(row, width, [&](int64_t, const Vec<float, kWidth>& x) {
+  for_each_vector<kWideThreads, kAligned>(row, width, [&](int64_t, const Vec<float, kWidth>& x) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) sum += x[i];
   });
   const float mean = block_sum<kWideThreads>(sum) / static_cast<float>(width);
   float square = 0.0f;
-  for_each_vector<T, kAligned>(row, width, [&](int64_t column, const Vec<float, kWidth>& x) {
+  for_each_vector<kWideThreads, kAligned>(row, width, [&](int64_t column, const Vec<float, kWidth>& x) {
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
       if (column + i < width) square += (x[i] - mean) * (x[i] - mean);
@@ -312,7 +197,7 @@ __global__ void __launch_bounds__(kWideThreads) mix_norm_wide(const __grid_const
   constexpr int kWidth = kVectorWidth<T>;
   const LayerMixParams& p = args.mix;
   const int64_t index = blockIdx.x;
-  const Row row = locate(p, index);
+  const MixRow row = locate(p, index);
   float2* saved = args.stats == nullptr ? nullptr : static_cast<float2*>(args.stats) + index * p.layers;
   MMK_SHARED(float2, stats, kLayerMixMaxLayers);
   for (int l = 0; l < p.layers; ++l) {
@@ -350,54 +235,6 @@ __global__ void __launch_bounds__(kWideThreads) mix_norm_wide(const __grid_const
 }
 
 // ---- launchers
-// -----------------------------------------------------------------------------------------------------
-
-// Calls body(T{}) with the element type that dtype names.
-template <class Body>
-cudaError_t dispatch(DType dtype, Body&& body) {
-  switch (dtype) {
-    case DType::kFloat32:
-      return body(float{});
-    case DType::kFloat16:
-      return body(__half{});
-    case DType::kBFloat16:
-      return body(__nv_bfloat16{});
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-template <class T>
-bool is_aligned(const LayerMixParams& p) {
-  constexpr int kWidth = kVectorWidth<T>;
-  const auto rows_fit = [](const void* data, int64_t batch_stride, int64_t frame_stride) {
-    return is_vector_aligned(static_cast<const T*>(data), batch_stride, kWidth) && frame_stride % kWidth == 0;
-  };
-  bool aligned = p.width % kWidth == 0 && is_vector_aligned(static_cast<const float*>(p.norm_weight), 0, 4) &&
-                 is_vector_aligned(static_cast<const float*>(p.norm_bias), 0, 4);
-  for (int l = 0; l < p.layers; ++l) {
-    aligned = aligned && rows_fit(p.layer[l], p.batch_stride[l], p.frame_stride[l]);
-  }
-  return aligned;
-}
-
-// Calls body(RowShape) with the narrowest shape that holds a row, or wide() where none does. Unaligned rows
-// have few shapes: they are rare, and each shape costs compile time.
-template <class T, bool kAligned, class Body, class Wide>
-cudaError_t dispatch_row_shape(int64_t width, Body&& body, Wide&& wide) {
-  constexpr int kPer8 = 8 / kVectorWidth<T>;
-  if constexpr (kAligned) {
-    if (width <= 256) return body(RowShape<T, 32, 1 * kPer8, true>{});
-    if (width <= 512) return body(RowShape<T, 32, 2 * kPer8, true>{});
-    if (width <= 768) return body(RowShape<T, 32, 3 * kPer8, true>{});
-    if (width <= 1024) return body(RowShape<T, 32, 4 * kPer8, true>{});
-    if (width <= 1280) return body(RowShape<T, 32, 5 * kPer8, true>{});
-  } else {
-    if (width <= 512) return body(RowShape<T, 32, 2 * kPer8, false>{});
-  }
-  if (width <= 4096) return body(RowShape<T, kRowBlockThreads, 4 * kPer8, kAligned>{});
-  return wide();
-}
 
 template <class T, bool kAligned>
 cudaError_t forward_plain(const LayerMixForward& args, CudaStream stream) {

@@ -1,5 +1,5 @@
-// The part of layer_mix's glue that its CPU and CUDA kernels share: checks, strides, outputs. The schema is in
-// mmkernels/ops/layer_mix/schema.py.
+// The part of layer_mix's glue that its CPU and CUDA kernels share: checks, strides, outputs. The schema is
+// in mmkernels/ops/layer_mix/schema.py.
 #pragma once
 
 #include <tuple>
@@ -84,7 +84,8 @@ struct LayerMixGradients {
   LayerMixBackward args;
 
   LayerMixGradients(const LayerMixInputs& inputs, const Tensor& given_grad, const Tensor& given_stats,
-                    bool need_weights, bool need_affine, const std::vector<int64_t>& wanted, int64_t chunks) {
+                    bool need_weights, bool need_affine, const std::vector<int64_t>& wanted,
+                    int64_t dot_partials, int64_t affine_partials) {
     const LayerMixParams& p = inputs.params;
     const Tensor& first = inputs.layers.front();
     const ScalarType accumulate = accumulate_type(p.dtype);
@@ -97,15 +98,15 @@ struct LayerMixGradients {
     if (p.norm) stats = checked(given_stats, {p.batch * p.frames, p.layers, 2}, accumulate, first, "stats");
 
     const int64_t affine_layers = need_affine ? p.layers : 0;
-    const int64_t affine_chunks = need_affine ? chunks : 0;
+    if (!need_affine) affine_partials = 0;
     const int64_t count = static_cast<int64_t>(wanted.size());
     d_weights = new_empty(first, {need_weights ? p.layers : 0}, accumulate);
     d_norm_weight = new_empty(first, {affine_layers, p.width}, accumulate);
     d_norm_bias = new_empty(first, {affine_layers, p.width}, accumulate);
     d_layers = new_empty(first, {count, p.batch, p.frames, p.width}, first.scalar_type());
-    partial_dot = new_empty(first, {need_weights ? chunks : 0, p.layers}, accumulate);
-    partial_scale = new_empty(first, {affine_chunks, p.layers, p.width}, accumulate);
-    partial_shift = new_empty(first, {affine_chunks, p.width}, accumulate);
+    partial_dot = new_empty(first, {need_weights ? dot_partials : 0, p.layers}, accumulate);
+    partial_scale = new_empty(first, {affine_partials, p.layers, p.width}, accumulate);
+    partial_shift = new_empty(first, {affine_partials, p.width}, accumulate);
 
     args = {};
     args.mix = p;
@@ -116,8 +117,8 @@ struct LayerMixGradients {
     char* d_layer = static_cast<char*>(d_layers.mutable_data_ptr());
     const int64_t bytes = p.batch * p.frames * p.width * element_size(p.dtype);
     for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < p.layers, "wanted: expected layer indices below ", p.layers,
-                      ", got ", wanted[i]);
+      STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < p.layers, "wanted: expected layer indices below ",
+                      p.layers, ", got ", wanted[i]);
       args.d_layer[wanted[i]] = d_layer + i * bytes;
     }
     args.need_weights = need_weights;

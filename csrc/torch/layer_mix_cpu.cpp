@@ -20,14 +20,17 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& layers, const Tens
   return {outputs.out, outputs.stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& grad, const std::vector<Tensor>& layers, const Tensor& weights,
-    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& lengths,
-    const Tensor& stats, bool norm, bool need_weights, bool need_affine, const std::vector<int64_t>& wanted) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::vector<Tensor>& layers,
+                                                    const Tensor& weights, const OptionalTensor& norm_weight,
+                                                    const OptionalTensor& norm_bias,
+                                                    const OptionalTensor& lengths, const Tensor& stats,
+                                                    bool norm, bool need_weights, bool need_affine,
+                                                    const std::vector<int64_t>& wanted) {
   const LayerMixInputs inputs(layers, weights, norm_weight, norm_bias, lengths, norm, 0.0);
   const LayerMixParams& p = inputs.params;
   const LayerMixChunks chunks = layer_mix_chunks(p.batch * p.frames, need_affine);
-  const LayerMixGradients gradients(inputs, grad, stats, need_weights, need_affine, wanted, chunks.chunks);
+  const LayerMixGradients gradients(inputs, grad, stats, need_weights, need_affine, wanted, chunks.chunks,
+                                    chunks.chunks);
   const int64_t grain = 1 + 32768 / (1 + chunks.rows_per_chunk * p.layers * p.width);
   torch::stable::parallel_for(0, chunks.chunks, grain, [&](int64_t begin, int64_t end) {
     cpu::layer_mix_backward(gradients.args, begin, end);

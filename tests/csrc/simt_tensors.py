@@ -7,9 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from simt_build import Guarded
+from torch import Tensor
 
 #: Values of mmk::DType.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 2, torch.bfloat16: 3}
@@ -17,7 +16,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class GuardedTensors:
-    """Allocates tensors between guard bytes: NaN before they are written, and `check` finds writes beside them."""
+    """Allocates tensors between guard bytes: NaN until written, and `check` finds writes beside them."""
 
     def __init__(self) -> None:
         self._guards: list[Guarded] = []

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
+import simt_build
 import torch
+from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, pointer, pointers
 from torch import Tensor
 
-import simt_build
 from mmkernels.ops.layer_mix import reference
 from mmkernels.testing import assert_close_to_reference
-from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, pointer, pointers
 
 pytestmark = pytest.mark.skipif(
     simt_build.missing_tools() is not None, reason=str(simt_build.missing_tools())
 )
 
-SOURCES = ["csrc/cuda/layer_mix.cu", "tests/csrc/simt/layer_mix_shim.cpp"]
+SOURCES = ["csrc/cuda/layer_mix.cu", "csrc/cuda/layer_mix_backward.cu", "tests/csrc/simt/layer_mix_shim.cpp"]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
 
 
 @dataclass
 class Problem:
-    """Inputs of one call. Layers lie in guarded memory, `gap` elements apart, from `offset` elements behind an aligned address."""
+    """Inputs of one call: rows `gap` elements apart, `offset` elements behind an aligned address."""
 
     dtype: torch.dtype
     shape: tuple[int, int, int]
@@ -67,7 +68,7 @@ class Problem:
         return sizes, pointers(self.inputs), strides, *parameters
 
     def reference(self, dtype: torch.dtype, *, grads: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """The reference's output in `dtype`; with `grads` also those of weights, gain, bias and the layers."""
+        """The reference's output in `dtype`; with `grads` gradients of weights, gain, bias and layers."""
         accumulate = torch.float64 if dtype == torch.float64 else torch.float32
         layers = [layer.detach().to(dtype).requires_grad_(grads) for layer in self.inputs]
         parameters = [self.weights, self.gain, self.bias]
@@ -126,7 +127,7 @@ def test_forward_without_norm(
     check_forward(kernels, Problem(dtype, shape, layers))
 
 
-# One width for each row shape: a warp with 1 to 5 vectors, a block, rows too wide for registers; and ragged ones of each.
+# One width for each row shape: a warp with 1 to 5 vectors, a block, too wide for registers; and ragged ones.
 NORM_WIDTHS = [8, 256, 264, 760, 1024, 1280, 1288, 4096, 4104, 1, 33, 511, 513, 4099]
 
 
@@ -146,7 +147,7 @@ def test_forward_with_norm_of_many_layers(kernels: simt_build.Library, layers: i
 def test_a_large_mean_costs_little_precision(kernels: simt_build.Library, width: int) -> None:
     problem = Problem(torch.float32, (1, 2, width), 2, norm=True, mean=1000.0)
     out, _ = forward(kernels, problem)
-    # The mean itself is rounded to float32; a variance of differences of squares would be wrong in the first digit.
+    # The mean itself is rounded to float32; a variance by E[x^2] - mean^2 would be wrong in the first digit.
     rounding = 1000.0 * torch.finfo(torch.float32).eps * problem.weights.abs().sum().item()
     assert (out - problem.reference(torch.float64)[0]).abs().max() < 2 * rounding
 
@@ -192,3 +193,177 @@ def test_forward_is_the_same_in_all_thread_orders(kernels: simt_build.Library, w
 def test_empty_problems_launch_nothing(kernels: simt_build.Library) -> None:
     for shape in [(0, 3, 8), (2, 0, 8), (2, 3, 0)]:
         forward(kernels, Problem(torch.float32, shape, 2, norm=True))
+
+
+@dataclass(frozen=True)
+class Gradients:
+    weights: Tensor
+    gain: Tensor
+    bias: Tensor
+    layers: list[Tensor | None]
+
+
+def backward(
+    kernels: simt_build.Library,
+    problem: Problem,
+    *,
+    weights: bool = True,
+    affine: bool | None = None,
+    wanted: tuple[int, ...] | None = None,
+    order: int = 2,
+) -> Gradients:
+    """Runs the backward kernels; by default for all gradients that the problem has."""
+    width = problem.shape[2]
+    affine = problem.affine if affine is None else affine
+    wanted = tuple(range(problem.layers)) if wanted is None else wanted
+    arguments = problem.common_arguments()
+    partials = integers(0, 0)
+    kernels.call("layer_mix_partials", arguments[0], integers(weights, affine, len(wanted) > 0), partials)
+
+    def sums(*shape: int) -> Tensor:
+        return problem.memory.empty(shape, torch.float32)
+
+    _, stats = forward(kernels, problem, save_stats=problem.norm)
+    d_layers = [
+        problem.memory.empty(problem.shape, problem.dtype) if index in wanted else None
+        for index in range(problem.layers)
+    ]
+    partial_sums = [
+        sums(partials[0], problem.layers),
+        sums(partials[1], problem.layers, width),
+        sums(partials[1], width),
+    ]
+    affine_layers = problem.layers if affine else 0
+    results = [sums(problem.layers if weights else 0), sums(affine_layers, width), sums(affine_layers, width)]
+    kernels.call(
+        "layer_mix_backward",
+        *arguments,
+        pointer(problem.grad),
+        integers(*problem.grad.stride()[:2]),
+        pointer(stats),
+        pointers(d_layers),
+        integers(weights, affine),
+        *map(pointer, partial_sums + results),
+        order=order,
+    )
+    problem.memory.check()
+    return Gradients(*results, d_layers)
+
+
+def check_backward(
+    kernels: simt_build.Library,
+    problem: Problem,
+    *,
+    weights: bool = True,
+    affine: bool | None = None,
+    wanted: tuple[int, ...] | None = None,
+) -> None:
+    found = backward(kernels, problem, weights=weights, affine=affine, wanted=wanted)
+    _, exact = problem.reference(torch.float64, grads=True)
+    _, eager = problem.reference(problem.dtype, grads=True)
+    parameters = 3 if problem.affine else 1
+    if weights:
+        # A handful of sums of terms that cancel: their error scales with the terms.
+        terms = problem.grad.double().nan_to_num().norm() * problem.grad[..., 0].numel() ** 0.5
+        terms *= problem.shape[2] ** 0.5 * (2 if problem.affine else 1)
+        assert (found.weights - exact[0]).abs().max() <= 4 * torch.finfo(torch.float32).eps * terms
+    if found.gain.numel() > 0:
+        assert_close_to_reference(found.gain, exact[1], eager[1], torch.float32, "d_norm_weight")
+        assert_close_to_reference(found.bias, exact[2], eager[2], torch.float32, "d_norm_bias")
+    for index, d_layer in enumerate(found.layers):
+        if d_layer is not None:
+            r, e = exact[parameters + index], eager[parameters + index]
+            assert_close_to_reference(d_layer, r, e, problem.dtype, f"d_layers[{index}]")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "layers"), PLAIN_SHAPES)
+def test_backward_without_norm(
+    kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int], layers: int
+) -> None:
+    check_backward(kernels, Problem(dtype, shape, layers))
+
+
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("width", NORM_WIDTHS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_backward_with_norm(
+    kernels: simt_build.Library, dtype: torch.dtype, width: int, affine: bool
+) -> None:
+    check_backward(kernels, Problem(dtype, (1, 3, width), 3, norm=True, affine=affine))
+
+
+# Which gradients are asked for decides which kernels run, and which of them brings d_weights.
+NEEDS = [
+    (True, False, ()),
+    (True, True, ()),
+    (False, True, (1,)),
+    (True, False, (0, 2)),
+    (False, False, (1,)),
+]
+
+
+@pytest.mark.parametrize(("weights", "affine", "wanted"), NEEDS)
+@pytest.mark.parametrize("width", [40, 33, 2056, 4104])
+def test_backward_computes_what_is_asked_for(
+    kernels: simt_build.Library, width: int, weights: bool, affine: bool, wanted: tuple[int, ...]
+) -> None:
+    problem = Problem(torch.float16, (2, 5, width), 3, norm=True, affine=True, lengths=(5, 2))
+    check_backward(kernels, problem, weights=weights, affine=affine, wanted=wanted)
+
+
+@pytest.mark.parametrize("layers", [1, 8, 9, 25, 64])
+def test_backward_of_many_layers(kernels: simt_build.Library, layers: int) -> None:
+    check_backward(
+        kernels, Problem(torch.bfloat16, (2, 9, 24), layers, norm=True, affine=True), wanted=(layers - 1,)
+    )
+
+
+@pytest.mark.parametrize("frames", [1, 7, 200])
+def test_backward_sums_over_chunks_and_utterances(kernels: simt_build.Library, frames: int) -> None:
+    lengths = (frames, frames // 2, 0)
+    check_backward(
+        kernels, Problem(torch.float32, (3, frames, 8), 2, norm=True, affine=True, lengths=lengths)
+    )
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("offset", "gap"), [(1, 0), (0, 3), (0, 8)])
+def test_backward_of_any_alignment(kernels: simt_build.Library, offset: int, gap: int, norm: bool) -> None:
+    problem = Problem(torch.bfloat16, (2, 3, 64), 3, norm=norm, affine=norm, offset=offset, gap=gap)
+    check_backward(kernels, problem)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("width", [32, 33, 2048, 4104])
+def test_padding_gives_no_gradient_and_gets_zero(kernels: simt_build.Library, width: int, norm: bool) -> None:
+    problem = Problem(torch.bfloat16, (4, 3, width), 2, norm=norm, affine=norm, lengths=(2, -5, 9, 0))
+    for index, length in enumerate([2, 0, 3, 0]):
+        problem.grad[index, length:] = torch.nan
+    found = backward(kernels, problem)
+    for index, length in enumerate([2, 0, 3, 0]):
+        assert all(d is not None and (d[index, length:] == 0).all() for d in found.layers)
+    assert all(torch.isfinite(t).all() for t in (found.weights, found.gain, found.bias))
+    problem.grad.nan_to_num_()
+    check_backward(kernels, problem)
+
+
+@pytest.mark.parametrize("width", [40, 1032])
+@pytest.mark.parametrize("wanted", [(), (0, 1)])
+def test_backward_is_the_same_in_all_thread_orders(
+    kernels: simt_build.Library, width: int, wanted: tuple[int, ...]
+) -> None:
+    problem = Problem(torch.float16, (2, 9, width), 2, norm=True, affine=True, lengths=(9, 4))
+
+    def run(order: int) -> np.ndarray:
+        found = backward(kernels, problem, wanted=wanted, order=order)
+        tensors = [found.weights, found.gain, found.bias, *(d for d in found.layers if d is not None)]
+        return np.concatenate([t.contiguous().view(torch.uint8).flatten().numpy() for t in tensors])
+
+    simt_build.same_in_all_orders(run)
+
+
+def test_sums_of_no_rows_are_zero(kernels: simt_build.Library) -> None:
+    for shape in [(0, 3, 8), (2, 0, 8)]:
+        found = backward(kernels, Problem(torch.float32, shape, 2, norm=True, affine=True))
+        assert all((t == 0).all() and t.numel() > 0 for t in (found.weights, found.gain, found.bias))

@@ -35,6 +35,16 @@ MMK_DEVICE void store_columns(T* row, int64_t column, int64_t columns, const Vec
   }
 }
 
+// Calls body(column, values) for all of a row, spread over the Threads threads of a block.
+template <int Threads, bool Aligned, class T, class Body>
+MMK_DEVICE void for_each_vector(const T* row, int64_t columns, Body&& body) {
+  constexpr int kWidth = kVectorWidth<T>;
+  for (int64_t column = static_cast<int64_t>(threadIdx.x) * kWidth; column < columns;
+       column += Threads * kWidth) {
+    body(column, to_accumulator(load_columns<Aligned, kWidth>(row, column, columns)));
+  }
+}
+
 // Sums over the Threads threads that share a row: a warp, or a block of that many threads.
 template <int Threads, int Count>
 MMK_DEVICE void row_sums(float (&values)[Count]) {

@@ -1,7 +1,7 @@
 // layer_mix: out[b, t] = sum_l weights[l] * N_l(layer_l[b, t]), N_l the identity or a LayerNorm of its own.
 //
-// Rows are the pairs (b, t); layers are read where they lie, through one pointer and two strides each. Frames from
-// lengths[b] on are padding: never read, and written as zero.
+// Rows are the pairs (b, t); layers are read where they lie, through one pointer and two strides each. Frames
+// from lengths[b] on are padding: never read, and written as zero.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +23,8 @@ struct LayerMixParams {
   const void* layer[kLayerMixMaxLayers];
   int64_t batch_stride[kLayerMixMaxLayers];
   int64_t frame_stride[kLayerMixMaxLayers];
-  const int64_t* lengths;   // [batch] or null
-  const void* weights;      // [layers], float (double for kFloat64), like all statistics and sums below
+  const int64_t* lengths;  // [batch] or null
+  const void* weights;     // [layers], float (double for kFloat64), like all statistics and sums below
   bool norm;
   const void* norm_weight;  // [layers, width] or null
   const void* norm_bias;    // [layers, width] or null
@@ -35,7 +35,8 @@ struct LayerMixForward {
   LayerMixParams mix;
   void* out;    // [batch, frames, width]
   void* stats;  // [batch * frames, layers, 2] mean and 1 / standard deviation (zero for padding), or null
-  void* mixed_bias = nullptr;  // CUDA: scratch [width] for sum_l weights[l] * norm_bias[l]; null without norm_bias
+  void* mixed_bias =
+      nullptr;  // CUDA: scratch [width] for sum_l weights[l] * norm_bias[l]; null without norm_bias
 };
 
 struct LayerMixBackward {
@@ -43,20 +44,20 @@ struct LayerMixBackward {
   const void* grad;  // [batch, frames, width] by the two strides
   int64_t grad_batch_stride;
   int64_t grad_frame_stride;
-  const void* stats;            // as the forward pass saved it; null without norm
+  const void* stats;                  // as the forward pass saved it; null without norm
   void* d_layer[kLayerMixMaxLayers];  // contiguous [batch, frames, width] each, or null where not asked for
-  bool need_weights;            // sums below are written only where asked for
+  bool need_weights;                  // sums below are written only where asked for
   bool need_affine;
-  void* partial_dot;     // [chunks, layers]         sum over rows of grad . N_l(layer)
-  void* partial_scale;   // [chunks, layers, width]  sum over rows of grad * normalised layer
-  void* partial_shift;   // [chunks, width]          sum over rows of grad
-  void* d_weights;       // [layers]
-  void* d_norm_weight;   // [layers, width]
-  void* d_norm_bias;     // [layers, width]
+  void* partial_dot;    // [chunks, layers]         sum over rows of grad . N_l(layer)
+  void* partial_scale;  // [chunks, layers, width]  sum over rows of grad * normalised layer
+  void* partial_shift;  // [chunks, width]          sum over rows of grad
+  void* d_weights;      // [layers]
+  void* d_norm_weight;  // [layers, width]
+  void* d_norm_bias;    // [layers, width]
 };
 
-// Backward sums run over chunks of rows whose size depends on the problem alone, never on the number of threads, and chunks
-// are added in order: results are the same bit for bit on every run.
+// Backward sums run over chunks of rows whose size depends on the problem alone, never on the number of
+// threads, and chunks are added in order: results are the same bit for bit on every run.
 struct LayerMixChunks {
   int64_t rows_per_chunk;
   int64_t chunks;
@@ -84,8 +85,75 @@ void layer_mix_reduce(const LayerMixBackward& args);
 
 namespace cuda {
 
+// Most layers whose gradient sums a block keeps in registers, and lanes that share a slice of columns.
+constexpr int32_t kLayerMixGroup = 8;
+constexpr int64_t kLayerMixLanes = 32;
+
+// Backward sums over rows: a block adds the rows of one chunk, for one slice of columns and one group of
+// layers. As on the CPU it depends on the problem alone, so that results do not depend on the GPU.
+struct LayerMixSums {
+  int64_t rows_per_chunk;
+  int64_t chunks;
+  int64_t slice_columns;
+  int64_t slices;
+  int32_t groups;  // group g holds the layers [g * layers / groups, (g + 1) * layers / groups)
+
+  constexpr int64_t blocks() const { return chunks * slices * groups; }
+};
+
+constexpr LayerMixSums layer_mix_sums(DType dtype, int64_t rows, int64_t width, int32_t layers) {
+  const auto ceil_div = [](int64_t a, int64_t b) { return a / b + (a % b != 0); };
+  // About as many blocks as fill the largest GPUs a few times; it also bounds the partial sums, to some 16
+  // MB.
+  const int64_t wanted_blocks = 2048;
+  const int64_t least_rows = 16;
+  LayerMixSums plan = {};
+  plan.slice_columns = kLayerMixLanes * 16 / element_size(dtype);
+  plan.slices = ceil_div(width, plan.slice_columns);
+  plan.groups = static_cast<int32_t>(ceil_div(layers, kLayerMixGroup));
+  const int64_t blocks_per_chunk = plan.slices * plan.groups;
+  const int64_t most_chunks = blocks_per_chunk == 0 ? 1 : ceil_div(wanted_blocks, blocks_per_chunk);
+  const int64_t rows_per_chunk = ceil_div(rows, most_chunks);
+  plan.rows_per_chunk = rows_per_chunk < least_rows ? least_rows : rows_per_chunk;
+  plan.chunks = plan.slices == 0 ? 0 : ceil_div(rows, plan.rows_per_chunk);
+  return plan;
+}
+
+// Which kernels a backward pass launches, and the sizes of their partial sums.
+struct LayerMixBackwardPlan {
+  bool sums;           // the sums over rows, by LayerMixSums
+  bool gradients;      // the gradients of layers
+  bool gradients_dot;  // they bring the sums for d_weights along, since they read the layers anyway
+  LayerMixSums sum_plan;
+  int64_t rows_per_block;  // of the gradients
+  int64_t gradient_blocks;
+  int64_t dot_partials;     // LayerMixBackward::partial_dot is [dot_partials, layers]
+  int64_t affine_partials;  // partial_scale is [affine_partials, layers, width], partial_shift
+                            // [affine_partials, width]
+};
+
+constexpr LayerMixBackwardPlan layer_mix_backward_plan(DType dtype, int64_t rows, int64_t width,
+                                                       int32_t layers, bool norm, bool need_weights,
+                                                       bool need_affine, bool need_layers) {
+  const int64_t wanted_blocks = 2048;
+  LayerMixBackwardPlan plan = {};
+  plan.gradients = need_layers;
+  plan.gradients_dot = need_weights && !need_affine && need_layers && norm;
+  plan.sums = need_affine || (need_weights && !plan.gradients_dot);
+  plan.sum_plan = layer_mix_sums(dtype, rows, width, layers);
+  // Whole turns of the four rows that a block works on at a time.
+  plan.rows_per_block = ((rows + wanted_blocks - 1) / wanted_blocks + 3) / 4 * 4;
+  plan.gradient_blocks = rows == 0 || width == 0 ? 0 : (rows + plan.rows_per_block - 1) / plan.rows_per_block;
+  plan.dot_partials = !need_weights        ? 0
+                      : plan.gradients_dot ? plan.gradient_blocks
+                                           : plan.sum_plan.chunks * plan.sum_plan.slices;
+  plan.affine_partials = need_affine ? plan.sum_plan.chunks : 0;
+  return plan;
+}
+
 // Launchers run on the current device and return a cudaError_t. Types are float, half and bfloat16.
 int layer_mix_forward(const LayerMixForward& args, CudaStream stream);
+int layer_mix_backward(const LayerMixBackward& args, CudaStream stream);
 
 }  // namespace cuda
 }  // namespace mmk

@@ -1,0 +1,24 @@
+// From a run-time dtype to an element type.
+#pragma once
+
+#include "cuda/common/platform.cuh"
+#include "mmkernels/dtype.h"
+
+namespace mmk {
+
+// Calls body(T{}) with the element type that dtype names.
+template <class Body>
+cudaError_t dispatch(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kFloat16:
+      return body(__half{});
+    case DType::kBFloat16:
+      return body(__nv_bfloat16{});
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace mmk

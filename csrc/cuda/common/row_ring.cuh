@@ -1,0 +1,105 @@
+// Rows that are held in registers, and the ring in shared memory by which they get there.
+#pragma once
+
+#include "cuda/common/launch.cuh"
+#include "cuda/common/ptx.cuh"
+#include "cuda/common/rows.cuh"
+
+namespace mmk {
+
+inline constexpr int kRowBlockThreads = 128;
+
+// kVectors vectors in each of kRowThreads threads (32, or the whole block) hold a row.
+template <class T, int kRowThreads, int kVectors, bool kAligned>
+struct RowShape {
+  using Element = T;
+  static constexpr int kThreads = kRowThreads;
+  static constexpr int kRowsPerBlock = kRowBlockThreads / kRowThreads;
+  static constexpr int kCount = kVectors;
+  static constexpr int kWidth = kVectorWidth<T>;
+  static constexpr int kElements = kVectors * kWidth;
+  static constexpr bool kIsAligned = kAligned;
+  using Part = Vec<float, kWidth>[kVectors];
+
+  MMK_DEVICE static int thread() { return static_cast<int>(threadIdx.x) % kThreads; }
+  MMK_DEVICE static int slot() { return static_cast<int>(threadIdx.x) / kThreads; }
+  MMK_DEVICE static int column(int vector) { return (vector * kThreads + thread()) * kWidth; }
+  MMK_DEVICE static bool inside(int vector, int i, int width) {
+    return column(vector) + (kAligned ? 0 : i) < width;
+  }
+};
+
+// Rows on their way to the registers: kStages - 1 are in flight while one is worked on. A thread reads back
+// only what it copied itself, so no barrier is needed.
+template <class Shape>
+class RowRing {
+ public:
+  using T = typename Shape::Element;
+  static constexpr int kInFlight = 8 / Shape::kCount < 2 ? 2 : 8 / Shape::kCount > 6 ? 6 : 8 / Shape::kCount;
+  static constexpr int kStages = kInFlight + 1;
+  static constexpr int kBytes = kStages * Shape::kCount * kRowBlockThreads * 16;
+
+  MMK_DEVICE explicit RowRing(T* buffer) : buffer_(buffer) {}
+
+  // Starts the copy of the next row; null is no row, but takes its turn.
+  MMK_DEVICE void push(const T* row, int width) {
+    if (row != nullptr) {
+#pragma unroll
+      for (int v = 0; v < Shape::kCount; ++v) {
+        const int column = Shape::column(v);
+        if constexpr (Shape::kIsAligned) {
+          const bool inside = column < width;
+          cp_async_zfill<16>(place(head_, v), inside ? row + column : row, inside);
+        } else {
+          store(place(head_, v), load_columns<false, Shape::kWidth>(row, column, width));
+        }
+      }
+    }
+    cp_async_commit_group();
+    head_ = head_ + 1 == kStages ? 0 : head_ + 1;
+  }
+
+  // The oldest row, when kInFlight rows have been pushed since it was.
+  MMK_DEVICE void peek(typename Shape::Part& part) const {
+    cp_async_wait_group<kInFlight - 1>();
+#pragma unroll
+    for (int v = 0; v < Shape::kCount; ++v) {
+      part[v] = to_accumulator(load<Shape::kWidth>(place(tail_, v)));
+    }
+  }
+
+  MMK_DEVICE void pop() { tail_ = tail_ + 1 == kStages ? 0 : tail_ + 1; }
+
+  // Forgets what has been pushed and not popped.
+  MMK_DEVICE void drain() { tail_ = head_; }
+
+ private:
+  MMK_DEVICE T* place(int stage, int vector) const {
+    return buffer_ + ((stage * Shape::kCount + vector) * kRowBlockThreads + static_cast<int>(threadIdx.x)) *
+                         Shape::kWidth;
+  }
+
+  T* buffer_;
+  int head_ = 0;
+  int tail_ = 0;
+};
+
+// Calls body(RowShape) with the narrowest shape that holds a row, or wide() where none does. Unaligned rows
+// have few shapes: they are rare, and each shape costs compile time.
+template <class T, bool kAligned, class Body, class Wide>
+cudaError_t dispatch_row_shape(int64_t width, Body&& body, Wide&& wide) {
+  constexpr int kPer8 = 8 / kVectorWidth<T>;
+  if constexpr (kAligned) {
+    if (width <= 256) return body(RowShape<T, 32, 1 * kPer8, true>{});
+    if (width <= 512) return body(RowShape<T, 32, 2 * kPer8, true>{});
+    if (width <= 768) return body(RowShape<T, 32, 3 * kPer8, true>{});
+    if (width <= 1024) return body(RowShape<T, 32, 4 * kPer8, true>{});
+    if (width <= 1280) return body(RowShape<T, 32, 5 * kPer8, true>{});
+  } else {
+    if (width <= 512) return body(RowShape<T, 32, 2 * kPer8, false>{});
+  }
+  if (width <= 4096) return body(RowShape<T, kRowBlockThreads, 4 * kPer8, kAligned>{});
+  return wide();
+}
+
+}  // namespace mmk

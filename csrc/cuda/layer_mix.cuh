@@ -1,0 +1,56 @@
+// What the forward and the backward kernels of layer_mix share.
+#pragma once
+
+#include "cuda/common/dispatch.cuh"
+#include "cuda/common/launch.cuh"
+#include "cuda/common/row_ring.cuh"
+#include "cuda/common/rows.cuh"
+#include "mmkernels/layer_mix.h"
+
+namespace mmk::cuda {
+
+inline constexpr int kPlainThreads = 256;  // blocks of the kernels with a thread to each vector
+inline constexpr int kWideThreads = 256;   // blocks of the kernels for rows too wide for the registers
+
+struct MixRow {
+  int64_t batch;
+  int64_t frame;
+  bool valid;
+};
+
+// The comparison clamps lengths: negative ones leave no frame, too large ones all.
+MMK_DEVICE bool is_valid(const LayerMixParams& p, int64_t batch, int64_t frame) {
+  return p.lengths == nullptr || frame < p.lengths[batch];
+}
+
+MMK_DEVICE MixRow locate(const LayerMixParams& p, int64_t index) {
+  const int64_t batch = index / p.frames;
+  const int64_t frame = index - batch * p.frames;
+  return {batch, frame, is_valid(p, batch, frame)};
+}
+
+template <class T>
+MMK_DEVICE const T* layer_row(const LayerMixParams& p, int layer, const MixRow& row) {
+  return static_cast<const T*>(p.layer[layer]) + row.batch * p.batch_stride[layer] +
+         row.frame * p.frame_stride[layer];
+}
+
+MMK_DEVICE const float* parameter_row(const void* parameter, int64_t layer, int64_t width) {
+  return parameter == nullptr ? nullptr : static_cast<const float*>(parameter) + layer * width;
+}
+
+template <class T>
+bool is_aligned(const LayerMixParams& p) {
+  constexpr int kWidth = kVectorWidth<T>;
+  const auto rows_fit = [](const void* data, int64_t batch_stride, int64_t frame_stride) {
+    return is_vector_aligned(static_cast<const T*>(data), batch_stride, kWidth) && frame_stride % kWidth == 0;
+  };
+  bool aligned = p.width % kWidth == 0 && is_vector_aligned(static_cast<const float*>(p.norm_weight), 0, 4) &&
+                 is_vector_aligned(static_cast<const float*>(p.norm_bias), 0, 4);
+  for (int l = 0; l < p.layers; ++l) {
+    aligned = aligned && rows_fit(p.layer[l], p.batch_stride[l], p.frame_stride[l]);
+  }
+  return aligned;
+}
+
+}  // namespace mmk::cuda

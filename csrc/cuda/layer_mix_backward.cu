@@ -1,0 +1,618 @@
+#include "cuda/layer_mix.cuh"
+
+namespace mmk::cuda {
+namespace {
+
+template <class T>
+MMK_DEVICE const T* grad_row(const LayerMixBackward& args, int64_t batch, int64_t frame) {
+  return static_cast<const T*>(args.grad) + batch * args.grad_batch_stride + frame * args.grad_frame_stride;
+}
+
+// ---- sums over rows, for d_weights, d_norm_weight and d_norm_bias
+
+constexpr int kSumThreads = 128;
+constexpr int kSumWarps = kSumThreads / kWarpSize;
+
+// Position of a warp in the rows of its chunk, without a division for each.
+struct RowCursor {
+  int64_t row;
+  int64_t batch;
+  int64_t frame;
+
+  MMK_DEVICE RowCursor(int64_t start, int64_t frames)
+      : row(start), batch(start / frames), frame(start - batch * frames) {}
+
+  MMK_DEVICE void advance(int64_t step, int64_t frames) {
+    row += step;
+    frame += step;
+    while (frame >= frames) {
+      frame -= frames;
+      ++batch;
+    }
+  }
+};
+
+// Shared memory of sum_rows: two stages of a vector for each layer of a group and for grad, and of a group's
+// moments.
+constexpr int kSumBytes = 2 * ((kLayerMixGroup + 1) * kSumThreads * 16 +
+                               kSumWarps * kLayerMixGroup * static_cast<int>(sizeof(float2)));
+
+// What a thread sums over rows, for its columns: grad * normalised layer (grad * layer without norm), and
+// grad.
+template <int kWidth>
+struct ColumnSums {
+  Vec<float, kWidth> scale[kLayerMixGroup];
+  Vec<float, kWidth> shift;
+};
+
+// The layers and columns of a block, and the shared memory through which rows reach its threads: one row of a
+// warp is in flight while another is added. A thread reads back what it copied itself, and moments that lanes
+// of its warp copied.
+template <class T, bool kAligned, bool kNorm>
+struct RowTiles {
+  static constexpr int kWidth = kVectorWidth<T>;
+  static constexpr int kStageVectors = (kLayerMixGroup + 1) * kSumThreads;  // the last ones hold grad
+
+  const LayerMixBackward& args;
+  int first;
+  int count;
+  int64_t column;
+  Vec<T, kWidth>* vectors;
+
+  MMK_DEVICE Vec<T, kWidth>* vector(int stage, int i) const {
+    return vectors + stage * kStageVectors + i * kSumThreads + threadIdx.x;
+  }
+  MMK_DEVICE float2* moments(int stage) const {
+    return reinterpret_cast<float2*>(vectors + 2 * kStageVectors) +
+           (stage * kSumWarps + warp_index()) * kLayerMixGroup;
+  }
+
+  MMK_DEVICE void copy(Vec<T, kWidth>* target, const T* row) const {
+    const int64_t width = args.mix.width;
+    if constexpr (kAligned) {
+      const bool inside = column < width;
+      cp_async_zfill<16>(target, inside ? row + column : row, inside);
+    } else {
+      store(target->data, load_columns<false, kWidth>(row, column, width));
+    }
+  }
+
+  // Starts the copies of the next row with frames, if there is one before `end`.
+  MMK_DEVICE bool fetch(int stage, RowCursor& at, int64_t end) const {
+    const LayerMixParams& p = args.mix;
+    while (at.row < end && !is_valid(p, at.batch, at.frame)) at.advance(kSumWarps, p.frames);
+    if (at.row >= end) return false;
+    const MixRow row = {at.batch, at.frame, true};
+#pragma unroll
+    for (int i = 0; i < kLayerMixGroup; ++i) {
+      if (i < count) copy(vector(stage, i), layer_row<T>(p, first + i, row));
+    }
+    copy(vector(stage, kLayerMixGroup), grad_row<T>(args, at.batch, at.frame));
+    if (kNorm && lane_index() < count) {
+      const float2* stats = static_cast<const float2*>(args.stats) + at.row * p.layers + first;
+      cp_async<8>(moments(stage) + lane_index(), stats + lane_index());
+    }
+    at.advance(kSumWarps, p.frames);
+    return true;
+  }
+
+  MMK_DEVICE void add(int stage, ColumnSums<kWidth>& sums) const {
+    const Vec<float, kWidth> grad = to_accumulator(load<kWidth>(vector(stage, kLayerMixGroup)->data));
+#pragma unroll
+    for (int i = 0; i < kLayerMixGroup; ++i) {
+      if (i < count) {
+        const Vec<float, kWidth> x = to_accumulator(load<kWidth>(vector(stage, i)->data));
+        float2 m = {0.0f, 1.0f};
+        if constexpr (kNorm) m = moments(stage)[i];
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+          sums.scale[i][j] += kNorm ? grad[j] * m.y * (x[j] - m.x) : grad[j] * x[j];
+        }
+      }
+    }
+    if constexpr (kNorm) {
+#pragma unroll
+      for (int j = 0; j < kWidth; ++j) sums.shift[j] += grad[j];
+    }
+  }
+};
+
+// What the columns of a thread give to d_weights[layer].
+template <bool kAligned, int kWidth>
+MMK_DEVICE float dot_columns(const LayerMixParams& p, int layer, const Vec<float, kWidth>& scale,
+                             const Vec<float, kWidth>& shift, int64_t column) {
+  Vec<float, kWidth> gain, bias;
+  if (p.norm_weight != nullptr) {
+    gain = load_columns<kAligned, kWidth>(parameter_row(p.norm_weight, layer, p.width), column, p.width);
+  }
+  if (p.norm_bias != nullptr) {
+    bias = load_columns<kAligned, kWidth>(parameter_row(p.norm_bias, layer, p.width), column, p.width);
+  }
+  float dot = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    dot += p.norm_weight == nullptr ? scale[j] : gain[j] * scale[j];
+    if (p.norm_bias != nullptr) dot += bias[j] * shift[j];
+  }
+  return dot;
+}
+
+// Writes the sums of the block's warps, added in order. All threads must call it.
+template <int kWidth>
+MMK_DEVICE void store_column_sums(float* partial, const Vec<float, kWidth>& value, int64_t first_column,
+                                  int64_t width) {
+  constexpr int kColumns = kWarpSize * kWidth;
+  MMK_SHARED(float, columns, kSumWarps, kColumns);
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) columns[warp_index()][lane_index() * kWidth + j] = value[j];
+  __syncthreads();
+  for (int i = threadIdx.x; i < kColumns && first_column + i < width; i += kSumThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < kSumWarps; ++warp) sum += columns[warp][i];
+    partial[first_column + i] = sum;
+  }
+  __syncthreads();
+}
+
+template <class T, bool kAligned, bool kNorm>
+__global__ void __launch_bounds__(kSumThreads, 4)
+    sum_rows(const __grid_constant__ LayerMixBackward args, const __grid_constant__ LayerMixSums plan) {
+  constexpr int kWidth = kVectorWidth<T>;
+  const LayerMixParams& p = args.mix;
+  // Neighbouring blocks read the same rows of grad.
+  const int group = static_cast<int>(blockIdx.x) % plan.groups;
+  const int64_t slice = static_cast<int64_t>(blockIdx.x) / plan.groups % plan.slices;
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) / plan.groups / plan.slices;
+  const int first = group * p.layers / plan.groups;
+  const int count = (group + 1) * p.layers / plan.groups - first;
+  const int64_t slice_begin = slice * plan.slice_columns;
+  const int64_t column = slice_begin + lane_index() * kWidth;
+  const int64_t begin = chunk * plan.rows_per_chunk;
+  const int64_t end = min(begin + plan.rows_per_chunk, p.batch * p.frames);
+
+  MMK_DYNAMIC_SMEM(unsigned char, buffer);
+  using Tiles = RowTiles<T, kAligned, kNorm>;
+  const Tiles tiles = {args, first, count, column, reinterpret_cast<Vec<T, kWidth>*>(buffer)};
+  RowCursor at(begin + warp_index(), p.frames);
+  ColumnSums<kWidth> sums = {};
+  bool more = tiles.fetch(0, at, end);
+  for (int stage = 0; more; stage ^= 1) {
+    cp_async_wait_all();
+    __syncwarp();  // also: all lanes are done with the other stage
+    more = tiles.fetch(stage ^ 1, at, end);
+    tiles.add(stage, sums);
+  }
+  if (args.need_weights) {
+    float dots[kLayerMixGroup];
+#pragma unroll
+    for (int i = 0; i < kLayerMixGroup; ++i) {
+      dots[i] = 0.0f;
+      if (i < count) dots[i] = dot_columns<kAligned>(p, first + i, sums.scale[i], sums.shift, column);
+    }
+    block_sums<kSumThreads>(dots);
+    float* partial = static_cast<float*>(args.partial_dot) + (chunk * plan.slices + slice) * p.layers + first;
+    if (threadIdx.x == 0) {
+#pragma unroll
+      for (int i = 0; i < kLayerMixGroup; ++i) {
+        if (i < count) partial[i] = dots[i];
+      }
+    }
+  }
+  if (!args.need_affine) return;
+  float* scale = static_cast<float*>(args.partial_scale) + (chunk * p.layers + first) * p.width;
+#pragma unroll
+  for (int i = 0; i < kLayerMixGroup; ++i) {
+    if (i < count) store_column_sums(scale + i * p.width, sums.scale[i], slice_begin, p.width);
+  }
+  float* shift = static_cast<float*>(args.partial_shift) + chunk * p.width;
+  if (group == 0) store_column_sums(shift, sums.shift, slice_begin, p.width);
+}
+
+// ---- from partial sums to gradients
+
+constexpr int kReduceThreads = 256;
+
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_dots(const __grid_constant__ LayerMixBackward args, int64_t partials) {
+  const float* partial = static_cast<const float*>(args.partial_dot) + blockIdx.x;
+  double sum = 0.0;
+  for (int64_t i = threadIdx.x; i < partials; i += kReduceThreads) sum += partial[i * args.mix.layers];
+  sum = block_sum<kReduceThreads>(sum);
+  if (threadIdx.x == 0) static_cast<float*>(args.d_weights)[blockIdx.x] = static_cast<float>(sum);
+}
+
+// The sum over the partials of the column that a lane points at.
+MMK_DEVICE double sum_partials(const float* column, int64_t partials, int64_t stride, bool inside) {
+  constexpr int kWarps = kReduceThreads / kWarpSize;
+  MMK_SHARED(double, sums, kWarps, kWarpSize);
+  double sum = 0.0;
+  for (int64_t i = warp_index(); inside && i < partials; i += kWarps) sum += column[i * stride];
+  sums[warp_index()][lane_index()] = sum;
+  __syncthreads();
+  double total = 0.0;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) total += sums[warp][lane_index()];
+  __syncthreads();
+  return total;
+}
+
+__global__ void __launch_bounds__(kReduceThreads)
+    reduce_affine(const __grid_constant__ LayerMixBackward args, int64_t partials) {
+  const int64_t width = args.mix.width;
+  const int64_t size = args.mix.layers * width;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane_index();
+  const bool inside = index < size;
+  const int64_t layer = inside ? index / width : 0;
+  const int64_t column = inside ? index - layer * width : 0;
+  const float* scale = static_cast<const float*>(args.partial_scale);
+  const float* shift = static_cast<const float*>(args.partial_shift);
+  const double d_gain = sum_partials(scale + layer * width + column, partials, size, inside);
+  const double d_bias = sum_partials(shift + column, partials, width, inside);
+  if (!inside || warp_index() != 0) return;
+  const double weight = static_cast<const float*>(args.mix.weights)[layer];
+  static_cast<float*>(args.d_norm_weight)[index] = static_cast<float>(weight * d_gain);
+  static_cast<float*>(args.d_norm_bias)[index] = static_cast<float>(weight * d_bias);
+}
+
+// ---- gradients of the layers without norm: weights[l] * grad, a thread to each vector; no layer is read
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kPlainThreads)
+    gradients_plain(const __grid_constant__ LayerMixBackward args, int64_t vectors_per_row) {
+  constexpr int kWidth = kVectorWidth<T>;
+  const LayerMixParams& p = args.mix;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
+  const int64_t row_index = index / vectors_per_row;
+  if (row_index >= p.batch * p.frames) return;
+  const int64_t column = (index - row_index * vectors_per_row) * kWidth;
+  const MixRow row = locate(p, row_index);
+  Vec<float, kWidth> grad = {};
+  if (row.valid) {
+    const T* start = grad_row<T>(args, row.batch, row.frame);
+    grad = to_accumulator(load_columns<kAligned, kWidth>(start, column, p.width));
+  }
+  for (int l = 0; l < p.layers; ++l) {
+    T* d_layer = static_cast<T*>(args.d_layer[l]);
+    if (d_layer == nullptr) continue;
+    const float weight = row.valid ? __ldg(static_cast<const float*>(p.weights) + l) : 0.0f;
+    Vec<float, kWidth> value;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) value[j] = weight * grad[j];
+    store_columns<kAligned>(d_layer + row_index * p.width, column, p.width, from_accumulator<T>(value));
+  }
+}
+
+// ---- gradients of the layers with norm: a warp or a block to each row, whose grad stays in registers
+
+// d_layer = weight * rstd * (g - mean(g) - xhat * mean(g xhat)), g = grad * gain, as
+// scale * (g - offset - slope * (x - mean)).
+struct GradientForm {
+  float scale;
+  float offset;
+  float slope;
+};
+
+MMK_DEVICE GradientForm gradient_form(float weight, float rstd, float dot, float sum, int64_t width) {
+  const float inverse = 1.0f / static_cast<float>(width);
+  return {weight * rstd, sum * inverse, dot * rstd * rstd * inverse};
+}
+
+template <class Shape>
+MMK_DEVICE float dot_parameter(const typename Shape::Part& part, const float* parameter, int width) {
+  float sum[1] = {0.0f};
+#pragma unroll
+  for (int v = 0; v < Shape::kCount; ++v) {
+    const auto value = load_columns<Shape::kIsAligned, Shape::kWidth>(parameter, Shape::column(v), width);
+#pragma unroll
+    for (int i = 0; i < Shape::kWidth; ++i) sum[0] += part[v][i] * value[i];
+  }
+  row_sums<Shape::kThreads>(sum);
+  return sum[0];
+}
+
+// Writes the gradient of one layer's row (null: not wanted); x is spent. Returns what the row gives to
+// d_weights, less the part of the bias.
+template <class Shape>
+MMK_DEVICE float layer_gradient(typename Shape::Element* d_layer, typename Shape::Part& x,
+                                const typename Shape::Part& grad, float2 moments, float weight,
+                                const float* gain, int width) {
+  typename Shape::Part scaled;
+  float sums[2] = {0.0f, 0.0f};
+#pragma unroll
+  for (int v = 0; v < Shape::kCount; ++v) {
+    scaled[v] = grad[v];
+    if (gain != nullptr) {
+      const auto factor = load_columns<Shape::kIsAligned, Shape::kWidth>(gain, Shape::column(v), width);
+#pragma unroll
+      for (int i = 0; i < Shape::kWidth; ++i) scaled[v][i] *= factor[i];
+    }
+#pragma unroll
+    for (int i = 0; i < Shape::kWidth; ++i) {
+      x[v][i] -= moments.x;
+      sums[0] += scaled[v][i] * x[v][i];
+      sums[1] += scaled[v][i];
+    }
+  }
+  row_sums<Shape::kThreads>(sums);
+  if (d_layer != nullptr) {
+    const GradientForm form = gradient_form(weight, moments.y, sums[0], sums[1], width);
+#pragma unroll
+    for (int v = 0; v < Shape::kCount; ++v) {
+#pragma unroll
+      for (int i = 0; i < Shape::kWidth; ++i) {
+        x[v][i] = form.scale * (scaled[v][i] - form.offset - form.slope * x[v][i]);
+      }
+      store_columns<Shape::kIsAligned>(d_layer, Shape::column(v), width,
+                                       from_accumulator<typename Shape::Element>(x[v]));
+    }
+  }
+  return sums[0] * moments.y;
+}
+
+template <class Shape>
+MMK_DEVICE void zero_gradients(const LayerMixBackward& args, int64_t row) {
+  using T = typename Shape::Element;
+  for (int l = 0; l < args.mix.layers; ++l) {
+    if (args.d_layer[l] == nullptr) continue;
+    T* d_layer = static_cast<T*>(args.d_layer[l]) + row * args.mix.width;
+#pragma unroll
+    for (int v = 0; v < Shape::kCount; ++v) {
+      store_columns<Shape::kIsAligned>(d_layer, Shape::column(v), args.mix.width, Vec<T, Shape::kWidth>{});
+    }
+  }
+}
+
+// One row: all gradients that are wanted, and with need_dots the sums for d_weights, added to dots.
+template <class Shape>
+MMK_DEVICE void row_gradients(const LayerMixBackward& args, int64_t index, const MixRow& row, bool need_dots,
+                              RowRing<Shape>& ring, float* dots) {
+  using T = typename Shape::Element;
+  const LayerMixParams& p = args.mix;
+  const int width = static_cast<int>(p.width);
+  const T* grad_start = grad_row<T>(args, row.batch, row.frame);
+  typename Shape::Part grad;
+#pragma unroll
+  for (int v = 0; v < Shape::kCount; ++v) {
+    grad[v] =
+        to_accumulator(load_columns<Shape::kIsAligned, Shape::kWidth>(grad_start, Shape::column(v), width));
+  }
+  const float2* stats = static_cast<const float2*>(args.stats) + index * p.layers;
+  const auto is_needed = [&](int l) { return l < p.layers && (need_dots || args.d_layer[l] != nullptr); };
+  const auto push = [&](int l) { ring.push(is_needed(l) ? layer_row<T>(p, l, row) : nullptr, width); };
+  for (int l = 0; l < ring.kInFlight; ++l) push(l);
+  for (int l = 0; l < p.layers; ++l) {
+    typename Shape::Part x;
+    if (is_needed(l)) ring.peek(x);
+    ring.pop();
+    push(l + ring.kInFlight);
+    if (!is_needed(l)) continue;
+    T* d_layer = static_cast<T*>(args.d_layer[l]);
+    if (d_layer != nullptr) d_layer += index * p.width;
+    const float* gain = parameter_row(p.norm_weight, l, p.width);
+    const float weight = __ldg(static_cast<const float*>(p.weights) + l);
+    float dot = layer_gradient<Shape>(d_layer, x, grad, __ldg(stats + l), weight, gain, width);
+    if (!need_dots) continue;
+    if (p.norm_bias != nullptr)
+      dot += dot_parameter<Shape>(grad, parameter_row(p.norm_bias, l, p.width), width);
+    if (Shape::thread() == 0) dots[l] += dot;
+  }
+  ring.drain();
+}
+
+template <class Shape>
+__global__ void __launch_bounds__(kRowBlockThreads, Shape::kElements > 32 ? 2 : 3)
+    gradients_norm(const __grid_constant__ LayerMixBackward args, int64_t rows_per_block, bool need_dots) {
+  const LayerMixParams& p = args.mix;
+  const int64_t begin = blockIdx.x * rows_per_block;
+  const int64_t end = min(begin + rows_per_block, p.batch * p.frames);
+  MMK_SHARED(float, dots, Shape::kRowsPerBlock, kLayerMixMaxLayers);
+  for (int l = Shape::thread(); l < p.layers; l += Shape::kThreads) dots[Shape::slot()][l] = 0.0f;
+  __syncthreads();
+
+  MMK_DYNAMIC_SMEM(typename Shape::Element, buffer);
+  RowRing<Shape> ring(buffer);
+  for (int64_t index = begin + Shape::slot(); index < end; index += Shape::kRowsPerBlock) {
+    const MixRow row = locate(p, index);
+    if (row.valid) {
+      row_gradients<Shape>(args, index, row, need_dots, ring, dots[Shape::slot()]);
+    } else {
+      zero_gradients<Shape>(args, index);
+    }
+  }
+  if (!need_dots) return;
+  __syncthreads();
+  float* partial = static_cast<float*>(args.partial_dot) + static_cast<int64_t>(blockIdx.x) * p.layers;
+  for (int l = threadIdx.x; l < p.layers; l += kRowBlockThreads) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int slot = 0; slot < Shape::kRowsPerBlock; ++slot) sum += dots[slot][l];
+    partial[l] = sum;
+  }
+}
+
+// ---- the same for rows too wide for the registers: rows are read twice, the second time from the L2 cache
+
+template <class T, bool kAligned>
+struct WideGradient {
+  using Columns = Vec<float, kVectorWidth<T>>;
+  T* d_layer;  // or null
+  const T* x;
+  const T* grad;
+  float2 moments;
+  float weight;
+  const float* gain;  // or null
+  const float* bias;  // or null
+  int64_t width;
+
+  template <class E>
+  MMK_DEVICE Columns columns(const E* row, int64_t column) const {
+    return to_accumulator(load_columns<kAligned, kVectorWidth<T>>(row, column, width));
+  }
+
+  MMK_DEVICE Columns scaled_grad(int64_t column) const {
+    Columns value = columns(grad, column);
+    if (gain == nullptr) return value;
+    const Columns factor = columns(gain, column);
+#pragma unroll
+    for (int i = 0; i < kVectorWidth<T>; ++i) value[i] *= factor[i];
+    return value;
+  }
+
+  // The sums over the row of g (x - mean), of g, and of grad * bias.
+  MMK_DEVICE void sum(float (&sums)[3]) const {
+    for_each_vector<kWideThreads, kAligned>(x, width, [&](int64_t column, const Columns& value) {
+      const Columns scaled = scaled_grad(column);
+#pragma unroll
+      for (int i = 0; i < kVectorWidth<T>; ++i) {
+        sums[0] += scaled[i] * (value[i] - moments.x);
+        sums[1] += scaled[i];
+      }
+      if (bias == nullptr) return;
+      const Columns plain = columns(grad, column);
+      const Columns shift = columns(bias, column);
+#pragma unroll
+      for (int i = 0; i < kVectorWidth<T>; ++i) sums[2] += plain[i] * shift[i];
+    });
+    block_sums<kWideThreads>(sums);
+  }
+
+  MMK_DEVICE void write(const GradientForm& form) const {
+    for_each_vector<kWideThreads, kAligned>(x, width, [&](int64_t column, const Columns& value) {
+      Columns result = scaled_grad(column);
+#pragma unroll
+      for (int i = 0; i < kVectorWidth<T>; ++i) {
+        result[i] = form.scale * (result[i] - form.offset - form.slope * (value[i] - moments.x));
+      }
+      store_columns<kAligned>(d_layer, column, width, from_accumulator<T>(result));
+    });
+  }
+};
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kWideThreads)
+    gradients_norm_wide(const __grid_constant__ LayerMixBackward args, int64_t rows_per_block,
+                        bool need_dots) {
+  const LayerMixParams& p = args.mix;
+  const int64_t begin = blockIdx.x * rows_per_block;
+  const int64_t end = min(begin + rows_per_block, p.batch * p.frames);
+  for (int l = 0; l < p.layers; ++l) {
+    T* d_layer = static_cast<T*>(args.d_layer[l]);
+    if (d_layer == nullptr && !need_dots) continue;
+    float dot = 0.0f;
+    for (int64_t index = begin; index < end; ++index) {
+      const MixRow row = locate(p, index);
+      T* d_row = d_layer == nullptr ? nullptr : d_layer + index * p.width;
+      if (!row.valid) {
+        for (int64_t j = threadIdx.x; d_row != nullptr && j < p.width; j += kWideThreads) {
+          d_row[j] = from_accumulator<T>(0.0f);
+        }
+        continue;
+      }
+      const WideGradient<T, kAligned> gradient = {
+          d_row,
+          layer_row<T>(p, l, row),
+          grad_row<T>(args, row.batch, row.frame),
+          static_cast<const float2*>(args.stats)[index * p.layers + l],
+          static_cast<const float*>(p.weights)[l],
+          parameter_row(p.norm_weight, l, p.width),
+          need_dots ? parameter_row(p.norm_bias, l, p.width) : nullptr,
+          p.width};
+      float sums[3] = {0.0f, 0.0f, 0.0f};
+      gradient.sum(sums);
+      const float rstd = gradient.moments.y;
+      if (d_row != nullptr) gradient.write(gradient_form(gradient.weight, rstd, sums[0], sums[1], p.width));
+      dot += sums[0] * rstd + sums[2];
+    }
+    if (need_dots && threadIdx.x == 0) {
+      static_cast<float*>(args.partial_dot)[static_cast<int64_t>(blockIdx.x) * p.layers + l] = dot;
+    }
+  }
+}
+
+// ---- launchers
+
+template <class T, bool kAligned>
+cudaError_t backward_sums(const LayerMixBackward& args, const LayerMixSums& plan, CudaStream stream) {
+  if (plan.blocks() == 0) return cudaSuccess;
+  dim3 grid;
+  if (!make_grid(plan.blocks(), &grid)) return cudaErrorInvalidConfiguration;
+  const auto kernel = args.mix.norm ? sum_rows<T, kAligned, true> : sum_rows<T, kAligned, false>;
+  return launch(kernel, grid, dim3(kSumThreads), kSumBytes, stream, args, plan);
+}
+
+template <class T, bool kAligned>
+cudaError_t backward_gradients(const LayerMixBackward& args, const LayerMixBackwardPlan& plan,
+                               CudaStream stream) {
+  if (plan.gradient_blocks == 0) return cudaSuccess;
+  dim3 grid;
+  if (!args.mix.norm) {
+    const int64_t vectors_per_row = ceil_div<int64_t>(args.mix.width, kVectorWidth<T>);
+    const int64_t vectors = args.mix.batch * args.mix.frames * vectors_per_row;
+    if (!make_grid(ceil_div<int64_t>(vectors, kPlainThreads), &grid)) return cudaErrorInvalidConfiguration;
+    return launch(gradients_plain<T, kAligned>, grid, dim3(kPlainThreads), 0, stream, args, vectors_per_row);
+  }
+  if (!make_grid(plan.gradient_blocks, &grid)) return cudaErrorInvalidConfiguration;
+  const auto in_registers = [&](auto shape) {
+    using Shape = decltype(shape);
+    return launch(gradients_norm<Shape>, grid, dim3(kRowBlockThreads), RowRing<Shape>::kBytes, stream, args,
+                  plan.rows_per_block, plan.gradients_dot);
+  };
+  const auto wide = [&] {
+    return launch(gradients_norm_wide<T, kAligned>, grid, dim3(kWideThreads), 0, stream, args,
+                  plan.rows_per_block, plan.gradients_dot);
+  };
+  return dispatch_row_shape<T, kAligned>(args.mix.width, in_registers, wide);
+}
+
+template <class T, bool kAligned>
+cudaError_t backward(const LayerMixBackward& args, const LayerMixBackwardPlan& plan, CudaStream stream) {
+  if (plan.sums) {
+    const cudaError_t error = backward_sums<T, kAligned>(args, plan.sum_plan, stream);
+    if (error != cudaSuccess) return error;
+  }
+  return plan.gradients ? backward_gradients<T, kAligned>(args, plan, stream) : cudaSuccess;
+}
+
+template <class T>
+bool gradients_aligned(const LayerMixBackward& args) {
+  constexpr int kWidth = kVectorWidth<T>;
+  bool aligned = is_aligned<T>(args.mix) && args.grad_frame_stride % kWidth == 0 &&
+                 is_vector_aligned(static_cast<const T*>(args.grad), args.grad_batch_stride, kWidth);
+  for (int l = 0; l < args.mix.layers; ++l) {
+    aligned = aligned && is_vector_aligned(static_cast<const T*>(args.d_layer[l]), 0, kWidth);
+  }
+  return aligned;
+}
+
+cudaError_t reduce(const LayerMixBackward& args, const LayerMixBackwardPlan& plan, CudaStream stream) {
+  dim3 grid(static_cast<unsigned>(args.mix.layers));
+  if (args.need_weights) {
+    const cudaError_t error =
+        launch(reduce_dots, grid, dim3(kReduceThreads), 0, stream, args, plan.dot_partials);
+    if (error != cudaSuccess) return error;
+  }
+  if (!args.need_affine || args.mix.width == 0) return cudaSuccess;
+  const int64_t blocks = ceil_div<int64_t>(args.mix.layers * args.mix.width, kWarpSize);
+  if (!make_grid(blocks, &grid)) return cudaErrorInvalidConfiguration;
+  return launch(reduce_affine, grid, dim3(kReduceThreads), 0, stream, args, plan.affine_partials);
+}
+
+}  // namespace
+
+int layer_mix_backward(const LayerMixBackward& args, CudaStream stream) {
+  const LayerMixParams& p = args.mix;
+  bool need_layers = false;
+  for (int l = 0; l < p.layers; ++l) need_layers = need_layers || args.d_layer[l] != nullptr;
+  const LayerMixBackwardPlan plan =
+      layer_mix_backward_plan(p.dtype, p.batch * p.frames, p.width, p.layers, p.norm, args.need_weights,
+                              args.need_affine, need_layers);
+  const cudaError_t error = dispatch(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    return gradients_aligned<T>(args) ? backward<T, true>(args, plan, stream)
+                                      : backward<T, false>(args, plan, stream);
+  });
+  return error != cudaSuccess ? error : reduce(args, plan, stream);
+}
+
+}  // namespace mmk::cuda
