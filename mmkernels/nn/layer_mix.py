@@ -24,6 +24,7 @@ class LayerMix(nn.Module):
         affine: a learnable gain and bias for each layer's normalisation.
         softmax: pass ``weights`` through a softmax.
         eps: added to the variance.
+        backend: passed to ``mmkernels.layer_mix``.
 
     Parameters: ``weights (L,)``; with ``affine`` also ``norm_weight (L, D)`` (ones) and ``norm_bias (L, D)``
         (zeros).
@@ -37,6 +38,7 @@ class LayerMix(nn.Module):
         affine: bool = False,
         softmax: bool = True,
         eps: float = 1e-5,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         if num_layers < 1:
@@ -45,7 +47,8 @@ class LayerMix(nn.Module):
             raise ValueError("affine=True needs norm=True: there is no other gain and bias")
         if affine and dim is None:
             raise ValueError("affine=True needs dim, the width of the layers")
-        self.num_layers, self.dim, self.norm, self.softmax, self.eps = num_layers, dim, norm, softmax, eps
+        self.num_layers, self.dim, self.norm, self.softmax = num_layers, dim, norm, softmax
+        self.eps, self.backend = eps, backend
         self.weights = nn.Parameter(torch.empty(num_layers))
         self.norm_weight = nn.Parameter(torch.empty(num_layers, dim)) if affine and dim is not None else None
         self.norm_bias = nn.Parameter(torch.empty(num_layers, dim)) if affine and dim is not None else None
@@ -72,6 +75,7 @@ class LayerMix(nn.Module):
             norm_weight=self.norm_weight,
             norm_bias=self.norm_bias,
             lengths=lengths,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:

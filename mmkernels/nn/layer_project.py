@@ -26,6 +26,7 @@ class LayerProject(nn.Module):
         norm: LayerNorm with gain and bias in front of each linear map.
         activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"`` or ``"none"``.
         eps: added to the variance.
+        backend: passed to ``mmkernels.layer_project``.
 
     Parameters: ``weight (L, out_features, C)``, ``bias (L, out_features)``, ``norm_weight (L, C)``,
     ``norm_bias (L, C)``; each tap starts as a fresh ``nn.Linear`` behind a fresh ``nn.LayerNorm``.
@@ -40,6 +41,7 @@ class LayerProject(nn.Module):
         norm: bool = True,
         activation: str = "relu",
         eps: float = 1e-5,
+        backend: str = "auto",
     ) -> None:
         super().__init__()
         for name, value in (("taps", taps), ("in_features", in_features), ("out_features", out_features)):
@@ -48,7 +50,7 @@ class LayerProject(nn.Module):
         if activation not in ACTIVATIONS:
             raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
         self.taps, self.in_features, self.out_features = taps, in_features, out_features
-        self.activation, self.eps = activation, eps
+        self.activation, self.eps, self.backend = activation, eps, backend
         self.weight = nn.Parameter(torch.empty(taps, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(taps, out_features)) if bias else None
         self.norm_weight = nn.Parameter(torch.empty(taps, in_features)) if norm else None
@@ -75,6 +77,7 @@ class LayerProject(nn.Module):
             norm_bias=self.norm_bias,
             eps=self.eps,
             activation=self.activation,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:

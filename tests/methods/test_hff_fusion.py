@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from mmkernels.nn import LayerProject
 from mmtransfer.hff import FUSIONS, LFF, HFFb, HFFub, WeightedSum, make_fusion, reference
-from mmtransfer.hff.fusion import Chain, FeatureProjections, balanced_plan, chain_lengths
+from mmtransfer.hff.fusion import Chain, balanced_plan, chain_lengths
 
 EAGER = {
     "weighted_sum": reference.EagerWeightedSum,
@@ -177,7 +178,7 @@ class TestPaperCounts:
             fusion = FUSIONS[kind](12, 1024, norm=norm)
         assert parameters(fusion) == count
         assert parameters(fusion.projector) == 2_787_200
-        projections = [module for module in fusion.modules() if isinstance(module, FeatureProjections)]
+        projections = [module for module in fusion.modules() if isinstance(module, LayerProject)]
         assert sum(module.taps for module in projections) == 18
         per_projection = 524_800 + (2048 if norm else 0)
         assert sum(parameters(module) for module in projections) == 18 * per_projection
@@ -216,7 +217,7 @@ class TestTopology:
             shapes.append(tuple(x.shape))
             return torch.einsum("nlc,loc->nlo", x, weight).contiguous()
 
-        monkeypatch.setattr("mmtransfer.hff.fusion.layer_project", batched_product)
+        monkeypatch.setattr("mmkernels.nn.layer_project.layer_project", batched_product)
         fusion = HFFb(24, 8)
         with torch.profiler.profile() as profile:
             fusion(torch.randn(4, 24, 8))
@@ -254,7 +255,7 @@ class TestTopology:
         fusion = HFFub(12, 4, backend="reference")
         with torch.no_grad():
             for module in fusion.modules():
-                if isinstance(module, FeatureProjections):
+                if isinstance(module, LayerProject):
                     module.weight.zero_()
         x = torch.randn(2, 12, 4)
         base = fusion(x)

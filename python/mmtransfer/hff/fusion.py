@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from mmkernels import layer_mix, layer_project
+from mmkernels import layer_mix
 from mmkernels.nn import LayerProject
 
 
@@ -94,29 +94,6 @@ class LFF(Fusion):
         return self.projector(x.flatten(1))
 
 
-class FeatureProjections(LayerProject):
-    """`mmkernels.nn.LayerProject` with a choice of backend: slot l has its own `act(W_l LN_l(x_l) + b_l)`."""
-
-    def __init__(
-        self, slots: int, dim: int, *, norm: bool = True, activation: str = "relu", backend: str = "auto"
-    ) -> None:
-        super().__init__(slots, dim, dim // 2, norm=norm, activation=activation)
-        self.backend = backend
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`(N, slots, dim)` to a contiguous `(N, slots, dim / 2)`, in one launch."""
-        return layer_project(
-            x,
-            self.weight,
-            self.bias,
-            norm_weight=self.norm_weight,
-            norm_bias=self.norm_bias,
-            eps=self.eps,
-            activation=self.activation,
-            backend=self.backend,
-        )
-
-
 class HFFb(Fusion):
     """Balanced hierarchical feature fusion.
 
@@ -151,7 +128,7 @@ class HFFb(Fusion):
         _check_halves(dim)
         plan = balanced_plan(taps)
         self.levels = nn.ModuleList(
-            FeatureProjections(count - count % 2, dim, norm=norm, activation=activation, backend=backend)
+            LayerProject(count - count % 2, dim, dim // 2, norm=norm, activation=activation, backend=backend)
             for count in plan[:-1]
         )
         self.projector = make_projector(plan[-1] * dim, out_dim, depth=3)
@@ -221,8 +198,8 @@ class Chain(nn.Module):
         super().__init__()
         self.taps, self.upwards = taps, upwards
 
-        def projections(slots: int) -> FeatureProjections:
-            return FeatureProjections(slots, dim, norm=norm, activation=activation, backend=backend)
+        def projections(slots: int) -> LayerProject:
+            return LayerProject(slots, dim, dim // 2, norm=norm, activation=activation, backend=backend)
 
         self.leaves = projections(taps) if taps > 1 else None
         self.steps = nn.ModuleList(projections(1) for _ in range(taps - 2))

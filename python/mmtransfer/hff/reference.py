@@ -47,7 +47,7 @@ class EagerLFF(nn.Module):
 
 
 class EagerProjections(nn.Module):
-    """The twin of `fusion.FeatureProjections`: one LayerNorm and one Linear per slot, on a list.
+    """The twin of `mmkernels.nn.LayerProject`: one LayerNorm and one Linear per slot, on a list.
 
     In its state dict the slots are stacked as they are there.
     """
