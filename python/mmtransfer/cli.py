@@ -97,7 +97,7 @@ def compare(
             rich_help_panel=_METHOD,
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 20,
+    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 30,
     seeds: Annotated[
         int, typer.Option(min=1, help="Runs per method, with seeds 0, 1, ...", rich_help_panel=_TRAINING)
     ] = 3,
@@ -227,8 +227,8 @@ def _load_task(
 def _run(task: Task, settings: CompareSettings) -> Comparison:
     from mmtransfer.compare import compare, is_main_process
 
-    print(task.recordings.describe(), file=sys.stderr)
-    with _progress(disable=not is_main_process()) as progress:
+    with _progress(quiet=not is_main_process()) as progress:
+        progress.console.print(task.recordings.describe(), markup=False, highlight=False, soft_wrap=True)
         return compare(task, settings, progress=progress)
 
 
@@ -252,18 +252,19 @@ def _show(comparison: Comparison, output: Path) -> None:
         )
 
 
-def _progress(disable: bool) -> Progress:
+def _progress(quiet: bool) -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+    console = Console(stderr=True, quiet=quiet)
     return Progress(
         TextColumn("{task.description:20}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("{task.fields[detail]}"),
-        console=Console(stderr=True),
-        disable=disable,
+        console=console,
+        disable=not console.is_terminal,
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import nn
 from torch.utils.data import Dataset
@@ -78,8 +79,8 @@ METHODS: dict[str, Method] = {
         "Weighted sum + norm", "weighted_sum", 1e-2, {"norm": True}, eager=reference.EagerWeightedSum
     ),
     "lff": Method("LFF", "lff", 3e-3, projects=True, eager=reference.EagerLFF),
-    "hff-b": Method("HFF-b", "hff_b", 1e-3, projects=True, eager=reference.EagerHFFb),
-    "hff-ub": Method("HFF-ub", "hff_ub", 1e-3, projects=True, eager=reference.EagerHFFub),
+    "hff-b": Method("HFF-b", "hff_b", 3e-3, projects=True, eager=reference.EagerHFFb),
+    "hff-ub": Method("HFF-ub", "hff_ub", 3e-3, projects=True, eager=reference.EagerHFFub),
 }
 DEFAULT_METHODS = ("last", "weighted-sum", "weighted-sum-norm", "lff", "hff-b")
 
@@ -175,7 +176,7 @@ def compare(
     """
     settings = settings or CompareSettings()
     began = time.perf_counter()
-    session = _Session(task, settings, progress or Progress(disable=True))
+    session = _Session(task, settings, progress or Progress(disable=True, console=Console(quiet=True)))
     session.prepare()
     methods = [session.run_method(name) for name in settings.methods]
     return Comparison(
@@ -235,6 +236,7 @@ class _Session:
         }
         self.train_set, self.test_set = cached["train"], cached["test"]
         self.feature_seconds = time.perf_counter() - began
+        self._log(f"Features of {sum(map(len, clips.values()))} clips: {self.feature_seconds:.0f} s")
 
     def run_method(self, name: str) -> MethodResult:
         method = self.methods[name]
@@ -246,6 +248,7 @@ class _Session:
         step = self._measure(method, model)
         accuracy = statistics.fmean(run.accuracy for run in runs)
         self.progress.update(bar, detail=f"test accuracy {accuracy:.1%}")
+        self._log(f"{method.title}: test accuracy {accuracy:.1%}")
         return MethodResult(
             name=name,
             title=method.title,
@@ -279,6 +282,11 @@ class _Session:
             seconds_per_epoch=result.seconds_per_epoch,
             tap_weights=_tap_weights(model)[1],
         )
+
+    def _log(self, text: str) -> None:
+        """A line for a log file, where no bar can move."""
+        if not self.progress.console.is_terminal:
+            self.progress.console.print(text)
 
     def _build(self, method: Method) -> HFF:
         """An untrained model; its encoder is the task's, frozen and shared."""

@@ -43,7 +43,7 @@ def draw(comparison: Comparison) -> list[tuple[str, str]]:
         drawn.append((_tap_weights(comparison, "norm", "Frobenius norm"), text))
     if any(method.step.eager and method.step.agrees for method in comparison.methods):
         text = (
-            "One training step of fusion and classifier on features that are there, mmkernels and eager; "
+            "One training step of fusion and classifier on features in memory, with mmkernels and eager; "
             "the factor is eager time / mmkernels time."
         )
         drawn.append((_step_time(comparison), text))
@@ -70,7 +70,7 @@ def _accuracy(comparison: Comparison) -> str:
 
 def _tap_weights(comparison: Comparison, kind: str, label: str) -> str:
     methods = [method for method in comparison.methods if method.tap_weights_kind == kind]
-    figure, axes = _axes(2.5)
+    figure, axes = _axes(2.8)
     names = methods[0].tap_names
     width = 0.8 / len(methods)
     for index, (method, colour) in enumerate(zip(methods, (_OURS, _OTHER), strict=False)):
@@ -84,13 +84,13 @@ def _tap_weights(comparison: Comparison, kind: str, label: str) -> str:
     axes.set_ylabel(label)
     axes.set_ylim(bottom=0)
     if len(methods) > 1:
-        axes.legend(frameon=False)
+        _legend(figure, axes)
     return _svg(figure, kind)
 
 
 def _step_time(comparison: Comparison) -> str:
     methods = [method for method in comparison.methods if method.step.eager and method.step.agrees]
-    figure, axes = _axes(0.7 + 0.62 * len(methods))
+    figure, axes = _axes(0.95 + 0.62 * len(methods))
     for row, method in enumerate(methods):
         assert method.step.eager is not None
         ours, eager = method.step.mmkernels.milliseconds, method.step.eager.milliseconds
@@ -101,7 +101,7 @@ def _step_time(comparison: Comparison) -> str:
     axes.margins(x=0.12)
     _name_rows(axes, methods)
     axes.set_xlabel("milliseconds per step")
-    axes.legend(frameon=False, loc="lower right")
+    _legend(figure, axes)
     return _svg(figure, "step")
 
 
@@ -119,6 +119,12 @@ def _name_rows(axes: Axes, methods: list[MethodResult]) -> None:
     axes.set_yticks(range(len(methods)), [method.title for method in methods])
     axes.invert_yaxis()
     axes.spines["left"].set_visible(False)
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    """Above the axes, where no bar is."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), frameon=False)
 
 
 def _tap_label(name: str) -> str:

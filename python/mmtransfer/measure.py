@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 from mmtransfer.hff import Taps
 
-_SECONDS = 4.0
-_ROUNDS = (5, 25)
+# Rounds of timing per method: the first number at least, then on until the seconds or the second number.
+SECONDS = 4.0
+ROUNDS = (5, 25)
 _MEMORY_STEPS = 3
 # Both sides compute in fp32 and in another order; gradients sum over thousands of frames.
 _TOLERANCE = 1e-3
@@ -122,9 +123,9 @@ def _interleave(steps: Sequence[Callable[[], None]]) -> list[list[float]]:
     for step in (*steps, *steps):
         step()
     times: list[list[float]] = [[] for _ in steps]
-    least, most = _ROUNDS
+    least, most = ROUNDS
     began = time.perf_counter()
-    while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() - began < _SECONDS):
+    while len(times[0]) < least or (len(times[0]) < most and time.perf_counter() - began < SECONDS):
         for step, taken in zip(steps, times, strict=True):
             _synchronize()
             start = time.perf_counter()

@@ -78,10 +78,12 @@ def to_tables(comparison: Comparison) -> list[Table]:
     """The results and the costs for a terminal of 80 columns."""
     rows = [table_row(method) for method in comparison.methods]
     costs = [(row[0], *row[4:]) for row in rows]
-    header = ("Method", "mmkernels", "eager", "ratio", "MiB", "MiB, eager")
+    header = ("Method", "ms", "ms, eager", "ratio", "MiB", "MiB, eager")
     return [
         _terminal_table(headline(comparison), HEADER[:4], [row[:4] for row in rows]),
-        _terminal_table("One training step: median ms, and the MiB it adds", header, costs),
+        _terminal_table(
+            "Training step: median time and peak memory, with mmkernels and eager", header, costs
+        ),
     ]
 
 
@@ -96,15 +98,17 @@ def _terminal_table(title: str, header: Sequence[str], rows: Sequence[Sequence[s
 
 HEADER = (
     "Method",
-    "Accuracy %",
+    "Accuracy, %",
     "Trainable parameters",
     "Seconds per epoch",
-    "Step ms, mmkernels",
-    "Step ms, eager",
-    "Eager / mmkernels",
-    "Peak MiB, mmkernels",
-    "Peak MiB, eager",
+    "mmkernels",
+    "eager",
+    "ratio",
+    "mmkernels",
+    "eager",
 )
+# What stands over columns of the page's table: (columns, text).
+_GROUPS = ((4, ""), (3, "Training step, ms"), (2, "Its peak memory, MiB"))
 
 
 def table_row(method: MethodResult) -> tuple[str, ...]:
@@ -149,7 +153,8 @@ def caption(comparison: Comparison) -> str:
     return (
         f"Test accuracy, {spread}; chance {task['chance']:.1%}. Trained with {source}, "
         f"{settings['epochs']} epochs. A step is forward, backward and update of fusion and classifier on "
-        f"{settings['batch_size']} clips whose features are there; peak memory is what it adds."
+        f"{settings['batch_size']} clips with their features in memory; peak memory is what the step adds, "
+        "ratio is eager time / mmkernels time, round by round."
     )
 
 
@@ -235,8 +240,9 @@ def _facts(comparison: Comparison) -> dict[str, str]:
 
 def _html_table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
+    groups = "".join(f'<th scope="colgroup" colspan="{count}">{text}</th>' for count, text in _GROUPS)
     cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
-    lines = [f"<thead><tr>{cells}</tr></thead>", "<tbody>"]
+    lines = [f'<thead><tr class="groups">{groups}</tr><tr>{cells}</tr></thead>', "<tbody>"]
     for row in body:
         first, *others = (html.escape(cell) for cell in row)
         lines.append(

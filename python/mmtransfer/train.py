@@ -51,10 +51,10 @@ class TrainSettings:
         cpu: stay on the CPU even if there is a GPU.
     """
 
-    epochs: int = 20
+    epochs: int = 30
     batch_size: int = 32
     learning_rate: float = 1e-3
-    mixing_learning_rate: float = 1e-1
+    mixing_learning_rate: float = 3e-2
     weight_decay: float = 1e-2
     seed: int = 0
     bf16: bool = False
@@ -205,7 +205,8 @@ class _HFFTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = torch.optim.AdamW(parameter_groups(model or self.model, self.settings))
+            trained: Any = self.model if model is None else model
+            self.optimizer = torch.optim.AdamW(parameter_groups(trained, self.settings))
         return self.optimizer
 
 
@@ -219,8 +220,11 @@ def parameter_groups(model: nn.Module, settings: TrainSettings) -> list[dict[str
             continue
         if name.endswith("fusion.weights"):
             mixing.append(parameter)
+        elif name.rpartition(".")[2] == "weight":
+            matrices.append(parameter)
         else:
-            (matrices if parameter.dim() > 1 and "norm" not in name else vectors).append(parameter)
+            # By name and not by shape: the biases and norms of stacked projections are (L, C).
+            vectors.append(parameter)
     rate, decay = settings.learning_rate, settings.weight_decay
     groups = [
         {"params": matrices, "lr": rate, "weight_decay": decay},
@@ -286,7 +290,8 @@ class _EpochClock(TrainerCallback):
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._start)
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+    def on_log(self, *_: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
         if "loss" in logs:
             self.loss = float(logs["loss"])
             if self.on_epoch is not None:
