@@ -1,9 +1,9 @@
 """What the Triton kernels of several ops share: argument checks, device guard, row statistics.
 
-Ground rules of all Triton kernels here: program ids are cast to int64 before they are multiplied, so offsets never
-wrap; launch configurations come from fixed tables, because autotuning would make results depend on timing; every
-dimension is masked; bounds of loops are constants of a compilation (sizes of a model, or powers of two), so that
-loops can be pipelined and unrolled.
+Ground rules of all Triton kernels here: program ids are cast to int64 before they are multiplied, so offsets
+never wrap; launch configurations come from fixed tables, because autotuning would make results depend on
+timing; every dimension is masked; bounds of loops are constants of a compilation (sizes of a model, or powers
+of two), so that loops can be pipelined and unrolled.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def write_table_kernel(values, table, COUNT: tl.constexpr):
 def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Integers as an int64 tensor on the device: ``(len(rows), len(rows[0]))``, 256 entries at most.
 
-    They travel as arguments of a launch, so nothing is copied from host memory or waited for, and a CUDA graph can
-    capture it.
+    They travel as arguments of a launch, so nothing is copied from host memory or waited for, and a CUDA
+    graph can capture it.
     """
     table = torch.empty((len(rows), len(rows[0])), dtype=torch.int64, device=device)
     values = tuple(value for row in rows for value in row)
@@ -91,7 +91,7 @@ def row_stats_kernel(
     EPS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Mean and 1 / standard deviation of a row of ``x (outer, inner, width)``, in two passes; zeros if padding."""
+    """Mean and 1 / deviation of one row of ``x (outer, inner, width)``, in two passes; zeros for padding."""
     row = tl.program_id(0).to(tl.int64)
     outer_index = row // inner
     inner_index = row - outer_index * inner
@@ -119,7 +119,7 @@ def row_stats_kernel(
 
 
 def row_stats(x: Tensor, lengths: Tensor | None, stats: Tensor, eps: float) -> None:
-    """Writes a pair for each row of ``x (outer, inner, width)`` to ``stats``, pairs ``stats.stride(0)`` apart."""
+    """Statistics of each row of ``x (outer, inner, width)``, written ``stats.stride(0)`` elements apart."""
     outer, inner, width = x.shape
     block, warps = row_block(width)
     row_stats_kernel[(outer * inner,)](
@@ -138,6 +138,6 @@ def row_stats(x: Tensor, lengths: Tensor | None, stats: Tensor, eps: float) -> N
 
 
 def row_block(width: int) -> tuple[int, int]:
-    """Columns that a program of a row kernel takes at a time, and its warps: 32 elements for each thread at most."""
+    """Columns that a program of a row kernel takes at a time, and its warps: 32 elements a thread at most."""
     block = min(triton.next_power_of_2(max(width, 1)), 4096)
     return block, max(1, block // 1024)

@@ -1,12 +1,13 @@
 """Triton kernels of :func:`mmkernels.layer_mix`, and the functions behind its ``_triton`` ops.
 
 Layers are read in place through a table of addresses in device memory, which a small kernel writes from its
-launch arguments: nothing is stacked, copied from the host or waited for, and a CUDA graph can capture it. (Layers
-as a tuple of kernel arguments would need no table, but can only be unrolled over: 13 layers then take ten seconds
-to compile, 64 take minutes, and registers spill.)
+launch arguments: nothing is stacked, copied from the host or waited for, and a CUDA graph can capture it.
+(Layers as a tuple of kernel arguments would need no table, but can only be unrolled over: 13 layers then take
+ten seconds to compile, 64 take minutes, and registers spill.)
 
-A program holds whole rows in registers and takes everything it needs from one read of each layer. Rows wider than
-``WIDEST_HELD_ROW`` get their row sums from kernels of their own; the same kernels then work on pieces of rows.
+A program holds whole rows in registers and takes everything it needs from one read of each layer. Rows wider
+than ``WIDEST_HELD_ROW`` get their row sums from kernels of their own; the same kernels then work on pieces of
+rows.
 """
 
 from __future__ import annotations
@@ -115,7 +116,7 @@ def layer_mix_fwd_kernel(
     coming = load_layer(table, 0, batch, frame, column, inside, element, LAYERS, ALIGNMENT)
     for layer in range(LAYERS):
         x = coming.to(accumulate)
-        # Row sums wait for all of a row; the next layer is under way meanwhile. After the last, nothing is read.
+        # Row sums wait for all of a row; meanwhile the next layer is under way (after the last, none).
         following = (layer + 1) % LAYERS
         more = inside & (following > 0)
         coming = load_layer(table, following, batch, frame, column, more, element, LAYERS, ALIGNMENT)
@@ -175,10 +176,10 @@ def layer_mix_bwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of the layers that the table's fourth row has a place for, and one chunk's part of sums over rows.
+    """Gradients of the layers that the table's fourth row has a place for, and a chunk's part of row sums.
 
-    A chunk is TILES tiles of rows. Layers are the outer loop, so that sums as wide as a row stay in registers; one
-    tile of the gradient is then read once, several tiles once for each layer, from cache.
+    A chunk is TILES tiles of rows. Layers are the outer loop, so that sums as wide as a row are in registers.
+    One tile of the gradient is read once, several are read again for each layer, from cache.
     """
     accumulate: tl.constexpr = weights.dtype.element_ty
     element: tl.constexpr = grad.dtype.element_ty
@@ -494,7 +495,7 @@ class Inputs:
         )
 
     def alignment(self) -> int:
-        """Bytes that the addresses of all rows are multiples of, 16 at most: they decide how wide loads are."""
+        """Bytes that the addresses of all rows are multiples of, 16 at most; it decides load width."""
         size = self.layers[0].element_size()
         addresses = [layer.data_ptr() for layer in self.layers]
         steps = [layer.stride(d) * size for layer in self.layers for d in (0, 1) if layer.shape[d] > 1]

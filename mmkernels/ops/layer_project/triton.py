@@ -1,9 +1,9 @@
 """Triton kernels of :func:`mmkernels.layer_project`, and the functions behind its ``_triton`` ops.
 
-The LayerNorm is folded into the product as ``csrc/include/mmkernels/layer_project.h`` derives it: with ``Vc`` the
-centred ``W * gamma``, ``z = rstd * x Vc^T + b'``. Here ``Vc`` is rounded to the type of ``x``, after which its rows
-no longer sum to zero exactly; the kernel takes off ``rstd * mean(x)`` times what they do sum to, so that rounding is
-relative to the normalised input, however far the mean of ``x`` is from zero.
+The LayerNorm is folded into the product as ``csrc/include/mmkernels/layer_project.h`` derives it: with ``Vc``
+the centred ``W * gamma``, ``z = rstd * x Vc^T + b'``. Here ``Vc`` is rounded to the type of ``x``, after
+which its rows no longer sum to zero exactly; the kernel takes off ``rstd * mean(x)`` times what they do sum
+to, so that rounding is relative to the normalised input, however far the mean of ``x`` is from zero.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
 
 @dataclass(frozen=True)
 class ProductConfig:
-    """Tile of a product, BLOCK_M x BLOCK_N in steps of BLOCK_K; GROUP tiles of rows share their columns in L2."""
+    """Tile of a product, BLOCK_M x BLOCK_N in steps of BLOCK_K; GROUP tiles of rows share columns in L2."""
 
     block_m: int
     block_n: int

@@ -1,0 +1,240 @@
+"""Every Triton kernel, compiled to sm_80 and sm_90 without a GPU: types, layouts, shared memory, spills."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import subprocess
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+import torch
+
+from mmkernels.ops._common import ACTIVATIONS, TRITON_INTERPRETED
+
+triton = pytest.importorskip("triton")
+if TRITON_INTERPRETED:
+    pytest.skip("compiling needs a process without TRITON_INTERPRET", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mmkernels.ops import _triton as shared  # noqa: E402
+from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
+from mmkernels.ops.layer_project import triton as project  # noqa: E402
+
+ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
+#: Bytes of shared memory that one block may have.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+#: A few words that the compiler keeps on the stack cost nothing; a spilled tile is hundreds of bytes.
+STACK_BYTES = 32
+
+OF_ELEMENT_TYPE = {
+    *("x", "y", "out", "preactivation", "folded_weight"),
+    *("grad", "value", "scaled_grad", "dx", "d_layers"),
+}
+INTEGERS = {"rows", "frames", "width", "inner", "taps", "inputs", "outputs"}
+INT64_POINTERS = {"table", "lengths"}
+
+
+def type_of(name: str, element: str) -> str:
+    if name in INTEGERS or name.endswith("_stride"):
+        return "i32"
+    if name in INT64_POINTERS:
+        return "*i64"
+    return f"*{element}" if name in OF_ELEMENT_TYPE else "*fp32"
+
+
+def compile_kernel(
+    kernel: Any,
+    capability: int,
+    element: str,
+    constants: dict[str, Any],
+    absent: Collection[str] = (),
+    num_warps: int = 4,
+    num_stages: int = 3,
+) -> Any:
+    """As a launch compiles it, with sizes and addresses that are multiples of 16."""
+    signature, fixed, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants or name in absent:
+            signature[name] = "constexpr"
+            fixed[(position,)] = constants.get(name)
+        else:
+            signature[name] = type_of(name, element)
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def check_resources(compiled: Any, capability: int, folder: pathlib.Path) -> None:
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    command = [tool, "-res-usage", str(binary)]
+    usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    stack, local = (int(re.search(rf"{kind}:(\d+)", usage)[1]) for kind in ("STACK", "LOCAL"))
+    assert stack <= STACK_BYTES, usage
+    assert local == 0, usage
+
+
+each_capability = pytest.mark.parametrize("capability", SHARED_MEMORY)
+each_element = pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
+
+MIX_CASES = [
+    # kind, element, layers, width
+    ("plain", "fp32", 13, 768),
+    ("plain", "bf16", 25, 1024),
+    ("norm", "fp32", 5, 384),
+    ("norm", "fp16", 13, 768),
+    ("norm", "bf16", 64, 1024),
+    ("norm", "bf16", 13, 8192),
+    ("affine", "fp32", 13, 1024),
+    ("affine", "bf16", 5, 384),
+    ("affine", "bf16", 13, 768),
+    ("affine", "fp16", 13, 8192),
+    ("wide", "bf16", 13, 10000),
+]
+
+
+@each_capability
+@pytest.mark.parametrize(("kind", "element", "layers", "width"), MIX_CASES)
+def test_mix_forward(
+    kind: str, element: str, layers: int, width: int, capability: int, tmp_path: pathlib.Path
+) -> None:
+    norm = kind != "plain"
+    tile = mix.tile_for(width, whole_rows=norm)
+    constants = {
+        "EPS": 1e-5,
+        "LAYERS": layers,
+        "NORM": norm,
+        "STATS_GIVEN": kind == "wide",
+        "ALIGNMENT": 16,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_D": tile.columns,
+    }
+    affine_arguments = ["norm_weight", "mixed_bias"]
+    absent = {"plain": [*affine_arguments, "stats"], "norm": affine_arguments}.get(kind, [])
+    compiled = compile_kernel(mix.layer_mix_fwd_kernel, capability, element, constants, absent, tile.warps)
+    check_resources(compiled, capability, tmp_path)
+    # The point of ALIGNMENT: layers are loaded 16 bytes at a time, although their addresses come from memory.
+    assert re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", compiled.asm["ptx"])
+
+
+@each_capability
+@pytest.mark.parametrize(("kind", "element", "layers", "width"), MIX_CASES)
+def test_mix_backward(
+    kind: str, element: str, layers: int, width: int, capability: int, tmp_path: pathlib.Path
+) -> None:
+    norm, affine = kind != "plain", kind in ("affine", "wide")
+    tile = mix.tile_for(width, whole_rows=norm, least_warps=mix.AFFINE_WARPS if affine else 1)
+    constants = {
+        "LAYERS": layers,
+        "NORM": norm,
+        "ALIGNMENT": 16,
+        "TILES": 4 if affine else 1,
+        "BLOCK_ROWS": tile.rows,
+        "BLOCK_D": tile.columns,
+    }
+    absent = {"plain": ["stats"], "wide": ["partial_dot"]}.get(kind, [])
+    if not affine:
+        absent = [*absent, "norm_weight", "norm_bias", "partial_scale", "partial_shift"]
+    if kind != "wide":
+        absent = [*absent, "row_dots"]
+    compiled = compile_kernel(mix.layer_mix_bwd_kernel, capability, element, constants, absent, tile.warps)
+    check_resources(compiled, capability, tmp_path)
+
+
+@each_capability
+@each_element
+def test_row_kernels(element: str, capability: int, tmp_path: pathlib.Path) -> None:
+    for width in (768, 10000):
+        block, warps = shared.row_block(width)
+        sizes = {"WIDTH": width, "BLOCK_D": block}
+        compiled = compile_kernel(
+            shared.row_stats_kernel, capability, element, {**sizes, "EPS": 1e-5}, num_warps=warps
+        )
+        check_resources(compiled, capability, tmp_path)
+        compiled = compile_kernel(
+            mix.row_dots_kernel, capability, element, {**sizes, "LAYERS": 13}, num_warps=warps
+        )
+        check_resources(compiled, capability, tmp_path)
+        compiled = compile_kernel(
+            project.layer_project_fold_kernel,
+            capability,
+            element,
+            {"WIDTH": width, "BLOCK_C": block},
+            num_warps=warps,
+        )
+        check_resources(compiled, capability, tmp_path)
+
+
+@each_capability
+def test_table_of_the_most_layers(capability: int, tmp_path: pathlib.Path) -> None:
+    count = 4 * 64
+    source = ASTSource(
+        fn=shared.write_table_kernel,
+        signature={"values": ("i64",) * count, "table": "*i64", "COUNT": "constexpr"},
+        constexprs={(2,): count},
+    )
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+    check_resources(compiled, capability, tmp_path)
+
+
+def product_constants(config: Any) -> dict[str, int]:
+    return {name: value for name, value in project.product_options(config).items() if name.isupper()}
+
+
+@each_capability
+@pytest.mark.parametrize(
+    ("dtype", "precision", "activation"),
+    [
+        ("float16", "ieee", "gelu"),
+        ("bfloat16", "ieee", "relu"),
+        ("float32", "ieee", "silu"),
+        ("float32", "tf32", "gelu_tanh"),
+    ],
+)
+def test_products(
+    dtype: str, precision: str, activation: str, capability: int, tmp_path: pathlib.Path
+) -> None:
+    config = project.PRODUCT_CONFIGS[getattr(torch, dtype)]
+    constants = {**product_constants(config), "PRECISION": precision}
+    for kernel, own in (
+        (project.layer_project_fwd_kernel, {"WIDTH": 768, "ACTIVATION": ACTIVATIONS.index(activation)}),
+        (project.layer_project_dx_kernel, {"OUTPUTS": 248}),
+    ):
+        compiled = compile_kernel(
+            kernel,
+            capability,
+            ELEMENTS[dtype],
+            {**constants, **own},
+            num_warps=config.warps,
+            num_stages=config.stages,
+        )
+        check_resources(compiled, capability, tmp_path)
+        tensor_cores = re.search(r"\b(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"]) is not None
+        assert tensor_cores == (dtype != "float32" or precision == "tf32")
+
+
+@each_capability
+@each_element
+def test_project_gradients(element: str, capability: int, tmp_path: pathlib.Path) -> None:
+    constants = {
+        "OUTPUTS": 250,
+        "ACTIVATION": ACTIVATIONS.index("gelu"),
+        "BLOCK_ROWS": project.GRADIENT_ROWS,
+        "BLOCK_O": project.GRADIENT_COLUMNS,
+    }
+    compiled = compile_kernel(project.layer_project_gradient_kernel, capability, element, constants)
+    check_resources(compiled, capability, tmp_path)
+
+
+@each_capability
+def test_project_unfold(capability: int, tmp_path: pathlib.Path) -> None:
+    constants = {"OUTPUTS": 250, "BLOCK_O": project.UNFOLD_ROWS, "BLOCK_C": project.UNFOLD_COLUMNS}
+    compiled = compile_kernel(project.layer_project_unfold_kernel, capability, "fp32", constants)
+    check_resources(compiled, capability, tmp_path)

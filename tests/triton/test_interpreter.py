@@ -1,0 +1,361 @@
+"""The Triton kernels, run by Triton's interpreter on CPU tensors, against the float64 reference.
+
+The interpreter replaces ``@triton.jit`` when Triton is imported, so this file needs a process of its own:
+``TRITON_INTERPRET=1 pytest tests/triton/test_interpreter.py``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mmkernels import layer_mix, layer_project
+from mmkernels.ops._common import ACTIVATIONS, TRITON_INTERPRETED
+from mmkernels.ops.layer_mix import reference as mix_reference
+from mmkernels.ops.layer_mix.schema import OPS as MIX_OPS
+from mmkernels.ops.layer_project import reference as project_reference
+from mmkernels.ops.layer_project.schema import OPS as PROJECT_OPS
+from mmkernels.testing import Call, assert_close_to_reference, poisoned_memory, value_and_gradients
+
+if not TRITON_INTERPRETED:
+    pytest.skip("needs Triton and TRITON_INTERPRET=1 set before Python starts", allow_module_level=True)
+
+# Some of these tests are about NaN and inf, of which NumPy, the interpreter's arithmetic, warns.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+each_dtype = pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.float16, torch.bfloat16, torch.float64],
+    ids=["float32", "float16", "bfloat16", "float64"],
+)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(7)
+
+
+def check(function: Any, reference: Any, call: Call, grad: Tensor, dtype: torch.dtype) -> None:
+    """Values and gradients by the project's tolerance rule; memory holds NaN before the kernels write it."""
+    with poisoned_memory():
+        out, gradients = value_and_gradients(function, call, grad, backend="triton")
+    exact, exact_gradients = value_and_gradients(reference, wanting_as(call, torch.float64), grad.double())
+    eager, eager_gradients = value_and_gradients(reference, wanting_as(call, None), grad)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    triples = zip((out, *gradients), (exact, *exact_gradients), (eager, *eager_gradients), strict=True)
+    for index, (k, r, e) in enumerate(triples):
+        if dtype == torch.bfloat16:
+            # The interpreter truncates to bfloat16 where hardware rounds, so its errors are twice as large.
+            e = r + 2 * (e.double() - r)
+        assert_close_to_reference(k, r, e, dtype, f"gradient {index - 1}" if index else "result")
+
+
+def wanting_as(call: Call, dtype: torch.dtype | None) -> Call:
+    """A copy that wants the gradients that ``call`` wants."""
+    copy = call.detached(dtype)
+    for mine, theirs in zip(copy.leaves(), call.leaves(), strict=True):
+        mine.requires_grad_(theirs.requires_grad)
+    return copy
+
+
+def parameter(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def mix_call(
+    dtype: torch.dtype,
+    layers: int,
+    width: int,
+    *,
+    frames: int = 6,
+    affine: bool = False,
+    norm: bool = False,
+    lengths: tuple[int, ...] | None = (6, 0, 3),
+) -> Call:
+    """Layers that are slices of one buffer, as a packing encoder leaves them; padding holds NaN."""
+    buffer = torch.randn(3, frames, layers, width, dtype=torch.float64).to(dtype)
+    for row, length in enumerate(lengths or ()):
+        buffer[row, length:] = math.nan
+    arguments: dict[str, Any] = {
+        "layers": [buffer[:, :, index] for index in range(layers)],
+        "weights": parameter(layers, dtype=dtype),
+        "norm": norm or affine,
+        "norm_weight": parameter(layers, width, dtype=dtype) if affine else None,
+        "norm_bias": parameter(layers, width, dtype=dtype) if affine else None,
+        "lengths": None if lengths is None else torch.tensor(lengths),
+    }
+    return Call(arguments, ("layers", "weights", "norm_weight", "norm_bias")).detached()
+
+
+def check_mix(call: Call, dtype: torch.dtype) -> None:
+    grad = torch.randn(call.arguments["layers"][0].shape, dtype=torch.float64).to(dtype)
+    check(layer_mix, mix_reference.layer_mix, call, grad, dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", ["plain", "norm", "affine"])
+def test_mix(kind: str, dtype: torch.dtype) -> None:
+    check_mix(mix_call(dtype, 3, 17, norm=kind == "norm", affine=kind == "affine"), dtype)
+
+
+@pytest.mark.parametrize(
+    ("layers", "width", "kind"),
+    [
+        *((1, 1, kind) for kind in ("plain", "norm", "affine")),
+        *((13, 384, kind) for kind in ("plain", "norm", "affine")),
+        *((64, 5, kind) for kind in ("plain", "norm")),
+        *((2, 1024, kind) for kind in ("plain", "affine")),
+        *((2, 8200, kind) for kind in ("norm", "affine")),
+    ],
+)
+def test_mix_sizes(layers: int, width: int, kind: str) -> None:
+    """The smallest; real models; as many layers as there may be; rows too wide for registers."""
+    affine, lengths = kind == "affine", (2, 0, 1)
+    call = mix_call(
+        torch.bfloat16, layers, width, frames=2, norm=kind == "norm", affine=affine, lengths=lengths
+    )
+    check_mix(call, torch.bfloat16)
+
+
+@half
+@pytest.mark.parametrize("frozen", [(0,), (1, 2), (0, 1, 2)])
+def test_mix_frozen_layers(frozen: tuple[int, ...], dtype: torch.dtype) -> None:
+    call = mix_call(dtype, 3, 33, norm=True, lengths=None)
+    for index in frozen:
+        call.arguments["layers"][index].requires_grad_(False)
+    check_mix(call, dtype)
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm"])
+def test_mix_gradient_of_layers_alone(kind: str) -> None:
+    call = mix_call(torch.float32, 3, 33, norm=kind == "norm")
+    call.arguments["weights"].requires_grad_(False)
+    call.arguments["layers"][1].requires_grad_(False)
+    check_mix(call, torch.float32)
+
+
+def test_mix_chunks_of_several_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmkernels.ops.layer_mix import triton as kernels
+
+    monkeypatch.setattr(kernels, "MOST_AFFINE_CHUNKS", 2)
+    call = mix_call(torch.float32, 2, 130, frames=40, affine=True, lengths=(40, 17, 0))
+    check_mix(call, torch.float32)
+
+
+def test_mix_unaligned_and_copied_layers() -> None:
+    """Rows at odd addresses, a transposed layer, one with a last stride of two, an expanded one."""
+    flat = torch.randn(3 * 6 * 19 + 1)
+    layers = [
+        flat[1:].view(3, 6, 19),
+        torch.randn(3, 19, 6).transpose(1, 2),
+        torch.randn(3, 6, 19, 2)[..., 0],
+        torch.randn(1, 1, 19).expand(3, 6, 19),
+    ]
+    call = mix_call(torch.float32, 4, 19, norm=True)
+    check_mix(call.with_arguments(layers=[layer.requires_grad_() for layer in layers]), torch.float32)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_mix_lengths_out_of_range_act_as_clamped(norm: bool) -> None:
+    """The public function refuses them on the CPU, so this calls the op."""
+    buffer = torch.randn(3, 5, 7)
+    forward = functools.partial(MIX_OPS["triton"][0], [buffer], torch.ones(1), None, None)
+    outside = forward(torch.tensor([9, -2, 2]), norm, 1e-5, True)
+    clamped = forward(torch.tensor([5, 0, 2]), norm, 1e-5, True)
+    assert torch.equal(outside[0], clamped[0])
+    assert torch.equal(outside[1], clamped[1])
+    assert outside[0][1].eq(0).all()
+
+
+def test_mix_saves_zero_statistics_for_padding() -> None:
+    layer = torch.full((1, 4, 3), math.nan)
+    layer[0, 0] = torch.tensor([1.0, 2.0, 3.0])
+    _, stats = MIX_OPS["triton"][0]([layer], torch.ones(1), None, None, torch.tensor([1]), True, 0.0, True)
+    assert stats[1:].eq(0).all()
+    torch.testing.assert_close(stats[0, 0], torch.tensor([2.0, 1.5**0.5]))
+
+
+@pytest.mark.parametrize("kind", ["plain", "norm"])
+def test_mix_is_batch_invariant_and_repeatable(kind: str) -> None:
+    call = mix_call(torch.float32, 5, 40, norm=kind == "norm").detached(requires_grad=False)
+    out = layer_mix(**call.arguments, backend="triton")
+    assert torch.equal(out, layer_mix(**call.arguments, backend="triton"))
+    alone = call.with_arguments(
+        layers=[layer[2:, :3] for layer in call.arguments["layers"]], lengths=torch.tensor([3])
+    )
+    assert torch.equal(out[2:, :3], layer_mix(**alone.arguments, backend="triton"))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (2, 0, 8), (2, 4, 0)])
+@pytest.mark.parametrize("norm", [False, True])
+def test_mix_of_nothing(shape: tuple[int, ...], norm: bool) -> None:
+    layers = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+    weights = torch.ones(2, requires_grad=True)
+    out = layer_mix(layers, weights, norm=norm, backend="triton")
+    assert out.shape == shape
+    gradients = torch.autograd.grad(out.sum(), [weights, *layers])
+    assert all(g.eq(0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_mix_non_finite_values_stay_in_their_row(norm: bool) -> None:
+    call = mix_call(torch.float32, 3, 20, norm=norm, lengths=None).detached(requires_grad=False)
+    for frame, value in enumerate((math.nan, math.inf, -math.inf)):
+        call.arguments["layers"][1][0, frame, 4] = value
+    out = layer_mix(**call.arguments, backend="triton")
+    expected = mix_reference.layer_mix(**call.arguments)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+def project_call(
+    dtype: torch.dtype,
+    rows: int,
+    taps: int,
+    inputs: int,
+    outputs: int,
+    activation: str,
+    *,
+    norm: bool = True,
+    shifts: bool = True,
+    mean: float = 0.0,
+) -> Call:
+    x = (torch.randn(rows, taps, inputs, dtype=torch.float64) + mean).to(dtype)
+    arguments: dict[str, Any] = {
+        "x": x,
+        "weight": parameter(taps, outputs, inputs, dtype=dtype) / math.sqrt(inputs + 1),
+        "bias": parameter(taps, outputs, dtype=dtype) if shifts else None,
+        "norm_weight": parameter(taps, inputs, dtype=dtype) if norm else None,
+        "norm_bias": parameter(taps, inputs, dtype=dtype) if norm and shifts else None,
+        "activation": activation,
+    }
+    return Call(arguments, ("x", "weight", "bias", "norm_weight", "norm_bias")).detached()
+
+
+def check_project(call: Call, dtype: torch.dtype) -> None:
+    before = call.with_arguments(activation="none").detached(torch.float64, requires_grad=False)
+    z = project_reference.layer_project(**before.arguments)
+    # Near the bend of relu, rounding decides which slope holds: no gradient is sent there.
+    grad = torch.where(z.abs() < 16 * torch.finfo(dtype).eps, 0.0, torch.randn(z.shape, dtype=torch.float64))
+    check(layer_project, project_reference.layer_project, call, grad.to(dtype), dtype)
+
+
+@each_dtype
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_project_activations(activation: str, dtype: torch.dtype) -> None:
+    check_project(project_call(dtype, 11, 2, 40, 9, activation), dtype)
+
+
+@pytest.mark.parametrize(
+    ("rows", "taps", "inputs", "outputs"), [(5, 3, 17, 9), (5, 3, 1, 1), (2, 13, 16, 3), (66, 1, 70, 65)]
+)
+def test_project_shapes(rows: int, taps: int, inputs: int, outputs: int) -> None:
+    """Small and odd; many taps; more than one tile in each direction."""
+    check_project(project_call(torch.float32, rows, taps, inputs, outputs, "relu"), torch.float32)
+
+
+def test_project_tiles_of_half_precision() -> None:
+    check_project(project_call(torch.bfloat16, 130, 1, 65, 130, "relu"), torch.bfloat16)
+
+
+@half
+@pytest.mark.parametrize(("norm", "shifts"), [(False, True), (False, False), (True, False)])
+def test_project_optional_parameters(norm: bool, shifts: bool, dtype: torch.dtype) -> None:
+    check_project(project_call(dtype, 9, 2, 40, 12, "gelu", norm=norm, shifts=shifts), dtype)
+
+
+@half
+def test_project_mean_far_from_zero(dtype: torch.dtype) -> None:
+    """The rows of the folded matrix, rounded, no longer sum to zero; the mean must not come through."""
+    check_project(project_call(dtype, 20, 1, 200, 24, "silu", mean=30.0), dtype)
+
+
+@pytest.mark.parametrize("frozen", ["x", "weight", "norm_weight", "all but bias"])
+def test_project_frozen_inputs(frozen: str) -> None:
+    call = project_call(torch.float32, 9, 2, 24, 8, "gelu_tanh")
+    for name in ("x", "weight", "norm_weight", "norm_bias") if frozen == "all but bias" else (frozen,):
+        call.arguments[name].requires_grad_(False)
+    check_project(call, torch.float32)
+
+
+def test_project_makes_no_gradient_of_frozen_input() -> None:
+    call = project_call(torch.float32, 20, 2, 24, 16, "relu").detached(requires_grad=False)
+    tensors = [call.arguments[name] for name in ("x", "weight", "bias", "norm_weight", "norm_bias")]
+    y, _, stats = PROJECT_OPS["triton"][0](*tensors, 1e-5, ACTIVATIONS.index("relu"), True)
+    dx, *_ = PROJECT_OPS["triton"][1](y, *tensors, y, stats, ACTIVATIONS.index("relu"), False, True, True)
+    assert dx.shape == (0, 2, 24)
+
+
+def test_project_strided_input() -> None:
+    call = project_call(torch.float32, 6, 3, 17, 4, "silu")
+    wide = torch.randn(6, 5, 23)
+    permuted = torch.randn(17, 3, 6).permute(2, 1, 0)
+    for x in (wide[:, 1:4, 3:20], permuted, torch.randn(1, 3, 17).expand(6, 3, 17)):
+        check_project(call.with_arguments(x=x.requires_grad_()), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 8, 4), (4, 3, 0, 4), (4, 3, 8, 0), (4, 0, 8, 4)])
+@pytest.mark.parametrize("norm", [False, True])
+def test_project_of_nothing(shape: tuple[int, ...], norm: bool) -> None:
+    call = project_call(torch.float32, *shape, "gelu", norm=norm)
+    out = layer_project(**call.arguments, backend="triton")
+    expected = project_reference.layer_project(**call.arguments)
+    torch.testing.assert_close(out, expected)
+    leaves = call.leaves()
+    found = torch.autograd.grad(out.sum(), leaves)
+    reference = torch.autograd.grad(expected.sum(), leaves, allow_unused=True)
+    for mine, theirs in zip(found, reference, strict=True):
+        torch.testing.assert_close(mine, torch.zeros_like(mine) if theirs is None else theirs)
+
+
+def test_project_non_finite_values_stay_in_their_row() -> None:
+    call = project_call(torch.float32, 8, 2, 20, 9, "relu").detached(requires_grad=False)
+    for row, value in enumerate((math.nan, math.inf, -math.inf)):
+        call.arguments["x"][row, 1, 4] = value
+    out = layer_project(**call.arguments, backend="triton")
+    expected = project_reference.layer_project(**call.arguments)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    torch.testing.assert_close(out, expected, equal_nan=True)
+
+
+def test_project_rows_do_not_depend_on_their_number() -> None:
+    call = project_call(torch.float32, 70, 1, 24, 16, "relu").detached(requires_grad=False)
+    out = layer_project(**call.arguments, backend="triton")
+    alone = call.with_arguments(x=call.arguments["x"][65:])
+    assert torch.equal(out[65:], layer_project(**alone.arguments, backend="triton"))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_fakes_tell_what_the_kernels_return(norm: bool) -> None:
+    mix = mix_call(torch.bfloat16, 3, 17, affine=norm).detached(requires_grad=False).arguments
+    names = ("layers", "weights", "norm_weight", "norm_bias", "lengths")
+    forward = [mix[name] for name in names]
+    opcheck = functools.partial(torch.library.opcheck, test_utils=("test_schema", "test_faketensor"))
+    opcheck(MIX_OPS["triton"][0], (*forward, norm, 1e-5, True))
+    out, stats = MIX_OPS["triton"][0](*forward, norm, 1e-5, True)
+    opcheck(MIX_OPS["triton"][1], (out, *forward, stats, norm, True, norm, [0, 2]))
+
+    project = (
+        project_call(torch.bfloat16, 3, 2, 5, 3, "gelu", norm=norm).detached(requires_grad=False).arguments
+    )
+    tensors = [project[name] for name in ("x", "weight", "bias", "norm_weight", "norm_bias")]
+    gelu = ACTIVATIONS.index("gelu")
+    opcheck(PROJECT_OPS["triton"][0], (*tensors, 1e-5, gelu, True))
+    y, value, stats = PROJECT_OPS["triton"][0](*tensors, 1e-5, gelu, True)
+    opcheck(PROJECT_OPS["triton"][1], (y, *tensors, value, stats, gelu, True, True, norm))
+
+
+def test_ops_refuse_what_would_read_past_the_end() -> None:
+    layer = torch.randn(2, 3, 4)
+    with pytest.raises(ValueError, match="weights: expected shape"):
+        MIX_OPS["triton"][0]([layer], torch.ones(2), None, None, None, False, 1e-5, False)
+    with pytest.raises(ValueError, match="layers: expected one shape"):
+        MIX_OPS["triton"][0]([layer, layer[:1]], torch.ones(2), None, None, None, False, 1e-5, False)
+    with pytest.raises(ValueError, match="norm_weight: expected shape"):
+        PROJECT_OPS["triton"][0](layer, torch.ones(3, 5, 4), None, torch.ones(3, 5), None, 1e-5, 0, False)
