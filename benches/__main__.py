@@ -48,16 +48,8 @@ def parse() -> argparse.Namespace:
 
 
 def pytest_command(arguments: argparse.Namespace, device: str, record: pathlib.Path) -> list[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        str(FOLDER),
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--benchmark-quiet",
-    ]
+    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
+    command += ["--benchmark-quiet", "--show-capture=no", "--disable-warnings"]
     command += [f"--benchmark-json={record}", f"--device={device}", f"--seconds={arguments.seconds}"]
     if arguments.ops:
         command.append(f"--ops={arguments.ops}")

@@ -68,6 +68,7 @@ class Case:
         flops: floating-point operations of the definition.
         output_bytes: size of the results.
         problem: makes the inputs; called when the case is measured.
+        tolerance: largest relative error of a right result, where the harness's table does not fit.
         max_rounds: for what takes long and varies little.
     """
 
@@ -86,6 +87,7 @@ class Case:
     bound: Bound = "memory"
     memory: Memory = "system"
     headline: bool = False
+    tolerance: float | None = None
     max_rounds: int = 60
 
     @property

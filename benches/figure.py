@@ -77,7 +77,8 @@ def _roofline(axes: Axes, record: Record, rows: list[Row]) -> None:
         axis.set_minor_formatter(lambda *_: "")
     axes.set(xlabel="arithmetic intensity (operations per minimum byte)", ylabel="GFLOP/s")
     axes.set_title("Roofline, with ceilings measured in the same run", loc="left")
-    axes.text(0.02, 0.98, "\n".join(ceilings(record)), transform=axes.transAxes, va="top")
+    # Nothing lies below the roof where it is flat: rows bound by arithmetic come near it.
+    axes.text(0.98, 0.02, "\n".join(ceilings(record)), transform=axes.transAxes, ha="right")
     axes.grid(True, which="major", color="#E5E5E5", lw=0.6)
     axes.set_axisbelow(True)
 
@@ -95,33 +96,37 @@ def _draw_ceilings(axes: Axes, rates: dict[str, float], low: float, high: float)
 
 def _shares(axes: Axes, rows: list[Row]) -> None:
     """One line per case, its candidates side by side on the share of the ceiling."""
-    bounds = {"memory": "of copy bandwidth", "compute": "of matmul peak"}
-    names, position, ticks = [], 0.0, []
-    top = 1.0
+    bounds = {"memory": "100 % = copy bandwidth", "compute": "100 % = peak of matrix products"}
+    names, ticks, position, top = [], [], 0.0, 1.0
     for bound, unit in bounds.items():
         cases: dict[str, list[Row]] = {}
         for row in rows:
             if row["bound"] == bound:
                 cases.setdefault(row["id"], []).append(row)
+        if cases:
+            axes.text(0.01, position, unit, va="center", color="#555555", style="italic")
+            position += 1
         for group in cases.values():
-            kernel = next((r for r in group if r["role"] == "kernel"), group[0])
             ticks.append(position)
-            names.append(f"{short_title(group[0])}  ({duration(kernel['seconds']['median'])})")
+            names.append(short_title(group[0]) + _kernel_time(group))
             top = max(top, *(_line(axes, position, row) for row in group))
             position += 1
-        if cases:
-            axes.axhline(position - 0.3, color="#BBBBBB", lw=0.6)
-            axes.text(1.0, position - 0.42, f"100 % {unit} ", ha="right", va="bottom", color="#555555")
-            position += 0.6
     axes.axvline(1.0, color="black", lw=1.0)
-    axes.set(xlim=(0, math.ceil(top * 10 + 0.2) / 10), ylim=(position - 0.2, -0.8))
+    axes.set(xlim=(0, math.ceil(top * 10 + 0.2) / 10), ylim=(position - 0.4, -0.7))
     axes.set_yticks(ticks, names)
     axes.tick_params(axis="y", length=0)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_xlabel("share of the ceiling (whiskers: 20 % and 80 % quantiles)")
-    axes.set_title("Share of the ceiling by case (in brackets: the kernel's median time)", loc="left")
+    axes.set_xlabel(
+        "share of the ceiling (whiskers: 20 % and 80 % quantiles;\nin brackets: median time of the kernel)"
+    )
+    axes.set_title("Share of the ceiling by case", loc="left")
     axes.grid(True, axis="x", color="#E5E5E5", lw=0.6)
     axes.set_axisbelow(True)
+
+
+def _kernel_time(rows: list[Row]) -> str:
+    kernel = next((row for row in rows if row["role"] == "kernel"), None)
+    return "" if kernel is None else f"  ({duration(kernel['seconds']['median'])})"
 
 
 def _line(axes: Axes, position: float, row: Row) -> float:

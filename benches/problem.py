@@ -54,6 +54,7 @@ class OpProblem:
         direction: "forward" and "call" run without gradients.
         dtype: of the incoming gradient, which is the same for every candidate.
         calls: calls per sample.
+        gradient_mask: where the incoming gradient is not zero; everywhere if None.
     """
 
     inputs: dict[str, Any]
@@ -61,6 +62,7 @@ class OpProblem:
     direction: str
     dtype: torch.dtype
     calls: int = 1
+    gradient_mask: Tensor | None = None
     _gradients: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False)
 
     def runner(self, candidate: Candidate) -> Runner:
@@ -72,7 +74,7 @@ class OpProblem:
         return runner if candidate.collect is None else replace(runner, collect=candidate.collect)
 
     def expected(self) -> list[Tensor]:
-        inputs = {name: _in_double(value) for name, value in self.inputs.items()}
+        inputs = {name: in_double(value) for name, value in self.inputs.items()}
         runner = self._runner(self.reference, inputs)
         return [tensor.detach() for tensor in runner.run(runner.prepare())]
 
@@ -97,8 +99,10 @@ class OpProblem:
     def _gradient(self, out: Tensor) -> Tensor:
         if out.dtype not in self._gradients:
             generator = torch.Generator().manual_seed(7)
-            gradient = torch.randn(out.shape, generator=generator).to(self.dtype)
-            self._gradients[out.dtype] = gradient.to(out.device, out.dtype)
+            gradient = torch.randn(out.shape, generator=generator).to(out.device, self.dtype)
+            if self.gradient_mask is not None:
+                gradient *= self.gradient_mask
+            self._gradients[out.dtype] = gradient.to(out.dtype)
         return self._gradients[out.dtype]
 
 
@@ -109,9 +113,9 @@ def _tensors(inputs: dict[str, Any]) -> Iterator[Tensor]:
                 yield item
 
 
-def _in_double(value: Any) -> Any:
+def in_double(value: Any) -> Any:
     if isinstance(value, list):
-        return [_in_double(item) for item in value]
+        return [in_double(item) for item in value]
     if isinstance(value, Tensor) and value.is_floating_point():
         return value.detach().double().requires_grad_(value.requires_grad)
     return value

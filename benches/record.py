@@ -65,7 +65,7 @@ def describe(case: Case, candidate: Candidate, measurement: Measurement) -> dict
 
 def asdict_without_calls(case: Case) -> dict[str, Any]:
     fields = {name: getattr(case, name) for name in case.__dataclass_fields__}
-    del fields["problem"], fields["candidates"]
+    del fields["problem"], fields["candidates"], fields["tolerance"], fields["max_rounds"]
     return fields | {"dtype": str(case.dtype).removeprefix("torch."), "id": case.id}
 
 

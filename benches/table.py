@@ -50,12 +50,15 @@ def cases(record: Record) -> Iterator[tuple[str, list[Row]]]:
 def title(row: Row) -> str:
     """One line that says what a case is."""
     sizes = " ".join(f"{name}={size}" for name, size in row["sizes"].items())
-    return f"{short_title(row)}  {row['dtype']}  {sizes}"
+    dtype = row["dtype"] if row["dtype"] == "float32" else ""
+    return "  ".join(part for part in (short_title(row), dtype, sizes) if part)
 
 
 def short_title(row: Row) -> str:
-    """The same without dtype and sizes; in half precision the dtype stays."""
+    """The same without the sizes, and without the dtype if that is float32."""
     parts = [row["op"], row["shape"], row["variant"], row["direction"].replace("_", " + ")]
+    if row["dtype"] != "float32":
+        parts.append(row["dtype"])
     if row["memory"] != "system":
         parts.append(f"{row['memory']} memory")
     return ", ".join(part for part in parts if part)
