@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
+from mmtransfer.data import DataError
 from mmtransfer.data.features import Collator
 from mmtransfer.data.recordings import Clip
 from mmtransfer.hff import HFF, FrozenEncoder
@@ -87,7 +89,7 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         slots: Sequence[int] | None = None,
     ) -> None:
         self.features, self.lengths, self.labels = features, lengths, labels
-        self.slots = None if slots is None or list(slots) == list(range(features.shape[1])) else list(slots)
+        self.slots = _as_slice(list(range(features.shape[1]) if slots is None else slots))
         self._ends = lengths.cumsum(0).tolist()
 
     def select(self, slots: Sequence[int]) -> CachedFeatures:
@@ -99,10 +101,14 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         end = self._ends[index]
-        features = self.features[end - int(self.lengths[index]) : end]
-        if self.slots is not None:
-            features = features[:, self.slots]
-        return {"features": features, "label": int(self.labels[index])}
+        frames = self.features[end - int(self.lengths[index]) : end]
+        return {"features": frames[:, self.slots], "label": int(self.labels[index])}
+
+
+def _as_slice(slots: list[int]) -> slice | list[int]:
+    """Neighbouring slots as a slice, which is a view; others are copied out of each item."""
+    first = slots[0]
+    return slice(first, first + len(slots)) if slots == list(range(first, first + len(slots))) else slots
 
 
 def collate_features(items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -144,8 +150,8 @@ def cache_features(
 ) -> CachedFeatures:
     """Run the encoder once over `clips` and keep the tapped features of their valid frames, on the CPU.
 
-    Clips of similar length share a batch; the result is in the order of `clips`. On a CUDA machine the
-    encoder runs where its weights are.
+    Clips of similar length share a batch; the result is in the order of `clips`. The encoder runs where its
+    weights are. DataError, after the first batch, if all features would not fit in memory.
     """
     order = sorted(range(len(clips)), key=lambda index: clips[index].seconds)
     device = next(encoder.parameters()).device
@@ -157,11 +163,38 @@ def cache_features(
         taps = encoder(**{name: tensor.to(device) for name, tensor in batch.items()}).to("cpu")
         for index, features in zip(chosen, taps.split(), strict=True):
             frames[index] = features
+        if start == 0:
+            sizes = [_relative_size(clip, encoder, collate.collator) for clip in clips]
+            share = sum(sizes[index] for index in chosen) / sum(sizes)
+            _check_memory(taps.features.nbytes / share)
         if on_clips is not None:
             on_clips(len(chosen))
     lengths = torch.tensor([len(features) for features in frames])
     labels = torch.tensor([clip.label for clip in clips])
     return CachedFeatures(torch.cat(frames), lengths, labels)
+
+
+def _relative_size(clip: Clip, encoder: FrozenEncoder, collator: Collator) -> float:
+    """What the number of a clip's frames is proportional to."""
+    if encoder.description.frames == "fixed":
+        return 1.0
+    return clip.seconds if collator.max_seconds is None else min(clip.seconds, collator.max_seconds)
+
+
+def _check_memory(nbytes: float) -> None:
+    """DataError if there is no room for features of that size; not checked where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return
+    available = int(dict(line.split(":", 1) for line in lines)["MemAvailable"].split()[0]) * 2**10
+    # Twice: those of single clips, and the one tensor made of them.
+    if 2 * nbytes > available:
+        needed, free = (f"{size / 2**30:.1f} GiB" for size in (2 * nbytes, available))
+        raise DataError(
+            f"the cached features need {needed} of memory and {free} are free; use --no-cache, fewer --taps or "
+            "fewer clips"
+        )
 
 
 def train(

@@ -87,9 +87,19 @@ def test_cached_features_keep_no_frame_of_padding_for_wav2vec2() -> None:
         torch.testing.assert_close(item["features"], alone.features, atol=1e-4, rtol=1e-4)
 
 
+def test_features_larger_than_the_memory_are_refused(task: Task) -> None:
+    encoder = FrozenEncoder(task.model, TAPS)
+    collate = EncoderCollator(Collator(task.recordings, task.extractor), encoder)
+    collate.collator.max_seconds = None
+    years = [*task.recordings.train, replace(task.recordings.train[0], seconds=1e9)]
+    with pytest.raises(DataError, match=r"cached features need .* GiB.*--no-cache"):
+        cache_features(encoder, years, collate, batch_size=2)
+
+
 def test_selected_taps_come_in_the_order_asked_for(cached: dict[str, CachedFeatures]) -> None:
     features = cached["train"]
     assert torch.equal(features.select([2, 0])[5]["features"], features[5]["features"][:, [2, 0]])
+    assert torch.equal(features.select([1, 2])[5]["features"], features[5]["features"][:, 1:3])
     batch = collate_features([features.select([2])[i] for i in (4, 1)])
     assert batch["features"].shape[1:] == (1, 64)
     assert batch["lengths"].tolist() == [features.lengths[4], features.lengths[1]]
