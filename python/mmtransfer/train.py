@@ -192,8 +192,8 @@ def _check_memory(nbytes: float) -> None:
     if 2 * nbytes > available:
         needed, free = (f"{size / 2**30:.1f} GiB" for size in (2 * nbytes, available))
         raise DataError(
-            f"the cached features need {needed} of memory and {free} are free; use --no-cache, fewer --taps or "
-            "fewer clips"
+            f"the cached features need {needed} of memory and {free} are free; use --no-cache, fewer --taps "
+            "or fewer clips"
         )
 
 
