@@ -27,13 +27,6 @@ MMK_INLINE const T* layer_row(const LayerMixParams& p, int layer, Row row) {
          row.frame * p.frame_stride[layer];
 }
 
-// The rows of other layers lie far apart, where the hardware prefetcher does not see them coming.
-template <class T>
-MMK_INLINE void prefetch_row(const T* p, int64_t width) {
-  const char* bytes = reinterpret_cast<const char*>(p);
-  for (int64_t i = 0; i < width * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(bytes + i);
-}
-
 // Rows of a few layers that are worked on together, so that what they share is loaded and stored once.
 constexpr int kGroup = 4;
 
@@ -43,6 +36,7 @@ struct Group {
   acc_t<T> mean[kGroup];   // zero without norm
   acc_t<T> scale[kGroup];  // what x - mean is multiplied by
   const acc_t<T>* gain[kGroup];
+  const T* next[kGroup];   // the layer's row that will be read after x
 };
 
 // acc[j] += sum_i scale_i * gain_i[j] * (x_i[j] - mean_i)
@@ -54,6 +48,8 @@ MMK_INLINE void add_group(acc_t<T>* acc, const Group<T>& group, int64_t width) {
       [&](int64_t j) MMK_LAMBDA {
         vec_t<A> sum = load(acc + j);
         for (int i = 0; i < N; ++i) {
+          // With norm, the moments have fetched the next row already.
+          if constexpr (!kNorm) prefetch(group.next[i] + j);
           vec_t<A> x = load(group.x[i] + j);
           if constexpr (kNorm) x -= group.mean[i];
           if constexpr (kGain) x *= load(group.gain[i] + j);
@@ -84,6 +80,7 @@ MMK_INLINE void dot_group(acc_t<T>* dots, const acc_t<T>* g, const Group<T>& gro
       [&](int64_t j) MMK_LAMBDA {
         const vec_t<A> gradient = load(g + j);
         for (int i = 0; i < N; ++i) {
+          prefetch(group.next[i] + j);
           vec_t<A> x = load(group.x[i] + j);
           if constexpr (kNorm) x -= group.mean[i];
           if constexpr (kGain) x *= load(group.gain[i] + j);
@@ -154,9 +151,9 @@ MMK_INLINE void forward_row(const LayerMixParams& p, Row row, Row next, const ac
     for (int i = 0; i < count; ++i) {
       const int l = first + i;
       group.x[i] = layer_row<T>(p, l, row);
-      if (next.valid) prefetch_row(layer_row<T>(p, l, next), p.width);
+      group.next[i] = next.valid ? layer_row<T>(p, l, next) : group.x[i];
       Moments<A> m = {0, 1};
-      if (p.norm) m = moments(group.x[i], p.width, p.eps);
+      if (p.norm) m = moments(group.x[i], group.next[i], p.width, p.eps);
       group.mean[i] = m.mean;
       group.scale[i] = weights[l] * m.rstd;
       group.gain[i] = parameter_row<A>(p.norm_weight, l, p.width);
@@ -277,7 +274,7 @@ MMK_INLINE void backward_row(const LayerMixBackward& args, int64_t r, Row row, R
       any_gradient |= args.d_layer[l] != nullptr;
       if (!reads_layers) continue;
       group.x[i] = layer_row<T>(p, l, row);
-      if (next.valid) prefetch_row(layer_row<T>(p, l, next), p.width);
+      group.next[i] = next.valid ? layer_row<T>(p, l, next) : group.x[i];
     }
     A dots[kGroup] = {};
     // With the sums for the gain at hand, those for the weights follow from them at the end of the chunk.

@@ -53,7 +53,9 @@ MMK_INLINE const A* input_row(const LayerProjectInput& x, int64_t row, int64_t t
 template <class A>
 MMK_INLINE void stats(const LayerProjectStats& args, int64_t tap, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
-    const Moments<A> m = moments(input_row<A>(args.x, n, tap), args.shape.inputs, args.eps);
+    const A* x = input_row<A>(args.x, n, tap);
+    const A* next = n + 1 < end ? input_row<A>(args.x, n + 1, tap) : x;
+    const Moments<A> m = moments(x, next, args.shape.inputs, args.eps);
     A* out = at<A>(args.stats, 2 * (n * args.shape.taps + tap));
     out[0] = m.mean;
     out[1] = m.rstd;
@@ -61,16 +63,18 @@ MMK_INLINE void stats(const LayerProjectStats& args, int64_t tap, int64_t begin,
 }
 
 template <class A, Activation kActivation>
-MMK_INLINE void activate_rows(const LayerProjectActivate& args, int64_t tap, int64_t begin, int64_t end) {
+MMK_INLINE void activate_rows(const LayerProjectActivate& args, int64_t tap, const void* product,
+                              int64_t first, int64_t begin, int64_t end) {
   const int64_t outputs = args.shape.outputs;
   const A* bias = at<A>(args.folded_bias, tap * outputs);
   for (int64_t n = begin; n < end; ++n) {
     const int64_t i = n * args.shape.taps + tap;
     const A rstd = args.stats == nullptr ? A(1) : *at<A>(args.stats, 2 * i + 1);
+    const A* x = at<A>(product, (n - first) * outputs);
     A* y = at<A>(args.y, i * outputs);
     A* preactivation = at<A>(args.preactivation, i * outputs);
     for (int64_t j = 0; j < outputs; ++j) {
-      const A z = rstd * y[j] + bias[j];
+      const A z = rstd * x[j] + bias[j];
       if (preactivation != nullptr) preactivation[j] = z;
       y[j] = activate(kActivation, z);
     }
@@ -109,15 +113,21 @@ MMK_INLINE void gradient_chunk(const LayerProjectGradient& args, int64_t tap, in
 }
 
 template <class A>
-MMK_INLINE void input_gradient(const LayerProjectInputGradient& args, int64_t tap, int64_t begin,
-                               int64_t end) {
+MMK_INLINE void input_gradient(const LayerProjectInputGradient& args, int64_t tap, const void* product,
+                               int64_t first, int64_t begin, int64_t end) {
+  const int64_t inputs = args.shape.inputs;
   for (int64_t n = begin; n < end; ++n) {
     const int64_t i = n * args.shape.taps + tap;
+    const A* g = at<A>(product, (n - first) * inputs);
+    A* dx = at<A>(args.dx, i * inputs);
+    if (args.pull == nullptr) {
+      std::copy(g, g + inputs, dx);
+      continue;
+    }
     const A mean = *at<A>(args.stats, 2 * i);
     const A pull = *at<A>(args.pull, i);
     const A* x = input_row<A>(args.x, n, tap);
-    A* dx = at<A>(args.dx, i * args.shape.inputs);
-    for (int64_t j = 0; j < args.shape.inputs; ++j) dx[j] -= pull * (x[j] - mean);
+    for (int64_t j = 0; j < inputs; ++j) dx[j] = g[j] - pull * (x[j] - mean);
   }
 }
 
@@ -168,10 +178,10 @@ MMK_MULTIARCH void layer_project_stats(DType dtype, const LayerProjectStats& arg
 }
 
 MMK_MULTIARCH void layer_project_activate(DType dtype, const LayerProjectActivate& args, int64_t tap,
-                                          int64_t begin, int64_t end) {
+                                          const void* product, int64_t first, int64_t begin, int64_t end) {
   dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
     dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
-      activate_rows<decltype(element), decltype(activation)::value>(args, tap, begin, end);
+      activate_rows<decltype(element), decltype(activation)::value>(args, tap, product, first, begin, end);
     });
   });
 }
@@ -188,9 +198,11 @@ MMK_MULTIARCH void layer_project_gradient(DType dtype, const LayerProjectGradien
 }
 
 MMK_MULTIARCH void layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& args,
-                                                int64_t tap, int64_t begin, int64_t end) {
-  dispatch_wide(dtype,
-                [&](auto element) MMK_LAMBDA { input_gradient<decltype(element)>(args, tap, begin, end); });
+                                                int64_t tap, const void* product, int64_t first,
+                                                int64_t begin, int64_t end) {
+  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
+    input_gradient<decltype(element)>(args, tap, product, first, begin, end);
+  });
 }
 
 MMK_MULTIARCH void layer_project_unfold(DType dtype, const LayerProjectUnfold& args, int64_t begin,

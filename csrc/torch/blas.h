@@ -1,4 +1,4 @@
-// Products from torch's own BLAS, written where the caller wants them: strided views cost no copies.
+// Products from torch's own BLAS. Factors may be strided views, which cost no copies.
 #pragma once
 
 #include <array>
@@ -7,19 +7,21 @@
 
 namespace mmk::glue {
 
-// out = a b
-inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+// out = a b, of batches of matrices
+inline void bmm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(a), from(b), from(out)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-inline Tensor transposed(const Tensor& tensor) { return torch::stable::transpose(tensor, 0, 1); }
-
-// Rows [start, start + rows) of one tap of a (N, L, width) tensor, as a matrix.
-inline Tensor tap_rows(Tensor tensor, int64_t tap, int64_t start, int64_t rows) {
-  return torch::stable::select(torch::stable::narrow(tensor, 0, start, rows), 1, tap);
+// The same into a float32 `out`, without rounding the sums of half-precision factors in between. CUDA only.
+inline void bmm_float_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  if (a.scalar_type() == ScalarType::Float) return bmm_out(out, a, b);
+  std::array<StableIValue, 4> stack{from(a), from(b), from(ScalarType::Float), from(out)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
+  (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace mmk::glue

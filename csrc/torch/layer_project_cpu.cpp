@@ -43,8 +43,62 @@ Folded fold(const LayerProjectInputs& inputs) {
   return folded;
 }
 
-// Rows that forward works on at once: a tap's input is still in the last-level cache when the product reads it again.
-constexpr int64_t kBlock = 4096;
+// Rows that are worked on at once, so that they are still in cache for what follows their product.
+constexpr int64_t kBlock = 1024;
+
+// Taps that are worked on at once: a batch of products keeps all threads busy better than one product after the other.
+int64_t tap_group() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+
+// Matrices (taps, rows, width) of some taps and rows of a tensor (N, L, width).
+Tensor matrices(Tensor tensor, int64_t tap, int64_t taps, int64_t start, int64_t rows) {
+  Tensor of_taps = torch::stable::narrow(tensor, 1, tap, taps);
+  return torch::stable::transpose(torch::stable::narrow(of_taps, 0, start, rows), 0, 1);
+}
+
+Tensor narrowed(Tensor tensor, int64_t start, int64_t count) {
+  return torch::stable::narrow(tensor, 0, start, count);
+}
+
+Tensor transposed(const Tensor& tensor) { return torch::stable::transpose(tensor, 1, 2); }
+
+// Room for the product of one block of one group of taps, dense as the batched product wants it.
+class Scratch {
+ public:
+  Scratch(const Tensor& like, int64_t width) : like_(like), width_(width) {}
+
+  const Tensor& sized(int64_t taps, int64_t rows) {
+    if (!tensor_.has_value() || tensor_->size(0) != taps || tensor_->size(1) != rows) {
+      tensor_ = new_empty(like_, {taps, rows, width_}, like_.scalar_type());
+    }
+    return *tensor_;
+  }
+
+ private:
+  Tensor like_;
+  int64_t width_;
+  OptionalTensor tensor_;
+};
+
+// Calls body(first tap, taps) for each group of taps.
+template <class Body>
+void for_each_group(int64_t taps, Body&& body) {
+  const int64_t group = tap_group();
+  for (int64_t tap = 0; tap < taps; tap += group) body(tap, std::min(group, taps - tap));
+}
+
+// Calls body(first row, rows) for each block of rows.
+template <class Body>
+void for_each_block(int64_t rows, Body&& body) {
+  for (int64_t start = 0; start < rows; start += kBlock) body(start, std::min(kBlock, rows - start));
+}
+
+// Calls body(tap, its matrix in a dense tensor (taps, rows, width)) for each tap of a group.
+template <class Body>
+void for_each_matrix(const Tensor& dense, int64_t first_tap, Body&& body) {
+  for (int64_t i = 0; i < dense.size(0); ++i) {
+    body(first_tap + i, torch::stable::select(dense, 0, i).mutable_data_ptr());
+  }
+}
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& weight,
                                            const OptionalTensor& bias, const OptionalTensor& norm_weight,
@@ -67,21 +121,24 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
                                               folded.bias.const_data_ptr(),
                                               y.mutable_data_ptr(),
                                               mutable_or_null(value)};
-  for (int64_t start = 0; start < rows; start += kBlock) {
-    const int64_t count = std::min(kBlock, rows - start);
-    for (int64_t tap = 0; tap < taps; ++tap) {
-      if (inputs.norm()) {
+  Scratch scratch(x, out);
+  for_each_group(taps, [&](int64_t first_tap, int64_t group) {
+    const Tensor group_weight = transposed(narrowed(folded.weight, first_tap, group));
+    for_each_block(rows, [&](int64_t start, int64_t count) {
+      for (int64_t tap = first_tap; inputs.norm() && tap < first_tap + group; ++tap) {
         torch::stable::parallel_for(start, start + count, grain(in), [&](int64_t begin, int64_t end) {
           cpu::layer_project_stats(folded.dtype, stats_args, tap, begin, end);
         });
       }
-      mm_out(tap_rows(y, tap, start, count), tap_rows(x, tap, start, count),
-             transposed(torch::stable::select(folded.weight, 0, tap)));
-      torch::stable::parallel_for(start, start + count, grain(out), [&](int64_t begin, int64_t end) {
-        cpu::layer_project_activate(folded.dtype, activate_args, tap, begin, end);
+      const Tensor& product = scratch.sized(group, count);
+      bmm_out(product, matrices(x, first_tap, group, start, count), group_weight);
+      for_each_matrix(product, first_tap, [&](int64_t tap, const void* matrix) {
+        torch::stable::parallel_for(start, start + count, grain(out), [&](int64_t begin, int64_t end) {
+          cpu::layer_project_activate(folded.dtype, activate_args, tap, matrix, start, begin, end);
+        });
       });
-    }
-  }
+    });
+  });
   const ScalarType type = given_x.scalar_type();
   const bool save_stats = save && inputs.norm();
   return {widened(y, type), widened(value, type),
@@ -113,35 +170,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor d_norm_weight = new_empty(x, {need_norm ? taps : 0, in}, folded.type);
   const Tensor d_norm_bias = new_empty(x, {need_norm ? taps : 0, in}, folded.type);
   const Tensor partial_bias = new_empty(x, {chunks, taps, out}, folded.type);
-  // One tap's worth, written again for each.
-  const Tensor scaled = new_empty(x, {rows, out}, folded.type);
   const Tensor pull = new_empty(x, {pull_rows ? rows : 0, taps}, folded.type);
   const void* stats_data = data_or_null(stats);
-  const LayerProjectGradient gradient_args = {inputs.shape,
-                                              activation,
-                                              grad.const_data_ptr(),
-                                              value.const_data_ptr(),
-                                              stats_data,
-                                              folded.bias.const_data_ptr(),
-                                              scaled.mutable_data_ptr(),
-                                              mutable_or_null(pull),
-                                              partial_bias.mutable_data_ptr()};
+  LayerProjectGradient gradient_args = {inputs.shape,
+                                        activation,
+                                        grad.const_data_ptr(),
+                                        value.const_data_ptr(),
+                                        stats_data,
+                                        folded.bias.const_data_ptr(),
+                                        nullptr,
+                                        mutable_or_null(pull),
+                                        partial_bias.mutable_data_ptr()};
   const LayerProjectInputGradient input_args = {inputs.shape, view_of(x), stats_data, mutable_or_null(pull),
                                                 mutable_or_null(dx)};
-  for (int64_t tap = 0; tap < taps; ++tap) {
-    torch::stable::parallel_for(0, chunks, grain(kLayerProjectChunk * out), [&](int64_t begin, int64_t end) {
-      cpu::layer_project_gradient(folded.dtype, gradient_args, tap, begin, end);
+  Scratch scaled_scratch(x, out), product_scratch(x, in);
+  for_each_group(taps, [&](int64_t first_tap, int64_t group) {
+    const Tensor scaled = scaled_scratch.sized(group, rows);
+    for_each_matrix(scaled, first_tap, [&](int64_t tap, void* matrix) {
+      gradient_args.scaled_grad = matrix;
+      torch::stable::parallel_for(0, chunks, grain(kLayerProjectChunk * out), [&](int64_t begin, int64_t end) {
+        cpu::layer_project_gradient(folded.dtype, gradient_args, tap, begin, end);
+      });
     });
     if (need_product) {
-      mm_out(torch::stable::select(d_weight, 0, tap), transposed(scaled), torch::stable::select(x, 1, tap));
+      bmm_out(narrowed(d_weight, first_tap, group), transposed(scaled), matrices(x, first_tap, group, 0, rows));
     }
-    if (!need_x) continue;
-    mm_out(torch::stable::select(dx, 1, tap), scaled, torch::stable::select(folded.weight, 0, tap));
-    if (!pull_rows) continue;
-    torch::stable::parallel_for(0, rows, grain(in), [&](int64_t begin, int64_t end) {
-      cpu::layer_project_input_gradient(folded.dtype, input_args, tap, begin, end);
+    if (!need_x) return;
+    const Tensor group_weight = narrowed(folded.weight, first_tap, group);
+    for_each_block(rows, [&](int64_t start, int64_t count) {
+      const Tensor& product = product_scratch.sized(group, count);
+      Tensor scaled_rows = scaled;
+      bmm_out(product, torch::stable::narrow(scaled_rows, 1, start, count), group_weight);
+      for_each_matrix(product, first_tap, [&](int64_t tap, const void* matrix) {
+        torch::stable::parallel_for(start, start + count, grain(in), [&](int64_t begin, int64_t end) {
+          cpu::layer_project_input_gradient(folded.dtype, input_args, tap, matrix, start, begin, end);
+        });
+      });
     });
-  }
+  });
 
   const LayerProjectUnfold args = {inputs.shape,
                                    chunks,
