@@ -45,10 +45,19 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
-@triton.jit(do_not_specialize=["values"])
+#: Triton compiles anew for every pattern of arguments that are 1, fit in 32 bits, or are multiples of 16.
+#: Integers encoded so, a constant added and the lowest bit set, are none of these.
+TABLE_BIAS = tl.constexpr(1 << 61)
+
+
+def encode_for_table(value: int) -> int:
+    return 2 * (TABLE_BIAS.value + value) + 1
+
+
+@triton.jit
 def write_table_kernel(values, table, COUNT: tl.constexpr):
     for index in tl.static_range(COUNT):
-        tl.store(table + index, values[index].to(tl.int64))
+        tl.store(table + index, (values[index] >> 1) - TABLE_BIAS)
 
 
 def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
@@ -58,7 +67,7 @@ def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     graph can capture it.
     """
     table = torch.empty((len(rows), len(rows[0])), dtype=torch.int64, device=device)
-    values = tuple(value for row in rows for value in row)
+    values = tuple(encode_for_table(value) for row in rows for value in row)
     write_table_kernel[(1,)](values, table, COUNT=len(values), num_warps=1)
     return table
 

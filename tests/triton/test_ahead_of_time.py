@@ -54,16 +54,23 @@ def compile_kernel(
     absent: Collection[str] = (),
     num_warps: int = 4,
     num_stages: int = 3,
+    size: int = 16,
 ) -> Any:
-    """As a launch compiles it, with sizes and addresses that are multiples of 16."""
+    """As a launch compiles it for addresses that are multiples of 16, and sizes and strides like ``size``."""
     signature, fixed, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
+        kind = type_of(name, element)
         if name in constants or name in absent:
             signature[name] = "constexpr"
             fixed[(position,)] = constants.get(name)
+        elif kind == "i32" and size == 1:
+            # Launches turn integers that are 1 into constants.
+            signature[name] = "constexpr"
+            fixed[(position,)] = 1
         else:
-            signature[name] = type_of(name, element)
-            attributes[(position,)] = [["tt.divisibility", 16]]
+            signature[name] = kind
+            if kind != "i32" or size % 16 == 0:
+                attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -79,6 +86,40 @@ def check_resources(compiled: Any, capability: int, folder: pathlib.Path) -> Non
     stack, local = (int(re.search(rf"{kind}:(\d+)", usage)[1]) for kind in ("STACK", "LOCAL"))
     assert stack <= STACK_BYTES, usage
     assert local == 0, usage
+
+
+MIX_FORWARD = {"EPS": 1e-5, "LAYERS": 3, "STATS_GIVEN": False, "ALIGNMENT": 2, "BLOCK_ROWS": 4, "BLOCK_D": 32}
+MIX_BACKWARD = {"LAYERS": 3, "ALIGNMENT": 2, "TILES": 2, "BLOCK_ROWS": 4, "BLOCK_D": 32}
+PRODUCT = {"PRECISION": "ieee", "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 8}
+SMALL_LAUNCHES = [
+    (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": True}),
+    (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": False}),
+    (mix.layer_mix_bwd_kernel, {**MIX_BACKWARD, "NORM": True}),
+    (mix.layer_mix_bwd_kernel, {**MIX_BACKWARD, "NORM": False}),
+    (mix.row_dots_kernel, {"LAYERS": 3, "WIDTH": 1, "BLOCK_D": 1}),
+    (shared.row_stats_kernel, {"WIDTH": 1, "EPS": 0.0, "BLOCK_D": 1}),
+    (project.layer_project_fold_kernel, {"WIDTH": 1, "BLOCK_C": 1}),
+    (project.layer_project_fwd_kernel, {**PRODUCT, "WIDTH": 1, "ACTIVATION": 2}),
+    (project.layer_project_dx_kernel, {**PRODUCT, "OUTPUTS": 1}),
+    (
+        project.layer_project_gradient_kernel,
+        {"OUTPUTS": 1, "ACTIVATION": 1, "BLOCK_ROWS": 64, "BLOCK_O": 64},
+    ),
+    (project.layer_project_unfold_kernel, {"OUTPUTS": 1, "BLOCK_O": 16, "BLOCK_C": 64}),
+]
+
+
+@pytest.mark.parametrize("size", [1, 7])
+@pytest.mark.parametrize(
+    ("kernel", "constants"), SMALL_LAUNCHES, ids=[kernel.__name__ for kernel, _ in SMALL_LAUNCHES]
+)
+def test_sizes_that_launches_specialise(kernel: Any, constants: dict[str, Any], size: int) -> None:
+    """Sizes of 1 become constants of the kernel, odd ones tell nothing of alignment: both must compile."""
+    if kernel is mix.layer_mix_fwd_kernel and not constants["NORM"]:
+        absent = ["stats", "norm_weight"]
+    else:
+        absent = []
+    compile_kernel(kernel, 90, "bf16", constants, absent, size=size)
 
 
 each_capability = pytest.mark.parametrize("capability", SHARED_MEMORY)
@@ -180,6 +221,7 @@ def test_table_of_the_most_layers(capability: int, tmp_path: pathlib.Path) -> No
         signature={"values": ("i64",) * count, "table": "*i64", "COUNT": "constexpr"},
         constexprs={(2,): count},
     )
+    assert all(value % 2 == 1 and value >= 2**31 for value in map(shared.encode_for_table, (-1, 0, 1, 2**56)))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
     check_resources(compiled, capability, tmp_path)
 
@@ -238,3 +280,23 @@ def test_project_unfold(capability: int, tmp_path: pathlib.Path) -> None:
     constants = {"OUTPUTS": 250, "BLOCK_O": project.UNFOLD_ROWS, "BLOCK_C": project.UNFOLD_COLUMNS}
     compiled = compile_kernel(project.layer_project_unfold_kernel, capability, "fp32", constants)
     check_resources(compiled, capability, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("start", "width", "dtype", "expected"),
+    [
+        (0, 16, torch.float32, 16),
+        (1, 16, torch.float32, 4),
+        (0, 19, torch.float32, 4),
+        (0, 12, torch.bfloat16, 8),
+        (0, 9, torch.float16, 2),
+    ],
+)
+def test_mix_alignment_holds_for_every_row(start: int, width: int, dtype: torch.dtype, expected: int) -> None:
+    """What the forward kernel is told about addresses, which only hardware would find wrong."""
+    layer = torch.empty(2 * 3 * width + start, dtype=dtype)[start:].view(2, 3, width)
+    inputs = mix.Inputs.checked(
+        [torch.empty(2, 3, width, dtype=dtype), layer], torch.ones(2), None, None, None
+    )
+    assert inputs.alignment() == expected
+    assert all(row.data_ptr() % expected == 0 for row in layer.flatten(0, 1))

@@ -359,3 +359,13 @@ def test_ops_refuse_what_would_read_past_the_end() -> None:
         MIX_OPS["triton"][0]([layer, layer[:1]], torch.ones(2), None, None, None, False, 1e-5, False)
     with pytest.raises(ValueError, match="norm_weight: expected shape"):
         PROJECT_OPS["triton"][0](layer, torch.ones(3, 5, 4), None, torch.ones(3, 5), None, 1e-5, 0, False)
+
+
+def test_project_backward_inside_autocast_keeps_float32() -> None:
+    call = project_call(torch.float32, 9, 2, 24, 8, "silu")
+    out = layer_project(**call.arguments, backend="triton")
+    outside = torch.autograd.grad(out.sum(), call.leaves(), retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = torch.autograd.grad(out, call.leaves(), torch.ones_like(out))
+    for a, b in zip(inside, outside, strict=True):
+        assert torch.equal(a, b)

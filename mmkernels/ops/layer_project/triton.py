@@ -580,9 +580,11 @@ def write_input_gradient(
 def weight_product(scaled_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``g^T x`` of each tap; a mean will be taken from it, so it is not rounded to half precision first."""
     left, right = scaled_grad.permute(1, 2, 0), x.transpose(0, 1)
-    if x.dtype != dtype and x.is_cuda:
-        return torch.bmm(left, right, out_dtype=dtype)
-    return torch.bmm(left.to(dtype), right.to(dtype))
+    # A backward pass inside an autocast region must not round a float32 product.
+    with torch.autocast(x.device.type, enabled=False):
+        if x.dtype != dtype and x.is_cuda:
+            return torch.bmm(left, right, out_dtype=dtype)
+        return torch.bmm(left.to(dtype), right.to(dtype))
 
 
 def unfold(
