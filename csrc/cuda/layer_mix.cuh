@@ -10,7 +10,6 @@
 namespace mmk::cuda {
 
 inline constexpr int kPlainThreads = 256;  // blocks of the kernels with a thread to each vector
-inline constexpr int kWideThreads = 256;   // blocks of the kernels for rows too wide for the registers
 
 struct MixRow {
   int64_t batch;

@@ -45,6 +45,8 @@ MMK_DEVICE void for_each_vector(const T* row, int64_t columns, Body&& body) {
   }
 }
 
+inline constexpr int kWideThreads = 256;  // of a block that works on one row too wide for the registers
+
 // Sums over the Threads threads that share a row: a warp, or a block of that many threads.
 template <int Threads, int Count>
 MMK_DEVICE void row_sums(float (&values)[Count]) {

@@ -1,0 +1,236 @@
+#include "cuda/common/activation.cuh"
+#include "cuda/common/dispatch.cuh"
+#include "cuda/layer_project.cuh"
+
+namespace mmk::cuda {
+namespace {
+
+// ---- gradient at z, scaled for the products; its sums over rows (for the bias) and over outputs (for x)
+
+// A block's rows: one chunk of one tap.
+struct ChunkRows {
+  int64_t begin;
+  int count;
+  int64_t tap;
+  int64_t taps;
+
+  MMK_DEVICE int64_t index(int row) const { return (begin + row) * taps + tap; }
+};
+
+// The block's columns [column, column + kWidth) of all its rows: writes g, returns the sums of dz, adds the
+// rows' pull.
+template <class T, bool kAligned>
+MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const LayerProjectGradient& args,
+                                                        const ChunkRows& rows, int64_t column, float* pulls) {
+  constexpr int kWidth = kVectorWidth<T>;
+  const int64_t outputs = args.shape.outputs;
+  Vec<float, kWidth> bias = {};
+  if (args.pull != nullptr) {
+    const float* folded_bias = static_cast<const float*>(args.folded_bias) + rows.tap * outputs;
+    bias = load_columns<kAligned, kWidth>(folded_bias, column, outputs);
+  }
+  Vec<float, kWidth> sums = {};
+  for (int row = warp_index(); row < rows.count; row += kProjectWarps) {
+    const int64_t index = rows.index(row);
+    const T* grad_row = static_cast<const T*>(args.grad) + index * outputs;
+    const T* value_row = static_cast<const T*>(args.value) + index * outputs;
+    const auto grad = to_accumulator(load_columns<kAligned, kWidth>(grad_row, column, outputs));
+    const auto value = to_accumulator(load_columns<kAligned, kWidth>(value_row, column, outputs));
+    const float rstd = args.stats == nullptr ? 1.0f : static_cast<const float2*>(args.stats)[index].y;
+    Vec<float, kWidth> scaled;
+    float pull = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const float dz = grad[i] * activation_slope(args.activation, value[i]);
+      sums[i] += dz;
+      scaled[i] = dz * rstd;
+      // Where relu has cut a value off, its gradient is zero, so that the output stands for z everywhere
+      // else.
+      pull += scaled[i] * (value[i] - bias[i]);
+    }
+    if (args.scaled_grad != nullptr) {
+      T* target = static_cast<T*>(args.scaled_grad) + index * outputs;
+      store_columns<kAligned>(target, column, outputs, from_accumulator<T>(scaled));
+    }
+    if (args.pull != nullptr) {
+      pull = warp_sum(pull);
+      if (lane_index() == 0) pulls[row] += pull;
+    }
+  }
+  return sums;
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kProjectThreads)
+    gradient(const __grid_constant__ LayerProjectGradient args) {
+  constexpr int kWidth = kVectorWidth<T>;
+  constexpr int kColumns = kWarpSize * kWidth;
+  const LayerProjectShape& shape = args.shape;
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) / shape.taps;
+  const int64_t begin = chunk * kLayerProjectChunk;
+  const ChunkRows rows = {begin, static_cast<int>(min(kLayerProjectChunk, shape.rows - begin)),
+                          static_cast<int64_t>(blockIdx.x) % shape.taps, shape.taps};
+  MMK_SHARED(float, pulls, kLayerProjectChunk);
+  MMK_SHARED(float, columns, kProjectWarps, kColumns);
+  // The first lane of a warp owns the entries of the warp's rows.
+  for (int row = warp_index(); lane_index() == 0 && row < rows.count; row += kProjectWarps) pulls[row] = 0.0f;
+  __syncwarp();
+
+  float* partial = static_cast<float*>(args.partial_bias) + (chunk * shape.taps + rows.tap) * shape.outputs;
+  for (int64_t first = 0; first < shape.outputs; first += kColumns) {
+    const auto sums = gradient_columns<T, kAligned>(args, rows, first + lane_index() * kWidth, pulls);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) columns[warp_index()][lane_index() * kWidth + i] = sums[i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < kColumns && first + i < shape.outputs; i += kProjectThreads) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < kProjectWarps; ++warp) sum += columns[warp][i];
+      partial[first + i] = sum;
+    }
+    __syncthreads();
+  }
+  if (args.pull == nullptr || lane_index() != 0) return;
+  for (int row = warp_index(); row < rows.count; row += kProjectWarps) {
+    const int64_t index = rows.index(row);
+    const float rstd = static_cast<const float2*>(args.stats)[index].y;
+    static_cast<float*>(args.pull)[index] = rstd / static_cast<float>(shape.inputs) * pulls[row];
+  }
+}
+
+// ---- gradient of x: dx -= pull * (x - mean), a thread to each vector
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kProjectThreads)
+    finish_input_gradient(const __grid_constant__ LayerProjectInputGradient args, int64_t vectors_per_row) {
+  constexpr int kWidth = kVectorWidth<T>;
+  const int64_t inputs = args.shape.inputs;
+  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kProjectThreads + threadIdx.x;
+  const int64_t index = vector / vectors_per_row;
+  if (index >= args.shape.rows * args.shape.taps) return;
+  const int64_t column = (vector - index * vectors_per_row) * kWidth;
+  const float mean = __ldg(static_cast<const float2*>(args.stats) + index).x;
+  const float pull = __ldg(static_cast<const float*>(args.pull) + index);
+  const T* row = input_row<T>(args.x, args.shape.taps, index);
+  T* dx_row = static_cast<T*>(args.dx) + index * inputs;
+  const auto x = to_accumulator(load_columns<kAligned, kWidth>(row, column, inputs));
+  auto dx = to_accumulator(load_columns<kAligned, kWidth>(dx_row, column, inputs));
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) dx[i] -= pull * (x[i] - mean);
+  store_columns<kAligned>(dx_row, column, inputs, from_accumulator<T>(dx));
+}
+
+// ---- from the folded weight's gradient to those of the parameters
+
+// A warp to each row of the weight: its bias gradient, and the mean of its row of dVc.
+__global__ void __launch_bounds__(kProjectThreads)
+    unfold_rows(const __grid_constant__ LayerProjectUnfold args) {
+  const int64_t rows = args.shape.taps * args.shape.outputs;
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kProjectWarps + warp_index();
+  if (index >= rows) return;
+  double bias = 0.0;
+  for (int64_t chunk = lane_index(); chunk < args.chunks; chunk += kWarpSize) {
+    bias += static_cast<const float*>(args.partial_bias)[chunk * rows + index];
+  }
+  bias = warp_sum(bias);
+  if (lane_index() == 0) static_cast<float*>(args.d_bias)[index] = static_cast<float>(bias);
+  if (args.d_weight == nullptr || args.norm_weight == nullptr) return;
+  const float* d_weight = static_cast<const float*>(args.d_weight) + index * args.shape.inputs;
+  double total = 0.0;
+  for (int64_t column = lane_index(); column < args.shape.inputs; column += kWarpSize)
+    total += d_weight[column];
+  total = warp_sum(total);
+  if (lane_index() == 0) {
+    static_cast<float*>(args.row_means)[index] =
+        static_cast<float>(total / static_cast<double>(args.shape.inputs));
+  }
+}
+
+// A block to 32 columns of a tap: dW in place, and the sums over outputs.
+__global__ void __launch_bounds__(kProjectThreads)
+    unfold_columns(const __grid_constant__ LayerProjectUnfold args, int64_t blocks_per_tap) {
+  const LayerProjectShape& shape = args.shape;
+  const int64_t tap = static_cast<int64_t>(blockIdx.x) / blocks_per_tap;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) % blocks_per_tap * kWarpSize + lane_index();
+  const bool inside = column < shape.inputs;
+  const int64_t place = tap * shape.inputs + column;
+  const bool normed = args.d_weight != nullptr && args.norm_weight != nullptr;
+  const float gain = inside && normed ? static_cast<const float*>(args.norm_weight)[place] : 0.0f;
+  const float shift =
+      inside && args.norm_bias != nullptr ? static_cast<const float*>(args.norm_bias)[place] : 0.0f;
+  float d_gain = 0.0f;
+  float d_shift = 0.0f;
+  for (int64_t output = warp_index(); inside && output < shape.outputs; output += kProjectWarps) {
+    const int64_t row = tap * shape.outputs + output;
+    const float weight = static_cast<const float*>(args.weight)[row * shape.inputs + column];
+    const float d_bias = static_cast<const float*>(args.d_bias)[row];
+    d_shift += d_bias * weight;
+    if (!normed) continue;
+    float& d_weight = static_cast<float*>(args.d_weight)[row * shape.inputs + column];
+    const float d_product = d_weight - static_cast<const float*>(args.row_means)[row];
+    d_gain += d_product * weight;
+    d_weight = d_product * gain + d_bias * shift;
+  }
+  MMK_SHARED(float2, sums, kProjectWarps, kWarpSize);
+  sums[warp_index()][lane_index()] = {d_gain, d_shift};
+  __syncthreads();
+  if (warp_index() != 0 || !inside) return;
+  float2 total = {0.0f, 0.0f};
+#pragma unroll
+  for (int warp = 0; warp < kProjectWarps; ++warp) {
+    total.x += sums[warp][lane_index()].x;
+    total.y += sums[warp][lane_index()].y;
+  }
+  if (args.d_norm_weight != nullptr) static_cast<float*>(args.d_norm_weight)[place] = total.x;
+  if (args.d_norm_bias != nullptr) static_cast<float*>(args.d_norm_bias)[place] = total.y;
+}
+
+}  // namespace
+
+int layer_project_gradient(DType dtype, const LayerProjectGradient& args, CudaStream stream) {
+  const LayerProjectShape& shape = args.shape;
+  if (shape.rows * shape.taps == 0) return cudaSuccess;
+  dim3 grid;
+  if (!make_grid(layer_project_chunks(shape.rows) * shape.taps, &grid)) return cudaErrorInvalidConfiguration;
+  return dispatch(dtype, [&](auto element) {
+    using T = decltype(element);
+    const bool aligned = rows_aligned<T>(args.grad, shape.outputs) && rows_aligned<T>(args.value, 0) &&
+                         rows_aligned<T>(args.scaled_grad, 0) && rows_aligned<float>(args.folded_bias, 0);
+    const auto kernel = aligned ? gradient<T, true> : gradient<T, false>;
+    return launch(kernel, grid, dim3(kProjectThreads), 0, stream, args);
+  });
+}
+
+int layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& args, CudaStream stream) {
+  const int64_t rows = args.shape.rows * args.shape.taps;
+  if (rows * args.shape.inputs == 0) return cudaSuccess;
+  return dispatch(dtype, [&](auto element) {
+    using T = decltype(element);
+    int64_t vectors_per_row = 0;
+    dim3 grid;
+    if (!vector_grid<T>(rows, args.shape.inputs, &vectors_per_row, &grid))
+      return cudaErrorInvalidConfiguration;
+    const bool aligned = rows_aligned<T>(args.x, args.shape.inputs) && rows_aligned<T>(args.dx, 0);
+    const auto kernel = aligned ? finish_input_gradient<T, true> : finish_input_gradient<T, false>;
+    return launch(kernel, grid, dim3(kProjectThreads), 0, stream, args, vectors_per_row);
+  });
+}
+
+int layer_project_unfold(const LayerProjectUnfold& args, CudaStream stream) {
+  const LayerProjectShape& shape = args.shape;
+  dim3 grid;
+  if (shape.taps * shape.outputs > 0) {
+    const int64_t blocks = ceil_div<int64_t>(shape.taps * shape.outputs, kProjectWarps);
+    if (!make_grid(blocks, &grid)) return cudaErrorInvalidConfiguration;
+    const cudaError_t error = launch(unfold_rows, grid, dim3(kProjectThreads), 0, stream, args);
+    if (error != cudaSuccess) return error;
+  }
+  const bool normed = args.d_weight != nullptr && args.norm_weight != nullptr;
+  const bool wanted = normed || args.d_norm_weight != nullptr || args.d_norm_bias != nullptr;
+  if (!wanted || shape.taps * shape.inputs == 0) return cudaSuccess;
+  const int64_t blocks_per_tap = ceil_div<int64_t>(shape.inputs, kWarpSize);
+  if (!make_grid(blocks_per_tap * shape.taps, &grid)) return cudaErrorInvalidConfiguration;
+  return launch(unfold_columns, grid, dim3(kProjectThreads), 0, stream, args, blocks_per_tap);
+}
+
+}  // namespace mmk::cuda

@@ -1,0 +1,300 @@
+"""The CUDA kernels of layer_project, run on the CPU by the host SIMT runtime, against the float64 reference.
+
+The library's products, which run between the kernels on a GPU, are torch's here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import simt_build
+import torch
+from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, pointer
+from torch import Tensor
+
+from mmkernels.ops._common import ACTIVATIONS
+from mmkernels.ops.layer_project import reference
+from mmkernels.testing import assert_close_to_reference
+
+pytestmark = pytest.mark.skipif(
+    simt_build.missing_tools() is not None, reason=str(simt_build.missing_tools())
+)
+
+SOURCES = [
+    "csrc/cuda/layer_project.cu",
+    "csrc/cuda/layer_project_backward.cu",
+    "tests/csrc/simt/layer_project_shim.cpp",
+]
+DTYPES = tuple(DTYPE_CODES)
+EPS = 1e-5
+CHUNK = 256
+
+
+@dataclass
+class Problem:
+    """Inputs of one call: rows `gap` elements apart, `offset` elements behind an aligned address."""
+
+    dtype: torch.dtype
+    shape: tuple[int, int, int]
+    outputs: int
+    activation: str = "relu"
+    norm: bool = True
+    bias: bool = True
+    offset: int = 0
+    gap: int = 0
+    mean: float = 0.0
+    memory: GuardedTensors = field(default_factory=GuardedTensors)
+
+    def __post_init__(self) -> None:
+        rows, taps, inputs = self.shape
+        generator = torch.Generator().manual_seed(rows * 1000 + inputs)
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator)
+
+        values = (self.mean + random(rows, taps, inputs + self.gap)).to(self.dtype)
+        self.x = self.memory.of(values, self.offset)[:, :, :inputs]
+        self.weight = self.memory.of(random(taps, self.outputs, inputs) / max(inputs, 1) ** 0.5)
+        self.b = self.memory.of(random(taps, self.outputs)) if self.bias else None
+        self.gain = self.memory.of(1 + 0.1 * random(taps, inputs)) if self.norm else None
+        self.shift = self.memory.of(random(taps, inputs)) if self.norm and self.bias else None
+        self.grad = self.memory.of(random(rows, taps, self.outputs).to(self.dtype))
+
+    @property
+    def sizes(self) -> np.ndarray:
+        code = DTYPE_CODES[self.dtype]
+        return integers(code, *self.shape, self.outputs, ACTIVATIONS.index(self.activation))
+
+    @property
+    def strides(self) -> np.ndarray:
+        return integers(*self.x.stride()[:2])
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.memory.empty(shape, dtype)
+
+    def reference(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reference's output in `dtype`, and its gradients by name."""
+        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        leaves = {"x": self.x.detach().to(dtype)}
+        parameters = {
+            "weight": self.weight,
+            "bias": self.b,
+            "norm_weight": self.gain,
+            "norm_bias": self.shift,
+        }
+        leaves |= {name: p.detach().to(accumulate) for name, p in parameters.items() if p is not None}
+        for leaf in leaves.values():
+            leaf.requires_grad_()
+        y = reference.layer_project(**leaves, eps=EPS, activation=self.activation)
+        gradients = torch.autograd.grad(y, list(leaves.values()), self.grad.to(dtype))
+        return y.detach(), dict(zip(leaves, gradients, strict=True))
+
+
+@pytest.fixture(scope="module")
+def kernels() -> simt_build.Library:
+    return simt_build.load(simt_build.build("layer_project", SOURCES))
+
+
+@dataclass(frozen=True)
+class Forward:
+    y: Tensor
+    value: Tensor
+    stats: Tensor
+    folded_weight: Tensor
+    folded_bias: Tensor
+    fused: bool
+
+
+def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2) -> Forward:
+    rows, taps, inputs = problem.shape
+    outputs, dtype = problem.outputs, problem.dtype
+    saves_value = problem.activation not in ("none", "relu")
+    y = problem.empty(rows, taps, outputs, dtype=dtype)
+    value = problem.empty(rows if saves_value else 0, taps, outputs, dtype=dtype)
+    stats = problem.empty(rows if problem.norm else 0, taps, 2)
+    folded_weight = problem.empty(taps, outputs, inputs, dtype=dtype)
+    folded_bias = problem.empty(taps, outputs)
+    folded_sum = problem.empty(taps if problem.norm else 0, outputs)
+    parameters = map(pointer, (problem.weight, problem.b, problem.gain, problem.shift))
+    folded = map(pointer, (folded_weight, folded_bias, folded_sum))
+    kernels.call("project_fold", problem.sizes, *parameters, *folded, order=order)
+    x = (problem.sizes, pointer(problem.x), problem.strides)
+    if problem.norm:
+        kernels.call("project_stats", *x, EPS, pointer(stats), order=order)
+    fused = integers(0)
+    kernels.call("project_fuses", *x, fused)
+    finish = map(pointer, (stats, folded_bias, folded_sum, y, value))
+    if fused[0]:
+        kernels.call("project_product", *x, pointer(folded_weight), *finish, order=order)
+    else:
+        product = torch.einsum("nlc,loc->nlo", problem.x.double(), folded_weight.double())
+        y.copy_(product)
+        kernels.call("project_activate", problem.sizes, *finish, order=order)
+    problem.memory.check()
+    return Forward(y, value if saves_value else y, stats, folded_weight, folded_bias, bool(fused[0]))
+
+
+def check_forward(kernels: simt_build.Library, problem: Problem, *, fused: bool | None = None) -> None:
+    found = forward(kernels, problem)
+    assert fused is None or found.fused == fused
+    exact, _ = problem.reference(torch.float64)
+    eager, _ = problem.reference(problem.dtype)
+    assert_close_to_reference(found.y, exact, eager, problem.dtype)
+
+
+# Whole tiles and ragged ones in every dimension, both tile widths, fewer and more steps than pipeline stages.
+FUSED_SHAPES = [
+    ((1, 1, 8), 8),
+    ((128, 1, 32), 128),
+    ((130, 2, 40), 72),
+    ((3, 2, 200), 64),
+    ((40, 1, 96), 136),
+]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("shape", "outputs"), FUSED_SHAPES)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_fused_forward(
+    kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int], outputs: int, norm: bool
+) -> None:
+    check_forward(kernels, Problem(dtype, shape, outputs, norm=norm), fused=True)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("shape", "outputs"), [((5, 2, 33), 7), ((3, 1, 64), 12), ((2, 3, 1), 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_around_the_library_product(
+    kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int], outputs: int, norm: bool
+) -> None:
+    check_forward(kernels, Problem(dtype, shape, outputs, norm=norm), fused=False)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_forward_activations(kernels: simt_build.Library, dtype: torch.dtype, activation: str) -> None:
+    check_forward(kernels, Problem(dtype, (9, 2, 48), 40, activation, bias=False))
+
+
+@pytest.mark.parametrize(("offset", "gap"), [(1, 0), (0, 3), (0, 8), (8, 0)])
+def test_forward_of_any_alignment(kernels: simt_build.Library, offset: int, gap: int) -> None:
+    aligned = offset % 8 == 0 and gap % 8 == 0
+    check_forward(kernels, Problem(torch.bfloat16, (9, 3, 64), 16, offset=offset, gap=gap), fused=aligned)
+
+
+@pytest.mark.parametrize("inputs", [16, 33, 1032, 1288, 4104])
+def test_statistics_are_those_of_the_rows(kernels: simt_build.Library, inputs: int) -> None:
+    problem = Problem(torch.float16, (2, 2, inputs), 8)
+    x = problem.x.double()
+    rstd = (x.var(-1, unbiased=False) + EPS).rsqrt()
+    expected = torch.stack([x.mean(-1), rstd], -1).float()
+    torch.testing.assert_close(forward(kernels, problem).stats, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("outputs", [8, 7])
+def test_a_large_mean_is_not_multiplied_by_rounded_weights(kernels: simt_build.Library, outputs: int) -> None:
+    # The product is about mean(x) * sum(row of Vc): uncorrected, the error would be some 30 times this.
+    problem = Problem(torch.bfloat16, (16, 1, 64), outputs, "none", mean=64.0)
+    found = forward(kernels, problem).y.double()
+    exact, _ = problem.reference(torch.float64)
+    assert (found - exact).square().mean().sqrt() < 2**-7 * exact.square().mean().sqrt()
+
+
+def backward(
+    kernels: simt_build.Library, problem: Problem, *, need_x: bool, need_product: bool, order: int = 2
+) -> dict[str, Tensor]:
+    rows, taps, inputs = problem.shape
+    outputs, dtype = problem.outputs, problem.dtype
+    saved = forward(kernels, problem)
+    need_pull = need_x and problem.norm
+    scaled = problem.empty(rows, taps, outputs, dtype=dtype)
+    pull = problem.empty(rows if need_pull else 0, taps)
+    chunks = -(-rows // CHUNK)
+    partial_bias = problem.empty(chunks, taps, outputs)
+    gradient = (problem.grad, saved.value, saved.stats, saved.folded_bias, scaled, pull, partial_bias)
+    kernels.call("project_gradient", problem.sizes, *map(pointer, gradient), order=order)
+    found: dict[str, Tensor] = {}
+    if need_x:
+        dx = problem.empty(*problem.shape, dtype=dtype)
+        dx.copy_(torch.einsum("nlo,loc->nlc", scaled.double(), saved.folded_weight.double()))
+        if need_pull:
+            x = problem.sizes, pointer(problem.x), problem.strides
+            kernels.call("project_input_gradient", *x, *map(pointer, (saved.stats, pull, dx)), order=order)
+        found["x"] = dx
+    d_weight = problem.empty(taps if need_product else 0, outputs, inputs)
+    if need_product:
+        d_weight.copy_(torch.einsum("nlo,nlc->loc", scaled.double(), problem.x.double()))
+        found["weight"] = d_weight
+    found["bias"] = problem.empty(taps, outputs)
+    norm_taps = taps if problem.norm else 0
+    d_gain, d_shift = problem.empty(norm_taps, inputs), problem.empty(norm_taps, inputs)
+    row_means = problem.empty(taps, outputs)
+    inputs_of_unfold = (partial_bias, problem.weight, problem.gain, problem.shift)
+    results = (d_weight, found["bias"], d_gain, d_shift, row_means)
+    kernels.call("project_unfold", problem.sizes, *map(pointer, inputs_of_unfold + results), order=order)
+    problem.memory.check()
+    if problem.norm and need_product:
+        found["norm_weight"] = d_gain
+    if problem.norm:
+        found["norm_bias"] = d_shift
+    return found
+
+
+def check_backward(
+    kernels: simt_build.Library, problem: Problem, *, need_x: bool = True, need_product: bool = True
+) -> None:
+    found = backward(kernels, problem, need_x=need_x, need_product=need_product)
+    _, exact = problem.reference(torch.float64)
+    _, eager = problem.reference(problem.dtype)
+    for name, value in found.items():
+        if name in exact:
+            # g is rounded to x's type before the products, as eager linear layers round it.
+            assert_close_to_reference(value, exact[name], eager[name], problem.dtype, name)
+
+
+# Rows of one and of two chunks, outputs of one and of two column tiles, ragged rows.
+BACKWARD_SHAPES = [((5, 2, 33), 7), ((9, 3, 64), 24), ((300, 1, 8), 16), ((2, 1, 40), 264)]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("shape", "outputs"), BACKWARD_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward(
+    kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int], outputs: int, norm: bool
+) -> None:
+    # Not relu in half precision: rounding moves values across its step.
+    activation = "relu" if dtype == torch.float32 else "silu"
+    check_backward(kernels, Problem(dtype, shape, outputs, activation, norm=norm))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_backward_activations(kernels: simt_build.Library, dtype: torch.dtype, activation: str) -> None:
+    check_backward(kernels, Problem(dtype, (9, 2, 48), 40, activation))
+
+
+@pytest.mark.parametrize(("need_x", "need_product"), [(True, False), (False, True), (False, False)])
+def test_backward_computes_what_is_asked_for(
+    kernels: simt_build.Library, need_x: bool, need_product: bool
+) -> None:
+    problem = Problem(torch.float32, (6, 2, 24), 16)
+    check_backward(kernels, problem, need_x=need_x, need_product=need_product)
+
+
+def test_results_are_the_same_in_all_thread_orders(kernels: simt_build.Library) -> None:
+    problem = Problem(torch.bfloat16, (140, 2, 48), 72, "gelu")
+
+    def run(order: int) -> np.ndarray:
+        found = backward(kernels, problem, need_x=True, need_product=True, order=order)
+        tensors = [forward(kernels, problem, order=order).y, *found.values()]
+        return np.concatenate([t.contiguous().view(torch.uint8).flatten().numpy() for t in tensors])
+
+    simt_build.same_in_all_orders(run)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 8), (3, 0, 8)])
+def test_empty_problems(kernels: simt_build.Library, shape: tuple[int, int, int]) -> None:
+    found = backward(kernels, Problem(torch.bfloat16, shape, 8), need_x=True, need_product=True)
+    assert all((t == 0).all() for name, t in found.items() if name != "x")
