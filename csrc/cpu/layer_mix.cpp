@@ -33,14 +33,14 @@ constexpr int kGroup = 4;
 template <class T>
 struct Group {
   const T* x[kGroup];
-  acc_t<T> mean[kGroup];   // zero without norm
+  acc_t<T> mean[kGroup];
   acc_t<T> scale[kGroup];  // what x - mean is multiplied by
   const acc_t<T>* gain[kGroup];
-  const T* next[kGroup];   // the layer's row that will be read after x
+  const T* next[kGroup];  // the layer's row that will be read after x
 };
 
 // acc[j] += sum_i scale_i * gain_i[j] * (x_i[j] - mean_i)
-template <class T, int N, bool kNorm, bool kGain>
+template <class T, int N, bool kGain>
 MMK_INLINE void add_group(acc_t<T>* acc, const Group<T>& group, int64_t width) {
   using A = acc_t<T>;
   sweep<A>(
@@ -48,10 +48,10 @@ MMK_INLINE void add_group(acc_t<T>* acc, const Group<T>& group, int64_t width) {
       [&](int64_t j) MMK_LAMBDA {
         vec_t<A> sum = load(acc + j);
         for (int i = 0; i < N; ++i) {
-          // With norm, the moments have fetched the next row already.
-          if constexpr (!kNorm) prefetch(group.next[i] + j);
-          vec_t<A> x = load(group.x[i] + j);
-          if constexpr (kNorm) x -= group.mean[i];
+          // The moments have asked for it already; asking again, where little else is going on, measures
+          // faster.
+          prefetch(group.next[i] + j);
+          vec_t<A> x = load(group.x[i] + j) - group.mean[i];
           if constexpr (kGain) x *= load(group.gain[i] + j);
           sum += group.scale[i] * x;
         }
@@ -60,8 +60,7 @@ MMK_INLINE void add_group(acc_t<T>* acc, const Group<T>& group, int64_t width) {
       [&](int64_t j) MMK_LAMBDA {
         A sum = acc[j];
         for (int i = 0; i < N; ++i) {
-          A x = convert(group.x[i][j]);
-          if constexpr (kNorm) x -= group.mean[i];
+          A x = convert(group.x[i][j]) - group.mean[i];
           if constexpr (kGain) x *= group.gain[i][j];
           sum += group.scale[i] * x;
         }
@@ -107,10 +106,14 @@ MMK_INLINE void dispatch_group(int count, bool norm, bool gain, Body&& body) {
     return body(size, std::false_type{}, std::false_type{});
   };
   switch (count) {
-    case 1: return with_count(std::integral_constant<int, 1>{});
-    case 2: return with_count(std::integral_constant<int, 2>{});
-    case 3: return with_count(std::integral_constant<int, 3>{});
-    default: return with_count(std::integral_constant<int, 4>{});
+    case 1:
+      return with_count(std::integral_constant<int, 1>{});
+    case 2:
+      return with_count(std::integral_constant<int, 2>{});
+    case 3:
+      return with_count(std::integral_constant<int, 3>{});
+    default:
+      return with_count(std::integral_constant<int, 4>{});
   }
 }
 
@@ -139,9 +142,44 @@ MMK_INLINE void mix_bias(const LayerMixParams& p, A* bias) {
   }
 }
 
+// Without norm: all layers of a few columns at once, with the sums in registers.
 template <class T>
-MMK_INLINE void forward_row(const LayerMixParams& p, Row row, Row next, const acc_t<T>* bias, acc_t<T>* acc,
-                            acc_t<T>* stats) {
+MMK_INLINE void forward_plain_row(const LayerMixParams& p, Row row, Row next, acc_t<T>* acc) {
+  using A = acc_t<T>;
+  const A* weights = static_cast<const A*>(p.weights);
+  const T* x[kLayerMixMaxLayers];
+  const T* ahead[kLayerMixMaxLayers];
+  for (int l = 0; l < p.layers; ++l) {
+    x[l] = layer_row<T>(p, l, row);
+    ahead[l] = next.valid ? layer_row<T>(p, l, next) : x[l];
+  }
+  constexpr int64_t kStep = 4 * kLanes<A>;
+  int64_t j = 0;
+  for (; j + kStep <= p.width; j += kStep) {
+    vec_t<A> sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
+    for (int l = 0; l < p.layers; ++l) {
+      prefetch(ahead[l] + j);
+      prefetch(ahead[l] + j + kStep / 2);
+      sum0 += weights[l] * load(x[l] + j);
+      sum1 += weights[l] * load(x[l] + j + kLanes<A>);
+      sum2 += weights[l] * load(x[l] + j + 2 * kLanes<A>);
+      sum3 += weights[l] * load(x[l] + j + 3 * kLanes<A>);
+    }
+    store(acc + j, sum0);
+    store(acc + j + kLanes<A>, sum1);
+    store(acc + j + 2 * kLanes<A>, sum2);
+    store(acc + j + 3 * kLanes<A>, sum3);
+  }
+  for (; j < p.width; ++j) {
+    A sum = 0;
+    for (int l = 0; l < p.layers; ++l) sum += weights[l] * convert(x[l][j]);
+    acc[j] = sum;
+  }
+}
+
+template <class T>
+MMK_INLINE void forward_norm_row(const LayerMixParams& p, Row row, Row next, const acc_t<T>* bias,
+                                 acc_t<T>* acc, acc_t<T>* stats) {
   using A = acc_t<T>;
   const A* weights = static_cast<const A*>(p.weights);
   std::copy(bias, bias + p.width, acc);
@@ -152,8 +190,7 @@ MMK_INLINE void forward_row(const LayerMixParams& p, Row row, Row next, const ac
       const int l = first + i;
       group.x[i] = layer_row<T>(p, l, row);
       group.next[i] = next.valid ? layer_row<T>(p, l, next) : group.x[i];
-      Moments<A> m = {0, 1};
-      if (p.norm) m = moments(group.x[i], group.next[i], p.width, p.eps);
+      const Moments<A> m = moments(group.x[i], group.next[i], p.width, p.eps);
       group.mean[i] = m.mean;
       group.scale[i] = weights[l] * m.rstd;
       group.gain[i] = parameter_row<A>(p.norm_weight, l, p.width);
@@ -162,8 +199,8 @@ MMK_INLINE void forward_row(const LayerMixParams& p, Row row, Row next, const ac
         stats[2 * l + 1] = m.rstd;
       }
     }
-    dispatch_group(count, p.norm, p.norm_weight != nullptr, [&](auto size, auto norm, auto gain) MMK_LAMBDA {
-      add_group<T, size.value, norm.value, gain.value>(acc, group, p.width);
+    dispatch_group(count, true, p.norm_weight != nullptr, [&](auto size, auto, auto gain) MMK_LAMBDA {
+      add_group<T, size.value, gain.value>(acc, group, p.width);
     });
   }
 }
@@ -175,7 +212,7 @@ MMK_INLINE void forward_rows(const LayerMixForward& args, int64_t begin, int64_t
   std::vector<A> scratch(2 * p.width);
   A* bias = scratch.data();
   A* row_sum = bias + p.width;
-  mix_bias(p, bias);
+  if (p.norm) mix_bias(p, bias);
   for (int64_t r = begin; r < end; ++r) {
     const Row row = locate(p, r);
     T* out = static_cast<T*>(args.out) + r * p.width;
@@ -189,7 +226,11 @@ MMK_INLINE void forward_rows(const LayerMixForward& args, int64_t begin, int64_t
     // Where element and accumulator are one type, the output row itself accumulates.
     A* acc = row_sum;
     if constexpr (std::is_same_v<T, A>) acc = out;
-    forward_row<T>(p, row, next, bias, acc, stats);
+    if (p.norm) {
+      forward_norm_row<T>(p, row, next, bias, acc, stats);
+    } else {
+      forward_plain_row<T>(p, row, next, acc);
+    }
     if constexpr (!std::is_same_v<T, A>) write_row(out, acc, p.width);
   }
 }
@@ -247,7 +288,8 @@ MMK_INLINE void zero_padding_gradients(const LayerMixBackward& args, int64_t r) 
 // Sums over the rows of one chunk.
 template <class T>
 struct ChunkSums {
-  double* dot;         // [layers]         grad . gain * normalised layer; in double, for a chunk may hold thousands of rows
+  double* dot;  // [layers]         grad . gain * normalised layer; in double, for a chunk may hold thousands
+                // of rows
   acc_t<T>* scale;     // [layers, width]  grad * normalised layer, or null
   acc_t<T>* gradient;  // [width]          grad, or null
 };
@@ -290,8 +332,8 @@ MMK_INLINE void backward_row(const LayerMixBackward& args, int64_t r, Row row, R
       if (sums.scale != nullptr) add_scale_gradient(sums.scale + l * p.width, g, group.x[i], m[i], p.width);
       T* dx = static_cast<T*>(args.d_layer[l]);
       if (dx != nullptr) {
-        write_layer_gradient(dx + r * p.width, g, group.x[i], p.norm, m[i], weights[l], dots[i], group.gain[i],
-                             p.width);
+        write_layer_gradient(dx + r * p.width, g, group.x[i], p.norm, m[i], weights[l], dots[i],
+                             group.gain[i], p.width);
       }
     }
   }
@@ -375,7 +417,8 @@ void reduce(const LayerMixBackward& args) {
   if (!args.need_affine) return;
   std::vector<double> shift(p.width, 0.0);
   for (int64_t c = 0; c < chunks; ++c) {
-    for (int64_t j = 0; j < p.width; ++j) shift[j] += static_cast<const A*>(args.partial_shift)[c * p.width + j];
+    for (int64_t j = 0; j < p.width; ++j)
+      shift[j] += static_cast<const A*>(args.partial_shift)[c * p.width + j];
   }
   for (int64_t i = 0; i < p.layers * p.width; ++i) {
     double scale = 0;

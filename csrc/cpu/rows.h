@@ -27,8 +27,8 @@ struct Moments {
   A rstd;
 };
 
-// Sum of main(j) over vectors and tail(j) over the rest, in four chains, so that additions need not wait for each other.
-// each(j) is called once for four vectors.
+// Sum of main(j) over vectors and tail(j) over the rest, in four chains, so that additions need not wait for
+// each other. each(j) is called once for four vectors.
 template <class A, class Main, class Tail, class Each>
 MMK_INLINE A sum_over(int64_t width, Main&& main, Tail&& tail, Each&& each) {
   constexpr int64_t kStep = 4 * kLanes<A>;
@@ -52,30 +52,29 @@ MMK_INLINE A sum_over(int64_t width, Main&& main, Tail&& tail) {
   return sum_over<A>(width, main, tail, [](int64_t) MMK_LAMBDA {});
 }
 
-// Two passes over the row: the second one reads it from the L1 cache, and no cancellation occurs for a large mean. Each
-// fetches one half of `next`, the row that will be read after x: rows may lie far apart, where the hardware prefetcher does
-// not see the next one coming, and asking for it bit by bit keeps the memory busy without a burst.
+// Two passes over the row: the second one reads it from the L1 cache, and no cancellation occurs for a large
+// mean. Each fetches one half of `next`, the row that will be read after x: rows may lie far apart, where the
+// hardware prefetcher does not see the next one coming, and asking for it bit by bit keeps the memory busy
+// without a burst.
 template <class T>
 MMK_INLINE Moments<acc_t<T>> moments(const T* x, const T* next, int64_t width, double eps) {
   using A = acc_t<T>;
   const A inverse = A(1) / static_cast<A>(width);
-  const A mean =
-      inverse * sum_over<A>(
-                    width, [&](int64_t j) MMK_LAMBDA { return load(x + j); },
-                    [&](int64_t j) MMK_LAMBDA { return convert(x[j]); },
-                    [&](int64_t j) MMK_LAMBDA { prefetch(next + j / 2); });
-  const A variance =
-      inverse * sum_over<A>(
-                    width,
-                    [&](int64_t j) MMK_LAMBDA {
-                      const vec_t<A> d = load(x + j) - mean;
-                      return d * d;
-                    },
-                    [&](int64_t j) MMK_LAMBDA {
-                      const A d = convert(x[j]) - mean;
-                      return d * d;
-                    },
-                    [&](int64_t j) MMK_LAMBDA { prefetch(next + (width + j) / 2); });
+  const A mean = inverse * sum_over<A>(
+                               width, [&](int64_t j) MMK_LAMBDA { return load(x + j); },
+                               [&](int64_t j) MMK_LAMBDA { return convert(x[j]); },
+                               [&](int64_t j) MMK_LAMBDA { prefetch(next + j / 2); });
+  const A variance = inverse * sum_over<A>(
+                                   width,
+                                   [&](int64_t j) MMK_LAMBDA {
+                                     const vec_t<A> d = load(x + j) - mean;
+                                     return d * d;
+                                   },
+                                   [&](int64_t j) MMK_LAMBDA {
+                                     const A d = convert(x[j]) - mean;
+                                     return d * d;
+                                   },
+                                   [&](int64_t j) MMK_LAMBDA { prefetch(next + (width + j) / 2); });
   return {mean, A(1) / std::sqrt(variance + static_cast<A>(eps))};
 }
 

@@ -1,6 +1,6 @@
-// 32-byte vectors by the compiler's vector extension; wider ones it splits badly where they are not native. Functions marked
-// MMK_MULTIARCH are compiled once per instruction set (SSE2, AVX2 + FMA, AVX-512) and chosen when the library is loaded;
-// everything they use must be inlined into them.
+// 32-byte vectors by the compiler's vector extension; wider ones it splits badly where they are not native.
+// Functions marked MMK_MULTIARCH are compiled once per instruction set (SSE2, AVX2 + FMA, AVX-512) and chosen
+// when the library is loaded; everything they use must be inlined into them.
 #pragma once
 
 #include <cstdint>
@@ -59,11 +59,18 @@ MMK_INLINE uint32_t to_bits(float value) {
   return bits;
 }
 
-MMK_INLINE float convert(float value) { return value; }
-MMK_INLINE double convert(double value) { return value; }
-MMK_INLINE float convert(BFloat16 value) { return to_float(static_cast<uint32_t>(value.bits) << 16); }
+MMK_INLINE float convert(float value) {
+  return value;
+}
+MMK_INLINE double convert(double value) {
+  return value;
+}
+MMK_INLINE float convert(BFloat16 value) {
+  return to_float(static_cast<uint32_t>(value.bits) << 16);
+}
 MMK_INLINE float convert(Half value) {
-  // Exponent and mantissa move up by 13 bits and the bias is mended by a product, which also serves subnormal numbers.
+  // Exponent and mantissa move up by 13 bits and the bias is mended by a product, which also serves subnormal
+  // numbers.
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   const float scaled = to_float(magnitude << 13) * 0x1p112f;
@@ -139,10 +146,14 @@ MMK_INLINE A sum_lanes(vec_t<A> v) {
 template <class Body>
 MMK_INLINE void dispatch(DType dtype, Body&& body) {
   switch (dtype) {
-    case DType::kFloat32: return body(float{});
-    case DType::kFloat64: return body(double{});
-    case DType::kFloat16: return body(Half{});
-    case DType::kBFloat16: return body(BFloat16{});
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kFloat64:
+      return body(double{});
+    case DType::kFloat16:
+      return body(Half{});
+    case DType::kBFloat16:
+      return body(BFloat16{});
   }
 }
 

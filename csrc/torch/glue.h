@@ -20,11 +20,16 @@ using OptionalTensor = std::optional<Tensor>;
 
 inline DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Double: return DType::kFloat64;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
-    default: STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16");
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16");
   }
 }
 
@@ -40,8 +45,8 @@ inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes
   int32_t type = to<int32_t>(from(dtype));
   AtenTensorHandle handle = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(),
-                                                   static_cast<int64_t>(sizes.size()), &type, nullptr, nullptr,
-                                                   0, nullptr, &handle));
+                                                   static_cast<int64_t>(sizes.size()), &type, nullptr,
+                                                   nullptr, 0, nullptr, &handle));
   return Tensor(handle);
 }
 
@@ -66,7 +71,8 @@ inline Tensor checked(const Tensor& tensor, std::initializer_list<int64_t> sizes
   check_shape(tensor, sizes, name);
   check_same_device(tensor, like, name);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": unexpected dtype");
-  // A copy or not, torch::stable::contiguous goes through the dispatcher, which costs as much as a small kernel.
+  // A copy or not, torch::stable::contiguous goes through the dispatcher, which costs as much as a small
+  // kernel.
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 

@@ -1,8 +1,7 @@
-#include "torch/layer_project.h"
-
 #include <algorithm>
 
 #include "torch/blas.h"
+#include "torch/layer_project.h"
 
 namespace mmk::glue {
 namespace {
@@ -12,7 +11,9 @@ Tensor widened(const Tensor& tensor, ScalarType wide) {
 }
 
 // A thread is worth its start for about 32,000 elements.
-int64_t grain(int64_t width) { return 1 + 32768 / (width + 1); }
+int64_t grain(int64_t width) {
+  return 1 + 32768 / (width + 1);
+}
 
 // The folded parameters, and the dtype that the kernels and products run in: half precision is widened.
 struct Folded {
@@ -46,8 +47,11 @@ Folded fold(const LayerProjectInputs& inputs) {
 // Rows that are worked on at once, so that they are still in cache for what follows their product.
 constexpr int64_t kBlock = 1024;
 
-// Taps that are worked on at once: a batch of products keeps all threads busy better than one product after the other.
-int64_t tap_group() { return std::max<int64_t>(1, torch::stable::get_num_threads()); }
+// Taps that are worked on at once: a batch of products keeps all threads busy better than one product after
+// the other.
+int64_t tap_group() {
+  return std::max<int64_t>(1, torch::stable::get_num_threads());
+}
 
 // Matrices (taps, rows, width) of some taps and rows of a tensor (N, L, width).
 Tensor matrices(Tensor tensor, int64_t tap, int64_t taps, int64_t start, int64_t rows) {
@@ -59,7 +63,9 @@ Tensor narrowed(Tensor tensor, int64_t start, int64_t count) {
   return torch::stable::narrow(tensor, 0, start, count);
 }
 
-Tensor transposed(const Tensor& tensor) { return torch::stable::transpose(tensor, 1, 2); }
+Tensor transposed(const Tensor& tensor) {
+  return torch::stable::transpose(tensor, 1, 2);
+}
 
 // Room for the product of one block of one group of taps, dense as the batched product wants it.
 class Scratch {
@@ -115,12 +121,9 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
   const Tensor stats = new_empty(x, {inputs.norm() ? rows : 0, taps, 2}, folded.type);
 
   const LayerProjectStats stats_args = {inputs.shape, view_of(x), eps, mutable_or_null(stats)};
-  const LayerProjectActivate activate_args = {inputs.shape,
-                                              activation,
-                                              mutable_or_null(stats),
-                                              folded.bias.const_data_ptr(),
-                                              y.mutable_data_ptr(),
-                                              mutable_or_null(value)};
+  const LayerProjectActivate activate_args = {inputs.shape,           activation,
+                                              mutable_or_null(stats), folded.bias.const_data_ptr(),
+                                              y.mutable_data_ptr(),   mutable_or_null(value)};
   Scratch scratch(x, out);
   for_each_group(taps, [&](int64_t first_tap, int64_t group) {
     const Tensor group_weight = transposed(narrowed(folded.weight, first_tap, group));
@@ -188,12 +191,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor scaled = scaled_scratch.sized(group, rows);
     for_each_matrix(scaled, first_tap, [&](int64_t tap, void* matrix) {
       gradient_args.scaled_grad = matrix;
-      torch::stable::parallel_for(0, chunks, grain(kLayerProjectChunk * out), [&](int64_t begin, int64_t end) {
-        cpu::layer_project_gradient(folded.dtype, gradient_args, tap, begin, end);
-      });
+      torch::stable::parallel_for(0, chunks, grain(kLayerProjectChunk * out),
+                                  [&](int64_t begin, int64_t end) {
+                                    cpu::layer_project_gradient(folded.dtype, gradient_args, tap, begin, end);
+                                  });
     });
     if (need_product) {
-      bmm_out(narrowed(d_weight, first_tap, group), transposed(scaled), matrices(x, first_tap, group, 0, rows));
+      bmm_out(narrowed(d_weight, first_tap, group), transposed(scaled),
+              matrices(x, first_tap, group, 0, rows));
     }
     if (!need_x) return;
     const Tensor group_weight = narrowed(folded.weight, first_tap, group);
