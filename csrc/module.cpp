@@ -6,6 +6,7 @@
 #include <string>
 
 #include "mmkernels/layer_mix.h"
+#include "mmkernels/layer_project.h"
 
 namespace py = pybind11;
 
@@ -51,6 +52,17 @@ py::dict layer_mix_sums(const std::string& dtype, int64_t rows, int64_t width, i
   return result;
 }
 
+py::dict layer_project_tiles(int64_t rows, int64_t taps, int64_t outputs) {
+  const mmk::cuda::LayerProjectTiles tiles = mmk::cuda::layer_project_tiles({rows, taps, 0, outputs});
+  py::dict result;
+  result["tile_rows"] = tiles.tile_rows;
+  result["tile_outputs"] = tiles.tile_outputs;
+  result["row_tiles"] = tiles.row_tiles;
+  result["output_tiles"] = tiles.output_tiles;
+  result["blocks"] = tiles.blocks();
+  return result;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -67,4 +79,6 @@ PYBIND11_MODULE(_C, m) {
       "(rows per chunk, chunks) of layer_mix's backward sums on the CPU.");
   m.def("layer_mix_sums", &layer_mix_sums, py::arg("dtype"), py::arg("rows"), py::arg("width"),
         py::arg("layers"), "How layer_mix's backward sums are cut up on CUDA.");
+  m.def("layer_project_tiles", &layer_project_tiles, py::arg("rows"), py::arg("taps"), py::arg("outputs"),
+        "How layer_project's fused product is cut up on CUDA.");
 }

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
 import simt_build
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, pointer, pointers
 from torch import Tensor
 
+from mmkernels._library import compiled_module
 from mmkernels.ops.layer_mix import reference
 from mmkernels.testing import assert_close_to_reference
 
@@ -367,3 +371,30 @@ def test_sums_of_no_rows_are_zero(kernels: simt_build.Library) -> None:
     for shape in [(0, 3, 8), (2, 0, 8)]:
         found = backward(kernels, Problem(torch.float32, shape, 2, norm=True, affine=True))
         assert all((t == 0).all() and t.numel() > 0 for t in (found.weights, found.gain, found.bias))
+
+
+# ---- launch plans
+
+_C = compiled_module()
+sizes = st.integers(0, 2**20) | st.integers(0, 2**40)
+
+
+@pytest.mark.skipif(_C is None, reason="mmkernels._C is not built")
+@given(st.sampled_from(["float32", "float16", "bfloat16"]), sizes, sizes, st.integers(1, 64))
+def test_backward_sums_cover_everything_once(dtype: str, rows: int, width: int, layers: int) -> None:
+    assert _C is not None
+    plan = _C.layer_mix_sums(dtype, rows, width, layers)
+    chunks, slices, groups = plan["chunks"], plan["slices"], plan["groups"]
+    # The last part begins inside, and parts that begin where the one before ends reach the end.
+    if width > 0 and rows > 0:
+        assert (chunks - 1) * plan["rows_per_chunk"] < rows <= chunks * plan["rows_per_chunk"]
+    assert slices == 0 or (slices - 1) * plan["slice_columns"] < width <= slices * plan["slice_columns"]
+    bounds = [group * layers // groups for group in range(groups + 1)]
+    assert bounds[0] == 0
+    assert bounds[-1] == layers
+    assert all(0 < end - begin <= 8 for begin, end in itertools.pairwise(bounds))
+    assert plan["blocks"] == chunks * slices * groups
+    # A GPU takes 2^31 - 1 blocks; a tensor that needed more would not fit its memory.
+    assert plan["blocks"] < 2**31 or rows * width > 2**37
+    # The partial sums stay small beside the layers.
+    assert chunks * width * layers * 4 <= 2 * 2**24 + rows * width // 4 + 4 * width * layers

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 import simt_build
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, pointer
 from torch import Tensor
 
+from mmkernels._library import compiled_module
 from mmkernels.ops._common import ACTIVATIONS
 from mmkernels.ops.layer_project import reference
 from mmkernels.testing import assert_close_to_reference
@@ -298,3 +301,21 @@ def test_results_are_the_same_in_all_thread_orders(kernels: simt_build.Library) 
 def test_empty_problems(kernels: simt_build.Library, shape: tuple[int, int, int]) -> None:
     found = backward(kernels, Problem(torch.bfloat16, shape, 8), need_x=True, need_product=True)
     assert all((t == 0).all() for name, t in found.items() if name != "x")
+
+
+_C = compiled_module()
+
+
+@pytest.mark.skipif(_C is None, reason="mmkernels._C is not built")
+@given(st.integers(0, 2**36), st.integers(1, 64), st.integers(0, 2**16))
+def test_tiles_cover_the_result_once(rows: int, taps: int, outputs: int) -> None:
+    assert _C is not None
+    tiles = _C.layer_project_tiles(rows, taps, outputs)
+    for size, tile, count in [
+        (rows, tiles["tile_rows"], tiles["row_tiles"]),
+        (outputs, tiles["tile_outputs"], tiles["output_tiles"]),
+    ]:
+        assert (count - 1) * tile < size <= count * tile or (size == 0 and count == 0)
+    assert tiles["blocks"] == tiles["row_tiles"] * tiles["output_tiles"] * taps
+    # A GPU takes 2^31 - 1 blocks; a result that needed more would not fit its memory.
+    assert tiles["blocks"] < 2**31 or rows * taps * outputs > 2**36

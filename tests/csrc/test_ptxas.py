@@ -1,0 +1,106 @@
+"""What ptxas says of every kernel, for sm_80 and sm_90: no local memory, and registers within a bound."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import simt_build
+
+ROOT = simt_build.ROOT
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+ARCHITECTURES = (80, 90)
+
+#: Most registers of any instance of a kernel. More would cost resident warps, and with them bytes in flight:
+#: 168 leave 3 blocks of 128 threads to a multiprocessor, 128 leave 4, or 2 of 256.
+MOST_REGISTERS = {
+    "mix_plain": 80,
+    "mix_bias": 40,
+    "mix_norm": 168,
+    "mix_norm_wide": 72,
+    "sum_rows": 128,
+    "reduce_dots": 40,
+    "reduce_affine": 40,
+    "gradients_plain": 40,
+    "gradients_norm": 224,  # of rows of 1,280 columns; with 168 they would spill
+    "gradients_norm_wide": 72,
+    "fold": 56,
+    "row_moments": 72,
+    "row_moments_wide": 40,
+    "activate_rows": 48,
+    "project": 128,
+    "gradient": 80,
+    "finish_input_gradient": 40,
+    "unfold_rows": 40,
+    "unfold_columns": 40,
+}
+
+pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+@dataclass(frozen=True)
+class Usage:
+    kernel: str
+    registers: int
+    stack: int
+    spilled: int
+
+
+def kernel_name(mangled: str) -> str:
+    """The function of an Itanium-mangled entry: the last name before the template arguments or parameters."""
+    position, name = mangled.index("N") + 1, ""
+    while match := re.match(r"(\d+)", mangled[position:]):
+        start = position + len(match[1])
+        name, position = mangled[start : start + int(match[1])], start + int(match[1])
+    return name
+
+
+def parse(report: str) -> list[Usage]:
+    found = []
+    for entry in re.split(r"Compiling entry function ", report)[1:]:
+        mangled = re.match(r"'([^']+)'", entry)
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", entry)
+        registers = re.search(r"Used (\d+) registers", entry)
+        if mangled is None or stack is None or registers is None:
+            raise ValueError(f"ptxas reports in a form that this test does not know: {entry}")
+        spilled = int(stack[2]) + int(stack[3])
+        found.append(Usage(kernel_name(mangled[1]), int(registers[1]), int(stack[1]), spilled))
+    return found
+
+
+def ptxas_report(source: Path, architecture: int) -> str:
+    """What `nvcc -Xptxas -v` prints, kept under build/ptxas by the content of the sources."""
+    headers = simt_build._headers_digest(("cuda", "include"))
+    digest = simt_build._digest(headers, source.read_bytes(), str(architecture))
+    target = ROOT / "build" / "ptxas" / f"{source.stem}-{digest}.txt"
+    if target.exists():
+        return target.read_text()
+    flags = f"-std=c++20 -O3 -Icsrc -Icsrc/include -arch=sm_{architecture} -Xptxas -v -cubin -o /dev/null"
+    command = ["nvcc", *flags.split(), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(done.stderr)
+    return done.stderr
+
+
+@cache
+def usages(architecture: int) -> list[Usage]:
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
+        reports = pool.map(lambda source: ptxas_report(source, architecture), SOURCES)
+        return [usage for report in reports for usage in parse(report)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile_without_local_memory(architecture: int) -> None:
+    found = usages(architecture)
+    assert {usage.kernel for usage in found} == set(MOST_REGISTERS), "keep the table in step with the kernels"
+    assert [usage for usage in found if usage.stack or usage.spilled] == []
+    assert [usage for usage in found if usage.registers > MOST_REGISTERS[usage.kernel]] == []
