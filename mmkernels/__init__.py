@@ -1,7 +1,7 @@
 """Fused kernels for adapting speech and audio transformers, as torch ops.
 
-Ops: :func:`layer_mix`, :func:`layer_project`. Modules: :mod:`mmkernels.nn`. Existing models: :func:`accelerate`.
-What serves what on this machine: :func:`info`, or ``python -m mmkernels.info``.
+Ops: :func:`layer_mix`, :func:`layer_project`. Modules: :mod:`mmkernels.nn`. Existing models:
+:func:`accelerate`. What serves what on this machine: :func:`info`, or ``python -m mmkernels.info``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ _library.load()
 
 
 def accelerate(model: Any) -> Report:
-    """Replace what mmkernels can compute in ``model`` itself, in place; see :func:`mmkernels.patch.accelerate`."""
+    """Replace what mmkernels can compute in ``model`` itself, in place; see
+    :func:`mmkernels.patch.accelerate`."""
     from mmkernels.patch import accelerate as patch_accelerate
 
     return patch_accelerate(model)
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, and which backend serves each op and why not the others; see :mod:`mmkernels.info`."""
+    """Versions, devices, and which backend serves each op and why not the others; see
+    :mod:`mmkernels.info`."""
     from mmkernels.info import collect
 
     return collect()

@@ -1,4 +1,5 @@
-"""What this installation is, and which backend serves each op here: ``python -m mmkernels.info`` or :func:`mmkernels.info`."""
+"""What this installation is, and which backend serves each op here: ``python -m mmkernels.info`` or
+:func:`mmkernels.info`."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ def _version(package: str) -> str:
 
 
 def _serving(device: str) -> dict[str, Any]:
-    reasons = {name: _common.why_not(name, device, torch.float32) for name in ("native", "triton", "reference")}
+    reasons = {
+        name: _common.why_not(name, device, torch.float32) for name in ("native", "triton", "reference")
+    }
     chosen = next(name for name, reason in reasons.items() if reason is None)
     return {
         "serves": "reference" if device == "cpu" and chosen == "triton" else chosen,
@@ -38,7 +41,8 @@ def _serving(device: str) -> dict[str, Any]:
 
 
 def collect() -> dict[str, Any]:
-    """Versions, build facts, devices, and for each op and device the backend that ``"auto"`` takes and why not the others.
+    """Versions, build facts, devices, and for each op and device the backend that ``"auto"`` takes and why
+    not the others.
 
     Unlike importing the package, asking for the name of a GPU starts CUDA where there is one.
     """
@@ -62,7 +66,10 @@ def collect() -> dict[str, Any]:
 
 def render(facts: dict[str, Any]) -> str:
     """The facts as text."""
-    lines = [f"{key:13}{facts[key]}" for key in ("mmkernels", "torch", "triton", "transformers", "python", "machine")]
+    lines = [
+        f"{key:13}{facts[key]}"
+        for key in ("mmkernels", "torch", "triton", "transformers", "python", "machine")
+    ]
     lines += [f"{'cpu kernels':13}{facts['cpu_kernels']}, {facts['threads']} threads"]
     lines += [f"{'gpu':13}{facts['gpu'] or 'none'}"]
     if facts["build"]:
@@ -76,7 +83,8 @@ def render(facts: dict[str, Any]) -> str:
 
 
 class _CallableModule(ModuleType):
-    """Importing this module binds ``mmkernels.info`` to it; the call that the name stands for keeps working."""
+    """Importing this module binds ``mmkernels.info`` to it; the call that the name stands for keeps
+    working."""
 
     def __call__(self) -> dict[str, Any]:
         return collect()

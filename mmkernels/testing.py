@@ -1,8 +1,9 @@
 """Tests that every op gets from one declaration of its cases.
 
-An op's test file describes how to build its inputs (:class:`OpSpec`) and calls :func:`op_tests`, which returns a test class:
-values and gradients against a float64 reference on every backend that can serve, gradcheck, opcheck, strides, gradients of
-any layout, zero sizes, repeatability, batch invariance, ``torch.compile``, autocast, checkpointing, non-finite values, and fuzzing.
+An op's test file describes how to build its inputs (:class:`OpSpec`) and calls :func:`op_tests`, which
+returns a test class: values and gradients against a float64 reference on every backend that can serve,
+gradcheck, opcheck, strides, gradients of any layout, zero sizes, repeatability, batch invariance,
+``torch.compile``, autocast, checkpointing, non-finite values, and fuzzing.
 
 :func:`assert_close_to_reference` is the one tolerance rule of the project. Needs pytest and hypothesis.
 """
@@ -25,7 +26,8 @@ Shape = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a public function: keyword arguments, and the names of those that gradients are asked for."""
+    """One call of a public function: keyword arguments, and the names of those that gradients are asked
+    for."""
 
     arguments: dict[str, Any]
     differentiable: tuple[str, ...]
@@ -84,7 +86,8 @@ class OpSpec:
     raw: Callable[[Call], list[tuple[Any, tuple[Any, ...]]]]
     #: Hypothesis strategy of shapes.
     shapes: Callable[[], Any]
-    #: ``alone(call, index) -> (call for batch entry index alone, function from full output to its output)``; None if not batched.
+    #: ``alone(call, index) -> (call for batch entry index alone, function from full output to its output)``;
+    #: None if not batched.
     alone: Callable[[Call, int], tuple[Call, Callable[[Tensor], Tensor]]] | None = None
     #: What a user would write in the activations' dtype; the error of a kernel is measured against its error.
     eager: Callable[..., Tensor] | None = None
@@ -106,7 +109,8 @@ def assert_close_to_reference(
 ) -> None:
     """The tolerance rule: with R the float64 reference, E the same-dtype eager result, K the kernel's,
 
-    ``max|K - R| <= 2 max|E - R| + 4 eps max|R|`` and ``rms(K - R) <= 1.5 rms(E - R) + eps rms(R)``, eps that of ``dtype``.
+    ``max|K - R| <= 2 max|E - R| + 4 eps max|R|`` and ``rms(K - R) <= 1.5 rms(E - R) + eps rms(R)``, eps that
+    of ``dtype``.
     """
     assert kernel.shape == reference.shape, (
         f"{name}: shape {tuple(kernel.shape)}, expected {tuple(reference.shape)}"
@@ -133,14 +137,15 @@ def _rms(x: Tensor) -> Tensor:
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
     """Inside, memory that torch allocates uninitialised (in C++ too) holds NaN, so that reading it shows."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        settings.fill_uninitialized_memory = before[1]
 
 
 def devices() -> list[str]:
@@ -170,9 +175,7 @@ def check_against_reference(spec: OpSpec, call: Call, backend: str, seed: int = 
     grad = torch.randn(grad_shape.shape, generator=generator_for(seed + 1)).to(grad_shape)
     with poisoned_memory():
         out, gradients = value_and_gradients(spec.function, own, grad, backend=backend)
-    exact, exact_gradients = value_and_gradients(
-        spec.reference, call.detached(torch.float64), grad.double()
-    )
+    exact, exact_gradients = value_and_gradients(spec.reference, call.detached(torch.float64), grad.double())
     eager, eager_gradients = value_and_gradients(spec.eager or spec.reference, call.detached(), grad)
     assert out.dtype == dtype
     assert_close_to_reference(out, exact, eager, dtype)
@@ -186,7 +189,8 @@ def _result_dtype(spec: OpSpec, call: Call) -> torch.dtype:
 
 
 def _layouts(tensor: Tensor) -> dict[str, Tensor]:
-    """The same values in other layouts: a slice of a larger tensor, a dense permuted one, and one with a last stride of two."""
+    """The same values in other layouts: a slice of a larger tensor, a dense permuted one, and one with a last
+    stride of two."""
     found = {}
     if tensor.dim() == 0:
         return {"same": tensor}
@@ -239,7 +243,9 @@ def op_tests(spec: OpSpec) -> type:
                 return spec.function(**swapped.arguments)
 
             # mapped() walks arguments in their order, gradcheck gets them in that order too.
-            in_order = [t for name in call.arguments if name in call.differentiable for t in _tensors(call, name)]
+            in_order = [
+                t for name in call.arguments if name in call.differentiable for t in _tensors(call, name)
+            ]
             assert len(in_order) == len(leaves)
             assert torch.autograd.gradcheck(run, in_order, fast_mode=True)
 
@@ -277,7 +283,9 @@ def op_tests(spec: OpSpec) -> type:
         @each_kernel
         def test_zero_sizes(self, case: str, device: str, backend: str) -> None:
             call = build(spec.zero_cases[case], torch.float32, device)
-            out, gradients = value_and_gradients(spec.function, call.detached(), some_grad(call), backend=backend)
+            out, gradients = value_and_gradients(
+                spec.function, call.detached(), some_grad(call), backend=backend
+            )
             exact, expected = value_and_gradients(spec.reference, call.detached(), some_grad(call))
             assert out.shape == exact.shape
             for g, e in zip(gradients, expected, strict=True):
@@ -288,12 +296,16 @@ def op_tests(spec: OpSpec) -> type:
         def test_repeatable(self, case: str, device: str, backend: str, dtype: torch.dtype) -> None:
             call = build(spec.cases[case], dtype, device)
             grad = some_grad(call)
-            first, first_gradients = value_and_gradients(spec.function, call.detached(), grad, backend=backend)
+            first, first_gradients = value_and_gradients(
+                spec.function, call.detached(), grad, backend=backend
+            )
             threads = torch.get_num_threads()
             try:
                 for count in (threads,) if spec.library_products else (threads, 1, 2):
                     torch.set_num_threads(count)
-                    again, gradients = value_and_gradients(spec.function, call.detached(), grad, backend=backend)
+                    again, gradients = value_and_gradients(
+                        spec.function, call.detached(), grad, backend=backend
+                    )
                     assert torch.equal(first, again)
                     for a, b in zip(first_gradients, gradients, strict=True):
                         assert torch.equal(a, b)
@@ -316,7 +328,8 @@ def op_tests(spec: OpSpec) -> type:
         @each_case
         @each_kernel
         def test_only_what_is_asked_for(self, case: str, device: str, backend: str) -> None:
-            """Gradients of a subset of the inputs equal those computed with all of them; none are made for the rest."""
+            """Gradients of a subset of the inputs equal those computed with all of them; none are made for
+            the rest."""
             call = build(spec.cases[case], torch.float32, device)
             grad = some_grad(call)
             _, together = value_and_gradients(spec.function, call.detached(), grad, backend=backend)
@@ -364,7 +377,8 @@ def op_tests(spec: OpSpec) -> type:
         @each_kernel
         @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
         def test_wide_parameters(self, case: str, device: str, backend: str, dtype: torch.dtype) -> None:
-            """float32 parameters beside half-precision activations, as autocast and master weights produce them."""
+            """float32 parameters beside half-precision activations, as autocast and master weights produce
+            them."""
             call = build(spec.cases[case], torch.float32, device)
             mixed = call.mapped(lambda name, t: t.to(dtype) if name in spec.activations else t)
             check_against_reference(spec, mixed, backend)
@@ -381,7 +395,9 @@ def op_tests(spec: OpSpec) -> type:
             call = build(spec.cases[case], torch.float32, device)
             plain = spec.reference(**call.arguments)
             with torch.autocast(device, dtype=torch.bfloat16):
-                out, gradients = value_and_gradients(spec.function, call.detached(), some_grad(call), backend=backend)
+                out, gradients = value_and_gradients(
+                    spec.function, call.detached(), some_grad(call), backend=backend
+                )
             assert out.dtype in (torch.bfloat16, torch.float32)
             assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients)
             torch.testing.assert_close(out.float(), plain, atol=0.1, rtol=0.05)

@@ -1,1 +1,2 @@
-"""One folder per op: ``api`` (public function), ``schema`` (torch ops), ``reference`` (definition), ``triton`` (kernels)."""
+"""One folder per op: ``api`` (public function), ``schema`` (torch ops), ``reference`` (definition),
+``triton`` (kernels)."""

@@ -50,7 +50,8 @@ def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
 
 
 def choose_backend(op: str, backend: str, tensor: Tensor) -> str:
-    """The backend that serves ``tensor``: the one asked for by name or an error, or the first that can for ``"auto"``."""
+    """The backend that serves ``tensor``: the one asked for by name or an error, or the first that can for
+    ``"auto"``."""
     if backend == "auto":
         # The usual answer first: this runs on every call of every op.
         if tensor.is_cpu:

@@ -1,4 +1,5 @@
-"""What only a GPU can show: streams, graphs, no hidden synchronisation, sizes beyond 32 bits. Run by `make gpu`."""
+"""What only a GPU can show: streams, graphs, no hidden synchronisation, sizes beyond 32 bits. Run by `make
+gpu`."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ from mmkernels.testing import backends
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; run `make gpu` on a machine with one"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA GPU; run `make gpu` on a machine with one"
+    ),
 ]
 BACKENDS = backends("cuda", torch.float32)
 

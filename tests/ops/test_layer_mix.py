@@ -170,7 +170,9 @@ class TestPadding:
         grad = torch.randn_like(clean)
         expected = torch.autograd.grad(clean, [weights, *layers], grad)
         padding = torch.arange(5) >= lengths[:, None]
-        dirty = [layer.detach().masked_fill(padding[..., None], float("nan")).requires_grad_() for layer in layers]
+        dirty = [
+            layer.detach().masked_fill(padding[..., None], float("nan")).requires_grad_() for layer in layers
+        ]
         dirty_grad = grad.masked_fill(padding[..., None], float("nan"))
         out = mmkernels.layer_mix(dirty, weights, norm=True, lengths=lengths)
         assert torch.equal(out, clean)
@@ -183,7 +185,9 @@ class TestPadding:
         layers, weights = random_layers(13, (4, 50, 64)), torch.randn(13)
         with torch.profiler.profile(profile_memory=True) as profile:
             mmkernels.layer_mix(layers, weights, norm=True)
-        allocated = sum(event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0)
+        allocated = sum(
+            event.self_cpu_memory_usage for event in profile.events() if event.self_cpu_memory_usage > 0
+        )
         assert allocated <= 1.1 * layers[0].numel() * 4
 
     def test_large_mean_keeps_its_accuracy(self) -> None:
@@ -209,10 +213,16 @@ class TestBadInput:
             mmkernels.layer_mix({}, weights)  # type: ignore[arg-type]
         with pytest.raises(TypeError, match=r"layers\[1\] must be a tensor, got str"):
             mmkernels.layer_mix([good[0], "x", good[2]], weights)  # type: ignore[list-item]
-        for other in (torch.randn(2, 4, 8), torch.randn(2, 5, 8).double(), torch.empty(2, 5, 8, device="meta")):
+        for other in (
+            torch.randn(2, 4, 8),
+            torch.randn(2, 5, 8).double(),
+            torch.empty(2, 5, 8, device="meta"),
+        ):
             with pytest.raises(ValueError, match=r"must share one shape, dtype and device.*layers\[2\] is"):
                 mmkernels.layer_mix([*good[:2], other], weights)
-        with pytest.raises(TypeError, match="must be float32, float16, bfloat16 or float64, got torch.int64"):
+        with pytest.raises(
+            TypeError, match=r"must be float32, float16, bfloat16 or float64, got torch.int64"
+        ):
             mmkernels.layer_mix([torch.ones(2, 5, 8, dtype=torch.int64)] * 3, weights)
 
     def test_weights_and_norm(self) -> None:

@@ -51,13 +51,18 @@ def eager(
 def raw(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
     a = call.arguments
     wide = accumulate_dtype(a["x"].dtype)
-    parameters = [None if a[p] is None else a[p].to(wide) for p in ("weight", "bias", "norm_weight", "norm_bias")]
+    parameters = [
+        None if a[p] is None else a[p].to(wide) for p in ("weight", "bias", "norm_weight", "norm_bias")
+    ]
     activation = ACTIVATIONS.index(a["activation"])
     forward = (a["x"], *parameters, 1e-5, activation, True)
     y, preactivation, stats = torch.ops.mmkernels.layer_project_fwd(*forward)
     value = y if activation in OUTPUT_SUFFICES else preactivation
     backward = (torch.randn_like(y), a["x"], *parameters, value, stats, activation, True, True, True)
-    return [(torch.ops.mmkernels.layer_project_fwd, forward), (torch.ops.mmkernels.layer_project_bwd, backward)]
+    return [
+        (torch.ops.mmkernels.layer_project_fwd, forward),
+        (torch.ops.mmkernels.layer_project_bwd, backward),
+    ]
 
 
 @st.composite
@@ -132,15 +137,20 @@ def test_frozen_input_costs_no_product_for_it() -> None:
 def test_large_mean_is_harmless() -> None:
     """Folding the LayerNorm must not lose what subtracting the mean first would keep."""
     x = torch.randn(16, 2, 64, dtype=torch.float64) + 300.0
-    weight, gain, shift = torch.randn(2, 8, 64).double(), torch.randn(2, 64).double(), torch.randn(2, 64).double()
+    weight, gain, shift = (
+        torch.randn(2, 8, 64).double(),
+        torch.randn(2, 64).double(),
+        torch.randn(2, 64).double(),
+    )
     single = [t.float() for t in (x, weight, gain, shift)]
     exact = reference.layer_project(
-        single[0].double(), weight.float().double(), norm_weight=gain.float().double(), norm_bias=shift.float().double()
+        single[0].double(),
+        weight.float().double(),
+        norm_weight=gain.float().double(),
+        norm_bias=shift.float().double(),
     )
     out = mmkernels.layer_project(single[0], single[1], norm_weight=single[2], norm_bias=single[3])
-    usual = eager(
-        single[0], single[1], None, norm_weight=single[2], norm_bias=single[3], activation="relu"
-    )
+    usual = eager(single[0], single[1], None, norm_weight=single[2], norm_bias=single[3], activation="relu")
     assert (out - exact).abs().max() <= 4 * (usual - exact).abs().max() + 1e-5
 
 
@@ -162,11 +172,15 @@ class TestBadInput:
         x, weight = torch.randn(3, 2, 8), torch.randn(2, 4, 8)
         with pytest.raises(TypeError, match="x must be a tensor, got list"):
             mmkernels.layer_project([x], weight)  # type: ignore[arg-type]
-        with pytest.raises(TypeError, match=r"x must be float32, float16, bfloat16 or float64, got torch.int64"):
+        with pytest.raises(
+            TypeError, match=r"x must be float32, float16, bfloat16 or float64, got torch.int64"
+        ):
             mmkernels.layer_project(x.long(), weight)
         with pytest.raises(ValueError, match="weight is on meta, the other tensors are on cpu"):
             mmkernels.layer_project(x, weight.to("meta"))
-        with pytest.raises(ValueError, match="activation must be one of none, relu, gelu, gelu_tanh, silu, got 'swish'"):
+        with pytest.raises(
+            ValueError, match="activation must be one of none, relu, gelu, gelu_tanh, silu, got 'swish'"
+        ):
             mmkernels.layer_project(x, weight, activation="swish")
 
     def test_raw_op_survives_bad_input(self) -> None:

@@ -15,13 +15,22 @@ from mmkernels import _library
 
 def libraries() -> list[Path]:
     folders = _library._library_folders()
-    found = {file: folder / file for folder in folders for file in _library._LIBRARY_FILES.values() if (folder / file).exists()}
+    found = {
+        file: folder / file
+        for folder in folders
+        for file in _library._LIBRARY_FILES.values()
+        if (folder / file).exists()
+    }
     return sorted(found.values())
 
 
 def undefined_symbols(path: Path) -> list[str]:
-    listing = subprocess.run(["nm", "-D", "--undefined-only", "-C", str(path)], capture_output=True, text=True, check=True)
-    return [line.split(maxsplit=1)[1].split(" ", 1)[-1] for line in listing.stdout.splitlines() if line.strip()]
+    listing = subprocess.run(
+        ["nm", "-D", "--undefined-only", "-C", str(path)], capture_output=True, text=True, check=True
+    )
+    return [
+        line.split(maxsplit=1)[1].split(" ", 1)[-1] for line in listing.stdout.splitlines() if line.strip()
+    ]
 
 
 def test_libraries_are_built() -> None:

@@ -11,7 +11,11 @@ import pytest
 
 def run(code: str, *options: str) -> str:
     result = subprocess.run(
-        [sys.executable, *options, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *options, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
@@ -24,8 +28,8 @@ def test_import_is_quiet_and_light() -> None:
         import sys, torch
         import mmkernels
         assert not torch.cuda.is_initialized()
-        heavy = {"triton", "transformers", "numpy.testing", "pytest", "hypothesis", "mmtransfer", "matplotlib"}
-        print(sorted(heavy & set(sys.modules) - BEFORE))
+        heavy = {"triton", "transformers", "numpy.testing", "pytest", "hypothesis", "mmtransfer",
+        "matplotlib"} print(sorted(heavy & set(sys.modules) - BEFORE))
         """.replace("import sys, torch", "import sys, torch; BEFORE = set(sys.modules)")
     )
     assert out == "[]\n"
@@ -33,7 +37,10 @@ def test_import_is_quiet_and_light() -> None:
 
 @pytest.mark.parametrize("module", ["mmkernels.nn", "mmkernels.patch", "mmkernels.info"])
 def test_submodules_are_light_too(module: str) -> None:
-    out = run(f"import sys, torch; b = set(sys.modules); import {module}; print('transformers' in sys.modules, 'triton' in set(sys.modules) - b)")
+    out = run(
+        f"import sys, torch; before = set(sys.modules); import {module}; "
+        "print('transformers' in sys.modules, 'triton' in set(sys.modules) - before)"
+    )
     assert out == "False False\n"
 
 
@@ -68,7 +75,8 @@ def test_works_without_triton_and_transformers() -> None:
 
 
 def test_works_without_compiled_libraries() -> None:
-    """Then the reference serves, gradients and tracing included, and asking for the kernels gives the reason."""
+    """Then the reference serves, gradients and tracing included, and asking for the kernels gives the
+    reason."""
     out = run(
         """
         import torch

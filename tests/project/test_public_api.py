@@ -10,9 +10,13 @@ import mmkernels.nn
 SIGNATURES = {
     "accelerate": "(model)",
     "info": "()",
-    "layer_mix": "(layers, weights, *, norm=False, eps=1e-05, norm_weight=None, norm_bias=None, lengths=None, backend='auto')",
+    "layer_mix": (
+        "(layers, weights, *, norm=False, eps=1e-05, norm_weight=None, norm_bias=None, lengths=None, "
+        "backend='auto')"
+    ),
     "layer_project": (
-        "(x, weight, bias=None, *, norm_weight=None, norm_bias=None, eps=1e-05, activation='relu', backend='auto')"
+        "(x, weight, bias=None, *, norm_weight=None, norm_bias=None, eps=1e-05, activation='relu', "
+        "backend='auto')"
     ),
 }
 MODULES = {"Featurizer", "LayerMix", "LayerProject"}

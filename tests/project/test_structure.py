@@ -60,12 +60,22 @@ def imports(path: Path) -> set[str]:
 
 
 def starts(modules: set[str], *names: str) -> set[str]:
-    return {module for module in modules if any(module == name or module.startswith(f"{name}.") for name in names)}
+    return {
+        module for module in modules if any(module == name or module.startswith(f"{name}.") for name in names)
+    }
 
 
-# What a folder must not import: arrows of the design point from kernels to ops, to modules and patches, to methods.
+# What a folder must not import: arrows of the design point from kernels to ops, to modules and patches, to
+# methods.
 FORBIDDEN = {
-    "mmkernels/ops": ("mmkernels.nn", "mmkernels.patch", "mmkernels.testing", "mmtransfer", "transformers", "benches"),
+    "mmkernels/ops": (
+        "mmkernels.nn",
+        "mmkernels.patch",
+        "mmkernels.testing",
+        "mmtransfer",
+        "transformers",
+        "benches",
+    ),
     "mmkernels/nn": ("mmkernels.patch", "mmkernels.testing", "mmtransfer", "transformers", "benches"),
     "mmkernels/patch": ("mmtransfer", "benches", "mmkernels.testing"),
     "mmkernels": ("mmtransfer", "benches"),
@@ -97,7 +107,11 @@ def test_triton_is_imported_by_launchers_only() -> None:
 
 
 def test_kernels_know_nothing_of_torch() -> None:
-    sources = [*(ROOT / "csrc/cpu").iterdir(), *(ROOT / "csrc/cuda").rglob("*.cu*"), *(ROOT / "csrc/include").rglob("*.h")]
+    sources = [
+        *(ROOT / "csrc/cpu").iterdir(),
+        *(ROOT / "csrc/cuda").rglob("*.cu*"),
+        *(ROOT / "csrc/include").rglob("*.h"),
+    ]
     for path in sources:
         if path.is_file():
             assert "torch/" not in path.read_text(), path

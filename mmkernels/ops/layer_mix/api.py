@@ -16,7 +16,7 @@ from mmkernels.ops.layer_mix.schema import MAX_LAYERS, OPS
 
 class _LayerMix(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         backend: str,
         norm: bool,
@@ -34,7 +34,7 @@ class _LayerMix(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, norm_weight, norm_bias, lengths, stats, *layers = ctx.saved_tensors
         _, _, _, _, need_weights, need_scale, need_shift, *need_layers = ctx.needs_input_grad
         wanted = [index for index, needed in enumerate(need_layers) if needed]
@@ -76,37 +76,41 @@ def layer_mix(
 ) -> Tensor:
     """Weighted sum of layers, each normalised first if asked: ``sum_l weights[l] * N_l(layers[l])``.
 
-    The L layers are read where they lie and never stacked; with ``norm`` the statistics of a row and its part of the sum come
-    from one read. The extra memory is the output, and with gradients 8 bytes of statistics per row and layer if ``norm``.
+    The L layers are read where they lie and never stacked; with ``norm`` the statistics of a row and its part
+    of the sum come from one read. The extra memory is the output, and with gradients 8 bytes of statistics
+    per row and layer if ``norm``.
 
     Args:
-        layers: 1 to 64 tensors of one shape ``(..., D)``, dtype (float32, float16, bfloat16; on the CPU float64 too) and device,
-            or one tensor whose first dimension counts layers. Any strides: a layer whose last dimension is not dense, or whose
-            leading dimensions cannot be viewed as one, is copied once.
-        weights: ``(L,)``, used as given (apply softmax before, where wanted). Any floating dtype; the sum is in float32 (float64
-            for float64), so float32 weights beside bfloat16 layers, as autocast produces them, lose nothing.
+        layers: 1 to 64 tensors of one shape ``(..., D)``, dtype (float32, float16, bfloat16; on the CPU
+            float64 too) and device, or one tensor whose first dimension counts layers. Any strides: a layer
+            whose last dimension is not dense, or whose leading dimensions cannot be viewed as one, is copied
+            once.
+        weights: ``(L,)``, used as given (apply softmax before, where wanted). Any floating dtype; the sum is
+            in float32 (float64 for float64), so float32 weights beside bfloat16 layers, as autocast produces
+            them, lose nothing.
         norm: LayerNorm over D of every layer, with statistics in float32 (float64).
         eps: Added to the variance.
         norm_weight: ``(L, D)``, or ``(D,)`` for all layers: gain of the LayerNorm. Needs ``norm=True``.
         norm_bias: Its shift, of the same shapes.
-        lengths: Integer tensor of shape ``layers[0].shape[:-2]``: valid frames of each ``(T, D)`` slice. Later frames are
-            neither read nor differentiated, and are zero in the result. On the CPU values outside ``[0, T]`` are an error; on
-            CUDA, where looking would wait for the device, they are clamped.
+        lengths: Integer tensor of shape ``layers[0].shape[:-2]``: valid frames of each ``(T, D)`` slice.
+            Later frames are neither read nor differentiated, and are zero in the result. On the CPU values
+            outside ``[0, T]`` are an error; on CUDA, where looking would wait for the device, they are
+            clamped.
         backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` or ``"reference"``.
 
     Returns:
         A dense tensor ``(..., D)`` of the layers' dtype.
 
-    Gradients flow to ``weights``, ``norm_weight``, ``norm_bias`` and those ``layers`` that require them, in one pass over the
-    layers; for frozen layers only the small ones are computed. Sums over frames have a fixed order. Gradients of gradients need
-    ``backend="reference"``.
+    Gradients flow to ``weights``, ``norm_weight``, ``norm_bias`` and those ``layers`` that require them, in
+    one pass over the layers; for frozen layers only the small ones are computed. Sums over frames have a
+    fixed order. Gradients of gradients need ``backend="reference"``.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
         ValueError: Shapes, devices or dtypes that do not go together, or a backend that cannot serve.
 
-    Source: Eq. 1 of Yang et al., SUPERB (arXiv 2105.01051), and the linear fusion of frozen layers that HFF (arXiv 2211.02712)
-    is compared with.
+    Source: Eq. 1 of Yang et al., SUPERB (arXiv 2105.01051), and the linear fusion of frozen layers that HFF
+    (arXiv 2211.02712) is compared with.
     """
     if isinstance(layers, Tensor):
         if layers.dim() < 2:
@@ -156,7 +160,8 @@ def _check_layers(layers: Sequence[Tensor]) -> Tensor:
             _common.check_tensor("layer_mix", f"layers[{index}]", layer)
         if layer.shape != shape or layer.dtype != dtype or layer.device != device:
             raise ValueError(
-                f"layer_mix: layers must share one shape, dtype and device; layers[0] is {tuple(shape)} {dtype} on {device}, "
+                "layer_mix: layers must share one shape, dtype and device; "
+                f"layers[0] is {tuple(shape)} {dtype} on {device}, "
                 f"layers[{index}] is {tuple(layer.shape)} {layer.dtype} on {layer.device}"
             )
     return first
@@ -186,7 +191,8 @@ def _check_lengths(lengths: Tensor, first: Tensor) -> Tensor:
         raise TypeError(f"layer_mix: lengths must be an integer tensor, got {lengths.dtype}")
     if first.dim() < 2 or lengths.shape != first.shape[:-2]:
         raise ValueError(
-            f"layer_mix: lengths must have shape {tuple(first.shape[:-2])}, one entry for each (T, D) slice of the layers, "
+            f"layer_mix: lengths must have shape {tuple(first.shape[:-2])}, "
+            "one entry for each (T, D) slice of the layers, "
             f"got {tuple(lengths.shape)}"
         )
     if lengths.device != first.device:

@@ -1,4 +1,5 @@
-"""The definition of :func:`mmkernels.layer_mix` in plain torch, for any floating dtype. Optimised for reading."""
+"""The definition of :func:`mmkernels.layer_mix` in plain torch, for any floating dtype. Optimised for
+reading."""
 
 from __future__ import annotations
 

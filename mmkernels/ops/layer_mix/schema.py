@@ -1,4 +1,5 @@
-"""torch ops behind :func:`mmkernels.layer_mix`. Layers are ``(batch, frames, width)``; parameters are of the accumulation type."""
+"""torch ops behind :func:`mmkernels.layer_mix`. Layers are ``(batch, frames, width)``; parameters are of the
+accumulation type."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from mmkernels.ops.layer_project.schema import OPS, OUTPUT_SUFFICES
 
 class _LayerProject(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         backend: str,
         eps: float,
@@ -36,7 +36,7 @@ class _LayerProject(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, norm_weight, norm_bias, value, stats = ctx.saved_tensors
         need_x, need_weight, need_bias, need_scale, need_shift = ctx.needs_input_grad[3:]
         dx, d_weight, d_bias, d_scale, d_shift = OPS[ctx.backend][1](
@@ -76,33 +76,37 @@ def layer_project(
 ) -> Tensor:
     """A projection of its own for each tap: ``y[n, l] = act(LN_l(x[n, l]) @ weight[l]^T + bias[l])``.
 
-    One batched product over the taps, with the LayerNorm folded into it beforehand (no normalised copy of ``x`` is made) and bias
-    and activation applied to its result. The result lies so that ``y.view(N, L // 2, 2 * C_out)`` is the concatenation of
-    neighbouring taps that HFF builds its tree from.
+    One batched product over the taps, with the LayerNorm folded into it beforehand (no normalised copy of
+    ``x`` is made) and bias and activation applied to its result. The result lies so that ``y.view(N, L // 2,
+    2 * C_out)`` is the concatenation of neighbouring taps that HFF builds its tree from.
 
     Args:
-        x: ``(N, L, C)``: N frames of L taps. float32, float16, bfloat16; on the CPU float64 too. Any strides; copied once where
-            the last dimension is not dense.
-        weight: ``(L, C_out, C)``, one matrix for each tap, laid out as in ``torch.nn.Linear``. Like all parameters of any floating
+        x: ``(N, L, C)``: N frames of L taps. float32, float16, bfloat16; on the CPU float64 too. Any strides;
+            copied once where the last dimension is not dense.
+        weight: ``(L, C_out, C)``, one matrix for each tap, laid out as in ``torch.nn.Linear``. Like all
+            parameters of any floating
             dtype: they are read in float32 (float64 for float64), the product runs in the dtype of ``x``.
         bias: ``(L, C_out)``.
-        norm_weight: ``(L, C)``: gain of a LayerNorm over C before the product. Without it there is no LayerNorm.
+        norm_weight: ``(L, C)``: gain of a LayerNorm over C before the product. Without it there is no
+            LayerNorm.
         norm_bias: ``(L, C)``: its shift. Needs ``norm_weight``.
         eps: Added to the variance.
         activation: ``"relu"``, ``"gelu"`` (exact), ``"gelu_tanh"``, ``"silu"`` or ``"none"``.
         backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` or ``"reference"``.
 
     Returns:
-        A dense tensor ``(N, L, C_out)`` of ``x``'s dtype; under autocast, of the autocast dtype, which ``x`` is cast to as for
-        ``torch.nn.functional.linear``.
+        A dense tensor ``(N, L, C_out)`` of ``x``'s dtype; under autocast, of the autocast dtype, which ``x``
+        is cast to as for ``torch.nn.functional.linear``.
 
-    Gradients flow to every tensor that requires them; where ``x`` does not (frozen taps), no product for it is computed, also
-    with a trainable LayerNorm. Saved for backward: ``x``, the result (the value before the activation for gelu and silu), and 8
-    bytes of statistics per frame and tap. Gradients of gradients need ``backend="reference"``.
+    Gradients flow to every tensor that requires them; where ``x`` does not (frozen taps), no product for it
+    is computed, also with a trainable LayerNorm. Saved for backward: ``x``, the result (the value before the
+    activation for gelu and silu), and 8 bytes of statistics per frame and tap. Gradients of gradients need
+    ``backend="reference"``.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
-        ValueError: Shapes or devices that do not go together, an activation that is not offered, or a backend that cannot serve.
+        ValueError: Shapes or devices that do not go together, an activation that is not offered, or a backend
+            that cannot serve.
 
     Source: the feature projectors of HFF (arXiv 2211.02712, section 3.2).
     """
@@ -142,7 +146,8 @@ def _check(
     outputs = weight.shape[1] if weight.dim() == 3 else 0
     if weight.dim() != 3 or weight.shape[0] != taps or weight.shape[2] != inputs:
         raise ValueError(
-            f"{op}: weight must have shape (L, C_out, C) = ({taps}, C_out, {inputs}) for x of shape {tuple(x.shape)}, "
+            f"{op}: weight must have shape (L, C_out, C) = ({taps}, C_out, {inputs}) "
+            f"for x of shape {tuple(x.shape)}, "
             f"got {tuple(weight.shape)}"
         )
     _common.check_parameter(op, "weight", weight, [(taps, outputs, inputs)], x.device)

@@ -71,7 +71,8 @@ _library.define(
 )
 _library.define(
     "layer_project_bwd",
-    f"Tensor grad, {_PARAMETERS}, Tensor value, Tensor stats, int activation, bool need_x, bool need_weight, bool need_norm",
+    f"Tensor grad, {_PARAMETERS}, Tensor value, Tensor stats, int activation, "
+    "bool need_x, bool need_weight, bool need_norm",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
     _backward_fake,
     "mmkernels.ops.layer_project.triton",
