@@ -195,6 +195,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "python": platform.python_version(),
         "mmkernels": mmkernels.__version__,
         **versions,

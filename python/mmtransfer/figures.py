@@ -32,6 +32,11 @@ _WIDTH = 7.2
 
 def draw(comparison: Comparison) -> list[tuple[str, str]]:
     """The figures with their captions: accuracy, tap weights where a method has them, step time."""
+    with matplotlib.rc_context(_STYLE):
+        return _draw(comparison)
+
+
+def _draw(comparison: Comparison) -> list[tuple[str, str]]:
     text = "Test accuracy. Dots are seeds, the bar is their mean, the dashed line chance."
     drawn = [(_accuracy(comparison), text)]
     kinds = {method.tap_weights_kind for method in comparison.methods}
@@ -106,12 +111,11 @@ def _step_time(comparison: Comparison) -> str:
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        axes.tick_params(length=0)
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.tick_params(length=0)
     return figure, axes
 
 
@@ -134,7 +138,7 @@ def _tap_label(name: str) -> str:
 def _svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element; `name` keeps its ids apart from the other figures'."""
     stream = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     text = stream.getvalue()
     text = text[text.index("<svg") :]

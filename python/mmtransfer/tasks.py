@@ -66,9 +66,10 @@ def demo_task(cache: str | Path | None = None) -> Task:
         recordings=recordings,
         max_seconds=3.0,
         note=(
-            "Which prompt is it? One clip per class from a man trains, the same prompts from a woman test. "
-            "Recordings: Debian packages asterisk-core-sounds-it-wav and asterisk-prompt-it-menardi-wav, "
-            "CC-BY-SA-3.0; weights: OpenAI Whisper tiny.en, MIT."
+            "Which prompt is it? One clip per class from a man trains, the same prompts from a woman test; "
+            "so little data favours methods with few parameters. Recordings: Debian packages "
+            "asterisk-core-sounds-it-wav and asterisk-prompt-it-menardi-wav, CC-BY-SA-3.0; weights: OpenAI "
+            "Whisper tiny.en, MIT."
         ),
     )
 

@@ -290,6 +290,7 @@ def _make_trainer(
         report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         label_names=["labels"],
     )
     # One process drives one device: DataParallel would cut packed features at the wrong frames.
