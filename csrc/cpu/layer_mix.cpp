@@ -97,6 +97,11 @@ MMK_INLINE void dot_group(acc_t<T>* dots, const acc_t<T>* g, const Group<T>& gro
   for (int i = 0; i < N; ++i) dots[i] = sum_lanes<A>(sums[i]) + rests[i];
 }
 
+// Layers from `first` on that are worked on together: a whole group, or one.
+MMK_INLINE int group_size(int layers, int first) {
+  return layers - first >= kGroup ? kGroup : 1;
+}
+
 // Calls body(count, norm, gain) with integral constants, for the size of a group and the form of the op.
 template <class Body>
 MMK_INLINE void dispatch_group(int count, bool norm, bool gain, Body&& body) {
@@ -105,16 +110,8 @@ MMK_INLINE void dispatch_group(int count, bool norm, bool gain, Body&& body) {
     if (norm) return body(size, std::true_type{}, std::false_type{});
     return body(size, std::false_type{}, std::false_type{});
   };
-  switch (count) {
-    case 1:
-      return with_count(std::integral_constant<int, 1>{});
-    case 2:
-      return with_count(std::integral_constant<int, 2>{});
-    case 3:
-      return with_count(std::integral_constant<int, 3>{});
-    default:
-      return with_count(std::integral_constant<int, 4>{});
-  }
+  if (count == kGroup) return with_count(std::integral_constant<int, kGroup>{});
+  return with_count(std::integral_constant<int, 1>{});
 }
 
 template <class A>
@@ -183,8 +180,8 @@ MMK_INLINE void forward_norm_row(const LayerMixParams& p, Row row, Row next, con
   using A = acc_t<T>;
   const A* weights = static_cast<const A*>(p.weights);
   std::copy(bias, bias + p.width, acc);
-  for (int first = 0; first < p.layers; first += kGroup) {
-    const int count = std::min(kGroup, p.layers - first);
+  for (int first = 0, count; first < p.layers; first += count) {
+    count = group_size(p.layers, first);
     Group<T> group;
     for (int i = 0; i < count; ++i) {
       const int l = first + i;
@@ -302,8 +299,8 @@ MMK_INLINE void backward_row(const LayerMixBackward& args, int64_t r, Row row, R
   const A* weights = static_cast<const A*>(p.weights);
   const A* stats = static_cast<const A*>(args.stats);
   const bool reads_layers = args.need_weights || p.norm;
-  for (int first = 0; first < p.layers; first += kGroup) {
-    const int count = std::min(kGroup, p.layers - first);
+  for (int first = 0, count; first < p.layers; first += count) {
+    count = group_size(p.layers, first);
     Group<T> group = {};
     Moments<A> m[kGroup];
     bool any_gradient = false;
