@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const bool need_pull = need_x && inputs.norm();
   const int64_t chunks = layer_project_chunks(rows);
   const Tensor dx = new_empty(x, {need_x ? rows : 0, taps, in}, type);
-  const Tensor d_weight = new_empty(x, {need_product ? taps : 0, out, in}, ScalarType::Float);
+  Tensor d_weight = new_empty(x, {need_product ? taps : 0, out, in}, ScalarType::Float);
   const Tensor d_bias = new_empty(x, {taps, out}, ScalarType::Float);
   const Tensor d_norm_weight = new_empty(x, {need_norm ? taps : 0, in}, ScalarType::Float);
   const Tensor d_norm_bias = new_empty(x, {need_norm ? taps : 0, in}, ScalarType::Float);
@@ -125,7 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                               mutable_or_null(pull),
                                               mutable_or_null(partial_bias)};
   check_launch(cuda::layer_project_gradient(dtype, gradient_args, scope.stream()), "layer_project gradient");
-  if (need_product) bmm_float_out(d_weight, matrices_transposed(by_tap(scaled)), by_tap(x));
+  if (need_product && rows > 0) bmm_float_out(d_weight, matrices_transposed(by_tap(scaled)), by_tap(x));
+  if (need_product && rows == 0) torch::stable::zero_(d_weight);
   if (need_x) bmm_out(by_tap(dx), by_tap(scaled), folded.weight);
   if (need_pull) {
     const LayerProjectInputGradient args = {inputs.shape, view_of(x), data_or_null(stats),

@@ -174,6 +174,18 @@ MMK_DEVICE uint4 load_streaming_16(const void* global) {
 #endif
 }
 
+// Stores 16 bytes in one access; the compiler may split a plain store of a vector that was put together in
+// registers.
+MMK_DEVICE void store_global_16(void* global, uint4 value) {
+#ifdef MMK_SIMT
+  *static_cast<uint4*>(simt::aligned_access(global, 16)) = value;
+#else
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(global), "r"(value.x), "r"(value.y),
+               "r"(value.z), "r"(value.w)
+               : "memory");
+#endif
+}
+
 // Stores 16 bytes marked first to be evicted (.cs).
 MMK_DEVICE void store_streaming_16(void* global, uint4 value) {
 #ifdef MMK_SIMT

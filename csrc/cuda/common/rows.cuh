@@ -26,7 +26,16 @@ MMK_DEVICE Vec<T, Width> load_columns(const T* row, int64_t column, int64_t colu
 template <bool Aligned, int Width, class T>
 MMK_DEVICE void store_columns(T* row, int64_t column, int64_t columns, const Vec<T, Width>& value) {
   if constexpr (Aligned) {
-    if (column < columns) store<Width>(row + column, value);
+    if (column >= columns) return;
+    if constexpr (sizeof(value) % 16 == 0) {
+      const auto* words = reinterpret_cast<const uint4*>(&value);
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(value) / 16); ++i) {
+        store_global_16(reinterpret_cast<uint4*>(row + column) + i, words[i]);
+      }
+    } else {
+      store(row + column, value);
+    }
   } else {
 #pragma unroll
     for (int i = 0; i < Width; ++i) {
