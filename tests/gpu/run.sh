@@ -22,10 +22,10 @@ status=0
 echo "== sanitizers"
 cmake -S . -B build/gpu/check -G Ninja -DMMKERNELS_CUDA=ON -DMMKERNELS_GPU_CHECK=ON -DPython_EXECUTABLE="$(command -v "$python")" \
   -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" > build/gpu/check.log
-cmake --build build/gpu/check --target gpu_check >> build/gpu/check.log
-./build/gpu/check/gpu_check || status=$?
+cmake --build build/gpu/check --target mmkernels_gpu_check >> build/gpu/check.log
+./build/gpu/check/mmkernels_gpu_check || status=$?
 for tool in memcheck racecheck initcheck synccheck; do
-  compute-sanitizer --tool "$tool" --error-exitcode 1 ./build/gpu/check/gpu_check || {
+  compute-sanitizer --tool "$tool" --error-exitcode 1 ./build/gpu/check/mmkernels_gpu_check || {
     echo "compute-sanitizer $tool found errors, or does not run on this machine"
     status=1
   }
