@@ -120,7 +120,8 @@ void layer_project_activate(DType dtype, const LayerProjectActivate& args, int64
                             int64_t first, int64_t begin, int64_t end);
 void layer_project_gradient(DType dtype, const LayerProjectGradient& args, int64_t tap, int64_t begin,
                             int64_t end);
-// product: g Vc of the tap's rows from `first` on; dx is only written. Without norm it is a copy of the product.
+// product: g Vc of the tap's rows from `first` on; dx is only written. Without norm it is a copy of the
+// product.
 void layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& args, int64_t tap,
                                   const void* product, int64_t first, int64_t begin, int64_t end);
 void layer_project_unfold(DType dtype, const LayerProjectUnfold& args, int64_t begin, int64_t end);
