@@ -139,24 +139,27 @@ MMK_INLINE void mix_bias(const LayerMixParams& p, A* bias) {
   }
 }
 
-// Without norm: all layers of a few columns at once, with the sums in registers.
+// Layers whose rows are read side by side. Rows of more would fall into the same sets of the first-level
+// cache, where the width is a multiple of the page size, and push each other out.
+constexpr int kSideBySide = 16;
+
+// Without norm: many layers of a few columns at once, with the sums in registers. Rows that follow each other
+// in memory come in time without being asked for.
 template <class T>
-MMK_INLINE void forward_plain_row(const LayerMixParams& p, Row row, Row next, acc_t<T>* acc) {
+MMK_INLINE void add_side_by_side(acc_t<T>* acc, const T* const* x, const acc_t<T>* weights, int layers,
+                                 int64_t width, bool first) {
   using A = acc_t<T>;
-  const A* weights = static_cast<const A*>(p.weights);
-  const T* x[kLayerMixMaxLayers];
-  const T* ahead[kLayerMixMaxLayers];
-  for (int l = 0; l < p.layers; ++l) {
-    x[l] = layer_row<T>(p, l, row);
-    ahead[l] = next.valid ? layer_row<T>(p, l, next) : x[l];
-  }
   constexpr int64_t kStep = 4 * kLanes<A>;
   int64_t j = 0;
-  for (; j + kStep <= p.width; j += kStep) {
+  for (; j + kStep <= width; j += kStep) {
     vec_t<A> sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
-    for (int l = 0; l < p.layers; ++l) {
-      prefetch(ahead[l] + j);
-      prefetch(ahead[l] + j + kStep / 2);
+    if (!first) {
+      sum0 = load(acc + j);
+      sum1 = load(acc + j + kLanes<A>);
+      sum2 = load(acc + j + 2 * kLanes<A>);
+      sum3 = load(acc + j + 3 * kLanes<A>);
+    }
+    for (int l = 0; l < layers; ++l) {
       sum0 += weights[l] * load(x[l] + j);
       sum1 += weights[l] * load(x[l] + j + kLanes<A>);
       sum2 += weights[l] * load(x[l] + j + 2 * kLanes<A>);
@@ -167,10 +170,23 @@ MMK_INLINE void forward_plain_row(const LayerMixParams& p, Row row, Row next, ac
     store(acc + j + 2 * kLanes<A>, sum2);
     store(acc + j + 3 * kLanes<A>, sum3);
   }
-  for (; j < p.width; ++j) {
-    A sum = 0;
-    for (int l = 0; l < p.layers; ++l) sum += weights[l] * convert(x[l][j]);
+  for (; j < width; ++j) {
+    A sum = first ? A(0) : acc[j];
+    for (int l = 0; l < layers; ++l) sum += weights[l] * convert(x[l][j]);
     acc[j] = sum;
+  }
+}
+
+template <class T>
+MMK_INLINE void forward_plain_row(const LayerMixParams& p, Row row, acc_t<T>* acc) {
+  const acc_t<T>* weights = static_cast<const acc_t<T>*>(p.weights);
+  const int passes = (p.layers + kSideBySide - 1) / kSideBySide;
+  const int layers_of_pass = (p.layers + passes - 1) / passes;
+  for (int first = 0; first < p.layers; first += layers_of_pass) {
+    const int count = std::min(layers_of_pass, p.layers - first);
+    const T* x[kSideBySide];
+    for (int i = 0; i < count; ++i) x[i] = layer_row<T>(p, first + i, row);
+    add_side_by_side<T>(acc, x, weights + first, count, p.width, first == 0);
   }
 }
 
@@ -226,7 +242,7 @@ MMK_INLINE void forward_rows(const LayerMixForward& args, int64_t begin, int64_t
     if (p.norm) {
       forward_norm_row<T>(p, row, next, bias, acc, stats);
     } else {
-      forward_plain_row<T>(p, row, next, acc);
+      forward_plain_row<T>(p, row, acc);
     }
     if constexpr (!std::is_same_v<T, A>) write_row(out, acc, p.width);
   }

@@ -48,15 +48,19 @@ struct LayerMixInputs {
   }
 
  private:
+  // Runs once a layer, and each question to a tensor is a call: sizes and strides are asked for as a whole.
   void add_layer(const Tensor& layer, const Tensor& first, size_t l) {
-    check_shape(layer, {params.batch, params.frames, params.width}, "layers");
-    check_same_device(layer, first, "layers");
-    STD_TORCH_CHECK(layer.scalar_type() == first.scalar_type(), "layers: expected one dtype for all");
-    const bool unit_stride = layer.stride(2) == 1 || params.width <= 1;
+    if (l > 0) {
+      STD_TORCH_CHECK(layer.sizes() == first.sizes(), "layers: expected one shape for all");
+      STD_TORCH_CHECK(layer.scalar_type() == first.scalar_type(), "layers: expected one dtype for all");
+      check_same_device(layer, first, "layers");
+    }
+    const bool unit_stride = layer.strides()[2] == 1 || params.width <= 1;
     layers.push_back(unit_stride ? layer : torch::stable::contiguous(layer));
+    const auto strides = layers.back().strides();
     params.layer[l] = layers.back().const_data_ptr();
-    params.batch_stride[l] = layers.back().stride(0);
-    params.frame_stride[l] = layers.back().stride(1);
+    params.batch_stride[l] = strides[0];
+    params.frame_stride[l] = strides[1];
   }
 };
 

@@ -116,13 +116,18 @@ def layer_mix(
         if layers.dim() < 2:
             raise ValueError(f"layer_mix: layers must be (L, ..., D), got shape {tuple(layers.shape)}")
         layers = layers.unbind(0)
-    first = _check_layers(layers)
+    first = _check_first(layers)
     shape = first.shape
+    # The compiled op compares CPU layers itself, at less cost; they are looked at only if it refuses.
+    trusted = backend == "auto" and len(shape) == 3 and not torch.compiler.is_compiling() and _on_cpu(layers)
+    if not trusted:
+        _check_layers(layers)
     _check_parameters(len(layers), first, weights, norm, norm_weight, norm_bias)
     if lengths is not None:
         lengths = _check_lengths(lengths, first)
     backend = _common.choose_backend("layer_mix", backend, first)
     if backend == "reference":
+        _check_layers(layers)
         return reference.layer_mix(
             layers, weights, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias, lengths=lengths
         )
@@ -137,14 +142,18 @@ def layer_mix(
         layers = [layer.reshape(as_batch) for layer in layers]
     if lengths is not None:
         lengths = lengths.reshape(-1)
-    if _common.needs_gradient(weights, norm_weight, norm_bias, *layers):
-        out = _LayerMix.apply(backend, norm, eps, lengths, weights, norm_weight, norm_bias, *layers)
-    else:
-        out, _ = OPS[backend][0](list(layers), weights, norm_weight, norm_bias, lengths, norm, eps, False)
+    try:
+        if _common.needs_gradient(weights, norm_weight, norm_bias, *layers):
+            out = _LayerMix.apply(backend, norm, eps, lengths, weights, norm_weight, norm_bias, *layers)
+        else:
+            out, _ = OPS[backend][0](list(layers), weights, norm_weight, norm_bias, lengths, norm, eps, False)
+    except RuntimeError:
+        _check_layers(layers)
+        raise
     return out if len(shape) == 3 else out.reshape(shape)
 
 
-def _check_layers(layers: Sequence[Tensor]) -> Tensor:
+def _check_first(layers: Sequence[Tensor]) -> Tensor:
     if not isinstance(layers, (list, tuple)):
         raise TypeError(f"layer_mix: layers must be a list or tuple of tensors, got {type(layers).__name__}")
     if not 1 <= len(layers) <= MAX_LAYERS:
@@ -152,19 +161,29 @@ def _check_layers(layers: Sequence[Tensor]) -> Tensor:
     first = layers[0]
     _common.check_tensor("layer_mix", "layers[0]", first)
     _common.check_floating("layer_mix", "layers[0]", first)
-    shape, dtype, device = first.shape, first.dtype, first.device
-    if len(shape) < 1:
+    if first.dim() < 1:
         raise ValueError("layer_mix: layers must have at least one dimension, got scalars")
+    return first
+
+
+def _on_cpu(layers: Sequence[Any]) -> bool:
+    for layer in layers:  # noqa: SIM110 (a generator costs as much as half of the checks)
+        if not getattr(layer, "is_cpu", False):
+            return False
+    return True
+
+
+def _check_layers(layers: Sequence[Tensor]) -> None:
+    first = layers[0]
+    shape, dtype, device = first.shape, first.dtype, first.device
     for index, layer in enumerate(layers):
-        if not isinstance(layer, Tensor):
-            _common.check_tensor("layer_mix", f"layers[{index}]", layer)
+        _common.check_tensor("layer_mix", f"layers[{index}]", layer)
         if layer.shape != shape or layer.dtype != dtype or layer.device != device:
             raise ValueError(
                 "layer_mix: layers must share one shape, dtype and device; "
                 f"layers[0] is {tuple(shape)} {dtype} on {device}, "
                 f"layers[{index}] is {tuple(layer.shape)} {layer.dtype} on {layer.device}"
             )
-    return first
 
 
 def _check_parameters(
