@@ -51,6 +51,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+	@mkdir -p build
 	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/lint -G Ninja -DMMKERNELS_WERROR=ON \
 	  -DPython_EXECUTABLE=$(abspath $(BIN))/python -Dpybind11_DIR="$$($(BIN)/python -m pybind11 --cmakedir)" > build/lint.log
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/lint
