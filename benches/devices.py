@@ -54,16 +54,11 @@ class Cpu:
 
     def _sample(self, runner: Runner) -> float:
         state = runner.prepare()
-        run, calls = runner.run, runner.calls
         start = time.perf_counter()
-        if calls == 1:
-            results = run(state)
-        else:
-            for _ in range(calls):
-                results = run(state)
+        results = runner.run(state)
         end = time.perf_counter()
         del results
-        return (end - start) / calls
+        return (end - start) / runner.calls
 
     def peak_memory(self, runner: Runner) -> int:
         state = runner.prepare()
@@ -142,8 +137,7 @@ class Cuda:
         """Time until the calls are queued: what dispatching costs the host."""
         torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(runner.calls):
-            runner.run(None)
+        runner.run(None)
         end = time.perf_counter()
         torch.cuda.synchronize()
         return (end - start) / runner.calls

@@ -24,7 +24,7 @@ class Runner:
     Attributes:
         run: returns tensors, which are freed off the clock.
         collect: makes of them what is compared with the expected results.
-        calls: calls per sample, for calls too short for the clock.
+        calls: how many calls ``run`` makes, where one is too short for the clock.
         timer: gives the seconds of one sample, where the candidate measures itself, as another process does.
     """
 
@@ -53,7 +53,7 @@ class OpProblem:
         reference: the definition of the op, for any dtype.
         direction: "forward" and "call" run without gradients.
         dtype: of the incoming gradient, which is the same for every candidate.
-        calls: calls per sample.
+        calls: calls per sample; more than one only for the direction "call".
         gradient_mask: where the incoming gradient is not zero; everywhere if None.
     """
 
@@ -85,6 +85,12 @@ class OpProblem:
         def forward(_: None) -> list[Tensor]:
             return [call(**inputs)]
 
+        @torch.no_grad()
+        def repeated(_: None) -> list[Tensor]:
+            for _ in range(self.calls - 1):
+                call(**inputs)
+            return [call(**inputs)]
+
         def forward_backward(_: None) -> list[Tensor]:
             out = call(**inputs)
             return [out, *torch.autograd.grad(out, leaves, self._gradient(out))]
@@ -93,8 +99,10 @@ class OpProblem:
             return list(torch.autograd.grad(out, leaves, self._gradient(out)))
 
         if self.direction == "backward":
-            return Runner(backward, prepare=lambda: call(**inputs), calls=self.calls)
-        return Runner(forward_backward if self.direction == "forward_backward" else forward, calls=self.calls)
+            return Runner(backward, prepare=lambda: call(**inputs))
+        if self.direction == "call":
+            return Runner(repeated, calls=self.calls)
+        return Runner(forward_backward if self.direction == "forward_backward" else forward)
 
     def _gradient(self, out: Tensor) -> Tensor:
         if out.dtype not in self._gradients:

@@ -7,6 +7,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <optional>
 
@@ -38,15 +39,27 @@ inline ScalarType accumulate_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Through the C shim: torch::stable::new_empty boxes its arguments first, which takes longer than allocating.
+// Contiguous, on the device of `like`. Through the C shim, which allocates without the dispatcher:
+// torch::stable::new_empty takes longer than a small kernel.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  constexpr size_t kMostDimensions = 4;
+  const size_t dimensions = sizes.size();
+  STD_TORCH_CHECK(dimensions <= kMostDimensions, "new_empty: too many dimensions");
+  int64_t strides[kMostDimensions];
+  int64_t stride = 1;
+  for (size_t d = dimensions; d-- > 0;) {
+    strides[d] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+  }
+  int32_t device_type = 0, device_index = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   using torch::stable::detail::from;
   using torch::stable::detail::to;
-  int32_t type = to<int32_t>(from(dtype));
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(like.get(), sizes.begin(),
-                                                   static_cast<int64_t>(sizes.size()), &type, nullptr,
-                                                   nullptr, 0, nullptr, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes.begin(), strides,
+                                                  to<int32_t>(from(dtype)), device_type, device_index,
+                                                  &handle));
   return Tensor(handle);
 }
 

@@ -83,8 +83,9 @@ inline LayerMixForward layer_mix_forward_args(const LayerMixInputs& inputs, Laye
 
 // Gradients and the partial sums behind them; what is not asked for has no elements.
 struct LayerMixGradients {
-  Tensor grad, stats, d_weights, d_norm_weight, d_norm_bias, d_layers, partial_dot, partial_scale,
-      partial_shift;
+  Tensor grad, stats, d_weights, d_norm_weight, d_norm_bias, partial_dot, partial_scale, partial_shift;
+  // Each of its own memory: freed one by one, and small enough to be taken from memory that was freed before.
+  std::vector<Tensor> d_layers;
   LayerMixBackward args;
 
   LayerMixGradients(const LayerMixInputs& inputs, const Tensor& given_grad, const Tensor& given_stats,
@@ -103,11 +104,9 @@ struct LayerMixGradients {
 
     const int64_t affine_layers = need_affine ? p.layers : 0;
     if (!need_affine) affine_partials = 0;
-    const int64_t count = static_cast<int64_t>(wanted.size());
     d_weights = new_empty(first, {need_weights ? p.layers : 0}, accumulate);
     d_norm_weight = new_empty(first, {affine_layers, p.width}, accumulate);
     d_norm_bias = new_empty(first, {affine_layers, p.width}, accumulate);
-    d_layers = new_empty(first, {count, p.batch, p.frames, p.width}, first.scalar_type());
     partial_dot = new_empty(first, {need_weights ? dot_partials : 0, p.layers}, accumulate);
     partial_scale = new_empty(first, {affine_partials, p.layers, p.width}, accumulate);
     partial_shift = new_empty(first, {affine_partials, p.width}, accumulate);
@@ -118,12 +117,12 @@ struct LayerMixGradients {
     args.grad_batch_stride = grad.stride(0);
     args.grad_frame_stride = grad.stride(1);
     args.stats = p.norm ? stats.const_data_ptr() : nullptr;
-    char* d_layer = static_cast<char*>(d_layers.mutable_data_ptr());
-    const int64_t bytes = p.batch * p.frames * p.width * element_size(p.dtype);
-    for (int64_t i = 0; i < count; ++i) {
-      STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < p.layers, "wanted: expected layer indices below ",
-                      p.layers, ", got ", wanted[i]);
-      args.d_layer[wanted[i]] = d_layer + i * bytes;
+    d_layers.reserve(wanted.size());
+    for (const int64_t l : wanted) {
+      STD_TORCH_CHECK(l >= 0 && l < p.layers, "wanted: expected layer indices below ", p.layers, ", got ", l);
+      STD_TORCH_CHECK(args.d_layer[l] == nullptr, "wanted: expected every layer index once, got ", l, " again");
+      d_layers.push_back(new_empty(first, {p.batch, p.frames, p.width}, first.scalar_type()));
+      args.d_layer[l] = d_layers.back().mutable_data_ptr();
     }
     args.need_weights = need_weights;
     args.need_affine = need_affine;
@@ -135,7 +134,7 @@ struct LayerMixGradients {
     args.d_norm_bias = d_norm_bias.mutable_data_ptr();
   }
 
-  std::tuple<Tensor, Tensor, Tensor, Tensor> outputs() const {
+  std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> outputs() const {
     return {d_weights, d_norm_weight, d_norm_bias, d_layers};
   }
 };

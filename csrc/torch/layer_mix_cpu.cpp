@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& layers, const Tens
   return {outputs.out, outputs.stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::vector<Tensor>& layers,
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(const Tensor& grad, const std::vector<Tensor>& layers,
                                                     const Tensor& weights, const OptionalTensor& norm_weight,
                                                     const OptionalTensor& norm_bias,
                                                     const OptionalTensor& lengths, const Tensor& stats,

@@ -52,10 +52,10 @@ def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
 def choose_backend(op: str, backend: str, tensor: Tensor) -> str:
     """The backend that serves ``tensor``: the one asked for by name or an error, or the first that can for
     ``"auto"``."""
+    # The usual answer first: this runs on every call of every op.
+    if tensor.is_cpu and backend in ("auto", "native") and "cpu" not in _library.load_errors:
+        return "native"
     if backend == "auto":
-        # The usual answer first: this runs on every call of every op.
-        if tensor.is_cpu:
-            return "reference" if "cpu" in _library.load_errors else "native"
         return _choose_automatically(op, tensor)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")

@@ -265,10 +265,11 @@ class TestBadInput:
                 op(*arguments)
         stats = torch.empty(0, 3, 2)
         grad = torch.randn(2, 5, 8)
-        with pytest.raises(RuntimeError, match="wanted"):
-            torch.ops.mmkernels.layer_mix_bwd(
-                grad, layers, torch.randn(3), None, None, None, stats, False, True, False, [3]
-            )
+        for wanted in ([3], [-1], [1, 1]):
+            with pytest.raises(RuntimeError, match="wanted"):
+                torch.ops.mmkernels.layer_mix_bwd(
+                    grad, layers, torch.randn(3), None, None, None, stats, False, True, False, wanted
+                )
         with pytest.raises(RuntimeError, match="stats"):
             torch.ops.mmkernels.layer_mix_bwd(
                 grad, layers, torch.randn(3), None, None, None, stats, True, True, False, []

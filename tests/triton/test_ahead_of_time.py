@@ -32,7 +32,7 @@ STACK_BYTES = 32
 
 OF_ELEMENT_TYPE = {
     *("x", "y", "out", "preactivation", "folded_weight"),
-    *("grad", "value", "scaled_grad", "dx", "d_layers"),
+    *("grad", "value", "scaled_grad", "dx"),
 }
 INTEGERS = {"rows", "frames", "width", "inner", "taps", "inputs", "outputs"}
 INT64_POINTERS = {"table", "lengths"}
@@ -89,7 +89,7 @@ def check_resources(compiled: Any, capability: int, folder: pathlib.Path) -> Non
 
 
 MIX_FORWARD = {"EPS": 1e-5, "LAYERS": 3, "STATS_GIVEN": False, "ALIGNMENT": 2, "BLOCK_ROWS": 4, "BLOCK_D": 32}
-MIX_BACKWARD = {"LAYERS": 3, "ALIGNMENT": 2, "TILES": 2, "BLOCK_ROWS": 4, "BLOCK_D": 32}
+MIX_BACKWARD = {"LAYERS": 3, "WRITES_LAYERS": True, "ALIGNMENT": 2, "TILES": 2, "BLOCK_ROWS": 4, "BLOCK_D": 32}
 PRODUCT = {"PRECISION": "ieee", "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 8}
 SMALL_LAUNCHES = [
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": True}),
@@ -175,6 +175,7 @@ def test_mix_backward(
     constants = {
         "LAYERS": layers,
         "NORM": norm,
+        "WRITES_LAYERS": True,
         "ALIGNMENT": 16,
         "TILES": 4 if affine else 1,
         "BLOCK_ROWS": tile.rows,

@@ -52,7 +52,7 @@ class _LayerMix(torch.autograd.Function):
             wanted,
         )
         gradients: list[Tensor | None] = [None] * len(layers)
-        for index, d_layer in zip(wanted, d_layers.unbind(0), strict=True):
+        for index, d_layer in zip(wanted, d_layers, strict=True):
             gradients[index] = d_layer
         return (
             *(None, None, None, None),
@@ -118,16 +118,24 @@ def layer_mix(
         layers = layers.unbind(0)
     first = _check_first(layers)
     shape = first.shape
-    # The compiled op compares CPU layers itself, at less cost; they are looked at only if it refuses.
-    trusted = backend == "auto" and len(shape) == 3 and not torch.compiler.is_compiling() and _on_cpu(layers)
+    backend = _common.choose_backend("layer_mix", backend, first)
+    # In the usual call on the CPU the compiled op compares the tensors itself, at less cost: they are looked at
+    # here only if it refuses.
+    trusted = (
+        backend == "native"
+        and first.is_cpu
+        and len(shape) == 3
+        and norm_weight is None
+        and norm_bias is None
+        and getattr(weights, "dtype", None) == first.dtype
+        and not torch.compiler.is_compiling()
+    )
     if not trusted:
         _check_layers(layers)
-    _check_parameters(len(layers), first, weights, norm, norm_weight, norm_bias)
+        _check_parameters(len(layers), first, weights, norm, norm_weight, norm_bias)
     if lengths is not None:
         lengths = _check_lengths(lengths, first)
-    backend = _common.choose_backend("layer_mix", backend, first)
     if backend == "reference":
-        _check_layers(layers)
         return reference.layer_mix(
             layers, weights, norm=norm, eps=eps, norm_weight=norm_weight, norm_bias=norm_bias, lengths=lengths
         )
@@ -135,8 +143,10 @@ def layer_mix(
     accumulate = _common.accumulate_dtype(first.dtype)
     if weights.dtype != accumulate:
         weights = weights.to(accumulate)
-    norm_weight = _per_layer(norm_weight, len(layers), accumulate)
-    norm_bias = _per_layer(norm_bias, len(layers), accumulate)
+    if norm_weight is not None:
+        norm_weight = _per_layer(norm_weight, len(layers), accumulate)
+    if norm_bias is not None:
+        norm_bias = _per_layer(norm_bias, len(layers), accumulate)
     if len(shape) != 3:
         as_batch = (shape[:-2].numel(), shape[-2] if len(shape) > 1 else 1, shape[-1])
         layers = [layer.reshape(as_batch) for layer in layers]
@@ -146,9 +156,11 @@ def layer_mix(
         if _common.needs_gradient(weights, norm_weight, norm_bias, *layers):
             out = _LayerMix.apply(backend, norm, eps, lengths, weights, norm_weight, norm_bias, *layers)
         else:
-            out, _ = OPS[backend][0](list(layers), weights, norm_weight, norm_bias, lengths, norm, eps, False)
-    except RuntimeError:
-        _check_layers(layers)
+            out, _ = OPS[backend][0](layers, weights, norm_weight, norm_bias, lengths, norm, eps, False)
+    except (RuntimeError, AttributeError):
+        if trusted:
+            _check_layers(layers)
+            _check_parameters(len(layers), first, weights, norm, norm_weight, norm_bias)
         raise
     return out if len(shape) == 3 else out.reshape(shape)
 
@@ -164,13 +176,6 @@ def _check_first(layers: Sequence[Tensor]) -> Tensor:
     if first.dim() < 1:
         raise ValueError("layer_mix: layers must have at least one dimension, got scalars")
     return first
-
-
-def _on_cpu(layers: Sequence[Any]) -> bool:
-    for layer in layers:  # noqa: SIM110 (a generator costs as much as half of the checks)
-        if not getattr(layer, "is_cpu", False):
-            return False
-    return True
 
 
 def _check_layers(layers: Sequence[Tensor]) -> None:
@@ -225,9 +230,7 @@ def _check_lengths(lengths: Tensor, first: Tensor) -> Tensor:
     return lengths.to(torch.int64)
 
 
-def _per_layer(parameter: Tensor | None, count: int, dtype: torch.dtype) -> Tensor | None:
-    if parameter is None:
-        return None
+def _per_layer(parameter: Tensor, count: int, dtype: torch.dtype) -> Tensor:
     if parameter.dim() == 1:
         parameter = parameter.expand(count, -1)
     return parameter.to(dtype)

@@ -23,6 +23,10 @@ def _forward_fake(
     save_stats: bool,
 ) -> tuple[Tensor, Tensor]:
     first = layers[0]
+    if any(layer.shape != first.shape for layer in layers):
+        raise RuntimeError("layers: expected one shape for all")
+    if any(tensor.device != first.device for tensor in (weights, *layers)):
+        raise RuntimeError("expected one device for all")
     rows = first.shape[0] * first.shape[1] if norm and save_stats else 0
     stats = first.new_empty((rows, len(layers), 2), dtype=accumulate_dtype(first.dtype))
     return first.new_empty(first.shape), stats
@@ -40,7 +44,7 @@ def _backward_fake(
     need_weights: bool,
     need_affine: bool,
     wanted: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     first = layers[0]
     accumulate = accumulate_dtype(first.dtype)
     affine_layers = len(layers) if need_affine else 0
@@ -48,7 +52,7 @@ def _backward_fake(
         first.new_empty((len(layers) if need_weights else 0,), dtype=accumulate),
         first.new_empty((affine_layers, first.shape[2]), dtype=accumulate),
         first.new_empty((affine_layers, first.shape[2]), dtype=accumulate),
-        first.new_empty((len(wanted), *first.shape)),
+        [first.new_empty(first.shape) for _ in wanted],
     )
 
 
@@ -64,7 +68,7 @@ _library.define(
 _library.define(
     "layer_mix_bwd",
     f"Tensor grad, {_PARAMETERS}, Tensor stats, bool norm, bool need_weights, bool need_affine, int[] wanted",
-    "(Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor[])",
     _backward_fake,
     "mmkernels.ops.layer_mix.triton",
 )

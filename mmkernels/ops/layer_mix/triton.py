@@ -13,7 +13,7 @@ rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -160,7 +160,6 @@ def layer_mix_bwd_kernel(
     lengths,
     stats,
     row_dots,
-    d_layers,
     partial_dot,
     partial_scale,
     partial_shift,
@@ -171,12 +170,13 @@ def layer_mix_bwd_kernel(
     grad_frame_stride,
     LAYERS: tl.constexpr,
     NORM: tl.constexpr,
+    WRITES_LAYERS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Gradients of the layers that the table's fourth row has a place for, and a chunk's part of row sums.
+    """Gradients of the layers that have an address in the table's fourth row, and a chunk's part of row sums.
 
     A chunk is TILES tiles of rows. Layers are the outer loop, so that sums as wide as a row are in registers.
     One tile of the gradient is read once, several are read again for each layer, from cache.
@@ -205,7 +205,6 @@ def layer_mix_bwd_kernel(
 
     for layer in range(LAYERS):
         weight = tl.load(weights + layer)
-        slot = tl.load(table + 3 * LAYERS + layer)
         dot_sum = tl.zeros((BLOCK_ROWS,), accumulate)
         scale_sum = tl.zeros((BLOCK_D,), accumulate)
         for tile in range(TILES):
@@ -245,9 +244,11 @@ def layer_mix_bwd_kernel(
                     x = load_layer(table, layer, batch, frame, column, inside, element, LAYERS, ALIGNMENT)
                     dot_sum += tl.sum(g * x.to(accumulate), 1)
                 dx = weight * g
-            if d_layers is not None:
-                target = d_layers + (slot * rows + row)[:, None] * width + column[None, :]
-                wanted = (row < rows)[:, None] & used[None, :] & (slot >= 0)
+            if WRITES_LAYERS:
+                address = tl.load(table + 3 * LAYERS + layer)
+                target = address.to(tl.pointer_type(element)) + row[:, None] * width + column[None, :]
+                wanted = (row < rows)[:, None] & used[None, :] & (address != 0)
+                target = tl.multiple_of(target, (1, ALIGNMENT))
                 tl.store(target, tl.where(inside, dx, 0.0).to(element), mask=wanted)
         if partial_dot is not None:
             piece = chunk * tl.num_programs(1) + tl.program_id(1)
@@ -373,7 +374,7 @@ def layer_mix_bwd(
     need_weights: bool,
     need_affine: bool,
     wanted: list[int],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """``mmkernels::layer_mix_bwd_triton``."""
     inputs = Inputs.checked(layers, weights, norm_weight, norm_bias, lengths)
     first, count = inputs.layers[0], len(layers)
@@ -383,19 +384,21 @@ def layer_mix_bwd(
         raise ValueError("grad: expected the shape, dtype and device of the layers")
     if any(not 0 <= index < count for index in wanted):
         raise ValueError(f"wanted: expected layer indices below {count}, got {wanted}")
+    if len(set(wanted)) < len(wanted):
+        raise ValueError(f"wanted: expected every layer index once, got {wanted}")
     if need_affine and not norm:
         raise ValueError("need_affine: expected False without norm")
     new = inputs.weights.new_empty
     if norm:
         stats = expect("stats", stats, (rows, count, 2), inputs.weights.dtype, first.device)
-    d_layers = first.new_empty((len(wanted), *first.shape))
+    d_layers = {index: first.new_empty(first.shape) for index in wanted}
     affine_shape = (count if need_affine else 0, width)
     if first.numel() == 0:
         return (
             new((count if need_weights else 0,)).zero_(),
             new(affine_shape).zero_(),
             new(affine_shape).zero_(),
-            d_layers,
+            list(d_layers.values()),
         )
 
     grad = dense_rows(grad)
@@ -411,7 +414,7 @@ def layer_mix_bwd(
     with on_device(first):
         row_dots = inputs.row_dots(grad, stats, partial_dot) if sums_given else None
         layer_mix_bwd_kernel[grid](
-            inputs.table(wanted),
+            inputs.table(d_layers),
             grad,
             inputs.weights,
             inputs.norm_weight,
@@ -419,7 +422,6 @@ def layer_mix_bwd(
             inputs.lengths,
             stats if norm else None,
             row_dots,
-            d_layers if wanted else None,
             partial_dot if need_weights and not sums_given else None,
             partial_scale,
             partial_shift,
@@ -430,7 +432,8 @@ def layer_mix_bwd(
             grad.stride(1),
             LAYERS=count,
             NORM=norm,
-            ALIGNMENT=inputs.alignment(),
+            WRITES_LAYERS=bool(wanted),
+            ALIGNMENT=inputs.alignment(d_layers.values()),
             TILES=tiles,
             BLOCK_ROWS=tile.rows,
             BLOCK_D=tile.columns,
@@ -441,7 +444,7 @@ def layer_mix_bwd(
     if partial_scale is not None and partial_shift is not None:
         torch.mul(inputs.weights[:, None], partial_scale.sum(0), out=d_scale)
         torch.mul(inputs.weights[:, None], partial_shift.sum(0), out=d_shift)
-    return d_weights, d_scale, d_shift, d_layers
+    return d_weights, d_scale, d_shift, list(d_layers.values())
 
 
 @dataclass(frozen=True)
@@ -479,26 +482,27 @@ class Inputs:
             expect_optional("lengths", lengths, (first.shape[0],), torch.int64, device),
         )
 
-    def table(self, wanted: Sequence[int] = ()) -> Tensor:
-        """Address, batch stride and frame stride of each layer, and its place in ``wanted`` or -1."""
-        slots = [-1] * len(self.layers)
-        for slot, index in enumerate(wanted):
-            slots[index] = slot
+    def table(self, d_layers: Mapping[int, Tensor] | None = None) -> Tensor:
+        """Address, batch stride and frame stride of each layer, and the address of its gradient or 0."""
+        targets = [0] * len(self.layers)
+        for index, d_layer in (d_layers or {}).items():
+            targets[index] = d_layer.data_ptr()
         return device_table(
             [
                 [layer.data_ptr() for layer in self.layers],
                 [layer.stride(0) for layer in self.layers],
                 [layer.stride(1) for layer in self.layers],
-                slots,
+                targets,
             ],
             self.weights.device,
         )
 
-    def alignment(self) -> int:
+    def alignment(self, d_layers: Iterable[Tensor] = ()) -> int:
         """Bytes that the addresses of all rows are multiples of, 16 at most; it decides load width."""
+        tensors = (*self.layers, *d_layers)
         size = self.layers[0].element_size()
-        addresses = [layer.data_ptr() for layer in self.layers]
-        steps = [layer.stride(d) * size for layer in self.layers for d in (0, 1) if layer.shape[d] > 1]
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        steps = [tensor.stride(d) * size for tensor in tensors for d in (0, 1) if tensor.shape[d] > 1]
         return math.gcd(16, *addresses, *steps)
 
     def mixed_bias(self) -> Tensor | None:
