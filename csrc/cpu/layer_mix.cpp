@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "cpu/rows.h"
@@ -25,93 +26,6 @@ template <class T>
 MMK_INLINE const T* layer_row(const LayerMixParams& p, int layer, Row row) {
   return static_cast<const T*>(p.layer[layer]) + row.batch * p.batch_stride[layer] +
          row.frame * p.frame_stride[layer];
-}
-
-// Rows of a few layers that are worked on together, so that what they share is loaded and stored once.
-constexpr int kGroup = 4;
-
-template <class T>
-struct Group {
-  const T* x[kGroup];
-  acc_t<T> mean[kGroup];
-  acc_t<T> scale[kGroup];  // what x - mean is multiplied by
-  const acc_t<T>* gain[kGroup];
-  const T* next[kGroup];  // the layer's row that will be read after x
-};
-
-// acc[j] += sum_i scale_i * gain_i[j] * (x_i[j] - mean_i)
-template <class T, int N, bool kGain>
-MMK_INLINE void add_group(acc_t<T>* acc, const Group<T>& group, int64_t width) {
-  using A = acc_t<T>;
-  sweep<A>(
-      width,
-      [&](int64_t j) MMK_LAMBDA {
-        vec_t<A> sum = load(acc + j);
-        for (int i = 0; i < N; ++i) {
-          // The moments have asked for it already; asking again, where little else is going on, measures
-          // faster.
-          prefetch(group.next[i] + j);
-          vec_t<A> x = load(group.x[i] + j) - group.mean[i];
-          if constexpr (kGain) x *= load(group.gain[i] + j);
-          sum += group.scale[i] * x;
-        }
-        store(acc + j, sum);
-      },
-      [&](int64_t j) MMK_LAMBDA {
-        A sum = acc[j];
-        for (int i = 0; i < N; ++i) {
-          A x = convert(group.x[i][j]) - group.mean[i];
-          if constexpr (kGain) x *= group.gain[i][j];
-          sum += group.scale[i] * x;
-        }
-        acc[j] = sum;
-      });
-}
-
-// dots[i] = sum_j g[j] * gain_i[j] * (x_i[j] - mean_i)
-template <class T, int N, bool kNorm, bool kGain>
-MMK_INLINE void dot_group(acc_t<T>* dots, const acc_t<T>* g, const Group<T>& group, int64_t width) {
-  using A = acc_t<T>;
-  vec_t<A> sums[N] = {};
-  A rests[N] = {};
-  sweep<A>(
-      width,
-      [&](int64_t j) MMK_LAMBDA {
-        const vec_t<A> gradient = load(g + j);
-        for (int i = 0; i < N; ++i) {
-          prefetch(group.next[i] + j);
-          vec_t<A> x = load(group.x[i] + j);
-          if constexpr (kNorm) x -= group.mean[i];
-          if constexpr (kGain) x *= load(group.gain[i] + j);
-          sums[i] += gradient * x;
-        }
-      },
-      [&](int64_t j) MMK_LAMBDA {
-        for (int i = 0; i < N; ++i) {
-          A x = convert(group.x[i][j]);
-          if constexpr (kNorm) x -= group.mean[i];
-          if constexpr (kGain) x *= group.gain[i][j];
-          rests[i] += g[j] * x;
-        }
-      });
-  for (int i = 0; i < N; ++i) dots[i] = sum_lanes<A>(sums[i]) + rests[i];
-}
-
-// Layers from `first` on that are worked on together: a whole group, or one.
-MMK_INLINE int group_size(int layers, int first) {
-  return layers - first >= kGroup ? kGroup : 1;
-}
-
-// Calls body(count, norm, gain) with integral constants, for the size of a group and the form of the op.
-template <class Body>
-MMK_INLINE void dispatch_group(int count, bool norm, bool gain, Body&& body) {
-  const auto with_count = [&](auto size) MMK_LAMBDA {
-    if (gain) return body(size, std::true_type{}, std::true_type{});
-    if (norm) return body(size, std::true_type{}, std::false_type{});
-    return body(size, std::false_type{}, std::false_type{});
-  };
-  if (count == kGroup) return with_count(std::integral_constant<int, kGroup>{});
-  return with_count(std::integral_constant<int, 1>{});
 }
 
 template <class A>
@@ -139,113 +53,256 @@ MMK_INLINE void mix_bias(const LayerMixParams& p, A* bias) {
   }
 }
 
-// Layers whose rows are read side by side. Rows of more would fall into the same sets of the first-level
-// cache, where the width is a multiple of the page size, and push each other out.
+// Layers whose rows are read side by side, each as a stream that the hardware prefetcher follows. Rows of
+// more would fall into the same sets of the first-level cache, where the width is a multiple of the page
+// size, and push each other out.
 constexpr int kSideBySide = 16;
+// Vectors of a row that are worked on before the next layer's.
+constexpr int kStep = 4;
+// Bytes from what is read to what is fetched.
+constexpr int64_t kAhead = 1536;
 
-// Without norm: many layers of a few columns at once, with the sums in registers. Rows that follow each other
-// in memory come in time without being asked for.
+// What a few layers add to the sum of one row: acc[j] = start[j] + sum_l scale_l * gain_l[j] * (x_l[j] -
+// mean_l).
 template <class T>
-MMK_INLINE void add_side_by_side(acc_t<T>* acc, const T* const* x, const acc_t<T>* weights, int layers,
-                                 int64_t width, bool first) {
+struct Summed {
+  acc_t<T>* acc;
+  const acc_t<T>* start;  // null for zeros
+  const T* x[kSideBySide];
+  acc_t<T> mean[kSideBySide];
+  acc_t<T> scale[kSideBySide];
+  const acc_t<T>* gain[kSideBySide];
+};
+
+// Sums over one row of a few layers, of x - shift and of its square: all that mean and variance need, from
+// one pass, if the shift is near the mean.
+template <class T>
+struct Measured {
+  const T* x[kSideBySide];
+  acc_t<T> shift[kSideBySide];
+  vec_t<acc_t<T>> sum[kSideBySide];
+  vec_t<acc_t<T>> square[kSideBySide];
+};
+
+// N vectors from column j on. With norm, the sum over one row and the measuring of the next are done
+// together: the arithmetic for the one hides behind the reading of the other.
+template <class T, int N, bool kNorm, bool kGain>
+MMK_INLINE void step_side_by_side(const Summed<T>& row, Measured<T>& next, int layers, int64_t j) {
   using A = acc_t<T>;
-  constexpr int64_t kStep = 4 * kLanes<A>;
+  constexpr int64_t kWide = kLanes<A>;
+  vec_t<A> acc[N] = {};
+  if (row.start != nullptr) {
+    for (int v = 0; v < N; ++v) acc[v] = load(row.start + j + v * kWide);
+  }
+  for (int l = 0; l < layers; ++l) {
+    for (int v = 0; v < N; ++v) {
+      vec_t<A> x = load(row.x[l] + j + v * kWide);
+      if constexpr (kNorm) x -= row.mean[l];
+      if constexpr (kGain) x *= load(row.gain[l] + j + v * kWide);
+      acc[v] += row.scale[l] * x;
+    }
+    if constexpr (kNorm) {
+      const T* x = next.x[l] + j;
+      constexpr int64_t kBytes = N * kWide * static_cast<int64_t>(sizeof(T));
+      for (int64_t line = 0; line < kBytes; line += 64) {
+        prefetch(reinterpret_cast<const char*>(x) + kAhead + line);
+      }
+      vec_t<A> sum = {}, square = {};
+      for (int v = 0; v < N; ++v) {
+        const vec_t<A> d = load(x + v * kWide) - next.shift[l];
+        sum += d;
+        square += d * d;
+      }
+      next.sum[l] += sum;
+      next.square[l] += square;
+    }
+  }
+  for (int v = 0; v < N; ++v) store(row.acc + j + v * kWide, acc[v]);
+}
+
+template <class T, bool kNorm, bool kGain>
+MMK_INLINE void pass_side_by_side(const Summed<T>& row, Measured<T>& next, int layers, int64_t width) {
+  using A = acc_t<T>;
   int64_t j = 0;
-  for (; j + kStep <= width; j += kStep) {
-    vec_t<A> sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};
-    if (!first) {
-      sum0 = load(acc + j);
-      sum1 = load(acc + j + kLanes<A>);
-      sum2 = load(acc + j + 2 * kLanes<A>);
-      sum3 = load(acc + j + 3 * kLanes<A>);
-    }
-    for (int l = 0; l < layers; ++l) {
-      sum0 += weights[l] * load(x[l] + j);
-      sum1 += weights[l] * load(x[l] + j + kLanes<A>);
-      sum2 += weights[l] * load(x[l] + j + 2 * kLanes<A>);
-      sum3 += weights[l] * load(x[l] + j + 3 * kLanes<A>);
-    }
-    store(acc + j, sum0);
-    store(acc + j + kLanes<A>, sum1);
-    store(acc + j + 2 * kLanes<A>, sum2);
-    store(acc + j + 3 * kLanes<A>, sum3);
+  for (; j + kStep * kLanes<A> <= width; j += kStep * kLanes<A>) {
+    step_side_by_side<T, kStep, kNorm, kGain>(row, next, layers, j);
   }
   for (; j < width; ++j) {
-    A sum = first ? A(0) : acc[j];
-    for (int l = 0; l < layers; ++l) sum += weights[l] * convert(x[l][j]);
-    acc[j] = sum;
+    A acc = row.start == nullptr ? A(0) : row.start[j];
+    for (int l = 0; l < layers; ++l) {
+      A x = convert(row.x[l][j]);
+      if constexpr (kNorm) {
+        x -= row.mean[l];
+        const A d = convert(next.x[l][j]) - next.shift[l];
+        next.sum[l][0] += d;
+        next.square[l][0] += d * d;
+      }
+      if constexpr (kGain) x *= row.gain[l][j];
+      acc += row.scale[l] * x;
+    }
+    row.acc[j] = acc;
   }
+}
+
+// Calls body(first, count) for a few layers at a time.
+template <class Body>
+MMK_INLINE void for_layers(int layers, Body&& body) {
+  const int passes = (layers + kSideBySide - 1) / kSideBySide;
+  const int per_pass = (layers + passes - 1) / passes;
+  for (int first = 0; first < layers; first += per_pass) body(first, std::min(per_pass, layers - first));
 }
 
 template <class T>
 MMK_INLINE void forward_plain_row(const LayerMixParams& p, Row row, acc_t<T>* acc) {
   const acc_t<T>* weights = static_cast<const acc_t<T>*>(p.weights);
-  const int passes = (p.layers + kSideBySide - 1) / kSideBySide;
-  const int layers_of_pass = (p.layers + passes - 1) / passes;
-  for (int first = 0; first < p.layers; first += layers_of_pass) {
-    const int count = std::min(layers_of_pass, p.layers - first);
-    const T* x[kSideBySide];
-    for (int i = 0; i < count; ++i) x[i] = layer_row<T>(p, first + i, row);
-    add_side_by_side<T>(acc, x, weights + first, count, p.width, first == 0);
+  for_layers(p.layers, [&](int first, int count) MMK_LAMBDA {
+    Summed<T> sum;
+    sum.acc = acc;
+    sum.start = first == 0 ? nullptr : acc;
+    for (int i = 0; i < count; ++i) {
+      sum.x[i] = layer_row<T>(p, first + i, row);
+      sum.scale[i] = weights[first + i];
+    }
+    Measured<T> none;
+    pass_side_by_side<T, false, false>(sum, none, count, p.width);
+  });
+}
+
+template <class T>
+MMK_INLINE void sum_normalised(Summed<T>& sum, const LayerMixParams& p, Row row, int first, int count,
+                               const Moments<acc_t<T>>* moments) {
+  using A = acc_t<T>;
+  for (int i = 0; i < count; ++i) {
+    const int l = first + i;
+    sum.x[i] = layer_row<T>(p, l, row);
+    sum.mean[i] = moments[l].mean;
+    sum.scale[i] = static_cast<const A*>(p.weights)[l] * moments[l].rstd;
+    sum.gain[i] = parameter_row<A>(p.norm_weight, l, p.width);
   }
 }
 
 template <class T>
-MMK_INLINE void forward_norm_row(const LayerMixParams& p, Row row, Row next, const acc_t<T>* bias,
-                                 acc_t<T>* acc, acc_t<T>* stats) {
+MMK_INLINE void measure(Measured<T>& measured, const LayerMixParams& p, Row row, int first, int count) {
   using A = acc_t<T>;
-  const A* weights = static_cast<const A*>(p.weights);
-  std::copy(bias, bias + p.width, acc);
-  for (int first = 0, count; first < p.layers; first += count) {
-    count = group_size(p.layers, first);
-    Group<T> group;
-    for (int i = 0; i < count; ++i) {
-      const int l = first + i;
-      group.x[i] = layer_row<T>(p, l, row);
-      group.next[i] = next.valid ? layer_row<T>(p, l, next) : group.x[i];
-      const Moments<A> m = moments(group.x[i], group.next[i], p.width, p.eps);
-      group.mean[i] = m.mean;
-      group.scale[i] = weights[l] * m.rstd;
-      group.gain[i] = parameter_row<A>(p.norm_weight, l, p.width);
-      if (stats != nullptr) {
-        stats[2 * l] = m.mean;
-        stats[2 * l + 1] = m.rstd;
-      }
+  for (int i = 0; i < count; ++i) {
+    const T* x = layer_row<T>(p, first + i, row);
+    measured.x[i] = x;
+    // Of a constant row exactly its value, so that the variance is exactly 0.
+    measured.shift[i] =
+        p.width < kLanes<A> ? convert(x[0]) : sum_lanes<A>(load(x)) / static_cast<A>(kLanes<A>);
+    measured.sum[i] = measured.square[i] = vec_t<A>{};
+  }
+}
+
+template <class T>
+MMK_INLINE void finish_moments(const Measured<T>& measured, int64_t width, double eps, int count,
+                               Moments<acc_t<T>>* moments) {
+  using A = acc_t<T>;
+  const A inverse = A(1) / static_cast<A>(width);
+  for (int i = 0; i < count; ++i) {
+    const A offset = inverse * sum_lanes<A>(measured.sum[i]);
+    const A variance = inverse * sum_lanes<A>(measured.square[i]) - offset * offset;
+    moments[i] = {measured.shift[i] + offset, A(1) / std::sqrt(variance + static_cast<A>(eps))};
+    // With a shift far from the mean, the difference has lost digits.
+    if (offset * offset > 8 * variance) moments[i] = cpu::moments(measured.x[i], measured.x[i], width, eps);
+  }
+}
+
+// Sums `row`, whose statistics are known, and takes those of `next`.
+template <class T, bool kGain>
+MMK_INLINE void forward_norm_row(const LayerMixParams& p, Row row, Row next, const acc_t<T>* bias,
+                                 acc_t<T>* acc, const Moments<acc_t<T>>* of_row, Moments<acc_t<T>>* of_next) {
+  for_layers(p.layers, [&](int first, int count) MMK_LAMBDA {
+    Summed<T> sum;
+    Measured<T> measured;
+    sum.acc = acc;
+    sum.start = first == 0 ? bias : acc;
+    sum_normalised(sum, p, row, first, count, of_row);
+    measure(measured, p, next, first, count);
+    pass_side_by_side<T, true, kGain>(sum, measured, count, p.width);
+    finish_moments(measured, p.width, p.eps, count, of_next + first);
+  });
+}
+
+template <class T>
+MMK_INLINE void write_stats(const LayerMixForward& args, int64_t r, const Moments<acc_t<T>>* moments) {
+  using A = acc_t<T>;
+  if (args.stats == nullptr) return;
+  A* stats = static_cast<A*>(args.stats) + r * 2 * args.mix.layers;
+  for (int l = 0; l < args.mix.layers; ++l) {
+    stats[2 * l] = moments == nullptr ? A(0) : moments[l].mean;
+    stats[2 * l + 1] = moments == nullptr ? A(0) : moments[l].rstd;
+  }
+}
+
+// While one valid row is summed, the next one is measured. The first one's sum is of no use, nor is what is
+// measured beside the last one; but every row gets its statistics by the same additions.
+template <class T, bool kGain>
+MMK_INLINE void forward_norm_rows(const LayerMixForward& args, int64_t begin, int64_t end, acc_t<T>* bias,
+                                  acc_t<T>* row_sum) {
+  using A = acc_t<T>;
+  const LayerMixParams& p = args.mix;
+  mix_bias(p, bias);
+  Moments<A> moments[2][kLayerMixMaxLayers] = {};
+  Moments<A>*known = moments[0], *coming = moments[1];
+  Row row = {0, 0, false};
+  int64_t row_index = begin;
+  for (int64_t r = begin; r <= end; ++r) {
+    Row next = r < end ? locate(p, r) : row;
+    if (!next.valid) {
+      if (r == end) return;
+      T* out = static_cast<T*>(args.out) + r * p.width;
+      std::fill(out, out + p.width, T{});
+      write_stats<T>(args, r, nullptr);
+      continue;
     }
-    dispatch_group(count, true, p.norm_weight != nullptr, [&](auto size, auto, auto gain) MMK_LAMBDA {
-      add_group<T, size.value, gain.value>(acc, group, p.width);
-    });
+    // Where element and accumulator are one type, the output row itself accumulates.
+    A* acc = row_sum;
+    if constexpr (std::is_same_v<T, A>) {
+      if (row.valid) acc = static_cast<A*>(args.out) + row_index * p.width;
+    }
+    forward_norm_row<T, kGain>(p, row.valid ? row : next, next, bias, acc, known, coming);
+    if (row.valid) {
+      if constexpr (!std::is_same_v<T, A>) {
+        write_row(static_cast<T*>(args.out) + row_index * p.width, acc, p.width);
+      }
+      write_stats<T>(args, row_index, known);
+    }
+    row = next;
+    row_index = r;
+    std::swap(known, coming);
+  }
+}
+
+template <class T>
+MMK_INLINE void forward_plain_rows(const LayerMixForward& args, int64_t begin, int64_t end,
+                                   acc_t<T>* row_sum) {
+  using A = acc_t<T>;
+  const LayerMixParams& p = args.mix;
+  for (int64_t r = begin; r < end; ++r) {
+    const Row row = locate(p, r);
+    T* out = static_cast<T*>(args.out) + r * p.width;
+    if (!row.valid) {
+      std::fill(out, out + p.width, T{});
+      continue;
+    }
+    A* acc = row_sum;
+    if constexpr (std::is_same_v<T, A>) acc = out;
+    forward_plain_row<T>(p, row, acc);
+    if constexpr (!std::is_same_v<T, A>) write_row(out, acc, p.width);
   }
 }
 
 template <class T>
 MMK_INLINE void forward_rows(const LayerMixForward& args, int64_t begin, int64_t end) {
   using A = acc_t<T>;
-  const LayerMixParams& p = args.mix;
-  std::vector<A> scratch(2 * p.width);
+  const int64_t width = args.mix.width;
+  std::vector<A> scratch(2 * width);
   A* bias = scratch.data();
-  A* row_sum = bias + p.width;
-  if (p.norm) mix_bias(p, bias);
-  for (int64_t r = begin; r < end; ++r) {
-    const Row row = locate(p, r);
-    T* out = static_cast<T*>(args.out) + r * p.width;
-    A* stats = args.stats == nullptr ? nullptr : static_cast<A*>(args.stats) + r * 2 * p.layers;
-    if (!row.valid) {
-      std::fill(out, out + p.width, T{});
-      if (stats != nullptr) std::fill(stats, stats + 2 * p.layers, A(0));
-      continue;
-    }
-    const Row next = r + 1 < end ? locate(p, r + 1) : Row{0, 0, false};
-    // Where element and accumulator are one type, the output row itself accumulates.
-    A* acc = row_sum;
-    if constexpr (std::is_same_v<T, A>) acc = out;
-    if (p.norm) {
-      forward_norm_row<T>(p, row, next, bias, acc, stats);
-    } else {
-      forward_plain_row<T>(p, row, acc);
-    }
-    if constexpr (!std::is_same_v<T, A>) write_row(out, acc, p.width);
-  }
+  A* row_sum = bias + width;
+  if (!args.mix.norm) return forward_plain_rows<T>(args, begin, end, row_sum);
+  if (args.mix.norm_weight == nullptr) return forward_norm_rows<T, false>(args, begin, end, bias, row_sum);
+  forward_norm_rows<T, true>(args, begin, end, bias, row_sum);
 }
 
 // scale_sum[j] += g[j] * (x[j] - mean) * rstd: the gradient of the LayerNorm gain, before the layer's weight.
@@ -298,6 +355,70 @@ MMK_INLINE void zero_padding_gradients(const LayerMixBackward& args, int64_t r) 
   }
 }
 
+// What the dot products of one row with a few layers read.
+template <class T>
+struct Dotted {
+  const T* x[kSideBySide];
+  acc_t<T> mean[kSideBySide];
+  const acc_t<T>* gain[kSideBySide];
+  vec_t<acc_t<T>> sum[kSideBySide];
+};
+
+// dots[i] = sum_j g[j] * gain_i[j] * (x_i[j] - mean_i)
+template <class T, bool kNorm, bool kGain>
+MMK_INLINE void dot_side_by_side(Dotted<T>& row, const acc_t<T>* g, int layers, int64_t width,
+                                 acc_t<T>* dots) {
+  using A = acc_t<T>;
+  constexpr int64_t kWide = kLanes<A>;
+  for (int l = 0; l < layers; ++l) row.sum[l] = vec_t<A>{};
+  int64_t j = 0;
+  for (; j + kStep * kWide <= width; j += kStep * kWide) {
+    vec_t<A> gradient[kStep];
+    for (int v = 0; v < kStep; ++v) gradient[v] = load(g + j + v * kWide);
+    for (int l = 0; l < layers; ++l) {
+      vec_t<A> sum = {};
+      for (int v = 0; v < kStep; ++v) {
+        vec_t<A> x = load(row.x[l] + j + v * kWide);
+        if constexpr (kNorm) x -= row.mean[l];
+        if constexpr (kGain) x *= load(row.gain[l] + j + v * kWide);
+        sum += gradient[v] * x;
+      }
+      row.sum[l] += sum;
+    }
+  }
+  for (; j < width; ++j) {
+    for (int l = 0; l < layers; ++l) {
+      A x = convert(row.x[l][j]);
+      if constexpr (kNorm) x -= row.mean[l];
+      if constexpr (kGain) x *= row.gain[l][j];
+      row.sum[l][0] += g[j] * x;
+    }
+  }
+  for (int l = 0; l < layers; ++l) dots[l] = sum_lanes<A>(row.sum[l]);
+}
+
+template <class T>
+MMK_INLINE void dot_layers(const LayerMixParams& p, Row row, const acc_t<T>* g,
+                           const Moments<acc_t<T>>* moments, acc_t<T>* dots) {
+  using A = acc_t<T>;
+  for_layers(p.layers, [&](int first, int count) MMK_LAMBDA {
+    Dotted<T> dotted;
+    for (int i = 0; i < count; ++i) {
+      const int l = first + i;
+      dotted.x[i] = layer_row<T>(p, l, row);
+      dotted.mean[i] = moments[l].mean;
+      dotted.gain[i] = parameter_row<A>(p.norm_weight, l, p.width);
+    }
+    if (p.norm_weight != nullptr) {
+      dot_side_by_side<T, true, true>(dotted, g, count, p.width, dots + first);
+    } else if (p.norm) {
+      dot_side_by_side<T, true, false>(dotted, g, count, p.width, dots + first);
+    } else {
+      dot_side_by_side<T, false, false>(dotted, g, count, p.width, dots + first);
+    }
+  });
+}
+
 // Sums over the rows of one chunk.
 template <class T>
 struct ChunkSums {
@@ -308,46 +429,30 @@ struct ChunkSums {
 };
 
 template <class T>
-MMK_INLINE void backward_row(const LayerMixBackward& args, int64_t r, Row row, Row next, const acc_t<T>* g,
-                             const ChunkSums<T>& sums) {
+MMK_INLINE void backward_row(const LayerMixBackward& args, int64_t r, Row row, const acc_t<T>* g,
+                             bool any_gradient, const ChunkSums<T>& sums) {
   using A = acc_t<T>;
   const LayerMixParams& p = args.mix;
   const A* weights = static_cast<const A*>(p.weights);
   const A* stats = static_cast<const A*>(args.stats);
-  const bool reads_layers = args.need_weights || p.norm;
-  for (int first = 0, count; first < p.layers; first += count) {
-    count = group_size(p.layers, first);
-    Group<T> group = {};
-    Moments<A> m[kGroup];
-    bool any_gradient = false;
-    for (int i = 0; i < count; ++i) {
-      const int l = first + i;
-      m[i] = {0, 1};
-      if (p.norm) m[i] = {stats[(r * p.layers + l) * 2], stats[(r * p.layers + l) * 2 + 1]};
-      group.mean[i] = m[i].mean;
-      group.gain[i] = parameter_row<A>(p.norm_weight, l, p.width);
-      any_gradient |= args.d_layer[l] != nullptr;
-      if (!reads_layers) continue;
-      group.x[i] = layer_row<T>(p, l, row);
-      group.next[i] = next.valid ? layer_row<T>(p, l, next) : group.x[i];
-    }
-    A dots[kGroup] = {};
-    // With the sums for the gain at hand, those for the weights follow from them at the end of the chunk.
-    if ((args.need_weights && sums.scale == nullptr) || (p.norm && any_gradient)) {
-      dispatch_group(count, p.norm, p.norm_weight != nullptr,
-                     [&](auto size, auto norm, auto gain) MMK_LAMBDA {
-                       dot_group<T, size.value, norm.value, gain.value>(dots, g, group, p.width);
-                     });
-    }
-    for (int i = 0; i < count; ++i) {
-      const int l = first + i;
-      sums.dot[l] += static_cast<double>(dots[i] * m[i].rstd);
-      if (sums.scale != nullptr) add_scale_gradient(sums.scale + l * p.width, g, group.x[i], m[i], p.width);
-      T* dx = static_cast<T*>(args.d_layer[l]);
-      if (dx != nullptr) {
-        write_layer_gradient(dx + r * p.width, g, group.x[i], p.norm, m[i], weights[l], dots[i],
-                             group.gain[i], p.width);
-      }
+  Moments<A> moments[kLayerMixMaxLayers];
+  A dots[kLayerMixMaxLayers] = {};
+  for (int l = 0; l < p.layers; ++l) {
+    moments[l] = {0, 1};
+    if (p.norm) moments[l] = {stats[(r * p.layers + l) * 2], stats[(r * p.layers + l) * 2 + 1]};
+  }
+  // With the sums for the gain at hand, those for the weights follow from them at the end of the chunk.
+  if ((args.need_weights && sums.scale == nullptr) || (p.norm && any_gradient)) {
+    dot_layers<T>(p, row, g, moments, dots);
+  }
+  for (int l = 0; l < p.layers; ++l) {
+    const T* x = layer_row<T>(p, l, row);
+    sums.dot[l] += static_cast<double>(dots[l] * moments[l].rstd);
+    if (sums.scale != nullptr) add_scale_gradient(sums.scale + l * p.width, g, x, moments[l], p.width);
+    T* dx = static_cast<T*>(args.d_layer[l]);
+    if (dx != nullptr) {
+      write_layer_gradient(dx + r * p.width, g, x, p.norm, moments[l], weights[l], dots[l],
+                           parameter_row<A>(p.norm_weight, l, p.width), p.width);
     }
   }
   if (sums.gradient != nullptr) {
@@ -390,6 +495,8 @@ MMK_INLINE void backward_chunk(const LayerMixBackward& args, int64_t chunk, acc_
     std::fill(sums.scale, sums.scale + p.layers * p.width, A(0));
   }
   if (sums.gradient != nullptr) std::fill(sums.gradient, sums.gradient + p.width, A(0));
+  bool any_gradient = false;
+  for (int l = 0; l < p.layers; ++l) any_gradient |= args.d_layer[l] != nullptr;
   const int64_t begin = chunk * chunks.rows_per_chunk;
   const int64_t end = std::min(rows, begin + chunks.rows_per_chunk);
   for (int64_t r = begin; r < end; ++r) {
@@ -398,7 +505,6 @@ MMK_INLINE void backward_chunk(const LayerMixBackward& args, int64_t chunk, acc_
       zero_padding_gradients<T>(args, r);
       continue;
     }
-    const Row next = r + 1 < end ? locate(p, r + 1) : Row{0, 0, false};
     const T* grad = static_cast<const T*>(args.grad) + row.batch * args.grad_batch_stride +
                     row.frame * args.grad_frame_stride;
     const A* g;
@@ -410,7 +516,7 @@ MMK_INLINE void backward_chunk(const LayerMixBackward& args, int64_t chunk, acc_
           [&](int64_t j) MMK_LAMBDA { wide_gradient[j] = convert(grad[j]); });
       g = wide_gradient;
     }
-    backward_row<T>(args, r, row, next, g, sums);
+    backward_row<T>(args, r, row, g, any_gradient, sums);
   }
   if (args.need_weights) write_dots<T>(args, chunk, sums);
 }

@@ -120,7 +120,8 @@ struct LayerMixGradients {
     d_layers.reserve(wanted.size());
     for (const int64_t l : wanted) {
       STD_TORCH_CHECK(l >= 0 && l < p.layers, "wanted: expected layer indices below ", p.layers, ", got ", l);
-      STD_TORCH_CHECK(args.d_layer[l] == nullptr, "wanted: expected every layer index once, got ", l, " again");
+      STD_TORCH_CHECK(args.d_layer[l] == nullptr, "wanted: expected every layer index once, got ", l,
+                      " again");
       d_layers.push_back(new_empty(first, {p.batch, p.frames, p.width}, first.scalar_type()));
       args.d_layer[l] = d_layers.back().mutable_data_ptr();
     }

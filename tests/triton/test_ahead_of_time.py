@@ -89,7 +89,14 @@ def check_resources(compiled: Any, capability: int, folder: pathlib.Path) -> Non
 
 
 MIX_FORWARD = {"EPS": 1e-5, "LAYERS": 3, "STATS_GIVEN": False, "ALIGNMENT": 2, "BLOCK_ROWS": 4, "BLOCK_D": 32}
-MIX_BACKWARD = {"LAYERS": 3, "WRITES_LAYERS": True, "ALIGNMENT": 2, "TILES": 2, "BLOCK_ROWS": 4, "BLOCK_D": 32}
+MIX_BACKWARD = {
+    "LAYERS": 3,
+    "WRITES_LAYERS": True,
+    "ALIGNMENT": 2,
+    "TILES": 2,
+    "BLOCK_ROWS": 4,
+    "BLOCK_D": 32,
+}
 PRODUCT = {"PRECISION": "ieee", "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 8}
 SMALL_LAUNCHES = [
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": True}),

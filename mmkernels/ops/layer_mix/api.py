@@ -119,8 +119,8 @@ def layer_mix(
     first = _check_first(layers)
     shape = first.shape
     backend = _common.choose_backend("layer_mix", backend, first)
-    # In the usual call on the CPU the compiled op compares the tensors itself, at less cost: they are looked at
-    # here only if it refuses.
+    # In the usual call on the CPU the compiled op compares the tensors itself, at less cost: here they are
+    # looked at only if it refuses.
     trusted = (
         backend == "native"
         and first.is_cpu
