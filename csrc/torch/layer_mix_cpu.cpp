@@ -20,12 +20,10 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& layers, const Tens
   return {outputs.out, outputs.stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(const Tensor& grad, const std::vector<Tensor>& layers,
-                                                    const Tensor& weights, const OptionalTensor& norm_weight,
-                                                    const OptionalTensor& norm_bias,
-                                                    const OptionalTensor& lengths, const Tensor& stats,
-                                                    bool norm, bool need_weights, bool need_affine,
-                                                    const std::vector<int64_t>& wanted) {
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
+    const Tensor& grad, const std::vector<Tensor>& layers, const Tensor& weights,
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& lengths,
+    const Tensor& stats, bool norm, bool need_weights, bool need_affine, const std::vector<int64_t>& wanted) {
   const LayerMixInputs inputs(layers, weights, norm_weight, norm_bias, lengths, norm, 0.0);
   const LayerMixParams& p = inputs.params;
   const LayerMixChunks chunks = layer_mix_chunks(p.batch * p.frames, need_affine);

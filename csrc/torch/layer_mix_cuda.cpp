@@ -19,12 +19,10 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& layers, const Tens
   return {outputs.out, outputs.stats};
 }
 
-std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(const Tensor& grad, const std::vector<Tensor>& layers,
-                                                    const Tensor& weights, const OptionalTensor& norm_weight,
-                                                    const OptionalTensor& norm_bias,
-                                                    const OptionalTensor& lengths, const Tensor& stats,
-                                                    bool norm, bool need_weights, bool need_affine,
-                                                    const std::vector<int64_t>& wanted) {
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
+    const Tensor& grad, const std::vector<Tensor>& layers, const Tensor& weights,
+    const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const OptionalTensor& lengths,
+    const Tensor& stats, bool norm, bool need_weights, bool need_affine, const std::vector<int64_t>& wanted) {
   STD_TORCH_CHECK(!layers.empty(), "layers: expected at least one tensor");
   const CudaScope scope(layers.front());
   const LayerMixInputs inputs(layers, weights, norm_weight, norm_bias, lengths, norm, 0.0);

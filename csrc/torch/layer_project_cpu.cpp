@@ -15,20 +15,22 @@ int64_t grain(int64_t width) {
   return 1 + 32768 / (width + 1);
 }
 
-// The folded parameters, and the dtype that the kernels and products run in: half precision is widened.
+// The folded parameters, if they are needed, and the dtype that the kernels and products run in: half
+// precision is widened.
 struct Folded {
   ScalarType type;
   DType dtype;
-  Tensor weight, bias;
+  OptionalTensor weight, bias;
 };
 
-Folded fold(const LayerProjectInputs& inputs) {
+Folded fold(const LayerProjectInputs& inputs, bool needed) {
   const auto [rows, taps, in, out] = inputs.shape;
   (void)rows;
   const DType given = dtype_of(inputs.x, "x");
   Folded folded;
   folded.type = accumulate_type(given);
   folded.dtype = given == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  if (!needed) return folded;
   folded.weight = inputs.norm() ? new_empty(inputs.x, {taps, out, in}, folded.type) : inputs.weight;
   folded.bias = new_empty(inputs.x, {taps, out}, folded.type);
   const LayerProjectFold args = {inputs.shape,
@@ -36,8 +38,8 @@ Folded fold(const LayerProjectInputs& inputs) {
                                  data_or_null(inputs.bias),
                                  data_or_null(inputs.norm_weight),
                                  data_or_null(inputs.norm_bias),
-                                 inputs.norm() ? folded.weight.mutable_data_ptr() : nullptr,
-                                 folded.bias.mutable_data_ptr()};
+                                 inputs.norm() ? folded.weight->mutable_data_ptr() : nullptr,
+                                 folded.bias->mutable_data_ptr()};
   torch::stable::parallel_for(0, taps * out, grain(in), [&](int64_t begin, int64_t end) {
     cpu::layer_project_fold(folded.dtype, args, begin, end);
   });
@@ -112,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
                                            int64_t activation_index, bool save) {
   LayerProjectInputs inputs(given_x, weight, bias, norm_weight, norm_bias);
   const Activation activation = activation_of(activation_index);
-  const Folded folded = fold(inputs);
+  const Folded folded = fold(inputs, true);
   const auto [rows, taps, in, out] = inputs.shape;
   const Tensor x = widened(inputs.x, folded.type);
   const bool save_value = save && needs_preactivation(activation);
@@ -122,11 +124,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
 
   const LayerProjectStats stats_args = {inputs.shape, view_of(x), eps, mutable_or_null(stats)};
   const LayerProjectActivate activate_args = {inputs.shape,           activation,
-                                              mutable_or_null(stats), folded.bias.const_data_ptr(),
+                                              mutable_or_null(stats), data_or_null(folded.bias),
                                               y.mutable_data_ptr(),   mutable_or_null(value)};
   Scratch scratch(x, out);
   for_each_group(taps, [&](int64_t first_tap, int64_t group) {
-    const Tensor group_weight = transposed(narrowed(folded.weight, first_tap, group));
+    const Tensor group_weight = transposed(narrowed(*folded.weight, first_tap, group));
     for_each_block(rows, [&](int64_t start, int64_t count) {
       for (int64_t tap = first_tap; inputs.norm() && tap < first_tap + group; ++tap) {
         torch::stable::parallel_for(start, start + count, grain(in), [&](int64_t begin, int64_t end) {
@@ -154,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& given_stats, int64_t activation_index, bool need_x, bool need_weight, bool need_norm) {
   LayerProjectInputs inputs(given_x, weight, bias, norm_weight, norm_bias);
   const Activation activation = activation_of(activation_index);
-  const Folded folded = fold(inputs);
+  const Folded folded = fold(inputs, need_x);
   const auto [rows, taps, in, out] = inputs.shape;
   const Tensor x = widened(inputs.x, folded.type);
   const ScalarType type = given_x.scalar_type();
@@ -180,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                         grad.const_data_ptr(),
                                         value.const_data_ptr(),
                                         stats_data,
-                                        folded.bias.const_data_ptr(),
+                                        data_or_null(folded.bias),
                                         nullptr,
                                         mutable_or_null(pull),
                                         partial_bias.mutable_data_ptr()};
@@ -201,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
               matrices(x, first_tap, group, 0, rows));
     }
     if (!need_x) return;
-    const Tensor group_weight = narrowed(folded.weight, first_tap, group);
+    const Tensor group_weight = narrowed(*folded.weight, first_tap, group);
     for_each_block(rows, [&](int64_t start, int64_t count) {
       const Tensor& product = product_scratch.sized(group, count);
       Tensor scaled_rows = scaled;

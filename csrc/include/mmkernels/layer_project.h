@@ -74,7 +74,7 @@ struct LayerProjectGradient {
   const void* grad;         // [N, L, C_out]
   const void* value;        // [N, L, C_out] z, or y where y determines the derivative
   const void* stats;        // null without norm
-  const void* folded_bias;  // [L, C_out]
+  const void* folded_bias;  // [L, C_out]; read only for pull
   void* scaled_grad;        // g: [N, C_out] of one tap; on CUDA [N, L, C_out]
   void* pull;               // [N, L] or null
   void* partial_bias;       // [chunks, L, C_out] sums of dz over the rows of a chunk
