@@ -1,7 +1,7 @@
 """Fused kernels for adapting speech and audio transformers, as torch ops.
 
-Ops: :func:`layer_mix`, :func:`layer_project`. Modules: :mod:`mmkernels.nn`. Existing models:
-:func:`accelerate`. What serves what on this machine: :func:`info`, or ``python -m mmkernels.info``.
+Ops: :func:`adapter`, :func:`layer_mix`, :func:`layer_project`. Modules: :mod:`mmkernels.nn`. Existing
+models: :func:`accelerate`. What serves what on this machine: :func:`info`, or ``python -m mmkernels.info``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from mmkernels import _library
+from mmkernels.ops.adapter import adapter
 from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_project import layer_project
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from mmkernels.patch import Report
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "accelerate", "info", "layer_mix", "layer_project"]
+__all__ = ["__version__", "accelerate", "adapter", "info", "layer_mix", "layer_project"]
 
 _library.load()
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from mmkernels.nn.adapter import Adapter
 from mmkernels.nn.featurizer import Featurizer
 from mmkernels.nn.layer_mix import LayerMix
 from mmkernels.nn.layer_project import LayerProject
 
-__all__ = ["Featurizer", "LayerMix", "LayerProject"]
+__all__ = ["Adapter", "Featurizer", "LayerMix", "LayerProject"]

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from mmkernels import _library
 
 BACKENDS = ("auto", "native", "triton", "reference")
 #: Index of a name = value of ``mmk::Activation`` in csrc/include/mmkernels/activation.h.
 ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
+#: What each of them is, for the definitions of the ops.
+ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "relu": functional.relu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
+    "silu": functional.silu,
+}
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 

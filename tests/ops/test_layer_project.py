@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 import mmkernels
-from mmkernels.ops._common import ACTIVATIONS, accumulate_dtype
+from mmkernels.ops._common import ACTIVATE, ACTIVATIONS, accumulate_dtype
 from mmkernels.ops.layer_project import reference
 from mmkernels.ops.layer_project.schema import OUTPUT_SUFFICES
 from mmkernels.testing import Call, OpSpec, Shape, op_tests
@@ -44,7 +44,7 @@ def eager(
             gain, shift = (p[tap].to(x.dtype) for p in (norm_weight, norm_bias))
             h = functional.layer_norm(h, h.shape[-1:], gain, shift)
         z = functional.linear(h, weight[tap].to(x.dtype), None if bias is None else bias[tap].to(x.dtype))
-        taps.append(reference.ACTIVATE[activation](z))
+        taps.append(ACTIVATE[activation](z))
     return torch.stack(taps, 1)
 
 

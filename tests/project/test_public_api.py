@@ -9,6 +9,10 @@ import mmkernels.nn
 
 SIGNATURES = {
     "accelerate": "(model)",
+    "adapter": (
+        "(x, down_weight, down_bias, up_weight, up_bias, *, residual=None, scale=1.0, activation='relu', "
+        "norm_weight=None, norm_bias=None, eps=1e-05, backend='auto')"
+    ),
     "info": "()",
     "layer_mix": (
         "(layers, weights, *, norm=False, eps=1e-05, norm_weight=None, norm_bias=None, lengths=None, "
@@ -19,7 +23,7 @@ SIGNATURES = {
         "backend='auto')"
     ),
 }
-MODULES = {"Featurizer", "LayerMix", "LayerProject"}
+MODULES = {"Adapter", "Featurizer", "LayerMix", "LayerProject"}
 
 
 def bare(function: object) -> str:
@@ -38,7 +42,7 @@ def test_modules() -> None:
 
 
 def test_public_docstrings_say_what_users_need() -> None:
-    for name in ("layer_mix", "layer_project"):
+    for name in ("adapter", "layer_mix", "layer_project"):
         text = inspect.getdoc(getattr(mmkernels, name)) or ""
         for part in ("Args:", "Returns:", "Raises:", "Gradients", "Source:"):
             assert part in text, f"{name}: {part}"

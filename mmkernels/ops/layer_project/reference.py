@@ -7,15 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmkernels.ops._common import accumulate_dtype
-
-ACTIVATE = {
-    "none": lambda z: z,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
-    "silu": functional.silu,
-}
+from mmkernels.ops._common import ACTIVATE, accumulate_dtype
 
 
 def layer_project(

@@ -1,0 +1,3 @@
+from mmkernels.ops.adapter.api import adapter
+
+__all__ = ["adapter"]

@@ -1,0 +1,39 @@
+"""The definition of :func:`mmkernels.adapter` in plain torch, for any floating dtype. Optimised for
+reading."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional
+
+from mmkernels.ops._common import ACTIVATE, accumulate_dtype
+
+
+def adapter(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    scale: float = 1.0,
+    activation: str = "relu",
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    accumulate = accumulate_dtype(x.dtype)
+
+    def wide(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(accumulate)
+
+    h = x.to(accumulate)
+    if norm_weight is not None:
+        h = functional.layer_norm(h, h.shape[-1:], wide(norm_weight), wide(norm_bias), eps)
+    h = functional.linear(h, down_weight.to(accumulate), wide(down_bias))
+    h = functional.linear(ACTIVATE[activation](h), up_weight.to(accumulate), wide(up_bias))
+    y = scale * h
+    if residual is None:
+        return y.to(x.dtype)
+    return (residual.to(accumulate) + y).to(residual.dtype)
