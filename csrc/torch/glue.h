@@ -11,6 +11,7 @@
 #include <initializer_list>
 #include <optional>
 
+#include "mmkernels/activation.h"
 #include "mmkernels/dtype.h"
 
 namespace mmk::glue {
@@ -97,6 +98,16 @@ inline OptionalTensor checked(const OptionalTensor& tensor, std::initializer_lis
 
 inline const void* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
+}
+
+inline void* mutable_or_null(const Tensor& tensor) {
+  return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr();
+}
+
+inline Activation activation_of(int64_t value) {
+  STD_TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(Activation::kSilu),
+                  "activation: expected 0 to ", static_cast<int64_t>(Activation::kSilu), ", got ", value);
+  return static_cast<Activation>(value);
 }
 
 }  // namespace mmk::glue

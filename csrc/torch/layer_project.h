@@ -34,18 +34,8 @@ struct LayerProjectInputs {
   bool norm() const { return norm_weight.has_value(); }
 };
 
-inline Activation activation_of(int64_t value) {
-  STD_TORCH_CHECK(value >= 0 && value <= static_cast<int64_t>(Activation::kSilu),
-                  "activation: expected 0 to ", static_cast<int64_t>(Activation::kSilu), ", got ", value);
-  return static_cast<Activation>(value);
-}
-
 inline LayerProjectInput view_of(const Tensor& x) {
   return {x.const_data_ptr(), x.stride(0), x.stride(1)};
-}
-
-inline void* mutable_or_null(const Tensor& tensor) {
-  return tensor.numel() == 0 ? nullptr : tensor.mutable_data_ptr();
 }
 
 }  // namespace mmk::glue

@@ -28,6 +28,12 @@ struct AdapterShape {
   int64_t bottleneck;
 };
 
+// (rows, width) by the stride of its rows; the last one is 1.
+struct AdapterRows {
+  const void* data;
+  int64_t row_stride;
+};
+
 // Of the accumulation type of x, contiguous; null where absent. The LayerNorm is there iff norm_weight is.
 struct AdapterParameters {
   const void* down_weight;  // [bottleneck, width]
