@@ -10,23 +10,6 @@
 namespace mmk::cpu {
 namespace {
 
-// The products run in float or double; half-precision tensors are widened before.
-template <class Body>
-MMK_INLINE void dispatch_wide(DType dtype, Body&& body) {
-  if (dtype == DType::kFloat64) return body(double{});
-  return body(float{});
-}
-
-template <class A>
-const A* at(const void* data, int64_t offset) {
-  return data == nullptr ? nullptr : static_cast<const A*>(data) + offset;
-}
-
-template <class A>
-A* at(void* data, int64_t offset) {
-  return data == nullptr ? nullptr : static_cast<A*>(data) + offset;
-}
-
 template <class A>
 MMK_INLINE void fold(const LayerProjectFold& args, int64_t begin, int64_t end) {
   const int64_t inputs = args.shape.inputs;

@@ -157,4 +157,22 @@ MMK_INLINE void dispatch(DType dtype, Body&& body) {
   }
 }
 
+// The same for ops that run in float or double, with half-precision tensors widened before.
+template <class Body>
+MMK_INLINE auto dispatch_wide(DType dtype, Body&& body) {
+  if (dtype == DType::kFloat64) return body(double{});
+  return body(float{});
+}
+
+// Element `offset` of untyped memory; null stays null.
+template <class A>
+MMK_INLINE const A* at(const void* data, int64_t offset) {
+  return data == nullptr ? nullptr : static_cast<const A*>(data) + offset;
+}
+
+template <class A>
+MMK_INLINE A* at(void* data, int64_t offset) {
+  return data == nullptr ? nullptr : static_cast<A*>(data) + offset;
+}
+
 }  // namespace mmk::cpu

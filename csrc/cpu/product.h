@@ -1,0 +1,124 @@
+// Matrix products of a few rows with a matrix that stays in cache, for products with a small dimension, which
+// the general BLAS does not serve well. Tiles of kTileRows x kPanel sums in registers.
+#pragma once
+
+#include <algorithm>
+
+#include "cpu/simd.h"
+
+namespace mmk::cpu {
+
+constexpr int kTileRows = 6;
+template <class A>
+constexpr int64_t kPanel = 2 * kLanes<A>;
+
+template <class A>
+constexpr int64_t panels(int64_t columns) {
+  return (columns + kPanel<A> - 1) / kPanel<A>;
+}
+
+// A matrix B (depth, columns) in panels of kPanel columns, each dense by rows; zero beyond the last column.
+template <class A>
+struct Packed {
+  const A* data;
+  int64_t depth;
+  int64_t columns;
+
+  MMK_INLINE const A* panel(int64_t index) const { return data + index * depth * kPanel<A>; }
+};
+
+template <class A>
+constexpr int64_t packed_size(int64_t depth, int64_t columns) {
+  return panels<A>(columns) * kPanel<A> * depth;
+}
+
+// Writes panels [begin, end) of B, whose element (k, n) is source[k * depth_stride + n * column_stride].
+template <class A>
+MMK_INLINE void pack(const A* source, int64_t depth_stride, int64_t column_stride, const Packed<A>& layout,
+                     A* packed, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = index * kPanel<A>;
+    const int64_t count = std::min(kPanel<A>, layout.columns - first);
+    A* panel = packed + index * layout.depth * kPanel<A>;
+    for (int64_t k = 0; k < layout.depth; ++k) {
+      A* row = panel + k * kPanel<A>;
+      for (int64_t n = 0; n < count; ++n) row[n] = source[k * depth_stride + (first + n) * column_stride];
+      std::fill(row + count, row + kPanel<A>, A(0));
+    }
+  }
+}
+
+template <class A>
+struct Tile {
+  vec_t<A> sums[kTileRows][2];
+};
+
+// sums[i] = sum_k a[i][k] * panel[k]. Rows beyond the last are given as repetitions of it.
+template <class A>
+MMK_INLINE void multiply(Tile<A>& tile, const A* const (&a)[kTileRows], const A* panel, int64_t depth) {
+  // Sums by name: as an array the compiler would keep them in memory.
+  const A *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
+  vec_t<A> s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {};
+  vec_t<A> s30 = {}, s31 = {}, s40 = {}, s41 = {}, s50 = {}, s51 = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const vec_t<A> b0 = load(panel + k * kPanel<A>), b1 = load(panel + k * kPanel<A> + kLanes<A>);
+    s00 += a0[k] * b0;
+    s01 += a0[k] * b1;
+    s10 += a1[k] * b0;
+    s11 += a1[k] * b1;
+    s20 += a2[k] * b0;
+    s21 += a2[k] * b1;
+    s30 += a3[k] * b0;
+    s31 += a3[k] * b1;
+    s40 += a4[k] * b0;
+    s41 += a4[k] * b1;
+    s50 += a5[k] * b0;
+    s51 += a5[k] * b1;
+  }
+  tile = {{{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}, {s40, s41}, {s50, s51}}};
+}
+
+// sums[i] = sum_k a[k][i] * panel[k]: the product with the transpose of a, whose rows are row_stride apart.
+template <class A>
+MMK_INLINE void multiply_transposed(Tile<A>& tile, const A* a, int64_t row_stride, const A* panel,
+                                    int64_t depth) {
+  vec_t<A> s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {};
+  vec_t<A> s30 = {}, s31 = {}, s40 = {}, s41 = {}, s50 = {}, s51 = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    const vec_t<A> b0 = load(panel + k * kPanel<A>), b1 = load(panel + k * kPanel<A> + kLanes<A>);
+    const A* row = a + k * row_stride;
+    s00 += row[0] * b0;
+    s01 += row[0] * b1;
+    s10 += row[1] * b0;
+    s11 += row[1] * b1;
+    s20 += row[2] * b0;
+    s21 += row[2] * b1;
+    s30 += row[3] * b0;
+    s31 += row[3] * b1;
+    s40 += row[4] * b0;
+    s41 += row[4] * b1;
+    s50 += row[5] * b0;
+    s51 += row[5] * b1;
+  }
+  tile = {{{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}, {s40, s41}, {s50, s51}}};
+}
+
+// Calls finish(row, panel, sums of that row) for the product of rows [0, rows) of a, row_stride apart, with
+// B.
+template <class A, class Finish>
+MMK_INLINE void product(const A* a, int64_t row_stride, int64_t rows, const Packed<A>& b, Finish&& finish) {
+  const int64_t count = panels<A>(b.columns);
+  for (int64_t index = 0; index < count; ++index) {
+    for (int64_t first = 0; first < rows; first += kTileRows) {
+      const A* of_rows[kTileRows];
+      for (int i = 0; i < kTileRows; ++i) of_rows[i] = a + std::min(first + i, rows - 1) * row_stride;
+      Tile<A> tile;
+      multiply(tile, of_rows, b.panel(index), b.depth);
+      for (int i = 0; i < kTileRows; ++i) {
+        if (first + i < rows) finish(first + i, index, tile.sums[i]);
+      }
+    }
+  }
+}
+
+}  // namespace mmk::cpu

@@ -1,0 +1,203 @@
+#include "mmkernels/layer_project.h"
+#include "torch/adapter.h"
+#include "torch/layer_project.h"
+
+namespace mmk::glue {
+namespace {
+
+// A thread is worth its start for about 32,000 elements.
+int64_t grain(int64_t width) {
+  return 1 + 32768 / (width + 1);
+}
+
+Tensor widened(const Tensor& tensor, ScalarType wide) {
+  return tensor.scalar_type() == wide ? tensor : torch::stable::to(tensor, wide);
+}
+
+OptionalTensor widened(const OptionalTensor& tensor, ScalarType wide) {
+  if (!tensor.has_value()) return std::nullopt;
+  return widened(*tensor, wide);
+}
+
+// The tensors of a call in the type that the kernels run in: half precision is widened.
+struct Wide {
+  ScalarType type;
+  DType dtype;
+  Tensor x;
+
+  explicit Wide(const AdapterInputs& inputs)
+      : type(inputs.accumulate()),
+        dtype(inputs.dtype() == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32),
+        x(widened(inputs.x, type)) {}
+};
+
+// A matrix (depth, columns), whose element (k, n) is source[k * depth_stride + n * column_stride], laid out
+// for the products.
+Tensor packed(const Wide& wide, const Tensor& source, int64_t depth, int64_t columns, int64_t depth_stride,
+              int64_t column_stride) {
+  const Tensor result = new_empty(wide.x, {cpu::adapter_packed_size(wide.dtype, depth, columns)}, wide.type);
+  const cpu::AdapterPack args = {source.const_data_ptr(), depth_stride, column_stride, depth, columns,
+                                 mutable_or_null(result)};
+  torch::stable::parallel_for(
+      0, cpu::adapter_panels(wide.dtype, columns), grain(depth * 16),
+      [&](int64_t begin, int64_t end) { cpu::adapter_pack(wide.dtype, args, begin, end); });
+  return result;
+}
+
+// The down-projection with the LayerNorm folded in: Vc and b'.
+struct Folded {
+  Tensor weight, bias;
+};
+
+LayerProjectShape projection_shape(const AdapterShape& shape) {
+  return {shape.rows, 1, shape.width, shape.bottleneck};
+}
+
+Folded fold(const AdapterInputs& inputs, const Wide& wide) {
+  const auto [rows, width, bottleneck] = inputs.shape;
+  const Folded folded = {
+      inputs.norm() ? new_empty(wide.x, {bottleneck, width}, wide.type) : inputs.down_weight,
+      new_empty(wide.x, {bottleneck}, wide.type)};
+  const AdapterParameters parameters = inputs.parameters();
+  const LayerProjectFold args = {
+      projection_shape(inputs.shape), parameters.down_weight,
+      parameters.down_bias,           parameters.norm_weight,
+      parameters.norm_bias,           inputs.norm() ? mutable_or_null(folded.weight) : nullptr,
+      mutable_or_null(folded.bias)};
+  torch::stable::parallel_for(0, bottleneck, grain(width), [&](int64_t begin, int64_t end) {
+    cpu::layer_project_fold(wide.dtype, args, begin, end);
+  });
+  return folded;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& down_weight,
+                                           const OptionalTensor& down_bias, const Tensor& up_weight,
+                                           const OptionalTensor& up_bias,
+                                           const OptionalTensor& given_residual,
+                                           const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                                           double scale, double eps, int64_t activation_index, bool add_input,
+                                           bool save) {
+  const AdapterInputs inputs(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias);
+  const auto [rows, width, bottleneck] = inputs.shape;
+  const OptionalTensor residual = inputs.residual(given_residual, add_input);
+  const ScalarType out_type = residual.has_value() ? residual->scalar_type() : inputs.x.scalar_type();
+  const Wide wide(inputs);
+  const OptionalTensor wide_residual = add_input ? OptionalTensor(wide.x) : widened(residual, wide.type);
+  const Folded folded = fold(inputs, wide);
+  const Tensor down = packed(wide, folded.weight, width, bottleneck, 1, width);
+  const Tensor up = packed(wide, inputs.up_weight, bottleneck, width, 1, bottleneck);
+  const Tensor out = new_empty(wide.x, {rows, width}, wide.type);
+  const Tensor hidden = new_empty(wide.x, {save ? rows : 0, bottleneck}, wide.type);
+  const Tensor stats = new_empty(wide.x, {save && inputs.norm() ? rows : 0, 2}, wide.type);
+  const cpu::AdapterForward args = {inputs.shape,
+                                    activation_of(activation_index),
+                                    scale,
+                                    eps,
+                                    inputs.norm(),
+                                    rows_of(wide.x),
+                                    rows_of(wide_residual),
+                                    mutable_or_null(down),
+                                    mutable_or_null(up),
+                                    mutable_or_null(folded.bias),
+                                    inputs.parameters().up_bias,
+                                    mutable_or_null(out),
+                                    mutable_or_null(hidden),
+                                    mutable_or_null(stats)};
+  torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
+    cpu::adapter_forward(wide.dtype, args, begin, end);
+  });
+  return {widened(out, out_type), widened(hidden, inputs.x.scalar_type()), stats};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& given_grad, const Tensor& x, const Tensor& down_weight, const OptionalTensor& down_bias,
+    const Tensor& up_weight, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+    const Tensor& given_hidden, const Tensor& given_stats, double scale, int64_t activation_index,
+    bool add_input, bool need_x, bool need_down, bool need_up, bool need_norm) {
+  const AdapterInputs inputs(x, down_weight, down_bias, up_weight, std::nullopt, norm_weight, norm_bias);
+  const auto [rows, width, bottleneck] = inputs.shape;
+  STD_TORCH_CHECK(inputs.norm() || !need_norm, "need_norm: expected False without norm_weight");
+  const Wide wide(inputs);
+  const Tensor grad = widened(inputs.grad(given_grad), wide.type);
+  const Tensor hidden = widened(inputs.hidden(given_hidden), wide.type);
+  const OptionalTensor stats = inputs.stats(given_stats);
+  const auto empty = [&](std::initializer_list<int64_t> sizes) {
+    return new_empty(wide.x, sizes, wide.type);
+  };
+
+  // The gain's gradient comes out of the product's, so the product is needed for either.
+  const bool need_product = need_down || need_norm;
+  const int64_t chunks = cpu::adapter_chunks(inputs.shape).chunks;
+  const Tensor dx = empty({need_x ? rows : 0, width});
+  const Tensor d_down = empty({need_product ? bottleneck : 0, width});
+  const Tensor d_hidden_bias = empty({need_product ? bottleneck : 0});
+  const Tensor d_up = empty({need_up ? width : 0, bottleneck});
+  const Tensor d_up_bias = empty({need_up ? width : 0});
+  const Tensor d_norm_weight = empty({need_norm ? width : 0});
+  const Tensor d_norm_bias = empty({need_norm ? width : 0});
+  const Tensor partial_down = empty({need_product ? chunks : 0, bottleneck, width});
+  const Tensor partial_hidden_bias = empty({chunks, bottleneck});
+  const Tensor partial_up = empty({need_up ? chunks : 0, bottleneck, width});
+  const Tensor partial_up_bias = empty({need_up ? chunks : 0, width});
+
+  const Tensor up = packed(wide, inputs.up_weight, width, bottleneck, bottleneck, 1);
+  OptionalTensor down, bias;
+  if (need_x) {
+    const Folded folded = fold(inputs, wide);
+    down = packed(wide, folded.weight, bottleneck, width, width, 1);
+    bias = folded.bias;
+  }
+  const cpu::AdapterBackward args = {inputs.shape,
+                                     activation_of(activation_index),
+                                     scale,
+                                     add_input,
+                                     rows_of(grad),
+                                     rows_of(wide.x),
+                                     mutable_or_null(hidden),
+                                     data_or_null(stats),
+                                     mutable_or_null(up),
+                                     data_or_null(down),
+                                     data_or_null(bias),
+                                     mutable_or_null(dx),
+                                     mutable_or_null(partial_down),
+                                     mutable_or_null(partial_hidden_bias),
+                                     mutable_or_null(partial_up),
+                                     mutable_or_null(partial_up_bias)};
+  torch::stable::parallel_for(
+      0, chunks, 1, [&](int64_t begin, int64_t end) { cpu::adapter_backward(wide.dtype, args, begin, end); });
+  const cpu::AdapterReduce reduce_args = {inputs.shape,
+                                          scale,
+                                          mutable_or_null(partial_down),
+                                          mutable_or_null(partial_up),
+                                          mutable_or_null(partial_up_bias),
+                                          mutable_or_null(d_down),
+                                          mutable_or_null(d_up),
+                                          mutable_or_null(d_up_bias)};
+  torch::stable::parallel_for(0, width, grain(bottleneck * chunks), [&](int64_t begin, int64_t end) {
+    cpu::adapter_reduce(wide.dtype, reduce_args, begin, end);
+  });
+  if (need_product) {
+    const AdapterParameters parameters = inputs.parameters();
+    const LayerProjectUnfold unfold_args = {projection_shape(inputs.shape),
+                                            chunks,
+                                            mutable_or_null(partial_hidden_bias),
+                                            parameters.down_weight,
+                                            parameters.norm_weight,
+                                            parameters.norm_bias,
+                                            mutable_or_null(d_down),
+                                            mutable_or_null(d_hidden_bias),
+                                            mutable_or_null(d_norm_weight),
+                                            mutable_or_null(d_norm_bias)};
+    cpu::layer_project_unfold(wide.dtype, unfold_args, 0, 1);
+  }
+  const ScalarType type = inputs.x.scalar_type();
+  return {widened(dx, type), d_down, d_hidden_bias, d_up, d_up_bias, d_norm_weight, d_norm_bias};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {
+  m.impl("adapter_fwd", TORCH_BOX(&forward));
+  m.impl("adapter_bwd", TORCH_BOX(&backward));
+}
+
+}  // namespace
+}  // namespace mmk::glue
