@@ -68,6 +68,8 @@ def _rows(op: str, shape: str, variant: str, direction: str, **more: Any) -> dic
 
 _MIX = ("layer_mix", "hubert-base")
 _CPU = {"dtype": "float32", "device": "cpu", "memory": "system"}
+_ADAPTER = ("adapter", "hubert-base, d=64")
+_AST = ("adapter", "ast-base, 32 clips, d=64")
 _LARGE = ("layer_mix", "wav2vec2-large")
 _CUDA = {"dtype": "bfloat16", "device": "cuda"}
 
@@ -110,6 +112,35 @@ TARGETS = (
         1.3,
         "papers",
     ),
+    Target("adapter forward / eager", _rows(*_ADAPTER, "relu", "forward", **_CPU), "speedup", 1.6, "papers"),
+    Target(
+        "adapter forward + backward / eager",
+        _rows(*_ADAPTER, "relu", "forward_backward", **_CPU),
+        "speedup",
+        1.4,
+        "papers",
+    ),
+    Target(
+        "adapter norm forward / eager",
+        _rows(*_ADAPTER, "norm+relu", "forward", **_CPU),
+        "speedup",
+        1.8,
+        "papers",
+    ),
+    Target(
+        "adapter norm forward + backward / eager",
+        _rows(*_ADAPTER, "norm+relu", "forward_backward", **_CPU),
+        "speedup",
+        1.6,
+        "papers",
+    ),
+    Target(
+        "adapter, every row / compile",
+        {"op": "adapter", "device": "cpu", "headline": True},
+        "speedup",
+        1.2,
+        "compile",
+    ),
     Target("eager call of a tiny layer_mix", {"op": "overhead", "direction": "call"}, "seconds", 15e-6),
     Target("import mmkernels beyond torch", {"op": "overhead", "direction": "import"}, "seconds", 0.3),
     Target("layer_mix forward, share of copy", _rows(*_LARGE, "", "forward", **_CUDA), "share", 0.88),
@@ -119,4 +150,7 @@ TARGETS = (
     Target(
         "layer_mix norm d_weights, share of copy", _rows(*_LARGE, "norm", "backward", **_CUDA), "share", 0.75
     ),
+    Target("adapter forward, share of copy", _rows(*_AST, "relu", "forward", **_CUDA), "share", 0.75),
+    # Asked is half of the copy bandwidth on the 5 R D elements that pass in practice; a row counts 3 R D.
+    Target("adapter backward, share of copy", _rows(*_AST, "relu", "backward", **_CUDA), "share", 0.3),
 )

@@ -82,8 +82,8 @@ def raw(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
     out, hidden, stats = torch.ops.mmkernels.adapter_fwd(*forward)
     # fmt: off
     backward = (
-        torch.randn_like(out).to(x.dtype), x, *down, p["up_weight"], *gain, hidden, stats, a["scale"], activation,
-        add_input, True, True, True, norm,
+        torch.randn_like(out).to(x.dtype), x, *down, p["up_weight"], *gain, hidden, stats, a["scale"],
+        activation, add_input, True, True, True, norm,
     )
     # fmt: on
     return [(torch.ops.mmkernels.adapter_fwd, forward), (torch.ops.mmkernels.adapter_bwd, backward)]
@@ -141,3 +141,170 @@ SPEC = OpSpec(
     alone=alone,
 )
 TestAdapter = op_tests(SPEC)
+
+
+def inputs(rows: int = 40, width: int = 24, bottleneck: int = 8, norm: bool = False) -> dict[str, Any]:
+    """Arguments whose tensors all require gradients, as leaves."""
+    shape = {"N": (rows,), "D": width, "d": bottleneck, "norm": norm, "activation": "gelu"}
+    call = make(shape, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(3))
+    return call.detached().arguments
+
+
+def leaves(arguments: dict[str, Any]) -> list[Tensor]:
+    return [t for t in arguments.values() if isinstance(t, Tensor) and t.requires_grad]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_input_as_residual(norm: bool) -> None:
+    """The same result and gradients as with a copy of the input beside it."""
+    own = inputs(norm=norm)
+    out = mmkernels.adapter(**{**own, "residual": own["x"]})
+    grad = torch.randn_like(out)
+    gradients = torch.autograd.grad(out, leaves(own), grad)
+
+    wide = {n: t.detach().double().requires_grad_() if isinstance(t, Tensor) else t for n, t in own.items()}
+    exact = reference.adapter(**{**wide, "residual": wide["x"]})
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    expected = torch.autograd.grad(exact, leaves(wide), grad.double())
+    for found, target in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(found.double(), target, rtol=1e-5, atol=1e-4)
+
+
+def test_wide_residual_beside_half_precision() -> None:
+    arguments = {name: t.detach() if isinstance(t, Tensor) else t for name, t in inputs().items()}
+    arguments["x"] = arguments["x"].bfloat16()
+    residual = torch.randn(40, 24) * 1000
+    out = mmkernels.adapter(**{**arguments, "residual": residual})
+    added = mmkernels.adapter(**arguments)
+    assert out.dtype == torch.float32
+    assert added.dtype == torch.bfloat16
+    torch.testing.assert_close(out - residual, added.float(), rtol=0.02, atol=0.02)
+
+
+def test_autocast_keeps_the_residual_stream() -> None:
+    """Under autocast the adapter computes in bfloat16, and what it is added to stays in float32."""
+    module = Adapter(24, 8)
+    torch.nn.init.normal_(module.up_weight, std=1e-3)
+    x = torch.randn(5, 24) * 100
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x)
+    assert out.dtype == torch.float32
+    assert (out - x).abs().max() < 1
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_first_step_is_exact(norm: bool) -> None:
+    """With the up-projection at zero the input passes unchanged and the down-projection gets no gradient."""
+    module = Adapter(48, 12, activation="gelu", norm=norm)
+    x = torch.randn(70, 48, requires_grad=True)
+    out = module(x)
+    assert torch.equal(out, x)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    assert torch.equal(x.grad, grad)
+    assert module.down_weight.grad.count_nonzero() == 0
+    assert module.down_bias.grad.count_nonzero() == 0
+    assert module.up_weight.grad.count_nonzero() > 0
+
+
+def saved_bytes(run: Any, parameters: list[Tensor]) -> int:
+    kept = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in kept:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = run()
+    del out
+    return sum(sizes.values())
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_saves_the_input_and_one_hidden_tensor(norm: bool) -> None:
+    rows, width, bottleneck = 256, 64, 16
+    arguments = inputs(rows, width, bottleneck, norm)
+    x = arguments["x"] * 1  # the output of another module, which the adapter keeps alive
+    parameters = [arguments[name] for name in PARAMETERS if arguments[name] is not None]
+    call = {**arguments, "x": x, "residual": x}
+    ours = saved_bytes(lambda: mmkernels.adapter(**call), parameters)
+    assert ours == 4 * rows * (width + bottleneck + 2 * norm)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_no_gradient_is_computed_for_frozen_parameters(norm: bool) -> None:
+    call = make(
+        {"N": (6,), "D": 8, "d": 4, "norm": norm}, torch.float32, torch.device("cpu"), torch.Generator()
+    )
+    (_, _), (op, arguments) = raw(call)
+    wanted = list(arguments)
+    wanted[-4:] = [True, False, False, False]
+    dx, *others = op(*wanted)
+    assert dx.shape == (6, 8)
+    assert all(other.numel() == 0 for other in others)
+    assert torch.equal(dx, op(*arguments)[0])
+
+
+class TestBadInput:
+    def test_shapes(self) -> None:
+        good = inputs(5, 8, 4)
+        bad = {
+            r"down_weight must have shape \(d, D\) = \(d, 8\)": {"down_weight": torch.randn(4, 7)},
+            r"down_bias must have shape \(4,\), got \(8,\)": {"down_bias": torch.randn(8)},
+            r"up_weight must have shape \(8, 4\), got \(4, 8\)": {"up_weight": torch.randn(4, 8)},
+            r"up_bias must have shape \(8,\), got \(4,\)": {"up_bias": torch.randn(4)},
+            r"norm_weight must have shape \(8,\), got \(4,\)": {"norm_weight": torch.randn(4)},
+            "norm_bias needs norm_weight": {"norm_bias": torch.randn(8)},
+            r"residual must have the shape of x, \(5, 8\), got \(8,\)": {"residual": torch.randn(8)},
+            "activation must be one of none, relu, gelu, gelu_tanh, silu, got 'swish'": {
+                "activation": "swish"
+            },
+        }
+        for message, change in bad.items():
+            with pytest.raises(ValueError, match=message):
+                mmkernels.adapter(**{**good, **change})
+
+    def test_types_and_devices(self) -> None:
+        good = inputs(5, 8, 4)
+        with pytest.raises(TypeError, match="x must be a tensor, got list"):
+            mmkernels.adapter(**{**good, "x": [good["x"]]})
+        with pytest.raises(TypeError, match="up_weight must be a tensor, got None"):
+            mmkernels.adapter(**{**good, "up_weight": None})
+        with pytest.raises(TypeError, match=r"residual must be torch.float32 like x"):
+            mmkernels.adapter(**{**good, "residual": torch.randn(5, 8).half()})
+        with pytest.raises(ValueError, match="up_weight is on meta, the other tensors are on cpu"):
+            mmkernels.adapter(**{**good, "up_weight": good["up_weight"].to("meta")})
+        with pytest.raises(ValueError, match="residual is on meta, x is on cpu"):
+            mmkernels.adapter(**{**good, "residual": torch.randn(5, 8, device="meta")})
+
+    def test_module(self) -> None:
+        with pytest.raises(ValueError, match="bottleneck must be at least 1, got 0"):
+            Adapter(8, 0)
+        with pytest.raises(ValueError, match="activation must be one of"):
+            Adapter(8, 4, activation="swish")
+
+    def test_raw_op_survives_bad_input(self) -> None:
+        x, down, up = torch.randn(5, 8), torch.randn(4, 8), torch.randn(8, 4)
+        rest = (None, 1.0, 1e-5, 1, False, True)
+        op = torch.ops.mmkernels.adapter_fwd
+        for arguments in (
+            (x, down[:, :7], None, up, None, None, None, *rest),
+            (x, down, None, up[:7], None, None, None, *rest),
+            (x, down.double(), None, up, None, None, None, *rest),
+            (x[0], down, None, up, None, None, None, *rest),
+            (x, down, None, up, None, torch.randn(5, 7), None, *rest),
+            (x, down, None, up, None, None, None, torch.randn(8), *rest[1:]),
+            (x, down, None, up, None, None, None, None, 1.0, 1e-5, 9, False, True),
+            (x, down, None, up, None, x, None, None, 1.0, 1e-5, 1, True, True),
+        ):
+            with pytest.raises(RuntimeError):
+                op(*arguments)
+
+
+def test_parameter_counts() -> None:
+    """AAT's adapter, and HFF's with its LayerNorm."""
+    assert sum(p.numel() for p in Adapter(768, 192, activation="gelu").parameters()) == 295_872
+    assert sum(p.numel() for p in Adapter(1024, 128, norm=True).parameters()) == 265_344
