@@ -1,5 +1,6 @@
 """Transfer of speech and audio transformers: rebuilds of published methods on the ops of `mmkernels`.
 
+    from mmtransfer import aat        # adapters in a frozen encoder, and other ways to tune a few parameters
     from mmtransfer import hff        # hierarchical feature fusion over a frozen encoder
     from mmtransfer import data       # labelled recordings, real and generated
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_SUBMODULES = ("compare", "data", "hff", "models", "report", "train")
+_SUBMODULES = ("aat", "compare", "data", "hff", "models", "report", "train")
 
 __all__ = list(_SUBMODULES)
 

@@ -41,12 +41,17 @@ class ModelDescription:
         layer_attention: the self-attention module; it returns a tensor or a tuple led by one.
         layer_query, layer_key, layer_value, layer_attention_output: its linear projections.
         layer_mlp: the two linear layers of the (last, where there are two) feed-forward block, in order.
+        activation: config attribute that names the activation between the two.
+        calls_attention_output: whether `layer_attention_output` is called as a module; elsewhere its weights
+            go into a function, and what it makes is the (first) result of `layer_attention`.
+        attention_alone_mixes: whether tokens of a layer meet in its attention only, so that others can be put
+            in front of them.
     """
 
     model_type: str
     encoder: tuple[str, ...]
     layers: str
-    main_input: Literal["input_values", "input_features", "input_ids"]
+    main_input: Literal["input_values", "input_features", "input_ids", "pixel_values"]
     input_dims: int
     time_dim: int
     frames: Literal["conv", "halved", "same", "fixed"]
@@ -63,6 +68,9 @@ class ModelDescription:
     final_norm_if: str | None = None
     last_state_normed: bool = False
     prefix_tokens: int = 0
+    activation: str = "hidden_act"
+    calls_attention_output: bool = True
+    attention_alone_mixes: bool = True
 
 
 _WAV2VEC2 = ModelDescription(
@@ -97,6 +105,28 @@ _CONFORMER = replace(
     layer_value="self_attn.linear_v",
     layer_attention_output="self_attn.linear_out",
     layer_mlp=("ffn2.intermediate_dense", "ffn2.output_dense"),
+    attention_alone_mixes=False,
+)
+
+_AST = ModelDescription(
+    model_type="audio-spectrogram-transformer",
+    encoder=("audio_spectrogram_transformer", ""),
+    layers="layers",
+    main_input="input_values",
+    input_dims=3,
+    time_dim=1,
+    frames="fixed",
+    takes_mask=False,
+    padding="exact",
+    final_norm="layernorm",
+    # The class token and the distillation token.
+    prefix_tokens=2,
+    layer_attention="attention",
+    layer_query="attention.q_proj",
+    layer_key="attention.k_proj",
+    layer_value="attention.v_proj",
+    layer_attention_output="attention.o_proj",
+    layer_mlp=("mlp.fc1", "mlp.fc2"),
 )
 
 _BERT = ModelDescription(
@@ -119,7 +149,7 @@ _BERT = ModelDescription(
 _ROWS = (
     _WAV2VEC2,
     replace(_WAV2VEC2, model_type="hubert", encoder=("hubert", "")),
-    replace(_WAV2VEC2, model_type="wavlm", encoder=("wavlm", "")),
+    replace(_WAV2VEC2, model_type="wavlm", encoder=("wavlm", ""), calls_attention_output=False),
     replace(_WAV2VEC2, model_type="unispeech", encoder=("unispeech", "")),
     replace(_WAV2VEC2, model_type="unispeech-sat", encoder=("unispeech_sat", "")),
     replace(
@@ -161,26 +191,17 @@ _ROWS = (
         layer_value="self_attn.v_proj",
         layer_attention_output="self_attn.out_proj",
         layer_mlp=("fc1", "fc2"),
+        activation="activation_function",
     ),
-    ModelDescription(
-        model_type="audio-spectrogram-transformer",
-        encoder=("audio_spectrogram_transformer", ""),
-        layers="layers",
-        main_input="input_values",
-        input_dims=3,
-        time_dim=1,
-        frames="fixed",
-        takes_mask=False,
-        padding="exact",
-        final_norm="layernorm",
-        # The class token and the distillation token.
-        prefix_tokens=2,
-        layer_attention="attention",
-        layer_query="attention.q_proj",
-        layer_key="attention.k_proj",
-        layer_value="attention.v_proj",
-        layer_attention_output="attention.o_proj",
-        layer_mlp=("mlp.fc1", "mlp.fc2"),
+    _AST,
+    replace(
+        _AST,
+        model_type="vit",
+        encoder=("vit", ""),
+        main_input="pixel_values",
+        input_dims=4,
+        time_dim=3,
+        prefix_tokens=1,
     ),
     _BERT,
     replace(_BERT, model_type="roberta", encoder=("roberta", "")),
@@ -195,6 +216,7 @@ _ROWS = (
         layer_value="attention.v_lin",
         layer_attention_output="attention.out_lin",
         layer_mlp=("ffn.lin1", "ffn.lin2"),
+        activation="activation",
     ),
 )
 
@@ -223,9 +245,12 @@ def describe(model: nn.Module) -> ModelDescription:
     return MODELS[model_type]
 
 
-def find_encoder(model: nn.Module) -> nn.Module:
-    """The encoder inside a model with a head or a decoder, or the model itself if it is the encoder."""
-    description = describe(model)
+def find_encoder(model: nn.Module, description: ModelDescription | None = None) -> nn.Module:
+    """The encoder inside a model with a head or a decoder, or the model itself if it is the encoder.
+
+    A model that is not in the table, nor of transformers, needs its `description`.
+    """
+    description = description or describe(model)
     for path in description.encoder:
         encoder = _lookup(model, path)
         if encoder is not None and _lookup(encoder, description.layers) is not None:
@@ -236,9 +261,9 @@ def find_encoder(model: nn.Module) -> nn.Module:
     )
 
 
-def get_layers(encoder: nn.Module) -> nn.ModuleList:
+def get_layers(encoder: nn.Module, description: ModelDescription | None = None) -> nn.ModuleList:
     """The layers of an encoder as `find_encoder` returns it."""
-    layers = encoder.get_submodule(describe(encoder).layers)
+    layers = encoder.get_submodule((description or describe(encoder)).layers)
     assert isinstance(layers, nn.ModuleList)
     return layers
 

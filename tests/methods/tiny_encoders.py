@@ -115,6 +115,12 @@ TINY: dict[str, TinyModel] = {
             "time_stride": 2,
         },
     ),
+    "vit": TinyModel(
+        "ViTConfig",
+        "ViTModel",
+        "ViTForImageClassification",
+        {**_TRANSFORMER, "image_size": 12, "patch_size": 4, "num_channels": 1},
+    ),
     "bert": TinyModel("BertConfig", "BertModel", "BertForMaskedLM", _TEXT),
     "roberta": TinyModel("RobertaConfig", "RobertaModel", "RobertaForMaskedLM", _TEXT),
     "distilbert": TinyModel(
@@ -145,6 +151,8 @@ def make_input(model_type: str, batch: int = 3, size: int | None = None) -> torc
         return torch.randn(batch, 6, size or 60, generator=generator)
     if model_type == "audio-spectrogram-transformer":
         return torch.randn(batch, 20, 8, generator=generator)
+    if model_type == "vit":
+        return torch.randn(batch, 1, 12, 12, generator=generator)
     if model_type == "wav2vec2-bert":
         return torch.randn(batch, size or 11, 6, generator=generator)
     return torch.randn(batch, size or 120, generator=generator)

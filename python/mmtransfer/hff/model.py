@@ -14,8 +14,8 @@ from transformers import AutoModel
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 
 import mmkernels
+from mmtransfer.checkpoint import load_strictly, read_checkpoint, write_checkpoint
 
-from .checkpoint import load_strictly, read_checkpoint, write_checkpoint
 from .encoder import FrozenEncoder, Tap
 from .fusion import Fusion, check_positive, make_fusion
 from .taps import Taps
@@ -122,18 +122,24 @@ class HFF(nn.Module):
         lengths: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
     ) -> SequenceClassifierOutput | FusedOutput:
         """Fuse an input of the encoder, or stored features.
 
         Args:
-            input_values, input_features, input_ids: the encoder's main input, by its name.
+            input_values, input_features, input_ids, pixel_values: the encoder's main input, by its name.
             attention_mask: `(B, S)`, right-padded, along the main input's time axis; it wins over `lengths`.
             lengths: `(B,)`, valid positions of the main input; with `features`, their frames per utterance.
             labels: `(B,)` class indices, for the cross-entropy loss.
             features: `(N, L, C)` valid frames of all utterances, as `extract` gives them; the encoder is not
                 run.
         """
-        inputs = {"input_values": input_values, "input_features": input_features, "input_ids": input_ids}
+        inputs = {
+            "input_values": input_values,
+            "input_features": input_features,
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+        }
         named = {name: tensor for name, tensor in inputs.items() if tensor is not None}
         if features is not None:
             if named or attention_mask is not None or lengths is None:

@@ -59,7 +59,14 @@ def read_checkpoint(folder: str | Path, method: str) -> tuple[dict[str, Any], di
 
 def load_strictly(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str | Path) -> None:
     """Copy tensors into a module that has exactly these, of these shapes; ValueError lists what differs."""
-    own = module.state_dict()
+    check_fit(module.state_dict(), tensors, source)
+    module.load_state_dict(dict(tensors))
+
+
+def check_fit(
+    own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str | Path
+) -> None:
+    """Raise a ValueError that lists what differs, unless `tensors` have the names and shapes of `own`."""
     differences = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
     differences += [f"{name} is unknown" for name in sorted(tensors.keys() - own.keys())]
     differences += [
@@ -69,7 +76,6 @@ def load_strictly(module: nn.Module, tensors: Mapping[str, torch.Tensor], source
     ]
     if differences:
         raise ValueError(f"the weights in {source} do not fit: {'; '.join(differences)}")
-    module.load_state_dict(dict(tensors))
 
 
 def _refuse_foreign_files(folder: Path, method: str) -> None:

@@ -1,0 +1,157 @@
+"""The adapters of AAT inside the products of the frozen layers beside them; equal, not approximate.
+
+M adapter: where the MLP has the same activation, `[W2 | s V2] act([W1 ; V1] h + [b1 ; c1]) + (b2 + s c2)` is
+the MLP and the adapter in two products instead of four. S adapter: its hidden layer is a linear function of
+what the output projection takes, so `[W_o ; V1 W_o]` gives both at once.
+
+The stacked weights are made anew in each call, in the dtype of the product, where autocast would copy the
+weights anyway. Gradients are computed for the adapter's part only (and for a frozen part that was thawed).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from mmkernels.nn import Adapter
+from mmkernels.ops._common import ACTIVATE
+
+
+class SerialRewritten:
+    """The output projection with its S adapter."""
+
+    def __init__(self, linear: nn.Linear, adapter: Adapter) -> None:
+        self.linear, self.adapter = linear, adapter
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        linear, adapter = self.linear, self.adapter
+        x = _autocast(x)
+        with torch.autocast(x.device.type, enabled=False):
+            down, shift = _compose(adapter, linear)
+            y = _StackedRows.apply(x, linear.weight, linear.bias, down, shift)
+            # A view would keep all of y for the backward pass.
+            hidden = y[..., linear.out_features :].contiguous()
+            hidden = ACTIVATE[adapter.activation](hidden)
+            up, up_bias = _scaled_up(adapter, x.dtype)
+            return y[..., : linear.out_features] + F.linear(hidden, up, up_bias)
+
+
+class EntryRewritten:
+    """The first linear layer of an MLP with the down-projection of its M adapter below its own rows."""
+
+    def __init__(self, linear: nn.Linear, adapter: Adapter) -> None:
+        self.linear, self.adapter = linear, adapter
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        x = _autocast(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return _StackedRows.apply(
+                x, self.linear.weight, self.linear.bias, self.adapter.down_weight, self.adapter.down_bias
+            )
+
+
+class ExitRewritten:
+    """The second linear layer of an MLP with the up-projection of its M adapter beside its own columns."""
+
+    def __init__(self, linear: nn.Linear, adapter: Adapter) -> None:
+        self.linear, self.adapter = linear, adapter
+
+    def __call__(self, z: torch.Tensor) -> torch.Tensor:
+        z = _autocast(z)
+        with torch.autocast(z.device.type, enabled=False):
+            up, up_bias = _scaled_up(
+                self.adapter, torch.float64 if z.dtype == torch.float64 else torch.float32
+            )
+            bias = up_bias if self.linear.bias is None else self.linear.bias.to(up_bias.dtype) + up_bias
+            return _StackedColumns.apply(z, self.linear.weight, up, bias)
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """As `torch.nn.functional.linear` casts its input."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def _compose(adapter: Adapter, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of the down-projection of `linear`'s output, as functions of `linear`'s input."""
+    assert adapter.down_bias is not None
+    down = adapter.down_weight
+    weight = down @ linear.weight.to(down.dtype)
+    if linear.bias is None:
+        return weight, adapter.down_bias
+    return weight, torch.addmv(adapter.down_bias, down, linear.bias.to(down.dtype))
+
+
+def _scaled_up(adapter: Adapter, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    assert adapter.up_bias is not None
+    return (adapter.scale * adapter.up_weight).to(dtype), (adapter.scale * adapter.up_bias).to(dtype)
+
+
+class _StackedRows(torch.autograd.Function):
+    """`x @ [weight ; rows]^T + [bias ; rows_bias]`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        rows: torch.Tensor,
+        rows_bias: torch.Tensor,
+    ) -> torch.Tensor:
+        wants_weights = any(ctx.needs_input_grad[1:])
+        ctx.save_for_backward(x if wants_weights else None, weight, rows)
+        first = weight.new_zeros(weight.shape[0]) if bias is None else bias
+        return F.linear(x, _cat([weight, rows], 0, x.dtype), _cat([first, rows_bias], 0, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight, rows = ctx.saved_tensors
+        need_x, need_weight, need_bias, need_rows, need_rows_bias = ctx.needs_input_grad
+        own, added = grad.flatten(0, -2).split([weight.shape[0], rows.shape[0]], dim=1)
+        return (
+            grad @ _cat([weight, rows], 0, grad.dtype) if need_x else None,
+            (own.T @ x.flatten(0, -2)).to(weight.dtype) if need_weight else None,
+            own.sum(0, dtype=weight.dtype) if need_bias else None,
+            (added.T @ x.flatten(0, -2)).to(rows.dtype) if need_rows else None,
+            added.sum(0, dtype=rows.dtype) if need_rows_bias else None,
+        )
+
+
+class _StackedColumns(torch.autograd.Function):
+    """`z @ [weight | columns]^T + bias`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor
+    ) -> torch.Tensor:
+        _, need_weight, need_columns, _ = ctx.needs_input_grad
+        own = weight.shape[1]
+        # Only the columns whose factor is trained; a view would keep all of z.
+        added = z[..., own:].contiguous() if need_columns else None
+        ctx.save_for_backward(z[..., :own] if need_weight else None, added, weight, columns)
+        return F.linear(z, _cat([weight, columns], 1, z.dtype), bias.to(z.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        own, added, weight, columns = ctx.saved_tensors
+        need_z, need_weight, need_columns, need_bias = ctx.needs_input_grad
+        rows = grad.flatten(0, -2)
+        return (
+            grad @ _cat([weight, columns], 1, grad.dtype) if need_z else None,
+            (rows.T @ own.flatten(0, -2)).to(weight.dtype) if need_weight else None,
+            (rows.T @ added.flatten(0, -2)).to(columns.dtype) if need_columns else None,
+            rows.sum(0, dtype=columns.dtype) if need_bias else None,
+        )
+
+
+def _cat(parts: list[torch.Tensor], dim: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.cat([part.to(dtype) for part in parts], dim=dim)
