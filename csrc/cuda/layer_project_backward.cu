@@ -29,6 +29,7 @@ MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const LayerProjectGradie
     const float* folded_bias = static_cast<const float*>(args.folded_bias) + rows.tap * outputs;
     bias = load_columns<kAligned, kWidth>(folded_bias, column, outputs);
   }
+  const float scale = static_cast<float>(args.scale);
   Vec<float, kWidth> sums = {};
   for (int row = warp_index(); row < rows.count; row += kProjectWarps) {
     const int64_t index = rows.index(row);
@@ -41,7 +42,7 @@ MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const LayerProjectGradie
     float pull = 0.0f;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
-      const float dz = grad[i] * activation_slope(args.activation, value[i]);
+      const float dz = scale * grad[i] * activation_slope(args.activation, value[i]);
       sums[i] += dz;
       scaled[i] = dz * rstd;
       // Where relu has cut a value off, its gradient is zero, so that the output stands for z everywhere

@@ -128,4 +128,133 @@ void adapter_backward(DType dtype, const AdapterBackward& args, int64_t begin, i
 void adapter_reduce(DType dtype, const AdapterReduce& args, int64_t begin, int64_t end);
 
 }  // namespace cpu
+
+namespace cuda {
+
+constexpr int64_t kAdapterMostBottleneck = 256;
+
+// How the fused kernels cut up the rows: one block to a multiprocessor, each with a run of rows of its own,
+// which it works off tile by tile. A tile comes in chunks of columns, through a ring of slots in shared
+// memory; where it is held, the ring takes a whole tile, and the second product finds it there again.
+struct AdapterTiles {
+  int64_t tile_rows;
+  int64_t bottleneck;  // padded
+  int64_t rows_per_block;
+  int64_t tiles_per_block;
+  int64_t blocks;
+  int64_t chunk_columns;
+  int64_t chunks;
+  int64_t slots;
+  bool held;
+  int64_t shared_bytes;
+
+  constexpr int64_t tiles() const { return blocks * tiles_per_block; }
+  // Rows of partial_up_bias.
+  constexpr int64_t column_sums() const { return tiles() * (64 / chunk_columns); }
+};
+
+// hold: the second product wants the rows that the first one has read. The plan for a device of so many
+// multiprocessors with so much shared memory to a block.
+AdapterTiles adapter_tiles(const AdapterShape& shape, bool hold, int64_t multiprocessors,
+                           int64_t shared_limit);
+// The plan for the current device; a cudaError_t.
+int adapter_tiles(const AdapterShape& shape, bool hold, AdapterTiles* tiles);
+
+// The result in one kernel. Weights are of x's type: layer_project_fold makes them, and b' and s.
+struct AdapterForward {
+  AdapterShape shape;
+  Activation activation;
+  double scale;
+  double eps;
+  AdapterRows x;
+  AdapterRows residual;     // of out's type; null for none
+  bool add_input;           // x is the residual, and `residual` is null
+  DType out_type;           // that of x, or float
+  const void* down_weight;  // [bottleneck, width]  Vc
+  const void* folded_bias;  // [bottleneck]         b'
+  const void* folded_sum;   // [bottleneck]         s; null without norm
+  const void* up_weight;    // [width, bottleneck]
+  const void* up_bias;      // [width], float; null for none
+  void* out;                // [rows, width]
+  void* hidden;             // [rows, bottleneck] z, or null
+  void* stats;              // [rows, 2] or null
+};
+
+// All of the backward pass but the products that sum over rows, in one kernel. What is null is not computed.
+struct AdapterBackward {
+  AdapterShape shape;
+  Activation activation;
+  double scale;
+  AdapterRows grad;
+  AdapterRows x;            // read for pull only
+  bool add_input;           // dx gets g added
+  const void* down_weight;  // [bottleneck, width]  Vc
+  const void* folded_bias;  // [bottleneck]         b', for pull
+  const void* up_weight;    // [width, bottleneck]
+  const void* hidden;       // [rows, bottleneck]   z
+  const void* stats;        // [rows, 2], null without norm
+  void* dx;                 // [rows, width]
+  void* activated;          // [rows, bottleneck]   scale * act(z)
+  void* scaled_grad;        // [rows, bottleneck]   s
+  void* partial_bias;       // [tiles, bottleneck]  sums of dz over the rows of a tile
+  void* partial_up_bias;    // [column_sums, width] sums of g over the rows of a part of a tile
+};
+
+// Steps around library products, for what the fused kernels do not take.
+
+// activated = scale * act(hidden)
+struct AdapterActivate {
+  AdapterShape shape;
+  Activation activation;
+  double scale;
+  const void* hidden;
+  void* activated;
+};
+
+// out = scale * (product + bias) + addend - pull * (x - mean)
+struct AdapterFinish {
+  AdapterShape shape;
+  double scale;
+  const void* product;  // [rows, width] float
+  const void* bias;     // [width] or null
+  AdapterRows addend;   // of out's type, or null
+  AdapterRows x;
+  const void* stats;  // [rows, 2], read with pull
+  const void* pull;   // [rows] or null
+  DType out_type;
+  void* out;
+};
+
+// Sums of g over rows, in chunks of kAdapterSumRows.
+constexpr int64_t kAdapterSumRows = 256;
+
+struct AdapterColumnSums {
+  AdapterShape shape;
+  AdapterRows grad;
+  void* partial;  // [ceil(rows / kAdapterSumRows), width]
+};
+
+// d_up_bias = scale * the sum of the partial sums, in order
+struct AdapterUpBias {
+  int64_t width;
+  int64_t chunks;
+  double scale;
+  const void* partial;  // [chunks, width]
+  void* d_up_bias;      // [width]
+};
+
+// Whether the fused kernels take a problem whose rows have been checked by adapter_rows_fuse: half precision,
+// whole 16-byte vectors, a bottleneck of at most kAdapterMostBottleneck.
+bool adapter_fuses(DType dtype, const AdapterShape& shape);
+bool adapter_rows_fuse(const AdapterRows& rows);
+
+// Launchers run on the current device and return a cudaError_t. dtype is that of x: float, half or bfloat16.
+int adapter_forward(DType dtype, const AdapterForward& args, CudaStream stream);
+int adapter_backward(DType dtype, const AdapterBackward& args, const AdapterTiles& tiles, CudaStream stream);
+int adapter_activate(DType dtype, const AdapterActivate& args, CudaStream stream);
+int adapter_finish(DType dtype, const AdapterFinish& args, CudaStream stream);
+int adapter_column_sums(DType dtype, const AdapterColumnSums& args, CudaStream stream);
+int adapter_up_bias(const AdapterUpBias& args, CudaStream stream);
+
+}  // namespace cuda
 }  // namespace mmk

@@ -78,6 +78,7 @@ struct LayerProjectGradient {
   void* scaled_grad;        // g: [N, C_out] of one tap; on CUDA [N, L, C_out]
   void* pull;               // [N, L] or null
   void* partial_bias;       // [chunks, L, C_out] sums of dz over the rows of a chunk
+  double scale = 1.0;       // CUDA: of grad
 };
 
 struct LayerProjectInputGradient {

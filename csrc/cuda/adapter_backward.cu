@@ -1,0 +1,331 @@
+#include "cuda/adapter.cuh"
+#include "cuda/common/dispatch.cuh"
+
+namespace mmk::cuda {
+namespace {
+
+// ---- sums of g over the rows of a chunk, as a product with ones
+
+template <class Tile>
+MMK_DEVICE void sum_columns(const typename Tile::T* chunk, float* partial, int64_t column, int64_t width) {
+  using T = typename Tile::T;
+  constexpr int kVectors = Tile::kChunk / 8;
+  constexpr int kParts = kAdapterThreads / kWarpSize / kVectors;  // of the rows, a warp to each
+  constexpr int kPartRows = Tile::kRows / kParts;
+  static_assert(kPartRows % 32 == 0, "whole fragments");
+  const int block = warp_index() % kVectors;
+  const int part = warp_index() / kVectors;
+  const uint32_t one = pack<T>(1.0f, 1.0f);
+  const uint32_t ones[4] = {one, one, one, one};
+  float sums[4] = {};
+#pragma unroll
+  for (int row = 0; row < kPartRows; row += 32) {
+    uint32_t b[4];
+    ldmatrix<4, true>(b, chunk + swizzled<kVectors>(part * kPartRows + row + lane_index(), block));
+    const uint32_t first[2] = {b[0], b[1]};
+    const uint32_t second[2] = {b[2], b[3]};
+    mma_m16n8k16<T>(sums, ones, first);
+    mma_m16n8k16<T>(sums, ones, second);
+  }
+  const int64_t c = column + block * 8 + lane_index() * 2;  // of the first four lanes
+  if (lane_index() >= 4 || c >= width) return;
+  *reinterpret_cast<float2*>(partial + part * width + c) = {sums[0], sums[1]};
+}
+
+// ---- from the first product to the gradients at z
+
+template <class Tile>
+struct GradientScratch {
+  array_t<float, Tile::kRowWarps, Tile::kBottleneck> bias;
+  array_t<float, Tile::kColumnWarps, Tile::kRows> pull;
+};
+
+// The saved z of the lane's places; zero beyond the rows and columns.
+template <class Tile>
+MMK_DEVICE void load_hidden(const AdapterBackward& args, int64_t first_row, int rows,
+                            typename Tile::HiddenWords& words) {
+  using T = typename Tile::T;
+#pragma unroll
+  for (int block = 0; block < Tile::kHiddenBlocks; ++block) {
+    const int column = Tile::hidden_column(block);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = Tile::row(i, h);
+        words[i][block][h] = 0;
+        if (row >= rows || column >= args.shape.bottleneck) continue;
+        const T* pair =
+            static_cast<const T*>(args.hidden) + (first_row + row) * args.shape.bottleneck + column;
+        words[i][block][h] = __ldg(reinterpret_cast<const uint32_t*>(pair));
+      }
+    }
+  }
+}
+
+// words: in z, out s. Writes s and scale * act(z), and leaves sums over rows and columns in scratch.
+template <class Tile>
+MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, int rows,
+                                typename Tile::HiddenSums& sums, typename Tile::HiddenWords& words,
+                                GradientScratch<Tile>& scratch) {
+  using T = typename Tile::T;
+  const float scale = static_cast<float>(args.scale);
+  const int64_t bottleneck = args.shape.bottleneck;
+  const bool wants_pull = args.stats != nullptr && args.dx != nullptr;
+  float rstd[2][2];
+  float pull[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      rstd[i][h] = 1.0f;
+      if (args.stats == nullptr || Tile::row(i, h) >= rows) continue;
+      rstd[i][h] = __ldg(static_cast<const float2*>(args.stats) + first_row + Tile::row(i, h)).y;
+    }
+  }
+  const auto finish = [&](int block, const float (&top)[4], const float (&bottom)[4],
+                          uint32_t (&finished)[2][2]) {
+    const int column = Tile::hidden_column(block);
+    const bool inside = column < bottleneck;
+    float2 bias = {0.0f, 0.0f};
+    if (inside && wants_pull) {
+      bias = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(args.folded_bias) + column));
+    }
+    float2 total = {0.0f, 0.0f};
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = Tile::row(i, h);
+        const bool present = inside && row < rows;
+        const float (&da)[4] = i == 0 ? top : bottom;
+        const float2 z = unpack<T>(finished[i][h]);
+        const float low = present ? scale * da[2 * h] * activation_slope(args.activation, z.x) : 0.0f;
+        const float high = present ? scale * da[2 * h + 1] * activation_slope(args.activation, z.y) : 0.0f;
+        total.x += low;
+        total.y += high;
+        pull[i][h] += low * (z.x - bias.x) + high * (z.y - bias.y);
+        finished[i][h] = pack<T>(low * rstd[i][h], high * rstd[i][h]);
+        if (!present) continue;
+        const int64_t index = (first_row + row) * bottleneck + column;
+        if (args.scaled_grad != nullptr) {
+          *reinterpret_cast<uint32_t*>(static_cast<T*>(args.scaled_grad) + index) = finished[i][h];
+        }
+        if (args.activated != nullptr) {
+          *reinterpret_cast<uint32_t*>(static_cast<T*>(args.activated) + index) =
+              pack<T>(scale * activate(args.activation, z.x), scale * activate(args.activation, z.y));
+        }
+      }
+    }
+#pragma unroll
+    for (int offset = 4; offset < kWarpSize; offset *= 2) {
+      total.x += __shfl_xor_sync(kFullMask, total.x, offset);
+      total.y += __shfl_xor_sync(kFullMask, total.y, offset);
+    }
+    if (lane_index() < 4) {
+      scratch.bias[Tile::row_warp()][column] = total.x;
+      scratch.bias[Tile::row_warp()][column + 1] = total.y;
+    }
+  };
+  finish_hidden<Tile>(sums, words, finish);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float total = warp_sum<4>(pull[i][h]);
+      if (lane_index() % 4 == 0) scratch.pull[Tile::column_warp()][Tile::row(i, h)] = total;
+    }
+  }
+}
+
+// Adds up what the warps have left in scratch: the bias gradient's part of this tile, and mean and pull of
+// each row. All threads must call it; it begins and ends with a barrier.
+template <class Tile>
+MMK_DEVICE void finish_sums(const AdapterBackward& args, const GradientScratch<Tile>& scratch, int64_t tile,
+                            int64_t first_row, int rows, float2* row_values) {
+  __syncthreads();
+  const int thread = static_cast<int>(threadIdx.x);
+  if (args.partial_bias != nullptr && thread < args.shape.bottleneck) {
+    float total = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < Tile::kRowWarps; ++warp) total += scratch.bias[warp][thread];
+    static_cast<float*>(args.partial_bias)[tile * args.shape.bottleneck + thread] = total;
+  }
+  if (args.stats != nullptr && thread < rows) {
+    float total = 0.0f;
+#pragma unroll
+    for (int warp = 0; warp < Tile::kColumnWarps; ++warp) total += scratch.pull[warp][thread];
+    const float2 moments = __ldg(static_cast<const float2*>(args.stats) + first_row + thread);
+    const float pull = moments.y * moments.y / static_cast<float>(args.shape.width) * total;
+    row_values[thread] = {moments.x, pull};
+  }
+  __syncthreads();
+}
+
+// ---- the second product
+
+// A step of it: `column` is its first one.
+template <class Tile>
+MMK_DEVICE void gradient_step(const AdapterBackward& args, bool held, const float2* row_values,
+                              int64_t first_row, int rows, int64_t column,
+                              const typename Tile::HiddenFragments& hidden, const typename Tile::T* weights,
+                              typename Tile::T* place) {
+  using T = typename Tile::T;
+  const int64_t width = args.shape.width;
+  const bool norm = args.stats != nullptr;
+  // Started before the product, which hides some of their way.
+  uint32_t x[2][Tile::kChunkBlocks][2] = {};
+  uint32_t grad[2][Tile::kChunkBlocks][2] = {};
+  for_each_pair<Tile>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
+    const auto load_pair = [&](const AdapterRows& from) {
+      const T* pair = static_cast<const T*>(from.data) + (first_row + row) * from.row_stride + c;
+      return __ldg(reinterpret_cast<const uint32_t*>(pair));
+    };
+    if (norm) x[i][j][h] = load_pair(args.x);
+    if (args.add_input && !held) grad[i][j][h] = load_pair(args.grad);
+  });
+  typename Tile::ChunkSums sums = {};
+  second_product<Tile, true>(sums, hidden, weights);
+  for_each_pair<Tile>(rows, column, width, [&](int i, int j, int h, int row, int64_t) {
+    float2 value = {sums[i][j][2 * h], sums[i][j][2 * h + 1]};
+    if (norm) {
+      const float2 moments = row_values[row];
+      const float2 pair = unpack<T>(x[i][j][h]);
+      value.x -= moments.y * (pair.x - moments.x);
+      value.y -= moments.y * (pair.y - moments.x);
+    }
+    uint32_t& target = chunk_pair<Tile>(place, i, j, h);
+    if (args.add_input) {
+      const float2 pair = unpack<T>(held ? target : grad[i][j][h]);
+      value.x += pair.x;
+      value.y += pair.y;
+    }
+    target = pack<T>(value.x, value.y);
+  });
+  write_chunk<Tile>(static_cast<T*>(args.dx), place, first_row, rows, column, width);
+}
+
+template <class Tile>
+__global__ void __launch_bounds__(kAdapterThreads, 1)
+    adapt_backward(const __grid_constant__ AdapterBackward args, const __grid_constant__ AdapterTiles tiles) {
+  MMK_DYNAMIC_SMEM(unsigned char, buffer);
+  const AdapterShared<Tile> shared(buffer);
+  const bool second = args.dx != nullptr;
+  AdapterStream<Tile, true> stream(buffer, tiles, args.shape, args.grad, args.down_weight, args.up_weight,
+                                   second);
+  static_assert(sizeof(GradientScratch<Tile>) <= Tile::kExchangeElements * sizeof(typename Tile::T));
+  auto& scratch = *reinterpret_cast<GradientScratch<Tile>*>(shared.exchange);
+  const int chunks = static_cast<int>(tiles.chunks);
+#pragma unroll 1
+  for (int tile = 0; tile < tiles.tiles_per_block; ++tile) {
+    const int64_t first_row = stream.first_row(tile);
+    const int rows = stream.rows(tile);
+    const int64_t tile_index = static_cast<int64_t>(blockIdx.x) * tiles.tiles_per_block + tile;
+    typename Tile::HiddenWords words;
+    load_hidden<Tile>(args, first_row, rows, words);
+    typename Tile::HiddenSums sums = {};
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      stream.next();
+      first_product<Tile, true>(sums, stream.chunk(), stream.weights(),
+                                [](int, int, const uint32_t (&)[4]) {});
+      if (args.partial_up_bias != nullptr) {
+        const int64_t width = args.shape.width;
+        float* partial = static_cast<float*>(args.partial_up_bias) + tile_index * (64 / Tile::kChunk) * width;
+        sum_columns<Tile>(stream.chunk(), partial, chunk * Tile::kChunk, width);
+      }
+    }
+    gradient_hidden<Tile>(args, first_row, rows, sums, words, scratch);
+    finish_sums<Tile>(args, scratch, tile_index, first_row, rows, shared.rows);
+    if (!second) continue;
+    typename Tile::HiddenFragments hidden;
+    exchange_hidden<Tile>(shared.exchange, words, hidden);
+#pragma unroll 1
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      stream.next();
+      gradient_step<Tile>(args, stream.held(), shared.rows, first_row, rows, chunk * Tile::kChunk, hidden,
+                          stream.weights(), stream.place());
+    }
+  }
+}
+
+// ---- the up-projection's bias
+
+inline constexpr int kSumThreads = 256;
+
+// A block to kSumThreads columns of a chunk of rows.
+template <class T>
+__global__ void __launch_bounds__(kSumThreads)
+    column_sums(const __grid_constant__ AdapterColumnSums args, int64_t blocks_across) {
+  const int64_t chunk = static_cast<int64_t>(blockIdx.x) / blocks_across;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) % blocks_across * kSumThreads + threadIdx.x;
+  if (column >= args.shape.width) return;
+  const int64_t end = min((chunk + 1) * kAdapterSumRows, args.shape.rows);
+  float sum = 0.0f;
+  for (int64_t row = chunk * kAdapterSumRows; row < end; ++row) {
+    sum += to_accumulator(static_cast<const T*>(args.grad.data)[row * args.grad.row_stride + column]);
+  }
+  static_cast<float*>(args.partial)[chunk * args.shape.width + column] = sum;
+}
+
+// A block to 32 columns.
+__global__ void __launch_bounds__(kSumThreads) up_bias(const __grid_constant__ AdapterUpBias args) {
+  constexpr int kWarps = kSumThreads / kWarpSize;
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane_index();
+  const bool inside = column < args.width;
+  float sum = 0.0f;
+  for (int64_t chunk = warp_index(); inside && chunk < args.chunks; chunk += kWarps) {
+    sum += static_cast<const float*>(args.partial)[chunk * args.width + column];
+  }
+  MMK_SHARED(float, sums, kWarps, kWarpSize);
+  sums[warp_index()][lane_index()] = sum;
+  __syncthreads();
+  if (warp_index() != 0 || !inside) return;
+  float total = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < kWarps; ++warp) total += sums[warp][lane_index()];
+  static_cast<float*>(args.d_up_bias)[column] = static_cast<float>(args.scale) * total;
+}
+
+template <class T>
+cudaError_t launch_backward(const AdapterBackward& args, const AdapterTiles& tiles, CudaStream stream) {
+  return dispatch_adapter_tile<T>(tiles, [&](auto tile) {
+    using Tile = decltype(tile);
+    return launch(adapt_backward<Tile>, dim3(static_cast<unsigned>(tiles.blocks)), dim3(kAdapterThreads),
+                  static_cast<size_t>(tiles.shared_bytes), stream, args, tiles);
+  });
+}
+
+}  // namespace
+
+int adapter_backward(DType dtype, const AdapterBackward& args, const AdapterTiles& tiles, CudaStream stream) {
+  if (!adapter_fuses(dtype, args.shape) || !adapter_rows_fuse(args.grad) || !adapter_rows_fuse(args.x)) {
+    return cudaErrorInvalidValue;
+  }
+  if (args.shape.rows == 0) return cudaSuccess;
+  return dtype == DType::kFloat16 ? launch_backward<__half>(args, tiles, stream)
+                                  : launch_backward<__nv_bfloat16>(args, tiles, stream);
+}
+
+int adapter_column_sums(DType dtype, const AdapterColumnSums& args, CudaStream stream) {
+  const AdapterShape& shape = args.shape;
+  if (shape.rows * shape.width == 0) return cudaSuccess;
+  const int64_t blocks_across = ceil_div<int64_t>(shape.width, kSumThreads);
+  dim3 grid;
+  if (!make_grid(blocks_across * ceil_div(shape.rows, kAdapterSumRows), &grid)) {
+    return cudaErrorInvalidConfiguration;
+  }
+  return dispatch(dtype, [&](auto element) {
+    using T = decltype(element);
+    return launch(column_sums<T>, grid, dim3(kSumThreads), 0, stream, args, blocks_across);
+  });
+}
+
+int adapter_up_bias(const AdapterUpBias& args, CudaStream stream) {
+  if (args.width == 0) return cudaSuccess;
+  dim3 grid;
+  if (!make_grid(ceil_div<int64_t>(args.width, kWarpSize), &grid)) return cudaErrorInvalidConfiguration;
+  return launch(up_bias, grid, dim3(kSumThreads), 0, stream, args);
+}
+
+}  // namespace mmk::cuda
