@@ -35,8 +35,9 @@ def perturb(model: nn.Module) -> None:
 
 
 def prepared(model: nn.Module, method: str = "aat_ms", **options: Any) -> nn.Module:
-    """A prepared, perturbed copy."""
+    """A prepared, perturbed copy; two of one model and method have the same parameters."""
     model = copy.deepcopy(model)
+    torch.manual_seed(4)
     aat.prepare(model, method, **{"backend": "reference", **options})
     perturb(model)
     return model

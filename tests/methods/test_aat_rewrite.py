@@ -1,0 +1,95 @@
+"""Adapters computed inside the frozen products: equal to adapters beside them, in values and in gradients."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from aat_models import build, encode, gradients, prepared
+from tiny_encoders import BASE_VARIANT, TINY, make_input
+
+from mmtransfer import aat, models
+
+# Models whose MLP has another activation, and the one of adapters that equals it.
+OWN_ACTIVATION = {"wav2vec2-bert": "silu"}
+VARIANTS = [(name, {}) for name in TINY] + [
+    ("wav2vec2", BASE_VARIANT),
+    ("whisper", {"activation_function": "relu"}),
+]
+
+
+@pytest.mark.parametrize("method", ["aat_ms", "aat_m", "aat_s"])
+@pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
+def test_outputs_and_gradients_are_equal(model_type, changes, method):
+    if model_type == "wavlm" and method == "aat_s":
+        pytest.skip("wavlm does not call its output projection")
+    plain = build(model_type, **changes)
+    activation = changes.get("activation_function", OWN_ACTIVATION.get(model_type, "gelu"))
+    options = {"activation": activation, "scale": 0.7}
+    beside, inside = (prepared(plain, method, rewrite=rewrite, **options) for rewrite in (False, True))
+    places = {"aat_ms": ("attention", "mlp"), "aat_m": ("mlp",), "aat_s": ("attention",)}[method]
+    expected = tuple(place for place in places if (model_type, place) != ("wavlm", "attention"))
+    assert aat.get_prepared(inside).rewritten == expected
+    torch.testing.assert_close(encode(inside), encode(beside), rtol=1e-10, atol=1e-12)
+    wanted, found = gradients(beside), gradients(inside)
+    assert found.keys() == wanted.keys() == set(aat.get_prepared(inside).trainable)
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_what_cannot_be_rewritten_stays_beside():
+    handle = aat.prepare(build("wav2vec2-bert"), rewrite=True)
+    assert handle.rewritten == ("attention",)
+    assert "rewritten: attention" in str(handle)
+
+
+def test_new_parameters_are_the_same():
+    plain = build("audio-spectrogram-transformer")
+    beside, inside = prepared(plain), prepared(plain, rewrite=True)
+    assert list(beside.state_dict()) == list(inside.state_dict())
+    inside.load_state_dict(beside.state_dict())
+    torch.testing.assert_close(encode(inside), encode(beside), rtol=1e-10, atol=1e-12)
+
+
+def test_projections_without_bias():
+    def unbias(model):
+        for layer in models.get_layers(model):
+            for path in ("attention.o_proj", "mlp.fc1", "mlp.fc2"):
+                layer.get_submodule(path).bias = None
+        return model
+
+    plain = unbias(build("audio-spectrogram-transformer"))
+    beside, inside = prepared(plain), prepared(plain, rewrite=True)
+    torch.testing.assert_close(encode(inside), encode(beside), rtol=1e-10, atol=1e-12)
+    wanted, found = gradients(beside), gradients(inside)
+    assert all(torch.allclose(found[name], wanted[name], rtol=1e-8) for name in wanted)
+
+
+def test_frozen_weights_that_are_thawed_later_get_their_gradients():
+    plain = build("audio-spectrogram-transformer")
+    beside, inside = prepared(plain), prepared(plain, rewrite=True)
+    for model in (beside, inside):
+        model.requires_grad_(True)
+    wanted, found = gradients(beside), gradients(inside)
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_autocast_is_as_close_to_float64_as_without_rewriting():
+    exact = prepared(build("audio-spectrogram-transformer"))
+    beside = copy.deepcopy(exact).float()
+    inside = prepared(build("audio-spectrogram-transformer"), rewrite=True).float()
+    inputs = make_input("audio-spectrogram-transformer")
+    wanted = encode(exact)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [model(inputs).last_hidden_state for model in (beside, inside)]
+    for output in outputs:
+        output.float().square().sum().backward()
+    errors = [(output.detach() - wanted).pow(2).mean().sqrt() for output in outputs]
+    assert 0 < errors[1] <= 1.5 * errors[0]
+    for name in aat.get_prepared(inside).trainable:
+        one, other = beside.get_parameter(name).grad, inside.get_parameter(name).grad
+        assert other.dtype == torch.float32
+        assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.95, name
