@@ -186,6 +186,8 @@ class TestSaving:
             "hidden_size": 16,
             "num_layers": 4,
             "dtype": "bfloat16",
+            "kind": "frozen",
+            "options": {},
         }
         assert config["taps"] == [0, 1, 2, 3]
         assert config["fusion"]["kind"] == "hff_b"
@@ -245,7 +247,7 @@ class TestSaving:
                 path.write_bytes(b"half")
             raise OSError("disk full")
 
-        monkeypatch.setattr(f"mmtransfer.hff.checkpoint.{step}", fail)
+        monkeypatch.setattr(f"mmtransfer.checkpoint.{step}", fail)
         with pytest.raises(OSError, match="disk full"):
             make_hff(seed=2).save_pretrained(tmp_path)
         monkeypatch.undo()

@@ -1,12 +1,17 @@
-"""A frozen transformers encoder that hands out the outputs of chosen layers (HFF, arXiv 2211.02712)."""
+"""A transformers encoder that hands out the outputs of chosen layers (HFF, arXiv 2211.02712).
+
+`TappedEncoder` is what the encoders share, `FrozenEncoder` runs the model as it is, and
+`adapters.AdaptedEncoder` with trainable adapters in it.
+"""
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -14,13 +19,15 @@ from torch import nn
 from mmtransfer import models
 
 from . import whisper
-from .taps import Taps, check_lengths, frame_index
+from .taps import Taps, attach_states, check_lengths, frame_index
 
 Tap = int | Literal["embeddings"]
+#: A module of the encoder, and what its (first) output is replaced by.
+Edit = tuple[nn.Module, Callable[[torch.Tensor], torch.Tensor]]
 
 
-class FrozenEncoder(nn.Module):
-    """Run an encoder as a feature extractor: no graph, no dropout, no layer past the last tap.
+class TappedEncoder(nn.Module, abc.ABC):
+    """Run an encoder with frozen weights, without dropout, up to its last tap; a base class.
 
     Tap k is the output of encoder layer k (0-based, the paper's {1, 3, ..., 23}), which transformers calls
     `hidden_states[k + 1]`; negative k count from the last layer; "embeddings" is the input of layer 0,
@@ -31,8 +38,9 @@ class FrozenEncoder(nn.Module):
     final norm for Whisper, before it for the pre-norm variants of the wav2vec2 family and for the audio
     spectrogram transformer, and the layer's own output in the models without a final norm.
 
-    The encoder's weights are frozen in place, so the model passed in is frozen too. Autocast of the caller
-    applies, unless `dtype` is given. The encoder runs eagerly: under `torch.compile` it is a graph break.
+    The encoder's weights are frozen in place, so the model passed in is frozen too. Nothing else is left in
+    it: several encoders, of either kind, may share one model. Autocast of the caller applies, unless `dtype`
+    is given. The encoder runs eagerly: under `torch.compile` it is a graph break.
 
     Padding: with lengths given, the attention and the positional convolutions ignore padded frames, so an
     utterance gets the same features alone and in a padded batch, up to rounding. Exceptions, which the models
@@ -47,9 +55,16 @@ class FrozenEncoder(nn.Module):
         taps: layers to tap, no layer twice.
         dtype: cast the encoder to this floating dtype, in place; None keeps it as it is.
 
+    Attributes:
+        kind: the name in saved configurations.
+        options: the constructor's further arguments that change the result, for saved configurations.
+
     Raises:
         TypeError, ValueError: no such model type, tap or dtype; a repeated tap; weights on the meta device.
+            The model is untouched.
     """
+
+    kind: ClassVar[str]
 
     def __init__(self, model: nn.Module, taps: Sequence[Tap], *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -59,16 +74,24 @@ class FrozenEncoder(nn.Module):
         self.encoder = models.find_encoder(model)
         if any(parameter.is_meta for parameter in self.encoder.parameters()):
             raise ValueError("model has weights on the meta device; load its weights before tapping it")
+        self.options: dict[str, Any] = {}
         self.num_layers = len(models.get_layers(self.encoder))
         self.hidden_size = models.hidden_size(self.encoder)
-        self.taps = _resolve_taps(taps, self.num_layers)
+        self.taps = resolve_layers("taps", taps, self.num_layers, embeddings=True)
         self.dtype_given = dtype is not None
+
+    def _freeze(self, dtype: torch.dtype | None) -> None:
+        """The last step of a constructor, so that an argument that is refused leaves the model untouched."""
         if dtype is not None:
             self.encoder.to(dtype)
         self.encoder.requires_grad_(False)
         self.eval()
 
-    def train(self, mode: bool = True) -> FrozenEncoder:
+    @abc.abstractmethod
+    def _running(self) -> contextlib.AbstractContextManager[list[Edit]]:
+        """Around the encoder's forward: sets the autograd mode, gives the changes of modules' outputs."""
+
+    def train(self, mode: bool = True) -> TappedEncoder:
         """Stay in eval mode whatever is asked: dropout and layer drop would change the features."""
         return super().train(False)
 
@@ -109,7 +132,11 @@ class FrozenEncoder(nn.Module):
         if self.encoder.training:
             self.encoder.eval()
         call = self._call(inputs, counts)
-        with torch.no_grad(), self._autocast(inputs.device.type), recorder.listening(self._tap_points()):
+        with (
+            self._running() as edits,
+            self._autocast(inputs.device.type),
+            recorder.listening(self._tap_points(), edits),
+        ):
             call()
         return recorder.taps()
 
@@ -189,6 +216,25 @@ class FrozenEncoder(nn.Module):
         return counts if bool((counts < size).any()) else None
 
 
+class FrozenEncoder(TappedEncoder):
+    """Run an encoder as a feature extractor: no graph, no dropout, no layer past the last tap.
+
+    See `TappedEncoder` for the arguments, for what a tap is and for padding. The features
+    (`Taps.features`, of the layers' dtype) need no gradient.
+    """
+
+    kind = "frozen"
+
+    def __init__(self, model: nn.Module, taps: Sequence[Tap], *, dtype: torch.dtype | None = None) -> None:
+        super().__init__(model, taps, dtype=dtype)
+        self._freeze(dtype)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[list[Edit]]:
+        with torch.no_grad():
+            yield []
+
+
 class _TapPoint:
     """Where one tap is read: the input or the output of a module, at `depth` in the order of execution."""
 
@@ -212,15 +258,19 @@ class _Recorder:
         self.lengths = lengths
         self.index: torch.Tensor | None = None
         self.features: torch.Tensor | None = None
+        # The tapped states that have a graph, by slot.
+        self.states: dict[int, torch.Tensor] = {}
         self.batch = self.steps = 0
 
     @contextlib.contextmanager
-    def listening(self, points: list[_TapPoint]) -> Iterator[None]:
-        """Hook the tap points; leave the body as soon as the deepest one is written."""
+    def listening(self, points: list[_TapPoint], edits: list[Edit]) -> Iterator[None]:
+        """Hook edits and tap points, in this order; leave the body as soon as the deepest tap is written."""
         deepest = max(point.depth for point in points)
         token = _active.set(self)
         handles = []
         try:
+            for module, edit in edits:
+                handles.append(module.register_forward_hook(functools.partial(self._edit, edit)))
             for point in points:
                 hook = functools.partial(self._hook, point, point.depth == deepest)
                 if point.takes_input:
@@ -240,7 +290,20 @@ class _Recorder:
             raise RuntimeError("the encoder did not run any tapped layer")
         device = self.features.device
         lengths = torch.full((self.batch,), self.steps) if self.lengths is None else self.lengths
-        return Taps(features=self.features, lengths=lengths.to(device), steps=self.steps, index=self.index)
+        features = attach_states(self.features, self.index, self.states)
+        return Taps(features=features, lengths=lengths.to(device), steps=self.steps, index=self.index)
+
+    def _edit(
+        self,
+        edit: Callable[[torch.Tensor], torch.Tensor],
+        module: nn.Module,
+        args: tuple[Any, ...],
+        output: Any,
+    ) -> Any:
+        """A forward hook that replaces the state among the output of a layer."""
+        if _active.get() is not self:
+            return output
+        return (edit(output[0]), *output[1:]) if isinstance(output, tuple) else edit(output)
 
     def _hook(
         self, point: _TapPoint, last: bool, module: nn.Module, args: tuple[Any, ...], extra: Any
@@ -252,10 +315,13 @@ class _Recorder:
             state = args[0] if args else extra["hidden_states"]
         else:
             state = extra[0] if isinstance(extra, tuple) else extra
+        if torch.is_grad_enabled() and state.requires_grad:
+            self.states[point.slot] = state
         self._write(point.slot, state)
         if last:
             raise _LastTapWrittenError
 
+    @torch.no_grad()
     def _write(self, slot: int, state: torch.Tensor) -> None:
         if self.features is None:
             self._allocate(state)
@@ -277,19 +343,24 @@ class _Recorder:
         self.features = state.new_empty(frames, self.num_taps, width)
 
 
-def _resolve_taps(taps: Sequence[Tap], num_layers: int) -> tuple[Tap, ...]:
-    allowed = f"taps must be layer indices in [{-num_layers}, {num_layers - 1}] or 'embeddings'"
-    if isinstance(taps, (str, int)) or not len(taps):
-        raise ValueError(f"{allowed}, at least one, got {taps!r}")
+def resolve_layers(
+    name: str, layers: Sequence[Tap], num_layers: int, *, embeddings: bool = False
+) -> tuple[Any, ...]:
+    """Distinct layer indices within `[0, num_layers)`, in the order given; ValueError names the argument."""
+    allowed = f"{name} must be layer indices in [{-num_layers}, {num_layers - 1}]"
+    if embeddings:
+        allowed += " or 'embeddings'"
+    if isinstance(layers, (str, int)) or not len(layers):
+        raise ValueError(f"{allowed}, at least one, got {layers!r}")
     resolved: list[Tap] = []
-    for tap in taps:
-        if tap != "embeddings":
-            if type(tap) is not int or not -num_layers <= tap < num_layers:
-                raise ValueError(f"{allowed}, got {tap!r}")
-            tap %= num_layers
-        if tap in resolved:
-            raise ValueError(f"taps must be distinct, got layer {tap!r} twice in {list(taps)}")
-        resolved.append(tap)
+    for layer in layers:
+        if not (embeddings and layer == "embeddings"):
+            if type(layer) is not int or not -num_layers <= layer < num_layers:
+                raise ValueError(f"{allowed}, got {layer!r}")
+            layer %= num_layers
+        if layer in resolved:
+            raise ValueError(f"{name} must be distinct, got layer {layer!r} twice in {list(layers)}")
+        resolved.append(layer)
     return tuple(resolved)
 
 

@@ -1,4 +1,4 @@
-"""A frozen encoder, a fusion of its layers and a head, as one trainable model (HFF, arXiv 2211.02712)."""
+"""An encoder, a fusion of its layers and a head, as one trainable model (HFF, arXiv 2211.02712)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,16 @@ from transformers import AutoModel
 from transformers.modeling_outputs import ModelOutput, SequenceClassifierOutput
 
 import mmkernels
+from mmtransfer import models
 from mmtransfer.checkpoint import load_strictly, read_checkpoint, write_checkpoint
 
-from .encoder import FrozenEncoder, Tap
+from .adapters import AdaptedEncoder
+from .encoder import FrozenEncoder, Tap, TappedEncoder
 from .fusion import Fusion, check_positive, make_fusion
 from .taps import Taps
 
 METHOD = "hff"
+ENCODERS: dict[str, type[TappedEncoder]] = {kind.kind: kind for kind in (FrozenEncoder, AdaptedEncoder)}
 
 
 @dataclass
@@ -54,7 +57,9 @@ class SequenceClassificationHead(nn.Module):
 
 
 class HFF(nn.Module):
-    """Frozen encoder, trainable fusion and head. No gradient enters the encoder.
+    """Encoder with frozen weights, trainable fusion and head, and adapters if the encoder has them.
+
+    No gradient enters a `FrozenEncoder`; in an `AdaptedEncoder` it goes down to the lowest adapter.
 
     With a head, calls return transformers' `SequenceClassifierOutput` (loss if labels are given), so that the
     transformers Trainer can train it; without one they return the fused sequence, `FusedOutput`, for the
@@ -63,13 +68,13 @@ class HFF(nn.Module):
     Features are cast to the dtype of the fusion's weights, except under autocast.
 
     Args:
-        encoder: the frozen encoder with its taps.
+        encoder: a `FrozenEncoder` or an `AdaptedEncoder`.
         fusion: takes as many taps of the same width.
         head: a `SequenceClassificationHead`, or None for the sequence.
     """
 
     def __init__(
-        self, encoder: FrozenEncoder, fusion: Fusion, head: SequenceClassificationHead | None = None
+        self, encoder: TappedEncoder, fusion: Fusion, head: SequenceClassificationHead | None = None
     ) -> None:
         super().__init__()
         if (fusion.taps, fusion.dim) != (len(encoder.taps), encoder.hidden_size):
@@ -96,14 +101,17 @@ class HFF(nn.Module):
         dtype: torch.dtype | None = None,
         **fusion_options: Any,
     ) -> HFF:
-        """On a transformers model: a fusion of this kind over these taps, a classifier if `num_labels`."""
+        """On a transformers model, frozen: this fusion over these taps, a classifier if `num_labels`."""
         encoder = FrozenEncoder(model, taps, dtype=dtype)
         fused = make_fusion(fusion, taps=len(encoder.taps), dim=encoder.hidden_size, **fusion_options)
         head = None if num_labels is None else SequenceClassificationHead(fused.out_dim, num_labels)
         return cls(encoder, fused, head)
 
     def extract(self, inputs: torch.Tensor, lengths: torch.Tensor | None = None) -> Taps:
-        """The frozen features, for instance to be stored; see `FrozenEncoder.forward`."""
+        """The tapped features; see `TappedEncoder.forward`.
+
+        Those of a `FrozenEncoder` may be stored; adapters change them as they learn.
+        """
         return self.encoder(inputs, lengths)
 
     def fuse(self, taps: Taps) -> torch.Tensor:
@@ -132,7 +140,7 @@ class HFF(nn.Module):
             lengths: `(B,)`, valid positions of the main input; with `features`, their frames per utterance.
             labels: `(B,)` class indices, for the cross-entropy loss.
             features: `(N, L, C)` valid frames of all utterances, as `extract` gives them; the encoder is not
-                run.
+                run, so stored features train no adapters.
         """
         inputs = {
             "input_values": input_values,
@@ -158,7 +166,7 @@ class HFF(nn.Module):
         return SequenceClassifierOutput(loss=loss, logits=logits)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` (fusion and head, not the encoder) into a folder.
+        """Write `config.json` and `model.safetensors` (adapters, fusion, head; not the model) into a folder.
 
         An earlier HFF checkpoint there is replaced; another kind of file under these names is an error
         (FileExistsError), and other files are left alone. Each file is replaced atomically.
@@ -175,8 +183,8 @@ class HFF(nn.Module):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: another method, an unknown fusion or head, a model of another type or size, or weights
-                of other names or shapes.
+            ValueError: another method, an unknown kind of encoder, fusion or head, a model of another type or
+                size (it is untouched), or weights of other names or shapes.
         """
         config, tensors = read_checkpoint(folder, METHOD)
         described = config["encoder"]
@@ -184,13 +192,7 @@ class HFF(nn.Module):
             if not described["name_or_path"]:
                 raise ValueError(f"{folder} was saved from an unnamed encoder; pass it as model")
             model = AutoModel.from_pretrained(described["name_or_path"])
-        dtype = described["dtype"]
-        encoder = FrozenEncoder(model, config["taps"], dtype=None if dtype is None else getattr(torch, dtype))
-        for name, found in _describe(encoder).items():
-            if name not in ("name_or_path", "dtype") and found != described[name]:
-                raise ValueError(
-                    f"{folder} was trained on an encoder of {name} {described[name]!r}, got {found!r}"
-                )
+        encoder = _make_encoder(model, config, folder)
         fusion = make_fusion(**config["fusion"])
         hff = cls(encoder, fusion, _make_head(config["head"], fusion.out_dim))
         load_strictly(_trainable(hff), tensors, folder)
@@ -208,21 +210,48 @@ class HFF(nn.Module):
         }
 
 
-def _describe(encoder: FrozenEncoder) -> dict[str, Any]:
+def _describe(encoder: TappedEncoder) -> dict[str, Any]:
     """The configuration's part on the encoder; a dtype only where the user chose one."""
     config: Any = encoder.encoder.config
     return {
         "name_or_path": config._name_or_path,
-        "model_type": encoder.description.model_type,
-        "hidden_size": encoder.hidden_size,
-        "num_layers": encoder.num_layers,
+        **_measure(encoder.encoder),
         "dtype": str(encoder.dtype).removeprefix("torch.") if encoder.dtype_given else None,
+        "kind": encoder.kind,
+        "options": encoder.options,
     }
 
 
+def _measure(model: nn.Module) -> dict[str, Any]:
+    """What a model must have in common with the one that a checkpoint was trained on."""
+    encoder = models.find_encoder(model)
+    return {
+        "model_type": models.describe(encoder).model_type,
+        "hidden_size": models.hidden_size(encoder),
+        "num_layers": len(models.get_layers(encoder)),
+    }
+
+
+def _make_encoder(model: nn.Module, config: dict[str, Any], folder: str | Path) -> TappedEncoder:
+    described = config["encoder"]
+    for name, found in _measure(model).items():
+        if found != described[name]:
+            raise ValueError(
+                f"{folder} was trained on an encoder of {name} {described[name]!r}, got {found!r}"
+            )
+    # Checkpoints from before there were adapters name no kind.
+    kind, options = described.get("kind", FrozenEncoder.kind), described.get("options", {})
+    if kind not in ENCODERS:
+        raise ValueError(f"encoder kind must be one of {', '.join(ENCODERS)}, got {kind!r}")
+    dtype = None if described["dtype"] is None else getattr(torch, described["dtype"])
+    return ENCODERS[kind](model, config["taps"], dtype=dtype, **options)
+
+
 def _trainable(hff: HFF) -> nn.ModuleDict:
-    """What is saved: the fusion and the head."""
+    """What is saved: the adapters, the fusion and the head."""
     parts: dict[str, nn.Module] = {"fusion": hff.fusion}
+    if isinstance(hff.encoder, AdaptedEncoder):
+        parts["adapters"] = hff.encoder.adapters
     if hff.head is not None:
         parts["head"] = hff.head
     return nn.ModuleDict(parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +17,8 @@ class Taps:
     `split` has taken apart.
 
     Attributes:
-        features: `(N, L, C)`, contiguous, utterance after utterance.
+        features: `(N, L, C)`, contiguous, utterance after utterance; with a graph if the encoder's layers had
+            one.
         lengths: `(B,)` int64 frames per utterance, on the features' device; they sum to N.
         steps: T, the padded length, at least the largest of `lengths`.
         index: `(N,)` int64 positions of the frames in the flattened `(B, T)` grid; None if N = B * T.
@@ -74,6 +76,42 @@ class Taps:
             lengths=self.lengths.to(features.device),
             index=None if self.index is None else self.index.to(features.device),
         )
+
+
+def attach_states(
+    features: torch.Tensor, index: torch.Tensor | None, states: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """The features, already written, as a function of the states `(B, T, C)` that slots were written from.
+
+    Writing slots under autograd would copy the gradient of the whole buffer once per slot. Here it is handed
+    out as views, or scattered by `index` where padding was dropped. Slots not among `states` are constants.
+    """
+    if not states:
+        return features
+    return _StatesInSlots.apply(features, index, tuple(states), *states.values())
+
+
+class _StatesInSlots(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: torch.Tensor,
+        index: torch.Tensor | None,
+        slots: tuple[int, ...],
+        *states: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(index)
+        ctx.slots, ctx.shape = slots, states[0].shape
+        return features
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (index,) = ctx.saved_tensors
+        batch, steps, width = ctx.shape
+        d_states = [grad[:, slot] for slot in ctx.slots]
+        if index is not None:
+            d_states = [d.new_zeros(batch * steps, width).index_copy(0, index, d) for d in d_states]
+        return None, None, None, *(d.reshape(ctx.shape) for d in d_states)
 
 
 def frame_index(lengths: torch.Tensor, steps: int) -> torch.Tensor | None:
