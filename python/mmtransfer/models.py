@@ -42,10 +42,11 @@ class ModelDescription:
         layer_query, layer_key, layer_value, layer_attention_output: its linear projections.
         layer_mlp: the two linear layers of the (last, where there are two) feed-forward block, in order.
         activation: config attribute that names the activation between the two.
-        calls_attention_output: whether `layer_attention_output` is called as a module; elsewhere its weights
-            go into a function, and what it makes is the (first) result of `layer_attention`.
+        calls_projections: whether those four are called as modules; elsewhere their weights go into a
+            function, and what the last one makes is the (first) result of `layer_attention`.
         attention_alone_mixes: whether tokens of a layer meet in its attention only, so that others can be put
             in front of them.
+        shares_position_bias: whether layers take a bias over pairs of positions from the layer before.
     """
 
     model_type: str
@@ -69,8 +70,9 @@ class ModelDescription:
     last_state_normed: bool = False
     prefix_tokens: int = 0
     activation: str = "hidden_act"
-    calls_attention_output: bool = True
+    calls_projections: bool = True
     attention_alone_mixes: bool = True
+    shares_position_bias: bool = False
 
 
 _WAV2VEC2 = ModelDescription(
@@ -149,7 +151,13 @@ _BERT = ModelDescription(
 _ROWS = (
     _WAV2VEC2,
     replace(_WAV2VEC2, model_type="hubert", encoder=("hubert", "")),
-    replace(_WAV2VEC2, model_type="wavlm", encoder=("wavlm", ""), calls_attention_output=False),
+    replace(
+        _WAV2VEC2,
+        model_type="wavlm",
+        encoder=("wavlm", ""),
+        calls_projections=False,
+        shares_position_bias=True,
+    ),
     replace(_WAV2VEC2, model_type="unispeech", encoder=("unispeech", "")),
     replace(_WAV2VEC2, model_type="unispeech-sat", encoder=("unispeech_sat", "")),
     replace(

@@ -43,10 +43,13 @@ def prepared(model: nn.Module, method: str = "aat_ms", **options: Any) -> nn.Mod
     return model
 
 
+def weigh(output: torch.Tensor) -> torch.Tensor:
+    """A loss in which every output counts differently."""
+    return (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(7)).to(output)).sum()
+
+
 def gradients(model: nn.Module, **kwargs: Any) -> dict[str, torch.Tensor]:
-    """Gradients of a loss that weighs every output differently, by parameter."""
+    """Gradients of `weigh`, by parameter."""
     model.zero_grad()
-    output = encode(model, **kwargs)
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(7)).to(output)
-    (output * weights).sum().backward()
+    weigh(encode(model, **kwargs)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -82,7 +82,7 @@ def test_trained_with_kernels_used_without(tmp_path):
     losses = []
     for _ in range(5):
         loss = model(make_input(AST), labels=labels).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -153,10 +153,29 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match=r"no config\.json"):
             aat.load_adapters(fresh, tmp_path / "nowhere")
 
+    @pytest.mark.parametrize("edit", [{}, {"later": 1}, None])
+    def test_configurations_that_are_not_whole(self, saved, fresh, edit):
+        path = saved[1] / "config.json"
+        config = json.loads(path.read_text())
+        config["prepare"] = None if edit is None else {"method": "aat_ms", **edit}
+        path.write_text(json.dumps(config))
+        with pytest.raises(ValueError, match='must have "prepare" with method, bottleneck'):
+            aat.load_adapters(fresh, saved[1])
+
     def test_unprepared_models_have_nothing_to_save(self, tmp_path, fresh):
         with pytest.raises(ValueError, match="is not prepared"):
             aat.save_adapters(fresh, tmp_path)
         assert not list(tmp_path.iterdir())
+
+
+def test_running_statistics_come_along(tmp_path):
+    """Batch norms of a frozen encoder count on in training mode."""
+    fresh = build("wav2vec2-conformer", layerdrop=0.0, mask_time_prob=0.0)
+    model = prepared(fresh, "aat_m").train()
+    encode(model)
+    aat.save_adapters(model.eval(), tmp_path)
+    aat.load_adapters(fresh, tmp_path, backend="reference")
+    torch.testing.assert_close(encode(fresh), encode(model))
 
 
 def test_values_are_those_of_a_double_model(tmp_path):

@@ -41,6 +41,10 @@ class Handover:
         assert value is not None
         return value
 
+    def __reduce__(self) -> tuple[type[Handover], tuple[()]]:
+        # A forward pass that an error ended leaves a value, which must not go into copies of the model.
+        return Handover, ()
+
 
 class ParallelEntry:
     """The first linear layer of an MLP; its input is the adapter's too."""
@@ -54,13 +58,21 @@ class ParallelEntry:
 
 
 class ParallelExit:
-    """The second linear layer of an MLP, plus the adapter of what entered the first."""
+    """The second linear layer of an MLP, plus the adapter of what entered the first.
 
-    def __init__(self, inner: Forward, handover: Handover, adapter: Adapter) -> None:
+    With `product_last` the layer comes after all that is kept for the backward pass, where recomputing stops;
+    otherwise the adapter adds to the layer's result in its own pass.
+    """
+
+    def __init__(self, inner: Forward, handover: Handover, adapter: Adapter, *, product_last: bool) -> None:
         self.inner, self.handover, self.adapter = inner, handover, adapter
+        self.product_last = product_last
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
-        return self.adapter(self.handover.take(), residual=self.inner(z))
+        x = self.handover.take()
+        if self.product_last:
+            return self.adapter(x) + self.inner(z)
+        return self.adapter(x, residual=self.inner(z))
 
 
 class Prompted:

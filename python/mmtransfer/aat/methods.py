@@ -45,25 +45,35 @@ class Plan:
 class Undo:
     """What was done to a model, to be taken back in reverse."""
 
-    forwards: list[tuple[nn.Module, Any]] = field(default_factory=list)
+    # The last item is a list of the value that the attribute had, empty where there was none.
+    attributes: list[tuple[nn.Module, str, list[Any]]] = field(default_factory=list)
     added: list[tuple[nn.Module, str]] = field(default_factory=list)
     replaced: list[tuple[nn.Module, str, nn.Module]] = field(default_factory=list)
     flags: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
 
+    def note(self, module: nn.Module, name: str) -> None:
+        """Have `revert` restore a plain attribute of the module."""
+        self.attributes.append((module, name, [module.__dict__[name]] if name in module.__dict__ else []))
+
+    def assign(self, module: nn.Module, name: str, value: Any) -> None:
+        self.note(module, name)
+        module.__dict__[name] = value
+
     def override(self, module: nn.Module, forward: inject.Forward) -> None:
         """Have `forward` called in place of `module.forward`."""
-        self.forwards.append((module, module.__dict__.get("forward")))
-        module.__dict__["forward"] = forward
+        self.assign(module, "forward", forward)
 
     def add(self, owner: nn.Module, name: str, value: nn.Module | nn.Parameter) -> None:
+        if hasattr(owner, name):
+            raise ValueError(f"a layer of the model has an attribute {name!r} already")
         setattr(owner, name, value)
         self.added.append((owner, name))
 
     def revert(self) -> None:
-        for module, forward in reversed(self.forwards):
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
+        for module, name, value in reversed(self.attributes):
+            module.__dict__.pop(name, None)
+            if value:
+                module.__dict__[name] = value[0]
         for owner, name in self.added:
             delattr(owner, name)
         for owner, name, module in self.replaced:
@@ -86,7 +96,7 @@ def adapt(plan: Plan, undo: Undo) -> Iterator[nn.Parameter]:
 def _adapt_attention(plan: Plan, layer: nn.Module, undo: Undo) -> Iterator[nn.Parameter]:
     row = plan.description
     if "attention" not in plan.rewritten:
-        path = row.layer_attention_output if row.calls_attention_output else row.layer_attention
+        path = row.layer_attention_output if row.calls_projections else row.layer_attention
         return _append(plan, layer, layer.get_submodule(path), "attention", undo)
     adapter = _add_adapter(plan, layer, "attention", undo)
     projection: Any = layer.get_submodule(row.layer_attention_output)
@@ -105,20 +115,29 @@ def _append(
 def _adapt_mlp(plan: Plan, layer: nn.Module, undo: Undo) -> Iterator[nn.Parameter]:
     adapter = _add_adapter(plan, layer, "mlp", undo)
     first, second = (layer.get_submodule(path) for path in plan.description.layer_mlp)
+    recomputed = plan.recompute != "none"
     if "mlp" in plan.rewritten:
         assert isinstance(first, nn.Linear)
         assert isinstance(second, nn.Linear)
         undo.override(first, rewrite.EntryRewritten(first, adapter))
-        undo.override(second, rewrite.ExitRewritten(second, adapter))
+        undo.override(second, rewrite.ExitRewritten(second, adapter, product_last=recomputed))
     else:
         handover = inject.Handover()
         undo.override(first, inject.ParallelEntry(first.forward, handover))
-        undo.override(second, inject.ParallelExit(second.forward, handover, adapter))
+        undo.override(second, inject.ParallelExit(second.forward, handover, adapter, product_last=recomputed))
     return adapter.parameters()
 
 
 def _add_adapter(plan: Plan, layer: nn.Module, place: str, undo: Undo) -> Adapter:
-    adapter = Adapter(plan.width, plan.bottleneck, plan.activation, scale=plan.scale, backend=plan.backend)
+    adapter = Adapter(
+        plan.width,
+        plan.bottleneck,
+        plan.activation,
+        scale=plan.scale,
+        # The M adapter is added to what the MLP makes.
+        residual=place == "attention" or plan.method == "houlsby",
+        backend=plan.backend,
+    )
     nn.init.trunc_normal_(adapter.down_weight, std=0.02)
     adapter.to(**_placement(plan, layer)).train(layer.training)
     undo.add(layer, f"adapter_{place}", adapter)
@@ -154,6 +173,7 @@ def add_lora(plan: Plan, undo: Undo) -> Iterator[nn.Parameter]:
     for layer, path in targets:
         parent, _, leaf = path.rpartition(".")
         undo.replaced.append((layer.get_submodule(parent), leaf, layer.get_submodule(path)))
+    undo.note(plan.model, "peft_config")
     config = LoraConfig(
         r=plan.rank,
         lora_alpha=plan.rank,

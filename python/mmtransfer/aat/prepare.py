@@ -17,6 +17,10 @@ from .methods import ADAPTER_METHODS, METHODS, Plan, Undo
 from .recompute import RECOMPUTE
 
 _RECORD = "_mmtransfer_aat"
+#: On the encoder inside a prepared model: the method.
+_MARK = "_mmtransfer_aat_method"
+#: Arguments of `prepare` that say what is trained.
+OPTIONS = ("method", "bottleneck", "activation", "scale", "head", "layers", "prompt_tokens", "rank")
 #: Activations of transformers' configurations that are ones of `mmkernels.adapter`.
 _SAME_ACTIVATION = {
     "relu": "relu",
@@ -34,7 +38,7 @@ class Prepared:
 
     Attributes:
         method: the name of the method.
-        options: the arguments of `prepare` that say what is trained, as `save_adapters` writes them.
+        options: `OPTIONS`, as `save_adapters` writes them.
         trainable: names of the trainable parameters, as the model's `named_parameters` has them.
         trainable_parameters, total_parameters: how many numbers those are, and how many the model now has.
         rewritten: which adapters are computed inside the frozen products: "attention", "mlp".
@@ -114,7 +118,8 @@ def prepare(
         activation: of the adapters: "relu", "gelu", "gelu_tanh", "silu" or "none".
         scale: constant factor of the adapters' outputs.
         head: names of submodules (or parameters) that stay trainable; by default the direct children of the
-            model beside its encoder, unless it has a decoder, without parameters that the encoder shares.
+            model (and its own parameters) beside its encoder, unless it has a decoder, without what the
+            encoder shares.
         layers: indices of the layers that get adapters, prompts, LoRA, or are thawed ("partial"); all by
             default, the last 6 for "partial". Negative ones count from the end.
         rewrite: compute the adapters inside the frozen products beside them, where that is exact: M where the
@@ -145,18 +150,10 @@ def prepare(
         bottleneck = int(width * ratio)
     if type(bottleneck) is not int or bottleneck < 1:
         raise ValueError(f"bottleneck must be an integer of at least 1, got {bottleneck!r}")
-    if method == "prompt" and not row.attention_alone_mixes:
-        raise ValueError(
-            "method 'prompt' needs layers whose tokens meet in the attention only; "
-            f"those of {row.model_type} have convolutions"
-        )
-    if method == "lora" and not methods.peft_is_installed():
-        raise ImportError("method 'lora' needs peft; install it with: pip install peft")
     heads = _find_heads(model, encoder, head)
-    if method == "head" and not heads:
-        raise ValueError("method 'head' needs a head; the model has none beside its encoder, so name one")
     indices = _resolve_layers(layers, len(all_layers), default_count=6 if method == "partial" else None)
     chosen = [all_layers[index] for index in indices]
+    _check_method(method, row, heads, every_layer=len(chosen) == len(all_layers))
     plan = Plan(
         model=model,
         method=method,
@@ -173,17 +170,8 @@ def prepare(
         rewritten=_rewritable(method, activation, row, encoder, chosen) if rewrite else (),
         recompute=recompute,
     )
-    options = {
-        "method": method,
-        "bottleneck": bottleneck,
-        "activation": activation,
-        "scale": float(scale),
-        "head": heads,
-        "layers": indices,
-        "prompt_tokens": prompt_tokens,
-        "rank": rank,
-    }
-    return _apply(plan, heads, options)
+    values = (method, bottleneck, activation, plan.scale, heads, indices, prompt_tokens, rank)
+    return _apply(plan, heads, dict(zip(OPTIONS, values, strict=True)))
 
 
 def get_prepared(model: nn.Module) -> Prepared:
@@ -206,6 +194,7 @@ def revert(model: nn.Module) -> None:
 def _apply(plan: Plan, heads: list[str], options: dict[str, Any]) -> Prepared:
     model, undo = plan.model, Undo()
     undo.flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    undo.assign(plan.encoder, _MARK, plan.method)
     base = {id(parameter) for parameter, _ in undo.flags}
     try:
         trainable = {id(parameter) for parameter in METHODS[plan.method](plan, undo)}
@@ -218,6 +207,7 @@ def _apply(plan: Plan, heads: list[str], options: dict[str, Any]) -> Prepared:
     for name, parameter in named.items():
         in_head = id(parameter) in base - encoder and any(_is_inside(name, head) for head in heads)
         parameter.requires_grad_(id(parameter) in trainable or in_head)
+    _freeze_inputs(plan.encoder, undo)
     names = tuple(name for name, parameter in named.items() if parameter.requires_grad)
     prepared = Prepared(
         method=plan.method,
@@ -231,6 +221,17 @@ def _apply(plan: Plan, heads: list[str], options: dict[str, Any]) -> Prepared:
     )
     model.__dict__[_RECORD] = prepared
     return prepared
+
+
+def _freeze_inputs(encoder: nn.Module, undo: Undo) -> None:
+    """Have frozen parts record no graph.
+
+    In training the convolutions of the wav2vec2 family ask for the gradient of their input, unless this flag
+    is off; everything up to the lowest adapter would be kept for the backward pass.
+    """
+    for module in encoder.modules():
+        if module.__dict__.get("_requires_grad") and not any(p.requires_grad for p in module.parameters()):
+            undo.assign(module, "_requires_grad", False)
 
 
 def _check_options(
@@ -264,11 +265,10 @@ def _describe(model: nn.Module, description: ModelDescription | None) -> tuple[M
 
 def _check_unprepared(model: nn.Module) -> None:
     for name, module in model.named_modules():
-        if _RECORD in module.__dict__:
-            where = f"its part {name!r}" if name else "it"
+        if _MARK in module.__dict__:
+            where = f" in its part {name!r}" if name else ""
             raise ValueError(
-                f"model is prepared already ({where}, method {module.__dict__[_RECORD].method!r}); "
-                "revert that first"
+                f"model is prepared already, with method {module.__dict__[_MARK]!r}{where}; revert that first"
             )
 
 
@@ -290,6 +290,27 @@ def _check_layers(layers: list[nn.Module], row: ModelDescription) -> int:
     return width
 
 
+def _check_method(method: str, row: ModelDescription, heads: list[str], *, every_layer: bool) -> None:
+    """Whether a model of this type can have the method."""
+    if method == "prompt" and not row.attention_alone_mixes:
+        raise ValueError(
+            "method 'prompt' needs layers whose tokens meet in the attention only; "
+            f"those of {row.model_type} have convolutions"
+        )
+    if method == "prompt" and row.shares_position_bias and not every_layer:
+        raise ValueError(
+            f"method 'prompt' needs all layers of {row.model_type}, which share one position bias"
+        )
+    if method == "lora" and not row.calls_projections:
+        raise ValueError(
+            f"method 'lora' needs projections that are called; {row.model_type} hands their weights on"
+        )
+    if method == "lora" and not methods.peft_is_installed():
+        raise ImportError("method 'lora' needs peft; install it with: pip install peft")
+    if method == "head" and not heads:
+        raise ValueError("method 'head' needs a head; the model has none beside its encoder, so name one")
+
+
 def _resolve_layers(layers: Sequence[int] | None, count: int, *, default_count: int | None) -> list[int]:
     if layers is None:
         return list(range(count))[-default_count if default_count else 0 :]
@@ -303,16 +324,7 @@ def _resolve_layers(layers: Sequence[int] | None, count: int, *, default_count: 
 
 def _find_heads(model: nn.Module, encoder: nn.Module, head: str | Sequence[str] | None) -> list[str]:
     if head is None:
-        if model is encoder or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-            return []
-        inside = {id(parameter) for parameter in encoder.parameters()}
-        return [
-            name
-            for name, child in model.named_children()
-            if child is not encoder
-            and not any(module is encoder for module in child.modules())
-            and any(id(parameter) not in inside for parameter in child.parameters())
-        ]
+        return [] if model is encoder or _has_decoder(model) else _find_neighbours(model, encoder)
     names = [head] if isinstance(head, str) else list(head)
     parameters = [name for name, _ in model.named_parameters()]
     for name in names:
@@ -320,6 +332,25 @@ def _find_heads(model: nn.Module, encoder: nn.Module, head: str | Sequence[str] 
             children = ", ".join(child for child, _ in model.named_children())
             raise ValueError(f"head {name!r} has no parameters in the model, whose children are {children}")
     return names
+
+
+def _has_decoder(model: nn.Module) -> bool:
+    # Whisper's audio classifiers have the configuration of the whole model.
+    return getattr(getattr(model, "config", None), "is_encoder_decoder", False) and any(
+        name.rpartition(".")[2] == "decoder" for name, _ in model.named_modules()
+    )
+
+
+def _find_neighbours(model: nn.Module, encoder: nn.Module) -> list[str]:
+    """Direct children and parameters of the model that are beside the encoder."""
+    inside = {id(parameter) for parameter in encoder.parameters()}
+    children = [
+        name
+        for name, child in model.named_children()
+        if not any(module is encoder for module in child.modules())
+        and any(id(parameter) not in inside for parameter in child.parameters())
+    ]
+    return children + [name for name, p in model.named_parameters(recurse=False) if id(p) not in inside]
 
 
 def _is_inside(parameter: str, module: str) -> bool:
@@ -343,7 +374,7 @@ def _rewritable(
     own = getattr(getattr(encoder, "config", None), row.activation, None)
     same = isinstance(own, str) and _SAME_ACTIVATION.get(own) == activation
     found = []
-    if method != "aat_m" and row.calls_attention_output and plain(row.layer_attention_output):
+    if method != "aat_m" and row.calls_projections and plain(row.layer_attention_output):
         found.append("attention")
     if method != "aat_s" and same and plain(*row.layer_mlp):
         found.append("mlp")

@@ -55,10 +55,14 @@ class EntryRewritten:
 
 
 class ExitRewritten:
-    """The second linear layer of an MLP with the up-projection of its M adapter beside its own columns."""
+    """The second linear layer of an MLP with the up-projection of its M adapter beside its own columns.
 
-    def __init__(self, linear: nn.Linear, adapter: Adapter) -> None:
-        self.linear, self.adapter = linear, adapter
+    With `product_last` the two are separate products, the frozen one after all that is kept for the backward
+    pass, where recomputing stops.
+    """
+
+    def __init__(self, linear: nn.Linear, adapter: Adapter, *, product_last: bool) -> None:
+        self.linear, self.adapter, self.product_last = linear, adapter, product_last
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         z = _autocast(z)
@@ -67,6 +71,10 @@ class ExitRewritten:
                 self.adapter, torch.float64 if z.dtype == torch.float64 else torch.float32
             )
             bias = up_bias if self.linear.bias is None else self.linear.bias.to(up_bias.dtype) + up_bias
+            if self.product_last:
+                own = self.linear.in_features
+                added = F.linear(z[..., own:], up.to(z.dtype), bias.to(z.dtype))
+                return added + F.linear(z[..., :own], self.linear.weight.to(z.dtype))
             return _StackedColumns.apply(z, self.linear.weight, up, bias)
 
 

@@ -1,4 +1,4 @@
-"""The trainable part of a prepared model in a folder of its own: `config.json` and `model.safetensors`."""
+"""What training changes in a prepared model, in a folder: `config.json` and `model.safetensors`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import mmkernels
 from mmtransfer.checkpoint import check_fit, read_checkpoint, write_checkpoint
 from mmtransfer.models import ModelDescription
 
-from .prepare import _RECORD, Prepared, get_prepared, prepare
+from .prepare import _RECORD, OPTIONS, Prepared, get_prepared, prepare
 
 METHOD = "aat"
 
@@ -20,8 +20,9 @@ METHOD = "aat"
 def save_adapters(model: nn.Module, folder: str | Path) -> None:
     """Write the trainable parameters of a prepared model, and how it was prepared, into `folder`.
 
-    How the adapters are computed (backend, rewrite, recompute) is not part of it. An earlier checkpoint of
-    this function there is replaced, each file in one step; other files are left alone.
+    Running statistics of batch norms are written too: they move in training mode even where the rest of the
+    model is frozen. How the adapters are computed (backend, rewrite, recompute) is not part of it. An earlier
+    checkpoint of this function there is replaced, each file in one step; other files are left alone.
 
     Raises:
         ValueError: the model is not prepared.
@@ -58,14 +59,15 @@ def load_adapters(
             fit, each named. The model is untouched.
     """
     config, tensors = read_checkpoint(folder, METHOD)
+    options = _read_options(config, folder)
     prepared: Prepared | None = model.__dict__.get(_RECORD)
     if prepared is not None:
-        _check_options(prepared.options, config["prepare"], folder)
+        _check_options(prepared.options, options, folder)
         _load(model, prepared, tensors, folder)
         return prepared
     prepared = prepare(
         model,
-        **config["prepare"],
+        **options,
         rewrite=rewrite,
         recompute=recompute,
         backend=backend,
@@ -88,14 +90,23 @@ def _load(model: nn.Module, prepared: Prepared, tensors: dict[str, torch.Tensor]
 
 
 def _tensors(model: nn.Module, prepared: Prepared) -> dict[str, torch.Tensor]:
-    return {name: model.get_parameter(name) for name in prepared.trainable}
+    tensors: dict[str, torch.Tensor] = {name: model.get_parameter(name) for name in prepared.trainable}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            tensors |= {f"{name}.{buffer}": value for buffer, value in module.named_buffers()}
+    return tensors
+
+
+def _read_options(config: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    options = config.get("prepare")
+    if not isinstance(options, dict) or options.keys() != set(OPTIONS):
+        raise ValueError(f'the configuration in {folder} must have "prepare" with {", ".join(OPTIONS)}')
+    return options
 
 
 def _check_options(own: dict[str, Any], saved: dict[str, Any], folder: str | Path) -> None:
     differences = [
-        f"{name} {saved.get(name)!r}, not {value!r}"
-        for name, value in own.items()
-        if saved.get(name) != value
+        f"{name} {saved[name]!r}, not {value!r}" for name, value in own.items() if saved[name] != value
     ]
     if differences:
         raise ValueError(f"{folder} was saved from a model prepared with {'; '.join(differences)}")
