@@ -6,17 +6,11 @@ import threading
 
 import pytest
 import torch
+from encoder_cases import ALL_TAPS, MASKED, VARIANTS, OpLog, length_mask, ragged_lengths
 from tiny_encoders import BASE_VARIANT, TINY, make_input
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mmtransfer import models
 from mmtransfer.hff import FrozenEncoder, Taps
-
-ALL_TAPS = ("embeddings", 0, 1, 2, 3)
-MASKED = [name for name, row in models.MODELS.items() if row.takes_mask]
-VARIANTS = [(name, {}) for name in TINY] + [
-    (name, BASE_VARIANT) for name in ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
-]
 
 
 def hidden_states(encoder, inputs, mask=None):
@@ -27,16 +21,6 @@ def hidden_states(encoder, inputs, mask=None):
         states = encoder(inputs, attention_mask=mask, output_hidden_states=True).hidden_states
     assert len(states) == 5
     return states
-
-
-def ragged_lengths(model_type):
-    """Lengths for the default input: full, odd, short."""
-    size = make_input(model_type).shape[models.MODELS[model_type].time_dim]
-    return torch.tensor([size, size - size // 3, size // 2 + 1])
-
-
-def length_mask(lengths):
-    return (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()
 
 
 @pytest.mark.parametrize(("model_type", "changes"), VARIANTS)
@@ -233,7 +217,7 @@ class TestMechanism:
         frozen = FrozenEncoder(TINY["wav2vec2"].build(), (0, 2, 3))
         inputs, lengths = make_input("wav2vec2"), ragged_lengths("wav2vec2")
         frames = int(models.frame_lengths(frozen.encoder, lengths).sum())
-        with _OpLog() as log:
+        with OpLog() as log:
             features = frozen(inputs, lengths).features
         assert features.is_contiguous()
         made = [name for name, shape in log.calls if torch.Size(shape).numel() == frames * 3 * 16]
@@ -418,17 +402,3 @@ class TestTaps:
             Taps.pack(torch.zeros(4, 2), torch.tensor([4]))
         with pytest.raises(ValueError, match=r"\(4, C_out\)"):
             Taps.pack(torch.zeros(4, 1, 2), torch.tensor([4])).scatter(torch.zeros(3, 2))
-
-
-class _OpLog(TorchDispatchMode):
-    """Operators that computed something, with the shape of their result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[int, ...]]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, torch.Tensor) and not func.is_view:
-            self.calls.append((str(func), tuple(result.shape)))
-        return result

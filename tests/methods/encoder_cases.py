@@ -1,0 +1,41 @@
+"""What the tests of HFF's encoders share: variants of the tiny models, ragged lengths, a log of operators."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from tiny_encoders import BASE_VARIANT, TINY, make_input
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mmtransfer import models
+
+ALL_TAPS = ("embeddings", 0, 1, 2, 3)
+MASKED = [name for name, row in models.MODELS.items() if row.takes_mask]
+VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in TINY] + [
+    (name, BASE_VARIANT) for name in ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
+]
+
+
+def ragged_lengths(model_type: str) -> torch.Tensor:
+    """Lengths for the default input: full, odd, short."""
+    size = make_input(model_type).shape[models.MODELS[model_type].time_dim]
+    return torch.tensor([size, size - size // 3, size // 2 + 1])
+
+
+def length_mask(lengths: torch.Tensor) -> torch.Tensor:
+    return (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()
+
+
+class OpLog(TorchDispatchMode):
+    """Operators that computed something, with the shape of their result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[int, ...]]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func.is_view:
+            self.calls.append((str(func), tuple(result.shape)))
+        return result
