@@ -1,4 +1,5 @@
-"""What the Triton kernels of several ops share: argument checks, device guard, row statistics.
+"""What the Triton kernels of several ops share: argument checks, device guard, activations, tiles of
+products, row statistics.
 
 Ground rules of all Triton kernels here: program ids are cast to int64 before they are multiplied, so offsets
 never wrap; launch configurations come from fixed tables, because autotuning would make results depend on
@@ -10,11 +11,20 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from mmkernels.ops._common import ACTIVATIONS, TRITON_INTERPRETED
+
+RELU = tl.constexpr(ACTIVATIONS.index("relu"))
+GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
+GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
+SILU = tl.constexpr(ACTIVATIONS.index("silu"))
+INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
@@ -43,6 +53,114 @@ def expect_optional(
 def dense_rows(tensor: Tensor) -> Tensor:
     """The tensor itself if elements of its last dimension are neighbours, else a copy."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def input_precision() -> str:
+    """Float32 products use TF32 where the user lets torch's own do so."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``left @ right`` of each of a batch of matrices, accumulated and returned in ``dtype``."""
+    # A backward pass inside an autocast region must not round a float32 product.
+    with torch.autocast(left.device.type, enabled=False):
+        if left.dtype != dtype and left.is_cuda:
+            return torch.bmm(left, right, out_dtype=dtype)
+        return torch.bmm(left.to(dtype), right.to(dtype))
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activate(z, ACTIVATION: tl.constexpr):
+    if ACTIVATION == RELU:
+        # Written so that NaN passes through.
+        return tl.where(z < 0.0, 0.0, z)
+    elif ACTIVATION == GELU:
+        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
+    elif ACTIVATION == GELU_TANH:
+        # (1 + tanh(u)) / 2 = sigmoid(2 u), without the cancellation.
+        return z * sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
+    elif ACTIVATION == SILU:
+        return z * sigmoid(z)
+    else:
+        return z
+
+
+@triton.jit
+def activation_slope(z, ACTIVATION: tl.constexpr):
+    """Derivative at z; for relu the output serves as well as z."""
+    if ACTIVATION == RELU:
+        return tl.where(z <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == GELU:
+        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+    elif ACTIVATION == GELU_TANH:
+        cubic = 0.044715 * z * z
+        s = sigmoid(1.5957691216057308 * z * (1.0 + cubic))
+        return s * (1.0 + z * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cubic))
+    elif ACTIVATION == SILU:
+        s = sigmoid(z)
+        return s * (1.0 + z * (1.0 - s))
+    else:
+        return tl.full(z.shape, 1.0, z.dtype)
+
+
+@triton.jit
+def add_product(a, b, total, PRECISION: tl.constexpr):
+    if INTERPRETED:
+        # Triton 3.6's interpreter multiplies the bit patterns of bfloat16; widening is exact.
+        a, b = a.to(total.dtype), b.to(total.dtype)
+    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+
+
+@dataclass(frozen=True)
+class ProductConfig:
+    """Tile of a product, BLOCK_M x BLOCK_N in steps of BLOCK_K; GROUP tiles of rows share columns in L2."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int = 8
+
+
+#: By element type alone: the numbers of a row must not depend on how many rows there are. Products of float32
+#: outside the tensor cores run on registers, so their tiles are small.
+PRODUCT_CONFIGS = {
+    torch.float16: ProductConfig(128, 128, 64, warps=8, stages=3),
+    torch.bfloat16: ProductConfig(128, 128, 64, warps=8, stages=3),
+    torch.float32: ProductConfig(64, 64, 32, warps=4, stages=3),
+    torch.float64: ProductConfig(64, 64, 32, warps=4, stages=3),
+}
+
+
+def product_grid(config: ProductConfig, rows: int, columns: int, batch: int) -> tuple[int, int]:
+    return triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n), batch
+
+
+def product_options(config: ProductConfig) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP": config.group,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+    }
+
+
+@triton.jit
+def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
+    """Row and column of a tile: GROUP tiles of rows go over the columns together, so that both stay in L2."""
+    group = program // (GROUP * column_tiles)
+    first = group * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    within = program - group * (GROUP * column_tiles)
+    return first + within % size, within // size
 
 
 #: Triton compiles anew for every pattern of arguments that are 1, fit in 32 bits, or are multiples of 16.

@@ -32,7 +32,7 @@ STACK_BYTES = 32
 
 OF_ELEMENT_TYPE = {
     *("x", "y", "out", "preactivation", "folded_weight"),
-    *("grad", "value", "scaled_grad", "dx"),
+    *("grad", "value", "scaled_grad", "addend", "dx"),
 }
 INTEGERS = {"rows", "frames", "width", "inner", "taps", "inputs", "outputs"}
 INT64_POINTERS = {"table", "lengths"}

@@ -15,80 +15,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._common import ACTIVATIONS, TRITON_INTERPRETED, accumulate_dtype
-from mmkernels.ops._triton import dense_rows, expect, expect_optional, on_device, row_block, row_stats
+from mmkernels.ops._common import accumulate_dtype
+from mmkernels.ops._triton import (
+    PRODUCT_CONFIGS,
+    activate,
+    activation_slope,
+    add_product,
+    batched_product,
+    dense_rows,
+    expect,
+    expect_optional,
+    input_precision,
+    on_device,
+    product_grid,
+    product_options,
+    row_block,
+    row_stats,
+    tile_of,
+)
 from mmkernels.ops.layer_project.schema import OUTPUT_SUFFICES
 
-RELU = tl.constexpr(ACTIVATIONS.index("relu"))
-GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
-GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
-SILU = tl.constexpr(ACTIVATIONS.index("silu"))
-INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
-
-
-@dataclass(frozen=True)
-class ProductConfig:
-    """Tile of a product, BLOCK_M x BLOCK_N in steps of BLOCK_K; GROUP tiles of rows share columns in L2."""
-
-    block_m: int
-    block_n: int
-    block_k: int
-    warps: int
-    stages: int
-    group: int = 8
-
-
-#: By element type alone: the numbers of a row must not depend on how many rows there are. Products of float32
-#: outside the tensor cores run on registers, so their tiles are small.
-PRODUCT_CONFIGS = {
-    torch.float16: ProductConfig(128, 128, 64, warps=8, stages=3),
-    torch.bfloat16: ProductConfig(128, 128, 64, warps=8, stages=3),
-    torch.float32: ProductConfig(64, 64, 32, warps=4, stages=3),
-    torch.float64: ProductConfig(64, 64, 32, warps=4, stages=3),
-}
 GRADIENT_ROWS = 64
 GRADIENT_COLUMNS = 64
 UNFOLD_ROWS = 16
 UNFOLD_COLUMNS = 64
-
-
-@triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def activate(z, ACTIVATION: tl.constexpr):
-    if ACTIVATION == RELU:
-        # Written so that NaN passes through.
-        return tl.where(z < 0.0, 0.0, z)
-    elif ACTIVATION == GELU:
-        return 0.5 * z * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACTIVATION == GELU_TANH:
-        # (1 + tanh(u)) / 2 = sigmoid(2 u), without the cancellation.
-        return z * sigmoid(1.5957691216057308 * z * (1.0 + 0.044715 * z * z))
-    elif ACTIVATION == SILU:
-        return z * sigmoid(z)
-    else:
-        return z
-
-
-@triton.jit
-def activation_slope(z, ACTIVATION: tl.constexpr):
-    """Derivative at z; for relu the output serves as well as z."""
-    if ACTIVATION == RELU:
-        return tl.where(z <= 0.0, 0.0, 1.0)
-    elif ACTIVATION == GELU:
-        return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    elif ACTIVATION == GELU_TANH:
-        cubic = 0.044715 * z * z
-        s = sigmoid(1.5957691216057308 * z * (1.0 + cubic))
-        return s * (1.0 + z * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cubic))
-    elif ACTIVATION == SILU:
-        s = sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
-    else:
-        return tl.full(z.shape, 1.0, z.dtype)
 
 
 @triton.jit
@@ -134,24 +84,6 @@ def layer_project_fold_kernel(
         rounded_sum += rounded.to(accumulate)
         tl.store(folded_weight + row * WIDTH + start + column, rounded, mask=used)
     tl.store(weight_sum + row, tl.sum(rounded_sum, 0))
-
-
-@triton.jit
-def add_product(a, b, total, PRECISION: tl.constexpr):
-    if INTERPRETED:
-        # Triton 3.6's interpreter multiplies the bit patterns of bfloat16; widening is exact.
-        a, b = a.to(total.dtype), b.to(total.dtype)
-    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
-
-
-@triton.jit
-def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP tiles of rows go over the columns together, so that both stay in L2."""
-    group = program // (GROUP * column_tiles)
-    first = group * GROUP
-    size = tl.minimum(row_tiles - first, GROUP)
-    within = program - group * (GROUP * column_tiles)
-    return first + within % size, within // size
 
 
 @triton.jit
@@ -263,6 +195,7 @@ def layer_project_dx_kernel(
     x,
     stats,
     pull,
+    addend,
     dx,
     rows,
     taps,
@@ -276,7 +209,7 @@ def layer_project_dx_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``dx = g Vc - pull * (x - mean)``, rounded once."""
+    """``dx = g Vc - pull * (x - mean)``, with ``addend`` if there is one; rounded once."""
     tap = tl.program_id(1).to(tl.int64)
     row_tile, column_tile = tile_of(
         tl.program_id(0).to(tl.int64), tl.cdiv(rows, BLOCK_M), tl.cdiv(inputs, BLOCK_N), GROUP
@@ -303,7 +236,10 @@ def layer_project_dx_kernel(
         values = x + tap * tap_stride + row[:, None] * row_stride + column[None, :]
         centred = tl.load(values, mask=inside, other=0.0).to(accumulate) - mean[:, None]
         total -= strength[:, None] * centred
-    tl.store(dx + line[:, None] * inputs + column[None, :], total.to(dx.dtype.element_ty), mask=inside)
+    place = line[:, None] * inputs + column[None, :]
+    if addend is not None:
+        total += tl.load(addend + place, mask=inside, other=0.0).to(accumulate)
+    tl.store(dx + place, total.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -411,26 +347,6 @@ class Inputs:
         return folded_weight, folded_bias, weight_sum
 
 
-def input_precision() -> str:
-    """Float32 products use TF32 where the user lets torch's own do so."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
-def product_grid(config: ProductConfig, rows: int, columns: int, taps: int) -> tuple[int, int]:
-    return triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n), taps
-
-
-def product_options(config: ProductConfig) -> dict[str, int]:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP": config.group,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
-    }
-
-
 def layer_project_fwd(
     x: Tensor,
     weight: Tensor,
@@ -455,30 +371,37 @@ def layer_project_fwd(
     if y.numel() == 0:
         return y, preactivation, returned
 
-    config = PRODUCT_CONFIGS[x.dtype]
     with on_device(x):
         if args.norm:
             row_stats(args.x, None, stats.view(rows * taps, 2), eps)
-        folded_weight, folded_bias, weight_sum = args.fold()
-        layer_project_fwd_kernel[product_grid(config, rows, outputs, taps)](
-            args.x,
-            folded_weight,
-            folded_bias,
-            weight_sum,
-            stats if args.norm else None,
-            y,
-            preactivation if save_value else None,
-            rows,
-            taps,
-            outputs,
-            args.x.stride(0),
-            args.x.stride(1),
-            WIDTH=inputs,
-            ACTIVATION=activation,
-            PRECISION=input_precision(),
-            **product_options(config),
-        )
+        write_output(args, stats, activation, y, preactivation if save_value else None)
     return y, preactivation, returned
+
+
+def write_output(
+    args: Inputs, stats: Tensor, activation: int, y: Tensor, preactivation: Tensor | None
+) -> None:
+    rows, taps, outputs = y.shape
+    config = PRODUCT_CONFIGS[y.dtype]
+    folded_weight, folded_bias, weight_sum = args.fold()
+    layer_project_fwd_kernel[product_grid(config, rows, outputs, taps)](
+        args.x,
+        folded_weight,
+        folded_bias,
+        weight_sum,
+        stats if args.norm else None,
+        y,
+        preactivation,
+        rows,
+        taps,
+        outputs,
+        args.x.stride(0),
+        args.x.stride(1),
+        WIDTH=args.x.shape[2],
+        ACTIVATION=activation,
+        PRECISION=input_precision(),
+        **product_options(config),
+    )
 
 
 def layer_project_bwd(
@@ -515,29 +438,12 @@ def layer_project_bwd(
         return dx.zero_(), d_weight.zero_(), d_bias.zero_(), d_norm_weight.zero_(), d_norm_bias.zero_()
 
     need_x, need_product = dx.numel() > 0, d_weight.numel() > 0
-    chunks = triton.cdiv(rows, GRADIENT_ROWS)
     scaled_grad = x.new_empty(grad.shape)
     pull = new((rows, taps)) if need_x and args.norm else None
-    partial_bias = new((chunks, taps, outputs))
     with on_device(x):
         folded_weight, folded_bias, _ = args.fold() if need_x else (None, None, None)
-        layer_project_gradient_kernel[(chunks, taps)](
-            grad,
-            value,
-            stats if args.norm else None,
-            folded_bias,
-            scaled_grad if need_x or need_product else None,
-            pull,
-            partial_bias,
-            rows,
-            taps,
-            inputs,
-            OUTPUTS=outputs,
-            ACTIVATION=activation,
-            BLOCK_ROWS=GRADIENT_ROWS,
-            BLOCK_O=GRADIENT_COLUMNS,
-        )
-        d_bias = partial_bias.sum(0)
+        wanted = scaled_grad if need_x or need_product else None
+        d_bias = write_scaled_gradient(args, grad, value, stats, folded_bias, activation, wanted, pull)
         if need_x:
             write_input_gradient(args, scaled_grad, folded_weight, stats, pull, dx)
         if need_product:
@@ -549,6 +455,39 @@ def layer_project_bwd(
     return dx, d_weight, d_bias, d_norm_weight, d_norm_bias
 
 
+def write_scaled_gradient(
+    args: Inputs,
+    grad: Tensor,
+    value: Tensor,
+    stats: Tensor,
+    folded_bias: Tensor | None,
+    activation: int,
+    scaled_grad: Tensor | None,
+    pull: Tensor | None,
+) -> Tensor:
+    """``g = dL/dz * rstd`` and ``pull`` where asked for, from ``dL/dy``; returns the gradient of ``b'``."""
+    rows, taps, outputs = value.shape
+    chunks = triton.cdiv(rows, GRADIENT_ROWS)
+    partial_bias = args.weight.new_empty((chunks, taps, outputs))
+    layer_project_gradient_kernel[(chunks, taps)](
+        grad,
+        value,
+        stats if args.norm else None,
+        folded_bias,
+        scaled_grad,
+        pull,
+        partial_bias,
+        rows,
+        taps,
+        args.x.shape[2],
+        OUTPUTS=outputs,
+        ACTIVATION=activation,
+        BLOCK_ROWS=GRADIENT_ROWS,
+        BLOCK_O=GRADIENT_COLUMNS,
+    )
+    return partial_bias.sum(0)
+
+
 def write_input_gradient(
     args: Inputs,
     scaled_grad: Tensor,
@@ -556,7 +495,9 @@ def write_input_gradient(
     stats: Tensor,
     pull: Tensor | None,
     dx: Tensor,
+    addend: Tensor | None = None,
 ) -> None:
+    """``dx``, and ``addend`` of its layout added before it is rounded."""
     rows, taps, inputs = dx.shape
     config = PRODUCT_CONFIGS[dx.dtype]
     layer_project_dx_kernel[product_grid(config, rows, inputs, taps)](
@@ -565,6 +506,7 @@ def write_input_gradient(
         args.x,
         stats if args.norm else None,
         pull,
+        addend,
         dx,
         rows,
         taps,
@@ -579,12 +521,7 @@ def write_input_gradient(
 
 def weight_product(scaled_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """``g^T x`` of each tap; a mean will be taken from it, so it is not rounded to half precision first."""
-    left, right = scaled_grad.permute(1, 2, 0), x.transpose(0, 1)
-    # A backward pass inside an autocast region must not round a float32 product.
-    with torch.autocast(x.device.type, enabled=False):
-        if x.dtype != dtype and x.is_cuda:
-            return torch.bmm(left, right, out_dtype=dtype)
-        return torch.bmm(left.to(dtype), right.to(dtype))
+    return batched_product(scaled_grad.permute(1, 2, 0), x.transpose(0, 1), dtype)
 
 
 def unfold(

@@ -1,0 +1,624 @@
+"""Triton kernels of :func:`mmkernels.adapter`, and the functions behind its ``_triton`` ops.
+
+The algebra is that of ``csrc/include/mmkernels/adapter.h``. The down-projection is a ``layer_project`` of one
+tap, whose folding of the LayerNorm serves here; the up-projection too is rounded to the type of ``x``. Where
+the hidden layer of a block of rows fits into registers, each direction is one kernel that goes over the rows
+twice, the second time out of cache: once down and once up. Wider bottlenecks, and products that the tensor
+cores do not do, go by way of a hidden layer in memory. Gradients of the matrices are products of whole
+tensors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mmkernels.ops._common import ACTIVATE, ACTIVATIONS, accumulate_dtype
+from mmkernels.ops._triton import (
+    PRODUCT_CONFIGS,
+    activate,
+    activation_slope,
+    add_product,
+    batched_product,
+    expect,
+    expect_optional,
+    input_precision,
+    on_device,
+    product_grid,
+    product_options,
+    row_stats,
+    tile_of,
+)
+from mmkernels.ops.layer_project import triton as layer_project
+
+
+@dataclass(frozen=True)
+class FusedTile:
+    """BLOCK_M rows with their hidden layer; the width of x passes in steps of BLOCK_D."""
+
+    block_m: int
+    block_d: int
+    warps: int
+    stages: int
+
+
+#: Most hidden units -> tile, for products of half precision. The matrices are read anew, from L2, for each
+#: block of rows, so blocks are as tall as registers allow.
+FORWARD_TILES = {
+    64: FusedTile(128, 64, warps=8, stages=3),
+    128: FusedTile(128, 64, warps=8, stages=3),
+    256: FusedTile(64, 64, warps=8, stages=3),
+}
+BACKWARD_TILES = {
+    64: FusedTile(128, 64, warps=16, stages=3),
+    128: FusedTile(64, 64, warps=16, stages=3),
+    256: FusedTile(32, 64, warps=8, stages=2),
+}
+
+
+@triton.jit
+def store_sum(product, bias, addend, out, row, column, rows, addend_stride, scale, columns):
+    """Writes ``addend + scale * (product + bias)`` to a tile of ``out (rows, columns)``."""
+    used = column < columns
+    inside = (row < rows)[:, None] & used[None, :]
+    if bias is not None:
+        product += tl.load(bias + column, mask=used, other=0.0)[None, :]
+    total = product * scale
+    if addend is not None:
+        source = addend + row[:, None] * addend_stride + column[None, :]
+        total += tl.load(source, mask=inside, other=0.0).to(total.dtype)
+    target = out + row[:, None] * columns + column[None, :]
+    tl.store(target, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def adapter_fwd_kernel(
+    x,
+    folded_weight,
+    folded_bias,
+    weight_sum,
+    up_weight,
+    up_bias,
+    addend,
+    out,
+    hidden,
+    stats,
+    rows,
+    row_stride,
+    addend_stride,
+    scale,
+    WIDTH: tl.constexpr,
+    BOTTLENECK: tl.constexpr,
+    NORM: tl.constexpr,
+    EPS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    unit = tl.arange(0, BLOCK_H).to(tl.int64)
+    valid, present = row < rows, unit < BOTTLENECK
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+    source = x + row[:, None] * row_stride + d[None, :]
+    factor = folded_weight + unit[None, :] * WIDTH + d[:, None]
+
+    if NORM:
+        # Sums are of differences to the mean of the first columns. It is at most sqrt(WIDTH / BLOCK_D)
+        # standard deviations from the mean of all, which bounds what the variance loses to cancellation.
+        first = tl.load(source, mask=valid[:, None] & (d < WIDTH)[None, :], other=0.0).to(tl.float32)
+        centre = tl.sum(first, 1) / min(WIDTH, BLOCK_D)
+        differences = tl.zeros((BLOCK_M,), tl.float32)
+        squares = tl.zeros((BLOCK_M,), tl.float32)
+    z = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    for start in range(0, WIDTH, BLOCK_D):
+        used = d < WIDTH - start
+        inside = valid[:, None] & used[None, :]
+        a = tl.load(source + start, mask=inside, other=0.0)
+        b = tl.load(factor + start, mask=present[None, :] & used[:, None], other=0.0)
+        z = add_product(a, b, z, PRECISION)
+        if NORM:
+            difference = tl.where(inside, a.to(tl.float32) - centre[:, None], 0.0)
+            differences += tl.sum(difference, 1)
+            squares += tl.sum(difference * difference, 1)
+    if NORM:
+        offset = differences / WIDTH
+        mean = centre + offset
+        variance = squares / WIDTH - offset * offset
+        # Written so that NaN passes through.
+        rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + EPS)
+        remainder = tl.load(weight_sum + unit, mask=present, other=0.0)
+        z = (z - mean[:, None] * remainder[None, :]) * rstd[:, None]
+        if stats is not None:
+            tl.store(stats + row * 2, mean, mask=valid)
+            tl.store(stats + row * 2 + 1, rstd, mask=valid)
+    z += tl.load(folded_bias + unit, mask=present, other=0.0)[None, :]
+    if hidden is not None:
+        target = hidden + row[:, None] * BOTTLENECK + unit[None, :]
+        tl.store(target, z.to(hidden.dtype.element_ty), mask=valid[:, None] & present[None, :])
+
+    # An infinite x times the zeros of absent units is NaN.
+    a = tl.where(present[None, :], activate(z, ACTIVATION), 0.0).to(x.dtype.element_ty)
+    for start in range(0, WIDTH, BLOCK_D):
+        column = start + d
+        inside = (column < WIDTH)[None, :] & present[:, None]
+        b = tl.load(up_weight + column[None, :] * BOTTLENECK + unit[:, None], mask=inside, other=0.0)
+        total = add_product(a, b, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+        store_sum(total, up_bias, addend, out, row, column, rows, addend_stride, scale, WIDTH)
+
+
+@triton.jit
+def adapter_product_kernel(
+    left,
+    right,
+    bias,
+    addend,
+    out,
+    rows,
+    columns,
+    column_stride,
+    inner_stride,
+    addend_stride,
+    scale,
+    INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """``addend + scale * (left right^T + bias)``; ``right (columns, INNER)`` may be strided."""
+    accumulate: tl.constexpr = tl.float64 if left.dtype.element_ty == tl.float64 else tl.float32
+    row_tile, column_tile = tile_of(
+        tl.program_id(0).to(tl.int64), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP
+    )
+    row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K).to(tl.int64)
+    total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
+    for start in range(0, INNER, BLOCK_K):
+        used = start + k < INNER
+        source = left + row[:, None] * INNER + (start + k)[None, :]
+        a = tl.load(source, mask=(row < rows)[:, None] & used[None, :], other=0.0)
+        factor = right + column[None, :] * column_stride + (start + k)[:, None] * inner_stride
+        b = tl.load(factor, mask=(column < columns)[None, :] & used[:, None], other=0.0)
+        total = add_product(a, b, total, PRECISION)
+    store_sum(total, bias, addend, out, row, column, rows, addend_stride, scale, columns)
+
+
+@triton.jit
+def adapter_bwd_kernel(
+    grad,
+    x,
+    up_weight,
+    folded_weight,
+    folded_bias,
+    hidden,
+    stats,
+    dx,
+    activated,
+    scaled_grad,
+    partial_down_bias,
+    partial_up_bias,
+    rows,
+    row_stride,
+    scale,
+    WIDTH: tl.constexpr,
+    BOTTLENECK: tl.constexpr,
+    ADD_GRAD: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``dx``, ``act(z)``, ``s``, and a tile's part of the bias gradients: those that are not None."""
+    tile = tl.program_id(0).to(tl.int64)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    unit = tl.arange(0, BLOCK_H).to(tl.int64)
+    valid, present = row < rows, unit < BOTTLENECK
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
+
+    da = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
+    for start in range(0, WIDTH, BLOCK_D):
+        column = start + d
+        used = column < WIDTH
+        source = grad + row[:, None] * WIDTH + column[None, :]
+        g = tl.load(source, mask=valid[:, None] & used[None, :], other=0.0)
+        if partial_up_bias is not None:
+            tl.store(partial_up_bias + tile * WIDTH + column, tl.sum(g.to(tl.float32), 0), mask=used)
+        if scaled_grad is not None or dx is not None:
+            factor = up_weight + column[:, None] * BOTTLENECK + unit[None, :]
+            b = tl.load(factor, mask=used[:, None] & present[None, :], other=0.0)
+            da = add_product(g, b, da, PRECISION)
+
+    known = valid[:, None] & present[None, :]
+    place = row[:, None] * BOTTLENECK + unit[None, :]
+    z = tl.load(hidden + place, mask=known, other=0.0).to(tl.float32)
+    # An infinite gradient times the zeros of absent units is NaN.
+    s = tl.where(known, da * activation_slope(z, ACTIVATION) * scale, 0.0)
+    if activated is not None:
+        tl.store(activated + place, activate(z, ACTIVATION).to(activated.dtype.element_ty), mask=known)
+    if partial_down_bias is not None:
+        tl.store(partial_down_bias + tile * BOTTLENECK + unit, tl.sum(s, 0), mask=present)
+    if stats is not None:
+        mean = tl.load(stats + row * 2, mask=valid, other=0.0)
+        rstd = tl.load(stats + row * 2 + 1, mask=valid, other=0.0)
+        s *= rstd[:, None]
+    if scaled_grad is not None:
+        tl.store(scaled_grad + place, s.to(scaled_grad.dtype.element_ty), mask=known)
+
+    if dx is not None:
+        if stats is not None:
+            shift = tl.load(folded_bias + unit, mask=present, other=0.0)
+            pull = tl.sum(s * (z - shift[None, :]), 1) * rstd / WIDTH
+        a = s.to(dx.dtype.element_ty)
+        for start in range(0, WIDTH, BLOCK_D):
+            column = start + d
+            used = column < WIDTH
+            inside = valid[:, None] & used[None, :]
+            factor = folded_weight + unit[:, None] * WIDTH + column[None, :]
+            b = tl.load(factor, mask=present[:, None] & used[None, :], other=0.0)
+            total = add_product(a, b, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+            if stats is not None:
+                value = tl.load(x + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
+                total -= pull[:, None] * (value.to(tl.float32) - mean[:, None])
+            target = row[:, None] * WIDTH + column[None, :]
+            if ADD_GRAD:
+                total += tl.load(grad + target, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dx + target, total.to(dx.dtype.element_ty), mask=inside)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What both directions read, in the layout that the kernels take."""
+
+    #: The down-projection as a ``layer_project`` of one tap.
+    down: layer_project.Inputs
+    #: In the type of x.
+    up_weight: Tensor
+    scale: float
+    activation: int
+
+    @classmethod
+    def checked(
+        cls,
+        x: Tensor,
+        down_weight: Tensor,
+        down_bias: Tensor | None,
+        up_weight: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        scale: float,
+        activation: int,
+    ) -> Inputs:
+        if x.dim() != 2 or down_weight.dim() != 2:
+            raise ValueError(f"x, down_weight: expected 2 dimensions, got {x.dim()} and {down_weight.dim()}")
+        shape = (x.shape[1], down_weight.shape[0])
+        up_weight = expect("up_weight", up_weight, shape, accumulate_dtype(x.dtype), x.device)
+
+        def one_tap(parameter: Tensor | None) -> Tensor | None:
+            return None if parameter is None else parameter.unsqueeze(0)
+
+        down = layer_project.Inputs.checked(
+            x.unsqueeze(1),
+            down_weight.unsqueeze(0),
+            one_tap(down_bias),
+            one_tap(norm_weight),
+            one_tap(norm_bias),
+        )
+        return cls(down, up_weight.to(x.dtype), scale, activation)
+
+    @property
+    def x(self) -> Tensor:
+        return self.down.x.squeeze(1)
+
+    @property
+    def bottleneck(self) -> int:
+        return self.up_weight.shape[1]
+
+    def fused_tile(self, table: dict[int, FusedTile]) -> FusedTile | None:
+        """The tile of a fused kernel, None where it does not serve."""
+        if self.up_weight.element_size() != 2:
+            return None
+        return next((tile for most, tile in table.items() if self.bottleneck <= most), None)
+
+    def fused_options(self, tile: FusedTile) -> dict[str, int | str]:
+        return {
+            "WIDTH": self.up_weight.shape[0],
+            "BOTTLENECK": self.bottleneck,
+            "ACTIVATION": self.activation,
+            "PRECISION": input_precision(),
+            "BLOCK_M": tile.block_m,
+            "BLOCK_H": max(16, triton.next_power_of_2(self.bottleneck)),
+            "BLOCK_D": tile.block_d,
+            "num_warps": tile.warps,
+            "num_stages": tile.stages,
+        }
+
+
+def if_any(tensor: Tensor) -> Tensor | None:
+    """What a kernel is given for an output: those that nobody asked for have no elements."""
+    return tensor if tensor.numel() > 0 else None
+
+
+def adapter_fwd(
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    up_bias: Tensor | None,
+    residual: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: float,
+    eps: float,
+    activation: int,
+    add_input: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``mmkernels::adapter_fwd_triton``."""
+    args = Inputs.checked(x, down_weight, down_bias, up_weight, norm_weight, norm_bias, scale, activation)
+    rows, width = x.shape
+    accumulate = accumulate_dtype(x.dtype)
+    up_bias = expect_optional("up_bias", up_bias, (width,), accumulate, x.device)
+    if residual is not None:
+        if add_input:
+            raise ValueError("residual: expected None with add_input")
+        dtype = accumulate if residual.dtype == accumulate else x.dtype
+        residual = expect("residual", residual, (rows, width), dtype, x.device)
+    addend = args.x if add_input else residual
+    out = x.new_empty((rows, width), dtype=x.dtype if residual is None else residual.dtype)
+    hidden = x.new_empty((rows if save else 0, args.bottleneck))
+    stats = x.new_empty((rows if save and norm_weight is not None else 0, 2), dtype=accumulate)
+    if out.numel() == 0 or args.bottleneck == 0:
+        constant = up_weight.new_zeros(width) if up_bias is None else scale * up_bias
+        out.copy_(constant if addend is None else addend + constant)
+        return out, hidden.zero_(), stats.zero_()
+
+    tile = args.fused_tile(FORWARD_TILES)
+    with on_device(x):
+        if tile is None:
+            write_output_in_steps(args, up_bias, addend, eps, out, hidden, stats)
+        else:
+            write_output(args, tile, up_bias, addend, eps, out, hidden, stats)
+    return out, hidden, stats
+
+
+def write_output(
+    args: Inputs,
+    tile: FusedTile,
+    up_bias: Tensor | None,
+    addend: Tensor | None,
+    eps: float,
+    out: Tensor,
+    hidden: Tensor,
+    stats: Tensor,
+) -> None:
+    rows, _ = out.shape
+    folded_weight, folded_bias, weight_sum = args.down.fold()
+    adapter_fwd_kernel[(triton.cdiv(rows, tile.block_m),)](
+        args.x,
+        folded_weight,
+        folded_bias,
+        weight_sum,
+        args.up_weight,
+        up_bias,
+        addend,
+        out,
+        if_any(hidden),
+        if_any(stats),
+        rows,
+        args.x.stride(0),
+        0 if addend is None else addend.stride(0),
+        args.scale,
+        NORM=args.down.norm,
+        EPS=eps,
+        **args.fused_options(tile),
+    )
+
+
+def write_output_in_steps(
+    args: Inputs,
+    up_bias: Tensor | None,
+    addend: Tensor | None,
+    eps: float,
+    out: Tensor,
+    hidden: Tensor,
+    stats: Tensor,
+) -> None:
+    """As ``write_output``, with the hidden layer in memory between two products."""
+    rows, _ = out.shape
+    x = args.down.x
+    if args.down.norm:
+        stats = stats if stats.numel() > 0 else stats.new_empty((rows, 2))
+        row_stats(x, None, stats, eps)
+    activated = x.new_empty((rows, 1, args.bottleneck))
+    preactivation = if_any(hidden.unsqueeze(1))
+    layer_project.write_output(args.down, stats, args.activation, activated, preactivation)
+    write_product(activated.squeeze(1), args.up_weight, up_bias, addend, args.scale, out)
+
+
+def write_product(
+    left: Tensor, right: Tensor, bias: Tensor | None, addend: Tensor | None, scale: float, out: Tensor
+) -> None:
+    """``out = addend + scale * (left right^T + bias)``; ``left`` and ``out`` are contiguous."""
+    rows, columns = out.shape
+    config = PRODUCT_CONFIGS[left.dtype]
+    adapter_product_kernel[product_grid(config, rows, columns, 1)](
+        left,
+        right,
+        bias,
+        addend,
+        out,
+        rows,
+        columns,
+        right.stride(0),
+        right.stride(1),
+        0 if addend is None else addend.stride(0),
+        scale,
+        INNER=left.shape[1],
+        PRECISION=input_precision(),
+        **product_options(config),
+    )
+
+
+def adapter_bwd(
+    grad: Tensor,
+    x: Tensor,
+    down_weight: Tensor,
+    down_bias: Tensor | None,
+    up_weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    hidden: Tensor,
+    stats: Tensor,
+    scale: float,
+    activation: int,
+    add_input: bool,
+    need_x: bool,
+    need_down: bool,
+    need_up: bool,
+    need_norm: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``mmkernels::adapter_bwd_triton``."""
+    args = Inputs.checked(x, down_weight, down_bias, up_weight, norm_weight, norm_bias, scale, activation)
+    rows, width = x.shape
+    bottleneck, accumulate = args.bottleneck, accumulate_dtype(x.dtype)
+    grad = expect("grad", grad, (rows, width), x.dtype, x.device)
+    hidden = expect("hidden", hidden, (rows, bottleneck), x.dtype, x.device)
+    if norm_weight is not None:
+        stats = expect("stats", stats, (rows, 2), accumulate, x.device)
+    # The gain's gradient comes out of the down-projection's.
+    need_product = need_down or need_norm
+    new = args.down.weight.new_empty
+    dx = x.new_empty((rows if need_x else 0, width))
+    d_down = new((bottleneck if need_product else 0, width))
+    d_down_bias = new((bottleneck if need_product else 0,))
+    d_up = new((width if need_up else 0, bottleneck))
+    d_up_bias = new((width if need_up else 0,))
+    d_gain, d_shift = (new((width if need_norm else 0,)) for _ in range(2))
+    if grad.numel() == 0 or bottleneck == 0:
+        for gradient in (dx, d_down, d_down_bias, d_up, d_up_bias, d_gain, d_shift):
+            gradient.zero_()
+        if need_x and add_input:
+            dx.copy_(grad)
+        if need_up:
+            torch.sum(grad, 0, dtype=accumulate, out=d_up_bias).mul_(scale)
+        return dx, d_down, d_down_bias, d_up, d_up_bias, d_gain, d_shift
+
+    activated = x.new_empty((rows if need_up else 0, bottleneck))
+    scaled_grad = x.new_empty((rows if need_product else 0, bottleneck))
+    row_gradients = RowGradients(dx, activated, scaled_grad, d_down_bias, d_up_bias)
+    tile = args.fused_tile(BACKWARD_TILES)
+    with on_device(x):
+        if tile is None:
+            write_row_gradients_in_steps(args, grad, hidden, stats, add_input, row_gradients)
+        else:
+            write_row_gradients(args, tile, grad, hidden, stats, add_input, row_gradients)
+        if need_product:
+            product = batched_product(scaled_grad.T[None], args.x[None], accumulate)
+            if args.down.norm:
+                layer_project.unfold(
+                    args.down, product, d_down_bias[None], d_down[None], d_gain[None], d_shift[None]
+                )
+            else:
+                d_down = product[0]
+        if need_up:
+            d_up = batched_product(grad.T[None], activated[None], accumulate)[0].mul_(scale)
+            d_up_bias.mul_(scale)
+    return dx, d_down, d_down_bias, d_up, d_up_bias, d_gain, d_shift
+
+
+@dataclass(frozen=True)
+class RowGradients:
+    """What comes of going over the rows backwards; what nobody asked for has no elements."""
+
+    dx: Tensor
+    #: ``act(z)`` and ``s``, in the type of x, of which the gradients of the matrices are made.
+    activated: Tensor
+    scaled_grad: Tensor
+    #: ``sum_r dz`` and ``sum_r g``.
+    down_bias: Tensor
+    up_bias: Tensor
+
+
+def write_row_gradients(
+    args: Inputs,
+    tile: FusedTile,
+    grad: Tensor,
+    hidden: Tensor,
+    stats: Tensor,
+    add_input: bool,
+    to: RowGradients,
+) -> None:
+    rows, _ = grad.shape
+    tiles = triton.cdiv(rows, tile.block_m)
+    partial_down_bias = to.down_bias.new_empty((tiles, to.down_bias.shape[0]))
+    partial_up_bias = to.up_bias.new_empty((tiles, to.up_bias.shape[0]))
+    folded_weight, folded_bias, _ = args.down.fold() if to.dx.numel() > 0 else (None, None, None)
+    adapter_bwd_kernel[(tiles,)](
+        grad,
+        args.x,
+        args.up_weight,
+        folded_weight,
+        folded_bias,
+        hidden,
+        stats if args.down.norm else None,
+        if_any(to.dx),
+        if_any(to.activated),
+        if_any(to.scaled_grad),
+        if_any(partial_down_bias),
+        if_any(partial_up_bias),
+        rows,
+        args.x.stride(0),
+        args.scale,
+        ADD_GRAD=add_input,
+        **args.fused_options(tile),
+    )
+    torch.sum(partial_down_bias, 0, out=to.down_bias)
+    torch.sum(partial_up_bias, 0, out=to.up_bias)
+
+
+def write_row_gradients_in_steps(
+    args: Inputs,
+    grad: Tensor,
+    hidden: Tensor,
+    stats: Tensor,
+    add_input: bool,
+    to: RowGradients,
+) -> None:
+    """As ``write_row_gradients``, with the gradient of the hidden layer in memory between two products."""
+    rows, _ = grad.shape
+    need_x, need_product = to.dx.numel() > 0, to.scaled_grad.numel() > 0
+    if to.activated.numel() > 0:
+        to.activated.copy_(ACTIVATE[ACTIVATIONS[args.activation]](hidden))
+        torch.sum(grad, 0, dtype=to.up_bias.dtype, out=to.up_bias)
+    if not (need_x or need_product):
+        return
+
+    da = args.down.weight.new_empty(hidden.shape)
+    write_product(grad, args.up_weight.T, None, None, args.scale, da)
+    scaled_grad = to.scaled_grad if need_product else torch.empty_like(hidden)
+    folded_weight, folded_bias, _ = args.down.fold() if need_x else (None, None, None)
+    pull = stats.new_empty((rows, 1)) if need_x and args.down.norm else None
+    down_bias = layer_project.write_scaled_gradient(
+        args.down, da, hidden.unsqueeze(1), stats, folded_bias, args.activation, scaled_grad, pull
+    )
+    if need_product:
+        to.down_bias.copy_(down_bias[0])
+    if need_x:
+        layer_project.write_input_gradient(
+            args.down,
+            scaled_grad.unsqueeze(1),
+            folded_weight,
+            stats,
+            pull,
+            to.dx.unsqueeze(1),
+            addend=grad if add_input else None,
+        )
