@@ -14,6 +14,8 @@ from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_project import layer_project
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from mmkernels.patch import Report
 
 __version__ = "0.1.0"
@@ -22,12 +24,12 @@ __all__ = ["__version__", "accelerate", "adapter", "info", "layer_mix", "layer_p
 _library.load()
 
 
-def accelerate(model: Any) -> Report:
-    """Replace what mmkernels can compute in ``model`` itself, in place; see
-    :func:`mmkernels.patch.accelerate`."""
+def accelerate(model: Any, *, adapters: Sequence[str] = ()) -> Report:
+    """Replace what mmkernels can compute in ``model`` itself, in place; ``adapters`` names the
+    ``nn.Sequential`` modules in it that are bottleneck adapters. See :func:`mmkernels.patch.accelerate`."""
     from mmkernels.patch import accelerate as patch_accelerate
 
-    return patch_accelerate(model)
+    return patch_accelerate(model, adapters=adapters)
 
 
 def info() -> dict[str, Any]:

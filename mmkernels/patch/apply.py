@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import fnmatch
+from collections.abc import Sequence
+
 from torch import nn
 
+from mmkernels.patch.adapterhub import AdapterHubLayer
+from mmkernels.patch.bottleneck import Mismatch
 from mmkernels.patch.recogniser import Recogniser, Unsupported
 from mmkernels.patch.report import Replaced, Report, Skipped, Swap
 from mmkernels.patch.s3prl_featurizer import S3prlFeaturizer
+from mmkernels.patch.sequential_adapter import SequentialAdapter
 from mmkernels.patch.subclass import accelerated_class, original_class
 from mmkernels.patch.weighted_layer_sum import WeightedLayerSum
 
-RECOGNISERS: tuple[Recogniser, ...] = (WeightedLayerSum(), S3prlFeaturizer())
+RECOGNISERS: tuple[Recogniser, ...] = (WeightedLayerSum(), S3prlFeaturizer(), AdapterHubLayer())
 """Asked in this order; the first that claims a module decides on it."""
+NAMED_ADAPTER = SequentialAdapter()
+"""Decides on the modules that the user names."""
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
     """Let an existing model use the kernels of this package, in place and reversibly.
 
     Replaced today:
@@ -22,42 +30,82 @@ def accelerate(model: nn.Module) -> Report:
           wav2vec2, HuBERT, WavLM, data2vec-audio, UniSpeech, UniSpeech-SAT, SEW, SEW-D, wav2vec2-BERT,
           wav2vec2-Conformer, Whisper; sequence and frame classification and x-vectors) by ``layer_mix``,
           which reads the layers where they are;
-        * the same sum in s3prl's ``Featurizer``, with ``normalize`` too.
+        * the same sum in s3prl's ``Featurizer``, with ``normalize`` too;
+        * the bottleneck adapters of the ``adapters`` library (AdapterHub): sequential (``seq_bn``,
+          ``double_seq_bn``: Pfeiffer, Houlsby) and parallel (``par_bn``) ones, with or without ``ln_before``,
+          by ``adapter``; constant scaling inside the op, learned and per-channel scaling after it. Adapters
+          with gating, ``ln_after``, stochastic depth, PHM layers (Compacter) or an activation that
+          ``adapter`` does not have stay as they are, and are listed; so do steps with active dropout. The
+          place of the call is replaced (``BottleneckLayer.compose_single``), not ``Adapter.forward``: that
+          returns the hidden activation and the up-projection beside its output, so it still runs for hooks on
+          an adapter, for gating scores and for code of your own that calls it. The layer drops the hidden
+          activation; it reads the up-projection in compositions (``Fuse``, ``Parallel``, ...) alone, where it
+          gets it. Adapters added to a replaced layer later are served too;
+        * the ``nn.Sequential`` bottlenecks that ``adapters`` names, by ``adapter``.
 
     Submodules are searched, so the model may sit in PEFT, DDP or wrapper modules of your own. Call it before
     ``torch.compile`` and before tools that store a bound ``forward`` on the module. Results agree with the
-    unchanged model to rounding, in value and gradient; parameters, ``state_dict`` keys and saved checkpoints
-    are the same. Where the op does not serve an input (a layer dropped in training, say), the module's own
-    statements run. Copies and pickles of an accelerated module are accelerated as well.
+    unchanged model to rounding, in value and gradient (first derivatives); parameters, ``state_dict`` keys
+    and saved checkpoints are the same. Where the op does not serve an input (a layer dropped in training,
+    say), the module's own statements run. Copies and pickles of an accelerated module are accelerated too.
 
     Args:
         model: any module.
+        adapters: names, or ``fnmatch`` patterns such as ``"encoder.layers.*.adapter"`` (``*`` matches dots
+            too), of ``nn.Sequential`` modules that hold a down-projection (``Linear``), an activation (relu,
+            gelu, silu, identity) and an up-projection (``Linear``), after a ``LayerNorm`` if there is one.
+            Their input is not added to the result, as before. ``Dropout(0)`` among them is ignored. Layers
+            with hooks or ``torch.nn.utils.parametrize``, which the op would bypass, are skipped, and run
+            themselves when that happens later.
 
     Returns:
         What was replaced, what was recognised but left alone and why, and ``.revert()``. A second call
         replaces nothing.
 
     Raises:
-        TypeError: ``model`` is not a module.
+        TypeError: ``model`` is not a module, or ``adapters`` not a sequence of strings.
+        ValueError: an entry of ``adapters`` matches no module, or one that is no such bottleneck; nothing is
+            replaced then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    named = _modules_named(model, adapters)
     report = Report()
     for name, module in model.named_modules():
         if original_class(type(module)) is not None:
             report.skipped.append(Skipped(name, "already accelerated"))
             continue
-        recogniser = next((r for r in RECOGNISERS if r.claims(module)), None)
+        candidates = (NAMED_ADAPTER,) if module in named else (r for r in RECOGNISERS if r.claims(module))
+        recogniser = next(iter(candidates), None)
         if recogniser is None:
             continue
         try:
             recogniser.check(module)
             accelerated = accelerated_class(type(module), recogniser)
+        except Mismatch as reason:
+            raise ValueError(f"adapters: module {name!r} cannot be replaced: {reason}") from None
         except Unsupported as reason:
             report.skipped.append(Skipped(name, str(reason)))
         else:
-            report._swaps.append(Swap(name, module, type(module), accelerated, recogniser.what))
+            report._swaps.append(Swap.of(name, module, accelerated, recogniser.what))
+            prefix = f"{name}." if name else ""
+            report.skipped += [
+                Skipped(prefix + inner, reason) for inner, reason in recogniser.exceptions(module)
+            ]
     for swap in report._swaps:
         swap.apply()
         report.replaced.append(Replaced(swap.name, swap.original.__qualname__, swap.what))
     return report
+
+
+def _modules_named(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"adapters must be a list of module names or patterns, got {patterns!r}")
+    modules = list(model.named_modules(remove_duplicate=False))
+    found: set[nn.Module] = set()
+    for pattern in patterns:
+        matches = {module for name, module in modules if fnmatch.fnmatchcase(name, pattern)}
+        if not matches:
+            raise ValueError(f"adapters: {pattern!r} matches no module of the model")
+        found |= matches
+    return found

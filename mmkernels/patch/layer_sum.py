@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._common import FLOATING
 from mmkernels.ops.layer_mix.schema import MAX_LAYERS
+from mmkernels.patch.dtypes import dtype_served
 from mmkernels.patch.recogniser import Unsupported
 
 
@@ -21,7 +20,7 @@ def check_instance(module: nn.Module, method: str, logits: Tensor) -> None:
         raise Unsupported(
             f"layer weights of shape {tuple(logits.shape)}; layer_mix takes one axis of at most {MAX_LAYERS}"
         )
-    if not _dtype_served(logits):
+    if not dtype_served(logits):
         raise Unsupported(f"{logits.dtype} on {logits.device.type} has no kernel")
 
 
@@ -33,7 +32,7 @@ def mixable(layers: Any, logits: Tensor) -> bool:
         isinstance(layer, Tensor)
         and layer.shape == layers[0].shape
         and layer.device == logits.device
-        and _dtype_served(layer)
+        and dtype_served(layer)
         for layer in layers
     )
 
@@ -41,7 +40,3 @@ def mixable(layers: Any, logits: Tensor) -> bool:
 def mixable_sequences(layers: Sequence[Tensor], logits: Tensor) -> bool:
     """``mixable`` and of shape ``(B, T, D)``: else ``weights.view(-1, 1, 1)`` means another axis."""
     return mixable(layers, logits) and layers[0].dim() == 3
-
-
-def _dtype_served(tensor: Tensor) -> bool:
-    return tensor.dtype in FLOATING and (tensor.dtype != torch.float64 or tensor.device.type == "cpu")

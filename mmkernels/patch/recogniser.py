@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -30,6 +30,10 @@ class Recogniser(ABC):
     @abstractmethod
     def check(self, module: nn.Module) -> None:
         """Raise ``Unsupported`` when this instance must not be replaced."""
+
+    def exceptions(self, module: nn.Module) -> Iterable[tuple[str, str]]:
+        """Submodules (name, reason) that a replaced module goes on running itself, for the report."""
+        return ()
 
     @abstractmethod
     def methods(self, cls: type[Any]) -> dict[str, Callable[..., Any]]:

@@ -33,6 +33,12 @@ class Swap:
     original: type[nn.Module]
     accelerated: type[nn.Module]
     what: str
+    wrapped: bool
+    """Whether the instance had a forward of its own before, which is none of this package's business."""
+
+    @classmethod
+    def of(cls, name: str, module: nn.Module, accelerated: type[nn.Module], what: str) -> Swap:
+        return cls(name, module, type(module), accelerated, what, "forward" in vars(module))
 
     def apply(self) -> None:
         self.module.__class__ = self.accelerated
@@ -43,7 +49,7 @@ class Swap:
             return None
         if type(self.module) is not self.accelerated:
             return f"its class is now {type(self.module).__qualname__}, changed after accelerate()"
-        if "forward" in vars(self.module):
+        if "forward" in vars(self.module) and not self.wrapped:
             return "its forward was wrapped on the instance after accelerate(); remove that wrapper first"
         return None
 

@@ -85,9 +85,16 @@ class Rewrite:
         taken = set(self.helpers) & {*function.__code__.co_varnames, *function.__code__.co_names}
         if taken:
             raise Unsupported(f"unknown layout: its {tree.name} uses the name {taken.pop()!r}")
+        assigned = {
+            node.id
+            for statement in original
+            for node in ast.walk(statement)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        }
         for variable, name in variables.items():
-            # A variable that the replacement does not set must not be read after the fragment.
-            if variable not in self.replacement and _uses(name, [tree]) != _uses(name, original):
+            # A variable that the fragment sets and the replacement does not must not be read after it.
+            unset = name in assigned and variable not in self.replacement
+            if unset and _uses(name, [tree]) != _uses(name, original):
                 raise Unsupported(
                     f"unknown layout: its {tree.name} uses {name!r} outside the expected statements"
                 )

@@ -8,7 +8,7 @@ import mmkernels
 import mmkernels.nn
 
 SIGNATURES = {
-    "accelerate": "(model)",
+    "accelerate": "(model, *, adapters=())",
     "adapter": (
         "(x, down_weight, down_bias, up_weight, up_bias, *, residual=None, scale=1.0, activation='relu', "
         "norm_weight=None, norm_bias=None, eps=1e-05, backend='auto')"

@@ -1,0 +1,203 @@
+"""Bottleneck adapters of the ``adapters`` library (AdapterHub).
+
+Its ``Adapter.forward`` returns the output, the hidden activation and the up-projected bottleneck, where the
+op has the first or the last alone. So the adapters themselves stay as they are, for hooks and other callers,
+and their only caller in the library is replaced: the lines of ``BottleneckLayer.compose_single`` that call an
+adapter and put the results into the layer's state. There the hidden activation is not used at all, and the
+up-projection is read by compositions alone. Where a ``Stack`` of names is active, which is what a single
+adapter is, one op computes the output with its residual and the state holds no up-projection; anywhere else
+(``Fuse``, ``Parallel``, ``Split``, ...) the op computes the up-projection, and the residual is added to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmkernels.patch.bottleneck import (
+    Bottleneck,
+    check_intact,
+    find_bottleneck,
+    takes_residual,
+)
+from mmkernels.patch.recogniser import Recogniser, Unsupported
+from mmkernels.patch.rewrite import Rewrite
+
+_LAYER_CLASSES = ("BottleneckLayer", "ComposableAdapterLayerBase")
+# What runs between compose_single and the end of a layer with a stack of adapters.
+_LAYER_METHODS = ("bottleneck_layer_forward", "compose", "compose_stack", "pre_block")
+
+_verdicts: dict[tuple[object, ...], str | None] = {}
+"""Per class of adapter: None if its forward is the computation below, else what is wrong."""
+
+
+class AdapterHubLayer(Recogniser):
+    """A ``BottleneckLayer`` of ``adapters``, or a module that inherits from it, with at least one adapter."""
+
+    what = "bottleneck adapters of BottleneckLayer.compose_single -> adapter"
+
+    def claims(self, module: nn.Module) -> bool:
+        return (
+            any(base.__name__ == "BottleneckLayer" for base in type(module).__mro__)
+            and isinstance(adapters := getattr(module, "adapters", None), nn.ModuleDict)
+            and len(adapters) > 0
+        )
+
+    def check(self, module: nn.Module) -> None:
+        for method in ("compose_single", "get_active_setup"):
+            if method in vars(module) or not hasattr(type(module), method):
+                raise Unsupported(f"unknown layout: {method} is missing or set on the instance")
+        reasons = dict(self.exceptions(module))
+        if len(reasons) == len(_adapters(module)):
+            raise Unsupported("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+    def exceptions(self, module: nn.Module) -> Iterable[tuple[str, str]]:
+        for name, adapter in _adapters(module).items():
+            try:
+                _bottleneck(adapter)
+            except Unsupported as reason:
+                yield f"adapters.{name}", str(reason)
+
+    def methods(self, cls: type[Any]) -> dict[str, Callable[..., Any]]:
+        for method in _LAYER_METHODS:
+            owner = _owner(cls, method)
+            if owner not in _LAYER_CLASSES:
+                raise Unsupported(f"unknown layout: {method} is missing or overridden in {owner}")
+        return {"compose_single": CALL_OF_ADAPTER.apply(cls.compose_single)}
+
+
+def _serves(adapter: Any, state: Any, output_gating: bool) -> bool:
+    """Whether the op serves this call. If not, the layer's own statements run."""
+    if output_gating:
+        return False
+    dropout = adapter.dropout
+    if dropout.training and dropout.p > 0:
+        return False
+    try:
+        return _bottleneck(adapter).serves(state.hidden_states)
+    except Unsupported:
+        return False
+
+
+def _next_state(layer: Any, name: str, adapter: Any, state: Any) -> Any:
+    hidden_states, up = _run(
+        adapter, state.hidden_states, state.adapter_residual, keep_up=not _stack_of_names(layer)
+    )
+    return state._replace(hidden_states=hidden_states, bottleneck_up=up, last=name)
+
+
+CALL_OF_ADAPTER = Rewrite(
+    pattern="""
+        OUTPUT = ADAPTER(STATE.hidden_states, residual_input=STATE.adapter_residual, output_gating=GATING)
+        HIDDEN, UP = OUTPUT[0], OUTPUT[2]
+        if GATING:
+            self._store_gating_score(NAME, OUTPUT[-1])
+        return STATE._replace(hidden_states=HIDDEN, bottleneck_up=UP, last=NAME)
+    """,
+    meanings={},
+    condition="_mmkernels_serves(ADAPTER, STATE, GATING)",
+    replacement="return _mmkernels_next_state(self, NAME, ADAPTER, STATE)",
+    helpers={"_mmkernels_serves": _serves, "_mmkernels_next_state": _next_state},
+)
+
+
+def _run(adapter: Any, x: Tensor, residual: Any, keep_up: bool) -> tuple[Tensor, Tensor | None]:
+    """Output and scaled up-projection of an adapter; None for the latter where it would cost a pass."""
+    bottleneck = find_bottleneck([*adapter.adapter_down, adapter.adapter_up])
+    scaling = adapter.scaling
+    learned = isinstance(scaling, Tensor)
+    sequential = _owner(type(adapter), "forward") == "Adapter"
+    if sequential and not learned and not keep_up and takes_residual(residual, x):
+        return bottleneck(x, residual, float(scaling)), None
+    up = bottleneck(x) * scaling if learned else bottleneck(x, scale=float(scaling))
+    return (up + residual if sequential else up), up
+
+
+def _stack_of_names(layer: Any) -> bool:
+    setup = layer.get_active_setup()
+    return type(setup).__name__ == "Stack" and all(isinstance(child, str) for child in setup)
+
+
+def _bottleneck(adapter: Any) -> Bottleneck:
+    """The parts of a supported adapter, as it is now: it may have been changed since ``accelerate``."""
+    owner = _owner(type(adapter), "forward")
+    if owner not in ("Adapter", "ParallelAdapter"):
+        raise Unsupported(f"its forward is overridden in {owner}")
+    down, dropout = getattr(adapter, "adapter_down", None), getattr(adapter, "dropout", None)
+    if type(down) is not nn.Sequential or not hasattr(adapter, "adapter_up"):
+        raise Unsupported("unknown layout: it has no adapter_down and adapter_up")
+    bottleneck = find_bottleneck([*down, adapter.adapter_up])
+    for attribute, reason in (
+        ("use_gating", "its output is gated (use_gating)"),
+        ("add_layer_norm_after", "it has a LayerNorm after the up-projection (ln_after)"),
+        ("DropPath", "it drops whole samples (stochastic_depth)"),
+    ):
+        if getattr(adapter, attribute, False):
+            raise Unsupported(reason)
+    scaling = getattr(adapter, "scaling", None)
+    if type(dropout) is not nn.Dropout or not isinstance(scaling, (int, float, Tensor)):
+        raise Unsupported("unknown layout: its dropout or scaling is of another type")
+    check_intact((name or "it", module) for name, module in adapter.named_modules())
+    verdict = _verdict(adapter, down[-1], bottleneck)
+    if verdict is not None:
+        raise Unsupported(verdict)
+    return bottleneck
+
+
+def _owner(cls: type[Any], method: str) -> str | None:
+    """Name of the class that a method is inherited from."""
+    return next((base.__name__ for base in cls.__mro__ if method in vars(base)), None)
+
+
+def _adapters(module: Any) -> nn.ModuleDict:
+    adapters = module.adapters
+    assert isinstance(adapters, nn.ModuleDict)
+    return adapters
+
+
+def _verdict(adapter: nn.Module, activation: nn.Module, bottleneck: Bottleneck) -> str | None:
+    key = type(adapter), type(activation), bottleneck.activation
+    if key not in _verdicts:
+        if torch.compiler.is_compiling():
+            return "not examined before torch.compile"
+        _verdicts[key] = _prove(adapter, activation)
+    return _verdicts[key]
+
+
+def _prove(adapter: nn.Module, activation: nn.Module) -> str | None:
+    """Compare the class's forward with ``_run`` on a small copy with random weights."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+
+    def module(kind: Callable[..., nn.Module], *sizes: int) -> nn.Module:
+        made = nn.utils.skip_init(kind, *sizes, device="cpu", dtype=torch.float64)
+        for parameter in made.parameters():
+            parameter.copy_(random(*parameter.shape))
+        return made
+
+    with torch.no_grad(), torch.autocast("cpu", enabled=False):
+        twin: Any = copy.copy(adapter)
+        twin._parameters = {}
+        twin.__dict__.pop("scaling", None)
+        twin._modules = {
+            **adapter._modules,
+            "adapter_down": nn.Sequential(module(nn.LayerNorm, 8), module(nn.Linear, 8, 4), activation),
+            "adapter_up": module(nn.Linear, 4, 8),
+            "dropout": nn.Dropout(0.0),
+        }
+        for scaling in (0.5, nn.Parameter(random(8))):
+            twin.scaling = scaling
+            x, residual = random(2, 3, 8), random(2, 3, 8)
+            try:
+                output, _, up = type(adapter).forward(twin, x, residual_input=residual, output_gating=False)
+                torch.testing.assert_close((output, up), _run(twin, x, residual, keep_up=True))
+                torch.testing.assert_close(output, _run(twin, x, residual, keep_up=False)[0])
+            except Exception as error:
+                return f"unknown layout: its forward is another computation ({type(error).__name__})"
+    return None

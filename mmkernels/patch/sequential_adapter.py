@@ -1,0 +1,52 @@
+"""``nn.Sequential([LayerNorm,] down, activation, up)`` modules that the user names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mmkernels.patch.bottleneck import Bottleneck, Mismatch, check_intact, find_bottleneck
+from mmkernels.patch.recogniser import Recogniser, Unsupported
+
+
+class SequentialAdapter(Recogniser):
+    """The bottleneck alone, without residual: whoever calls the ``Sequential`` adds it."""
+
+    what = "Sequential of down-projection, activation, up-projection -> adapter"
+
+    def claims(self, module: nn.Module) -> bool:
+        return False  # Such a Sequential may be anything: only the user can say that it is an adapter.
+
+    def check(self, module: nn.Module) -> None:
+        cls = type(module)
+        if not isinstance(module, nn.Sequential):
+            raise Mismatch(f"it is a {cls.__name__}, not a torch.nn.Sequential")
+        if cls.forward is not nn.Sequential.forward:
+            raise Mismatch(f"its class {cls.__name__} overrides forward")
+        find_bottleneck(module)
+        if "forward" in vars(module):
+            raise Unsupported("forward is overridden on the instance, by a hook or a wrapper")
+        check_intact(module.named_children())
+
+    def methods(self, cls: type[Any]) -> dict[str, Callable[..., Any]]:
+        original = cls.forward
+
+        def forward(self: Any, input: Any) -> Any:
+            bottleneck = _intact_bottleneck(self)
+            if bottleneck is not None and bottleneck.serves(input):
+                return bottleneck(input)
+            return original(self, input)
+
+        return {"forward": forward}
+
+
+def _intact_bottleneck(module: nn.Sequential) -> Bottleneck | None:
+    """Looked up on each call: layers may have been exchanged or hooked since."""
+    try:
+        bottleneck = find_bottleneck(module)
+        check_intact(module.named_children())
+    except Unsupported:
+        return None
+    return bottleneck
