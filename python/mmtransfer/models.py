@@ -44,8 +44,8 @@ class ModelDescription:
         activation: config attribute that names the activation between the two.
         calls_projections: whether those four are called as modules; elsewhere their weights go into a
             function, and what the last one makes is the (first) result of `layer_attention`.
-        attention_alone_mixes: whether tokens of a layer meet in its attention only, so that others can be put
-            in front of them.
+        attention_alone_mixes: whether the tokens of a layer, dimension 1 of its input, meet in its attention
+            only, so that others can be put in front of them; False too where time comes before the batch.
         shares_position_bias: whether layers take a bias over pairs of positions from the layer before.
     """
 

@@ -396,7 +396,7 @@ class TestErrors:
             aat.prepare(model, description=wrong)
 
     def test_methods_that_a_model_cannot_have(self):
-        with pytest.raises(ValueError, match=r"'prompt' needs layers.*convolutions"):
+        with pytest.raises(ValueError, match=r"'prompt' needs layers.*wav2vec2-bert do not"):
             aat.prepare(build("wav2vec2-bert"), "prompt")
         with pytest.raises(ValueError, match="'head' needs a head"):
             aat.prepare(build("bert"), "head")
@@ -490,6 +490,7 @@ DEEP_NORM = models.ModelDescription(
     layer_value="self_attn.v_proj",
     layer_attention_output="self_attn.out_proj",
     layer_mlp=("fc1", "fc2"),
+    attention_alone_mixes=False,
 )
 
 
@@ -510,3 +511,6 @@ def test_a_described_model_that_is_not_of_transformers(rewrite):
     mlp = plain.fc2(F.gelu(plain.fc1(h))) + bottleneck(layer.adapter_mlp, h)
     torch.testing.assert_close(layer(x)[0], plain.final_layer_norm(plain.alpha * h + mlp))
     assert model(x).shape == (5, 2, 3)
+    handle.revert()
+    with pytest.raises(ValueError, match="'prompt' needs layers"):
+        aat.prepare(model, "prompt", description=DEEP_NORM)

@@ -128,7 +128,8 @@ def prepare(
             adapter's hidden layer is dropped out too.
         recompute: "none"; "selective": layers keep their input, queries, keys, values and the attention's
             result, and compute norms, output projection, the MLP's first product and the adapters' hidden
-            layers again in the backward pass; "full": layers keep their input only. See `aat.recompute`.
+            layers again in the backward pass; "full": layers keep their input only. See `aat.recompute`. Not
+            under `torch.compile`.
         backend: of `mmkernels.adapter`.
         description: where things are in a model that is not in the table, or not of transformers.
 
@@ -294,8 +295,8 @@ def _check_method(method: str, row: ModelDescription, heads: list[str], *, every
     """Whether a model of this type can have the method."""
     if method == "prompt" and not row.attention_alone_mixes:
         raise ValueError(
-            "method 'prompt' needs layers whose tokens meet in the attention only; "
-            f"those of {row.model_type} have convolutions"
+            "method 'prompt' needs layers whose tokens, dimension 1, meet in the attention only "
+            f"(attention_alone_mixes of the description), which those of {row.model_type} do not"
         )
     if method == "prompt" and row.shares_position_bias and not every_layer:
         raise ValueError(

@@ -4,8 +4,9 @@ M adapter: where the MLP has the same activation, `[W2 | s V2] act([W1 ; V1] h +
 the MLP and the adapter in two products instead of four. S adapter: its hidden layer is a linear function of
 what the output projection takes, so `[W_o ; V1 W_o]` gives both at once.
 
-The stacked weights are made anew in each call, in the dtype of the product, where autocast would copy the
-weights anyway. Gradients are computed for the adapter's part only (and for a frozen part that was thawed).
+The stacked weights are made anew in each call, in the dtype of the product; where autocast would cast the
+weights that is a copy it makes too, elsewhere it is extra work. Gradients are computed for the adapter's part
+only (and for a frozen part that was thawed).
 """
 
 from __future__ import annotations
@@ -162,4 +163,11 @@ class _StackedColumns(torch.autograd.Function):
 
 
 def _cat(parts: list[torch.Tensor], dim: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.cat([part.to(dtype) for part in parts], dim=dim)
+    """`torch.cat` and the cast in one pass."""
+    sizes = [part.shape[dim] for part in parts]
+    shape = [*parts[0].shape]
+    shape[dim] = sum(sizes)
+    stacked = parts[0].new_empty(shape, dtype=dtype)
+    for place, part in zip(stacked.split(sizes, dim), parts, strict=True):
+        place.copy_(part)
+    return stacked
