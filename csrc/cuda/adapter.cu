@@ -113,7 +113,9 @@ MMK_DEVICE void forward_hidden(const AdapterForward& args, const float2* moments
           T* target = static_cast<T*>(args.hidden) + (first_row + row) * args.shape.bottleneck + column;
           *reinterpret_cast<uint32_t*>(target) = pack<T>(low, high);
         }
-        finished[i][h] = pack<T>(activate(args.activation, low), activate(args.activation, high));
+        // Not what an infinity in x makes of the columns that are there for padding alone.
+        finished[i][h] =
+            inside ? pack<T>(activate(args.activation, low), activate(args.activation, high)) : 0;
       }
     }
   };
@@ -145,7 +147,9 @@ MMK_DEVICE void forward_step(const AdapterForward& args, Residual residual, int6
   for_each_pair<Tile>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
     float2 bias = {0.0f, 0.0f};
     if (args.up_bias != nullptr) {
-      bias = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(args.up_bias) + c));
+      // The caller's own memory, aligned to a float only.
+      const float* pair = static_cast<const float*>(args.up_bias) + c;
+      bias = {__ldg(pair), __ldg(pair + 1)};
     }
     float2 value = {scale * (sums[i][j][2 * h] + bias.x), scale * (sums[i][j][2 * h + 1] + bias.y)};
     uint32_t& pair = chunk_pair<Tile>(place, i, j, h);
@@ -180,11 +184,13 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
   for (int tile = 0; tile < tiles.tiles_per_block; ++tile) {
     const int64_t first_row = stream.first_row(tile);
     const int rows = stream.rows(tile);
+    const bool live = Tile::live(rows);
     typename Tile::HiddenSums sums = {};
     ShiftedSums shifted = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stream.next();
+      if (!live) continue;
       if (norm && chunk == 0) start_sums<Tile>(shifted, stream.chunk());
       first_product<Tile, false>(sums, stream.chunk(), stream.weights(),
                                  [&](int i, int inner, const uint32_t (&a)[4]) {
@@ -205,12 +211,13 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
                            reinterpret_cast<float2*>(shared.exchange), shared.rows, stats, rows);
     }
     typename Tile::HiddenWords words = {};
-    forward_hidden<Tile>(args, shared.rows, first_row, rows, sums, words);
+    if (live) forward_hidden<Tile>(args, shared.rows, first_row, rows, sums, words);
     typename Tile::HiddenFragments hidden;
     exchange_hidden<Tile>(shared.exchange, words, hidden);
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stream.next();
+      if (!live) continue;
       forward_step<Tile>(args, residual, first_row, rows, chunk * Tile::kChunk, hidden, stream.weights(),
                          stream.place());
     }
@@ -220,6 +227,7 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
 // ---- elementwise steps around library products, a thread to each vector
 
 inline constexpr int kElementThreads = 256;
+inline constexpr int kFinishWidth = 4;  // 16 bytes of the product
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kElementThreads)
@@ -237,25 +245,40 @@ __global__ void __launch_bounds__(kElementThreads)
   store_columns<kAligned>(static_cast<T*>(args.activated), first, count, from_accumulator<T>(value));
 }
 
-template <class T, class Out>
-__global__ void __launch_bounds__(kElementThreads) finish_rows(const __grid_constant__ AdapterFinish args) {
+template <class T, class Out, bool kAligned>
+__global__ void __launch_bounds__(kElementThreads)
+    finish_rows(const __grid_constant__ AdapterFinish args, int64_t vectors_per_row) {
+  constexpr int kWidth = kFinishWidth;
   const int64_t width = args.shape.width;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
-  if (index >= args.shape.rows * width) return;
-  const int64_t row = index / width;
-  const int64_t column = index - row * width;
-  float value = static_cast<const float*>(args.product)[index];
-  if (args.bias != nullptr) value += __ldg(static_cast<const float*>(args.bias) + column);
-  value *= static_cast<float>(args.scale);
+  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kElementThreads + threadIdx.x;
+  const int64_t row = vector / vectors_per_row;
+  if (row >= args.shape.rows) return;
+  const int64_t column = (vector - row * vectors_per_row) * kWidth;
+  auto value =
+      load_columns<kAligned, kWidth>(static_cast<const float*>(args.product) + row * width, column, width);
+  Vec<float, kWidth> bias = {};
+  if (args.bias != nullptr) {
+    bias = load_columns<kAligned, kWidth>(static_cast<const float*>(args.bias), column, width);
+  }
+  Vec<float, kWidth> addend = {};
   if (args.addend.data != nullptr) {
-    value += to_accumulator(static_cast<const Out*>(args.addend.data)[row * args.addend.row_stride + column]);
+    const Out* addend_row = static_cast<const Out*>(args.addend.data) + row * args.addend.row_stride;
+    addend = to_accumulator(load_columns<kAligned, kWidth>(addend_row, column, width));
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) {
+    value[i] = static_cast<float>(args.scale) * (value[i] + bias[i]) + addend[i];
   }
   if (args.pull != nullptr) {
-    const float x = to_accumulator(static_cast<const T*>(args.x.data)[row * args.x.row_stride + column]);
+    const T* x_row = static_cast<const T*>(args.x.data) + row * args.x.row_stride;
+    const auto x = to_accumulator(load_columns<kAligned, kWidth>(x_row, column, width));
     const float mean = __ldg(static_cast<const float2*>(args.stats) + row).x;
-    value -= __ldg(static_cast<const float*>(args.pull) + row) * (x - mean);
+    const float pull = __ldg(static_cast<const float*>(args.pull) + row);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) value[i] -= pull * (x[i] - mean);
   }
-  static_cast<Out*>(args.out)[index] = from_accumulator<Out>(value);
+  store_columns<kAligned>(static_cast<Out*>(args.out) + row * width, column, width,
+                          from_accumulator<Out>(value));
 }
 
 // ---- plan and launchers
@@ -267,19 +290,22 @@ constexpr int64_t fixed_bytes(int64_t tile_rows, int64_t bottleneck) {
 static_assert(fixed_bytes(128, 128) == AdapterTile<__half, 128, 128>::kFixedBytes);
 static_assert(fixed_bytes(64, 256) == AdapterTile<__half, 64, 256>::kFixedBytes);
 
-AdapterTiles tiles_of(const AdapterShape& shape, int64_t tile_rows, bool held) {
-  constexpr int64_t kLeastChunks = 3;    // weights arrive two steps ahead, so rows must too
-  constexpr int64_t kRingColumns = 384;  // of rows that are not held
+// The plan of a tile in so much shared memory; it asks for more than that where it does not fit.
+AdapterTiles tiles_of(const AdapterShape& shape, int64_t tile_rows, bool held, int64_t shared_limit) {
+  constexpr int64_t kLeastSlots = 3;     // weights arrive two steps ahead, so rows must too
+  constexpr int64_t kRingColumns = 384;  // of rows that are not held, where there is room
   AdapterTiles tiles = {};
   tiles.tile_rows = tile_rows;
   tiles.bottleneck = max(ceil_div<int64_t>(shape.bottleneck, 64), int64_t{1}) * 64;
   tiles.chunk_columns = adapter_chunk_columns(tile_rows, tiles.bottleneck);
-  tiles.chunks = max(ceil_div(shape.width, tiles.chunk_columns), kLeastChunks);
+  tiles.chunks = max(ceil_div(shape.width, tiles.chunk_columns), kLeastSlots);
   tiles.held = held;
-  tiles.slots = held ? tiles.chunks : kRingColumns / tiles.chunk_columns;
   const int64_t slot_bytes = 2 * tile_rows * tiles.chunk_columns;
   // Without the rows, the result needs a place of its own.
-  tiles.shared_bytes = fixed_bytes(tile_rows, tiles.bottleneck) + (tiles.slots + (held ? 0 : 1)) * slot_bytes;
+  const int64_t other_bytes = fixed_bytes(tile_rows, tiles.bottleneck) + (held ? 0 : slot_bytes);
+  const int64_t most = (shared_limit - other_bytes) / slot_bytes;
+  tiles.slots = held ? tiles.chunks : max(kLeastSlots, min(most, kRingColumns / tiles.chunk_columns));
+  tiles.shared_bytes = other_bytes + tiles.slots * slot_bytes;
   return tiles;
 }
 
@@ -295,23 +321,44 @@ cudaError_t launch_forward(const AdapterForward& args, const AdapterTiles& tiles
                                                                : Residual::kHalf;
   return dispatch_adapter_tile<T>(tiles, [&](auto tile) {
     using Tile = decltype(tile);
-    return launch(adapt<Tile>, dim3(static_cast<unsigned>(tiles.blocks)), dim3(kAdapterThreads),
-                  static_cast<size_t>(tiles.shared_bytes), stream, args, tiles, residual);
+    return launch_overlapping(adapt<Tile>, dim3(static_cast<unsigned>(tiles.blocks)), dim3(kAdapterThreads),
+                              static_cast<size_t>(tiles.shared_bytes), stream, args, tiles, residual);
   });
+}
+
+template <class T, class Out>
+cudaError_t launch_finish(const AdapterFinish& args, int64_t vectors_per_row, dim3 grid, CudaStream stream) {
+  const int64_t width = args.shape.width;
+  const auto aligned = [](const auto* data, int64_t stride) {
+    return is_vector_aligned(data, stride, kFinishWidth);
+  };
+  const bool all = aligned(static_cast<const float*>(args.product), width) &&
+                   aligned(static_cast<const float*>(args.bias), 0) &&
+                   aligned(static_cast<const Out*>(args.addend.data), args.addend.row_stride) &&
+                   aligned(static_cast<const T*>(args.x.data), args.x.row_stride) &&
+                   aligned(static_cast<const Out*>(args.out), width);
+  const auto kernel = all ? finish_rows<T, Out, true> : finish_rows<T, Out, false>;
+  return launch(kernel, grid, dim3(kElementThreads), 0, stream, args, vectors_per_row);
 }
 
 }  // namespace
 
 AdapterTiles adapter_tiles(const AdapterShape& shape, bool hold, int64_t multiprocessors,
                            int64_t shared_limit) {
-  // Few rows are spread over all multiprocessors.
-  const bool tall = shape.rows > 64 * multiprocessors && shape.bottleneck <= kAdapterTallBottleneck;
-  AdapterTiles tiles = tiles_of(shape, tall ? 128 : 64, hold);
-  if (tiles.shared_bytes > shared_limit) tiles = tiles_of(shape, 64, hold);
-  if (tiles.shared_bytes > shared_limit) tiles = tiles_of(shape, tall ? 128 : 64, false);
+  // Every multiprocessor gets its share of the rows, in whole fragments, and of few rows as many as a warp
+  // has.
   constexpr int64_t kFragmentRows = 16;
-  const int64_t per_block = ceil_div(shape.rows, min(multiprocessors, ceil_div(shape.rows, tiles.tile_rows)));
-  tiles.rows_per_block = ceil_div(per_block, kFragmentRows) * kFragmentRows;
+  constexpr int64_t kLeastRows = 32;
+  const int64_t share = ceil_div(ceil_div(shape.rows, multiprocessors), kFragmentRows) * kFragmentRows;
+  const bool tall = share > 64 && shape.bottleneck <= kAdapterTallBottleneck;
+  const auto plan = [&](bool is_tall, bool held) {
+    return tiles_of(shape, is_tall ? 128 : 64, held, shared_limit);
+  };
+  AdapterTiles tiles = plan(tall, hold);
+  if (tiles.shared_bytes > shared_limit) tiles = plan(false, hold);
+  if (tiles.shared_bytes > shared_limit) tiles = plan(tall, false);
+  if (tiles.shared_bytes > shared_limit) tiles = plan(false, false);
+  tiles.rows_per_block = max(share, kLeastRows);
   tiles.blocks = ceil_div(shape.rows, tiles.rows_per_block);
   tiles.tiles_per_block = ceil_div(tiles.rows_per_block, tiles.tile_rows);
   return tiles;
@@ -366,14 +413,16 @@ int adapter_activate(DType dtype, const AdapterActivate& args, CudaStream stream
 }
 
 int adapter_finish(DType dtype, const AdapterFinish& args, CudaStream stream) {
-  const int64_t count = args.shape.rows * args.shape.width;
-  if (count == 0) return cudaSuccess;
+  if (args.shape.rows * args.shape.width == 0) return cudaSuccess;
+  const int64_t vectors_per_row = ceil_div<int64_t>(args.shape.width, kFinishWidth);
   dim3 grid;
-  if (!make_grid(ceil_div<int64_t>(count, kElementThreads), &grid)) return cudaErrorInvalidConfiguration;
+  if (!make_grid(ceil_div<int64_t>(args.shape.rows * vectors_per_row, kElementThreads), &grid)) {
+    return cudaErrorInvalidConfiguration;
+  }
   return dispatch(dtype, [&](auto element) {
     using T = decltype(element);
-    const auto kernel = args.out_type == DType::kFloat32 ? finish_rows<T, float> : finish_rows<T, T>;
-    return launch(kernel, grid, dim3(kElementThreads), 0, stream, args);
+    return args.out_type == DType::kFloat32 ? launch_finish<T, float>(args, vectors_per_row, grid, stream)
+                                            : launch_finish<T, T>(args, vectors_per_row, grid, stream);
   });
 }
 

@@ -71,6 +71,9 @@ struct AdapterTile {
   MMK_DEVICE static int column_warp() { return warp_index() % kColumnWarps; }
   // Place in the tile of this lane's element of fragment i, half h.
   MMK_DEVICE static int row(int i, int h) { return row_warp() * 32 + i * 16 + h * 8 + lane_index() / 4; }
+  // Whether this warp has any of a tile's first `rows` rows: in the last tile of a block half of them may
+  // not.
+  MMK_DEVICE static bool live(int rows) { return row_warp() * 32 < rows; }
   MMK_DEVICE static int hidden_column(int block) {
     return (column_warp() * kHiddenBlocks + block) * 8 + lane_index() % 4 * 2;
   }
@@ -124,8 +127,13 @@ class AdapterStream {
         free_slots_(slot_count_),
         chunks_left_(static_cast<int>(tiles.tiles_per_block) * chunks_),
         weights_left_(static_cast<int>(tiles.tiles_per_block) * steps_) {
+    // The weights are what the kernel before this one folds; rows need not wait for it.
+    fetch_rows();
+    grid_dependency_wait();
+    fetch_weights();
+    cp_async_commit_group();
 #pragma unroll 1
-    for (int i = 0; i < Tile::kStages - 1; ++i) fetch();
+    for (int i = 1; i < Tile::kStages - 1; ++i) fetch();
   }
 
   // Rows of a tile: the first one, and how many there are (none in a tile behind the end).
@@ -167,6 +175,12 @@ class AdapterStream {
   MMK_DEVICE T* stage(int index) const { return slots_ - (Tile::kStages - index) * Tile::kStageElements; }
 
   MMK_DEVICE void fetch() {
+    fetch_weights();
+    fetch_rows();
+    cp_async_commit_group();
+  }
+
+  MMK_DEVICE void fetch_weights() {
     if (weights_left_ > 0) {
       T* target = stage(fetch_stage_);
       const bool first = fetch_step_ < chunks_;
@@ -182,6 +196,9 @@ class AdapterStream {
       fetch_stage_ = wrapped(fetch_stage_ + 1, Tile::kStages);
       --weights_left_;
     }
+  }
+
+  MMK_DEVICE void fetch_rows() {
 #pragma unroll 1
     for (int i = 0; i < kBurst && free_slots_ > 0 && chunks_left_ > 0; ++i) {
       copy<Tile::kRows, Tile::kChunk>(slots_ + fetch_slot_ * Tile::kSlotElements,
@@ -193,7 +210,6 @@ class AdapterStream {
       --free_slots_;
       --chunks_left_;
     }
-    cp_async_commit_group();
   }
 
   // kTileRows x kColumns from (row, column) on; zero from end_row and end_column on.
@@ -201,16 +217,32 @@ class AdapterStream {
   MMK_DEVICE static void copy(T* tile, const T* data, int64_t stride, int64_t row, int64_t end_row,
                               int64_t column, int64_t end_column) {
     constexpr int kVectors = kColumns / 8;
-    constexpr int kCount = kTileRows * kVectors;
+    const int thread = static_cast<int>(threadIdx.x);
+    if constexpr (kAdapterThreads % kVectors == 0) {
+      // The rows of a thread are swizzled alike, so that places and sources are constant steps apart.
+      constexpr int kStep = kAdapterThreads / kVectors;
+      static_assert(kStep % 8 == 0 && kTileRows % kStep == 0, "whole periods of the swizzle");
+      row += thread / kVectors;
+      column += thread % kVectors * 8;
+      T* target = tile + swizzled<kVectors>(thread / kVectors, thread % kVectors);
+      const T* source = data + row * stride + column;
+      const int64_t left = column < end_column ? end_row - row : 0;
 #pragma unroll
-    for (int i = 0; i < ceil_div(kCount, kAdapterThreads); ++i) {
-      const int index = i * kAdapterThreads + static_cast<int>(threadIdx.x);
-      if (kCount % kAdapterThreads != 0 && index >= kCount) break;
-      const int r = index / kVectors;
-      const int v = index % kVectors;
-      const bool inside = row + r < end_row && column + v * 8 < end_column;
-      const T* source = inside ? data + (row + r) * stride + column + v * 8 : data;
-      cp_async_zfill<16>(tile + swizzled<kVectors>(r, v), source, inside);
+      for (int r = 0; r < kTileRows; r += kStep) {
+        const bool inside = r < left;
+        cp_async_zfill<16>(target + r * kColumns, inside ? source + r * stride : data, inside);
+      }
+    } else {
+      constexpr int kCount = kTileRows * kVectors;
+      static_assert(kCount % kAdapterThreads == 0, "as many vectors for every thread");
+#pragma unroll
+      for (int index = thread; index < kCount; index += kAdapterThreads) {
+        const int r = index / kVectors;
+        const int v = index % kVectors;
+        const bool inside = row + r < end_row && column + v * 8 < end_column;
+        const T* source = inside ? data + (row + r) * stride + column + v * 8 : data;
+        cp_async_zfill<16>(tile + swizzled<kVectors>(r, v), source, inside);
+      }
     }
   }
 

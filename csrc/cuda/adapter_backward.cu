@@ -220,6 +220,7 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
   for (int tile = 0; tile < tiles.tiles_per_block; ++tile) {
     const int64_t first_row = stream.first_row(tile);
     const int rows = stream.rows(tile);
+    const bool live = Tile::live(rows);
     const int64_t tile_index = static_cast<int64_t>(blockIdx.x) * tiles.tiles_per_block + tile;
     typename Tile::HiddenWords words;
     load_hidden<Tile>(args, first_row, rows, words);
@@ -227,8 +228,10 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stream.next();
-      first_product<Tile, true>(sums, stream.chunk(), stream.weights(),
-                                [](int, int, const uint32_t (&)[4]) {});
+      if (live) {
+        first_product<Tile, true>(sums, stream.chunk(), stream.weights(),
+                                  [](int, int, const uint32_t (&)[4]) {});
+      }
       if (args.partial_up_bias != nullptr) {
         const int64_t width = args.shape.width;
         float* partial = static_cast<float*>(args.partial_up_bias) + tile_index * (64 / Tile::kChunk) * width;
@@ -243,6 +246,7 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stream.next();
+      if (!live) continue;
       gradient_step<Tile>(args, stream.held(), shared.rows, first_row, rows, chunk * Tile::kChunk, hidden,
                           stream.weights(), stream.place());
     }
@@ -291,8 +295,9 @@ template <class T>
 cudaError_t launch_backward(const AdapterBackward& args, const AdapterTiles& tiles, CudaStream stream) {
   return dispatch_adapter_tile<T>(tiles, [&](auto tile) {
     using Tile = decltype(tile);
-    return launch(adapt_backward<Tile>, dim3(static_cast<unsigned>(tiles.blocks)), dim3(kAdapterThreads),
-                  static_cast<size_t>(tiles.shared_bytes), stream, args, tiles);
+    return launch_overlapping(adapt_backward<Tile>, dim3(static_cast<unsigned>(tiles.blocks)),
+                              dim3(kAdapterThreads), static_cast<size_t>(tiles.shared_bytes), stream, args,
+                              tiles);
   });
 }
 

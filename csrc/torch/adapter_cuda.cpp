@@ -11,40 +11,22 @@ struct Folded {
   Tensor down, bias, sum, up;
 };
 
-// weight of x's type, and what layer_project_fold makes of the rest; sum only with norm_weight.
-void fold(const AdapterInputs& inputs, const LayerProjectFold& args, CudaStream stream) {
-  check_launch(cuda::layer_project_fold(inputs.dtype(), args, stream), "adapter fold");
-}
-
-Tensor folded_up(const AdapterInputs& inputs, CudaStream stream) {
-  const ScalarType type = inputs.x.scalar_type();
-  if (type == ScalarType::Float) return inputs.up_weight;
-  const auto [rows, width, bottleneck] = inputs.shape;
-  const Tensor up = new_empty(inputs.x, {width, bottleneck}, type);
-  const Tensor bias = new_empty(inputs.x, {width}, ScalarType::Float);
-  LayerProjectFold args = {};
-  args.shape = {rows, 1, bottleneck, width};
-  args.weight = inputs.up_weight.const_data_ptr();
-  args.folded_weight = mutable_or_null(up);
-  args.folded_bias = mutable_or_null(bias);
-  fold(inputs, args, stream);
-  return up;
-}
-
 Folded folded(const AdapterInputs& inputs, CudaStream stream) {
   const auto [rows, width, bottleneck] = inputs.shape;
   const ScalarType type = inputs.x.scalar_type();
-  const bool rewritten = inputs.norm() || type != ScalarType::Float;
+  const bool rounded = type != ScalarType::Float;
+  const bool rewritten = inputs.norm() || rounded;
   const Folded result = {rewritten ? new_empty(inputs.x, {bottleneck, width}, type) : inputs.down_weight,
                          new_empty(inputs.x, {bottleneck}, ScalarType::Float),
                          new_empty(inputs.x, {inputs.norm() ? bottleneck : 0}, ScalarType::Float),
-                         folded_up(inputs, stream)};
-  const LayerProjectFold args = {
-      {rows, 1, width, bottleneck},   inputs.down_weight.const_data_ptr(),
-      data_or_null(inputs.down_bias), data_or_null(inputs.norm_weight),
-      data_or_null(inputs.norm_bias), rewritten ? mutable_or_null(result.down) : nullptr,
-      mutable_or_null(result.bias),   mutable_or_null(result.sum)};
-  fold(inputs, args, stream);
+                         rounded ? new_empty(inputs.x, {width, bottleneck}, type) : inputs.up_weight};
+  const cuda::AdapterFold args = {inputs.shape,
+                                  inputs.parameters(),
+                                  rewritten ? mutable_or_null(result.down) : nullptr,
+                                  mutable_or_null(result.bias),
+                                  mutable_or_null(result.sum),
+                                  rounded ? mutable_or_null(result.up) : nullptr};
+  check_launch(cuda::adapter_fold(inputs.dtype(), args, stream), "adapter fold");
   return result;
 }
 
@@ -61,7 +43,7 @@ Tensor transposed(const Tensor& matrix) {
 }
 
 LayerProjectInput input_of(const Tensor& x) {
-  return {mutable_or_null(x), x.stride(0), 0};
+  return {rows_of(x).data, x.stride(0), 0};
 }
 
 // ---- forward
@@ -199,7 +181,7 @@ RowGradients rows_fused(const BackwardCall& call) {
                                       mutable_or_null(weights.down),
                                       mutable_or_null(weights.bias),
                                       mutable_or_null(weights.up),
-                                      mutable_or_null(call.hidden),
+                                      rows_of(call.hidden).data,
                                       data_or_null(call.stats),
                                       mutable_or_null(result.dx),
                                       mutable_or_null(result.activated),
@@ -240,7 +222,7 @@ RowGradients rows_by_products(const BackwardCall& call) {
       allocate(call, layer_project_chunks(rows), (rows + sum_rows - 1) / sum_rows, need_hidden);
   if (call.need_up) {
     const cuda::AdapterActivate activate = {inputs.shape, call.activation, call.scale,
-                                            mutable_or_null(call.hidden), mutable_or_null(result.activated)};
+                                            rows_of(call.hidden).data, mutable_or_null(result.activated)};
     check_launch(cuda::adapter_activate(dtype, activate, call.stream), "adapter activation");
     const cuda::AdapterColumnSums sums = {inputs.shape, rows_of(call.grad),
                                           mutable_or_null(result.partial_up_bias)};
@@ -258,7 +240,7 @@ RowGradients rows_by_products(const BackwardCall& call) {
   const LayerProjectGradient args = {{rows, 1, width, bottleneck},
                                      call.activation,
                                      mutable_or_null(d_activated),
-                                     mutable_or_null(call.hidden),
+                                     rows_of(call.hidden).data,
                                      data_or_null(call.stats),
                                      need_pull ? mutable_or_null(weights.bias) : nullptr,
                                      mutable_or_null(result.scaled_grad),
@@ -323,6 +305,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const CudaScope scope(given_x);
   const AdapterInputs inputs(given_x, down_weight, down_bias, up_weight, std::nullopt, norm_weight,
                              norm_bias);
+  STD_TORCH_CHECK(inputs.norm() || !need_norm, "need_norm: expected False without norm_weight");
   // The gain's gradient comes out of the down-projection's.
   const BackwardCall call = {inputs,
                              inputs.grad(given_grad),

@@ -28,7 +28,11 @@ pytestmark = pytest.mark.skipif(
 SOURCES = [
     "csrc/cuda/adapter.cu",
     "csrc/cuda/adapter_backward.cu",
+    "csrc/cuda/adapter_fold.cu",
+    "csrc/cuda/layer_project.cu",
+    "csrc/cuda/layer_project_backward.cu",
     "tests/csrc/simt/adapter_shim.cpp",
+    "tests/csrc/simt/layer_project_shim.cpp",
 ]
 EPS = 1e-5
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}

@@ -159,6 +159,23 @@ MMK_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4
 #endif
 }
 
+// ---- programmatic dependent launch: a kernel that starts while the one before it still runs ---------------
+
+// Lets a kernel behind this one on the stream start early, if it was launched by launch_overlapping; all
+// blocks must call it or end. Without effect before sm_90.
+MMK_DEVICE void grid_dependency_launch() {
+#if !defined(MMK_SIMT) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
+#endif
+}
+
+// Waits until the kernel before this one has ended and its writes are visible.
+MMK_DEVICE void grid_dependency_wait() {
+#if !defined(MMK_SIMT) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\n" ::: "memory");
+#endif
+}
+
 // ---- streaming access: data used once should not push reused data out of the caches ----------------------
 
 // Read-only data of 16 bytes that no thread writes during the kernel; keeps it out of L1.

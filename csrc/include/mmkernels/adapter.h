@@ -46,8 +46,8 @@ struct AdapterParameters {
 
 namespace cpu {
 
-// Rows of a chunk are summed one after the other, chunks are added in order. Their number depends on the problem
-// alone, and their sums take at most half of the memory of x.
+// Rows of a chunk are summed one after the other, chunks are added in order. Their number depends on the
+// problem alone, and their sums take at most half of the memory of x.
 struct AdapterChunks {
   int64_t rows_per_chunk;
   int64_t chunks;
@@ -78,7 +78,7 @@ struct AdapterForward {
   double scale, eps;
   bool norm;
   AdapterRows x;
-  AdapterRows residual;  // null for none
+  AdapterRows residual;     // null for none
   const void* down;         // Vc^T, packed
   const void* up;           // U^T, packed
   const void* hidden_bias;  // [bottleneck] b'
@@ -160,7 +160,18 @@ AdapterTiles adapter_tiles(const AdapterShape& shape, bool hold, int64_t multipr
 // The plan for the current device; a cudaError_t.
 int adapter_tiles(const AdapterShape& shape, bool hold, AdapterTiles* tiles);
 
-// The result in one kernel. Weights are of x's type: layer_project_fold makes them, and b' and s.
+// The parameters as the kernels read them, in one launch. Vc is rounded to the type of x, so that its rows
+// sum to s rather than 0, which z = rstd * (x Vc^T - mean(x) s^T) + b' makes up for.
+struct AdapterFold {
+  AdapterShape shape;
+  AdapterParameters parameters;  // up_bias is not read
+  void* folded_weight;           // [bottleneck, width]  Vc, of x's type; null where V serves
+  void* folded_bias;             // [bottleneck]         b'
+  void* folded_sum;              // [bottleneck]         s; null without norm
+  void* up_weight;               // [width, bottleneck]  U, of x's type; null where U serves
+};
+
+// The result in one kernel, from what adapter_fold has made.
 struct AdapterForward {
   AdapterShape shape;
   Activation activation;
@@ -249,6 +260,7 @@ bool adapter_fuses(DType dtype, const AdapterShape& shape);
 bool adapter_rows_fuse(const AdapterRows& rows);
 
 // Launchers run on the current device and return a cudaError_t. dtype is that of x: float, half or bfloat16.
+int adapter_fold(DType dtype, const AdapterFold& args, CudaStream stream);
 int adapter_forward(DType dtype, const AdapterForward& args, CudaStream stream);
 int adapter_backward(DType dtype, const AdapterBackward& args, const AdapterTiles& tiles, CudaStream stream);
 int adapter_activate(DType dtype, const AdapterActivate& args, CudaStream stream);

@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "mmkernels/adapter.h"
+#include "mmkernels/layer_project.h"
 
 namespace {
 
@@ -35,6 +36,16 @@ int adapter_fuses(const int64_t* sizes, const void* x, int64_t x_stride, int64_t
   *result = mmk::cuda::adapter_fuses(dtype_of(sizes), shape_of(sizes)) &&
             mmk::cuda::adapter_rows_fuse({x, x_stride});
   return 0;
+}
+
+int adapter_fold(const int64_t* sizes, const void* down_weight, const void* down_bias, const void* up_weight,
+                 const void* norm_weight, const void* norm_bias, void* folded_weight, void* folded_bias,
+                 void* folded_sum, void* folded_up) {
+  const mmk::cuda::AdapterFold args = {
+      shape_of(sizes), {down_weight, down_bias, up_weight, nullptr, norm_weight, norm_bias},
+      folded_weight,   folded_bias,
+      folded_sum,      folded_up};
+  return mmk::cuda::adapter_fold(dtype_of(sizes), args, nullptr);
 }
 
 int adapter_forward(const int64_t* sizes, double scale, double eps, const void* x, int64_t x_stride,
@@ -84,6 +95,43 @@ int adapter_backward(const int64_t* sizes, int64_t multiprocessors, int64_t shar
   const mmk::cuda::AdapterTiles tiles = mmk::cuda::adapter_tiles(
       shape_of(sizes), dx != nullptr && add_input != 0, multiprocessors, shared_limit);
   return mmk::cuda::adapter_backward(dtype_of(sizes), args, tiles, nullptr);
+}
+
+// The step of layer_project between library products, with adapter's scale.
+int adapter_gradient(const int64_t* sizes, double scale, const void* grad, const void* hidden,
+                     const void* stats, const void* folded_bias, void* scaled_grad, void* pull,
+                     void* partial_bias) {
+  const mmk::AdapterShape shape = shape_of(sizes);
+  const mmk::LayerProjectGradient args = {{shape.rows, 1, shape.width, shape.bottleneck},
+                                          activation_of(sizes),
+                                          grad,
+                                          hidden,
+                                          stats,
+                                          folded_bias,
+                                          scaled_grad,
+                                          pull,
+                                          partial_bias,
+                                          scale};
+  return mmk::cuda::layer_project_gradient(dtype_of(sizes), args, nullptr);
+}
+
+// chunks: of partial_bias
+int adapter_unfold(const int64_t* sizes, int64_t chunks, const void* partial_bias, const void* weight,
+                   const void* norm_weight, const void* norm_bias, void* d_weight, void* d_bias,
+                   void* d_norm_weight, void* d_norm_bias, void* row_means) {
+  const mmk::AdapterShape shape = shape_of(sizes);
+  const mmk::LayerProjectUnfold args = {{shape.rows, 1, shape.width, shape.bottleneck},
+                                        chunks,
+                                        partial_bias,
+                                        weight,
+                                        norm_weight,
+                                        norm_bias,
+                                        d_weight,
+                                        d_bias,
+                                        d_norm_weight,
+                                        d_norm_bias,
+                                        row_means};
+  return mmk::cuda::layer_project_unfold(args, nullptr);
 }
 
 int adapter_activate(const int64_t* sizes, double scale, const void* hidden, void* activated) {
