@@ -74,13 +74,12 @@ def _serves(adapter: Any, state: Any, output_gating: bool) -> bool:
     """Whether the op serves this call. If not, the layer's own statements run."""
     if output_gating:
         return False
-    dropout = adapter.dropout
-    if dropout.training and dropout.p > 0:
-        return False
     try:
-        return _bottleneck(adapter).serves(state.hidden_states)
+        bottleneck = _bottleneck(adapter)
     except Unsupported:
         return False
+    drops = adapter.dropout.training and adapter.dropout.p > 0
+    return not drops and bottleneck.serves(state.hidden_states)
 
 
 def _next_state(layer: Any, name: str, adapter: Any, state: Any) -> Any:

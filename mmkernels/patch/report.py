@@ -33,12 +33,12 @@ class Swap:
     original: type[nn.Module]
     accelerated: type[nn.Module]
     what: str
-    wrapped: bool
-    """Whether the instance had a forward of its own before, which is none of this package's business."""
+    forward: object
+    """A forward that the instance itself had before (of a device map, say), else None."""
 
     @classmethod
     def of(cls, name: str, module: nn.Module, accelerated: type[nn.Module], what: str) -> Swap:
-        return cls(name, module, type(module), accelerated, what, "forward" in vars(module))
+        return cls(name, module, type(module), accelerated, what, vars(module).get("forward"))
 
     def apply(self) -> None:
         self.module.__class__ = self.accelerated
@@ -49,7 +49,7 @@ class Swap:
             return None
         if type(self.module) is not self.accelerated:
             return f"its class is now {type(self.module).__qualname__}, changed after accelerate()"
-        if "forward" in vars(self.module) and not self.wrapped:
+        if vars(self.module).get("forward") is not self.forward:
             return "its forward was wrapped on the instance after accelerate(); remove that wrapper first"
         return None
 
