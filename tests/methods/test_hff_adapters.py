@@ -81,7 +81,7 @@ class EagerAdapter(nn.Module):
 
 
 def eager_features(model, adapters: dict[int, EagerAdapter], inputs, lengths) -> torch.Tensor:
-    """The valid frames `(N, 5, C)` of the embeddings and all layers, with adapters in hooks, under autograd."""
+    """Valid frames `(N, 5, C)` of the embeddings and all layers, with adapters in hooks, under autograd."""
     encoder = models.find_encoder(model).eval().requires_grad_(False)
     description, layers = models.describe(encoder), models.get_layers(encoder)
     states: list[torch.Tensor] = []

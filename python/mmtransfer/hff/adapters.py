@@ -22,7 +22,7 @@ class AdaptedEncoder(TappedEncoder):
     what a tap of the layer reads. The last layer's output is adapted before a final norm. Adapters start as
     the identity, so the features start as those of a `FrozenEncoder`, which has the same call and result; see
     `TappedEncoder` for the arguments of both, for what a tap is and for padding. The taps are packed in the
-    same way: one `(N, L, C)` buffer, each slot written in place, with no copy made for autograd.
+    same way: one `(N, L, C)` buffer of the layers' dtype, each slot written in place, no copy for autograd.
 
     Gradients reach the adapters, and go through the frozen layers above the lowest adapter; the encoder's
     weights and the inputs get none, even if they ask for it. Layers below the lowest adapter (that has a
@@ -110,25 +110,19 @@ class AdaptedEncoder(TappedEncoder):
 
     @contextlib.contextmanager
     def _running(self) -> Iterator[list[Edit]]:
-        trained = [index for index in self.layers if _is_trained(self.adapters[str(index)])]
-        lowest = min(trained) if trained and torch.is_grad_enabled() else None
+        grad = torch.is_grad_enabled()
         layers = models.get_layers(self.encoder)
-        with torch.no_grad(), contextlib.nullcontext() if lowest is None else _constant(self.encoder):
+        with torch.no_grad(), _constant(self.encoder) if grad else contextlib.nullcontext():
             yield [
-                (layers[index], functools.partial(self._adapt, self.adapters[str(index)], index == lowest))
+                (layers[index], functools.partial(_adapt, self.adapters[str(index)], grad))
                 for index in self.layers
             ]
 
-    @staticmethod
-    def _adapt(adapter: nn.Module, is_lowest: bool, state: torch.Tensor) -> torch.Tensor:
-        if is_lowest:
-            # From here on, until the `no_grad` of `_running` ends and sets back what was before it.
-            torch.set_grad_enabled(True)
-        return adapter(state)
 
-
-def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
+def _adapt(adapter: nn.Module, grad: bool, state: torch.Tensor) -> torch.Tensor:
+    # From the lowest adapter on, until the `no_grad` of `_running` ends and sets back what was before it.
+    torch.set_grad_enabled(grad)
+    return adapter(state)
 
 
 @contextlib.contextmanager
