@@ -8,6 +8,11 @@ namespace {
 
 // Sums of x - x[0] and of its square, for the four rows of a lane: what a row's first element is away from
 // its mean costs as many bits as it is standard deviations away, never more than the width has.
+//
+// Two of the warps of the same rows share the columns, whatever the tile, so that what comes out for a row
+// does not depend on how many others there are.
+inline constexpr int kMomentWarps = 2;
+
 struct ShiftedSums {
   float shift[2][2];
   float sum[2][2];
@@ -49,7 +54,7 @@ MMK_DEVICE void finish_moments(const ShiftedSums& sums, int64_t width, float eps
       const int row = Tile::row(i, h);
       const float2 total = {warp_sum<4>(sums.sum[i][h]), warp_sum<4>(sums.square[i][h])};
       if (lane_index() % 4 != 0) continue;
-      scratch[Tile::column_warp() * Tile::kRows + row] = total;
+      if (Tile::column_warp() < kMomentWarps) scratch[Tile::column_warp() * Tile::kRows + row] = total;
       if (Tile::column_warp() == 0) moments[row].x = sums.shift[i][h];
     }
   }
@@ -58,7 +63,7 @@ MMK_DEVICE void finish_moments(const ShiftedSums& sums, int64_t width, float eps
   if (row < Tile::kRows) {
     float2 total = {0.0f, 0.0f};
 #pragma unroll
-    for (int warp = 0; warp < Tile::kColumnWarps; ++warp) {
+    for (int warp = 0; warp < kMomentWarps; ++warp) {
       total.x += scratch[warp * Tile::kRows + row].x;
       total.y += scratch[warp * Tile::kRows + row].y;
     }
@@ -194,10 +199,8 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
       if (norm && chunk == 0) start_sums<Tile>(shifted, stream.chunk());
       first_product<Tile, false>(sums, stream.chunk(), stream.weights(),
                                  [&](int i, int inner, const uint32_t (&a)[4]) {
-                                   // The warps of the same rows share the columns.
                                    const int column = chunk * Tile::kChunk + inner;
-                                   if (!norm || column / 16 % Tile::kColumnWarps != Tile::column_warp())
-                                     return;
+                                   if (!norm || column / 16 % kMomentWarps != Tile::column_warp()) return;
 #pragma unroll
                                    for (int h = 0; h < 2; ++h) {
                                      if (column < width) add_pair<T>(shifted, i, h, a[h]);
@@ -382,13 +385,11 @@ bool adapter_rows_fuse(const AdapterRows& rows) {
   return is_vector_aligned(static_cast<const __half*>(rows.data), rows.row_stride, 8);
 }
 
-int adapter_forward(DType dtype, const AdapterForward& args, CudaStream stream) {
+int adapter_forward(DType dtype, const AdapterForward& args, const AdapterTiles& tiles, CudaStream stream) {
   if (!adapter_fuses(dtype, args.shape) || !adapter_rows_fuse(args.x) || !adapter_rows_fuse(args.residual)) {
     return cudaErrorInvalidValue;
   }
   if (args.shape.rows == 0) return cudaSuccess;
-  AdapterTiles tiles;
-  if (const int error = adapter_tiles(args.shape, args.add_input, &tiles); error != cudaSuccess) return error;
   AdapterForward given = args;
   if (args.add_input && !tiles.held) given.residual = args.x;
   return dtype == DType::kFloat16 ? launch_forward<__half>(given, tiles, stream)

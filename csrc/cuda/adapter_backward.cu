@@ -34,10 +34,14 @@ MMK_DEVICE void sum_columns(const typename Tile::T* chunk, float* partial, int64
 
 // ---- from the first product to the gradients at z
 
+// A row's pull is summed over quarters of the hidden columns, whatever the tile, so that it does not depend
+// on how many rows there are.
+inline constexpr int kPullParts = 4;
+
 template <class Tile>
 struct GradientScratch {
   array_t<float, Tile::kRowWarps, Tile::kBottleneck> bias;
-  array_t<float, Tile::kColumnWarps, Tile::kRows> pull;
+  array_t<float, kPullParts, Tile::kRows> pull;
 };
 
 // The saved z of the lane's places; zero beyond the rows and columns.
@@ -73,7 +77,8 @@ MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, 
   const int64_t bottleneck = args.shape.bottleneck;
   const bool wants_pull = args.stats != nullptr && args.dx != nullptr;
   float rstd[2][2];
-  float pull[2][2] = {};
+  constexpr int kParts = kPullParts / Tile::kColumnWarps;  // of this warp
+  float pull[kParts][2][2] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -104,7 +109,11 @@ MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, 
         const float high = present ? scale * da[2 * h + 1] * activation_slope(args.activation, z.y) : 0.0f;
         total.x += low;
         total.y += high;
-        pull[i][h] += low * (z.x - bias.x) + high * (z.y - bias.y);
+        const float pulled = low * (z.x - bias.x) + high * (z.y - bias.y);
+#pragma unroll
+        for (int part = 0; part < kParts; ++part) {
+          if (block / (Tile::kHiddenBlocks / kParts) == part) pull[part][i][h] += pulled;
+        }
         finished[i][h] = pack<T>(low * rstd[i][h], high * rstd[i][h]);
         if (!present) continue;
         const int64_t index = (first_row + row) * bottleneck + column;
@@ -132,8 +141,12 @@ MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, 
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const float total = warp_sum<4>(pull[i][h]);
-      if (lane_index() % 4 == 0) scratch.pull[Tile::column_warp()][Tile::row(i, h)] = total;
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) {
+        const float total = warp_sum<4>(pull[part][i][h]);
+        if (lane_index() % 4 != 0) continue;
+        scratch.pull[Tile::column_warp() * kParts + part][Tile::row(i, h)] = total;
+      }
     }
   }
 }
@@ -154,7 +167,7 @@ MMK_DEVICE void finish_sums(const AdapterBackward& args, const GradientScratch<T
   if (args.stats != nullptr && thread < rows) {
     float total = 0.0f;
 #pragma unroll
-    for (int warp = 0; warp < Tile::kColumnWarps; ++warp) total += scratch.pull[warp][thread];
+    for (int part = 0; part < kPullParts; ++part) total += scratch.pull[part][thread];
     const float2 moments = __ldg(static_cast<const float2*>(args.stats) + first_row + thread);
     const float pull = moments.y * moments.y / static_cast<float>(args.shape.width) * total;
     row_values[thread] = {moments.x, pull};
@@ -265,11 +278,18 @@ __global__ void __launch_bounds__(kSumThreads)
   const int64_t column = static_cast<int64_t>(blockIdx.x) % blocks_across * kSumThreads + threadIdx.x;
   if (column >= args.shape.width) return;
   const int64_t end = min((chunk + 1) * kAdapterSumRows, args.shape.rows);
-  float sum = 0.0f;
-  for (int64_t row = chunk * kAdapterSumRows; row < end; ++row) {
-    sum += to_accumulator(static_cast<const T*>(args.grad.data)[row * args.grad.row_stride + column]);
+  constexpr int kSums = 4;  // side by side: loads overlap, and each sum is of fewer rows
+  float sums[kSums] = {};
+  for (int64_t first = chunk * kAdapterSumRows; first < end; first += kSums) {
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) {
+      if (first + i >= end) break;
+      const T* row = static_cast<const T*>(args.grad.data) + (first + i) * args.grad.row_stride;
+      sums[i] += to_accumulator(row[column]);
+    }
   }
-  static_cast<float*>(args.partial)[chunk * args.shape.width + column] = sum;
+  static_cast<float*>(args.partial)[chunk * args.shape.width + column] =
+      (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // A block to 32 columns.

@@ -36,7 +36,7 @@ MMK_DEVICE void fold_row(const AdapterFold& args, int64_t index) {
     const float* bias = static_cast<const float*>(args.parameters.down_bias);
     static_cast<float*>(args.folded_bias)[index] = (bias == nullptr ? 0.0f : bias[index]) + sums[1];
   }
-  if (args.folded_weight == nullptr) return;
+  if (args.folded_weight == nullptr && args.folded_sum == nullptr) return;  // either is null where empty
   const float mean = gain == nullptr ? 0.0f : sums[0] / static_cast<float>(width);
   float total = 0.0f;
   for (int64_t column = first; column < width; column += kStep) {

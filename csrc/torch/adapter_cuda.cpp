@@ -107,13 +107,15 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
   const Result result = {new_empty(x, {rows, width}, out_type),
                          new_empty(x, {save ? rows : 0, bottleneck}, x.scalar_type()),
                          new_empty(x, {save_stats ? rows : 0, 2}, ScalarType::Float)};
-  const Folded weights = folded(inputs, scope.stream());
   const bool fuses = cuda::adapter_fuses(inputs.dtype(), inputs.shape) &&
                      cuda::adapter_rows_fuse(rows_of(x)) && cuda::adapter_rows_fuse(rows_of(residual));
-  if (!fuses) {
+  const Folded weights = folded(inputs, scope.stream());
+  if (!fuses || rows == 0) {
     forward_by_products(inputs, weights, residual, scale, eps, activation, result, scope.stream());
     return {result.out, result.hidden, result.stats};
   }
+  cuda::AdapterTiles tiles = {};
+  check_launch(cuda::adapter_tiles(inputs.shape, add_input, &tiles), "adapter plan");
   const cuda::AdapterForward args = {inputs.shape,
                                      activation,
                                      scale,
@@ -130,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
                                      mutable_or_null(result.out),
                                      mutable_or_null(result.hidden),
                                      mutable_or_null(result.stats)};
-  check_launch(cuda::adapter_forward(inputs.dtype(), args, scope.stream()), "adapter forward");
+  check_launch(cuda::adapter_forward(inputs.dtype(), args, tiles, scope.stream()), "adapter forward");
   return {result.out, result.hidden, result.stats};
 }
 

@@ -1,12 +1,14 @@
 """The CUDA kernels of adapter, run on the CPU by the host SIMT runtime, against the float64 reference.
 
-Folding the LayerNorm into the weights, and the library's products, are torch's here: layer_project's tests
-have the kernels that fold and unfold.
+They run in the order in which csrc/torch/adapter_cuda.cpp starts them; the library's products are torch's.
 """
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,15 +36,18 @@ SOURCES = [
     "tests/csrc/simt/adapter_shim.cpp",
     "tests/csrc/simt/layer_project_shim.cpp",
 ]
+DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024}
-MULTIPROCESSORS = 3  # of the host runtime's device
+CHUNK = 256  # rows of a partial sum around library products
+#: Most shared memory of a block.
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
+MULTIPROCESSORS = 3  # so that blocks have several tiles
 
 
 @dataclass
 class Problem:
     """Inputs of one call: rows of x and of the gradient `gap` elements apart, `offset` elements behind an
-    aligned address. residual: "none", "x", "same" (of x's dtype), or "float"."""
+    aligned address. residual: "none", "x", "same" (of x's dtype), or "float". shared: bytes of a block."""
 
     dtype: torch.dtype
     shape: tuple[int, int, int]  # rows, width, bottleneck
@@ -54,6 +59,7 @@ class Problem:
     gap: int = 0
     offset: int = 0
     mean: float = 0.0
+    shared: int = SHARED_BYTES["sm_90"]
     memory: GuardedTensors = field(default_factory=GuardedTensors)
 
     def __post_init__(self) -> None:
@@ -71,7 +77,8 @@ class Problem:
         self.down = self.memory.of(random(bottleneck, width) / max(width, 1) ** 0.5)
         self.up = self.memory.of(random(width, bottleneck) / max(bottleneck, 1) ** 0.5)
         self.down_bias = self.memory.of(random(bottleneck)) if self.bias else None
-        self.up_bias = self.memory.of(random(width)) if self.bias else None
+        # Aligned to a float alone.
+        self.up_bias = self.memory.of(random(width), 1) if self.bias else None
         self.gain = self.memory.of(1 + 0.1 * random(width)) if self.norm else None
         self.shift = self.memory.of(random(width)) if self.norm and self.bias else None
         other = random(rows, width)
@@ -89,25 +96,16 @@ class Problem:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.memory.empty(shape, dtype)
 
-    def folded(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-        """Vc, b', s and U as the kernels of layer_project make them."""
-        bottleneck = self.shape[2]
-        bias = torch.zeros(bottleneck) if self.down_bias is None else self.down_bias.clone()
-        down, total = self.down, None
-        if self.gain is not None:
-            down = self.down * self.gain
-            down = (down - down.mean(1, keepdim=True)).to(self.dtype)
-            total = self.memory.of(down.float().sum(1))
-        if self.shift is not None:
-            bias += self.down @ self.shift
-        of = self.memory.of
-        return of(down.to(self.dtype)), of(bias), total, of(self.up.to(self.dtype))
+    def of(self, values: Tensor) -> Tensor:
+        return self.memory.of(values)
 
-    def reference(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reference's output in `dtype`, and its gradients by name."""
-        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-        leaves = {"x": self.x.detach().to(dtype)}
-        parameters = {
+    def product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the library computes of a @ b."""
+        return self.of((a.double() @ b.double()).to(dtype))
+
+    @property
+    def parameters(self) -> dict[str, Tensor | None]:
+        return {
             "down_weight": self.down,
             "down_bias": self.down_bias,
             "up_weight": self.up,
@@ -115,13 +113,19 @@ class Problem:
             "norm_weight": self.gain,
             "norm_bias": self.shift,
         }
-        leaves |= {name: p.detach().to(accumulate) for name, p in parameters.items() if p is not None}
+
+    def reference(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reference's output in `dtype`, and its gradients by name."""
+        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        leaves = {"x": self.x.detach().to(dtype)}
+        leaves |= {name: p.detach().to(accumulate) for name, p in self.parameters.items() if p is not None}
         for leaf in leaves.values():
             leaf.requires_grad_()
         wide = dtype == torch.float64 or self.residual == "float"
         residual = None if self.added is None else self.added.to(accumulate if wide else dtype)
+        arguments: dict[str, Any] = {**dict.fromkeys(self.parameters), **leaves}
         out = reference.adapter(
-            **{"down_bias": None, "up_bias": None, **leaves},
+            **arguments,
             residual=leaves["x"] if self.residual == "x" else residual,
             scale=self.scale,
             activation=self.activation,
@@ -137,53 +141,159 @@ def kernels() -> simt_build.Library:
 
 
 @dataclass(frozen=True)
+class Folded:
+    down: Tensor
+    bias: Tensor
+    total: Tensor
+    up: Tensor
+
+
+def fold(kernels: simt_build.Library, problem: Problem, *, order: int = 2) -> Folded:
+    _, width, bottleneck = problem.shape
+    rounded = problem.dtype != torch.float32
+    folded = Folded(
+        problem.empty(bottleneck, width, dtype=problem.dtype) if rounded or problem.norm else problem.down,
+        problem.empty(bottleneck),
+        problem.empty(bottleneck if problem.norm else 0),
+        problem.empty(width, bottleneck, dtype=problem.dtype) if rounded else problem.up,
+    )
+    kernels.call(
+        "adapter_fold",
+        problem.sizes,
+        *map(pointer, (problem.down, problem.down_bias, problem.up, problem.gain, problem.shift)),
+        pointer(folded.down if folded.down is not problem.down else None),
+        *map(pointer, (folded.bias, folded.total)),
+        pointer(folded.up if rounded else None),
+        order=order,
+    )
+    return folded
+
+
+def fuses(kernels: simt_build.Library, problem: Problem, *rows: Tensor | None) -> bool:
+    result = integers(1)
+    for tensor in rows:
+        if result[0] and tensor is not None:
+            kernels.call("adapter_fuses", problem.sizes, pointer(tensor), tensor.stride(0), result)
+    return bool(result[0]) and problem.shape[0] > 0
+
+
+def rows_of(tensor: Tensor | None) -> tuple[ctypes.c_void_p, int]:
+    return pointer(tensor), 0 if tensor is None else tensor.stride(0)
+
+
+def library_sizes(problem: Problem) -> np.ndarray:
+    """Sizes of the steps that layer_project lends: one tap."""
+    dtype, rows, width, bottleneck, activation = problem.sizes
+    return integers(dtype, rows, 1, width, bottleneck, activation)
+
+
+@dataclass(frozen=True)
 class Forward:
     out: Tensor
     hidden: Tensor
     stats: Tensor
+    fused: bool
 
 
 def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2, save: bool = True) -> Forward:
     rows, width, bottleneck = problem.shape
-    out = problem.empty(rows, width, dtype=problem.out_dtype)
-    hidden = problem.empty(rows if save else 0, bottleneck, dtype=problem.dtype)
-    stats = problem.empty(rows if save and problem.norm else 0, 2)
-    down, bias, total, up = problem.folded()
     residual = problem.added if problem.residual in ("same", "float") else None
+    result = Forward(
+        problem.empty(rows, width, dtype=problem.out_dtype),
+        problem.empty(rows if save else 0, bottleneck, dtype=problem.dtype),
+        problem.empty(rows if save and problem.norm else 0, 2),
+        fuses(kernels, problem, problem.x, residual),
+    )
+    folded = fold(kernels, problem, order=order)
+    if not result.fused:
+        forward_by_products(kernels, problem, folded, result, order)
+    else:
+        kernels.call(
+            "adapter_forward",
+            problem.sizes,
+            MULTIPROCESSORS,
+            problem.shared,
+            problem.scale,
+            EPS,
+            *rows_of(problem.x),
+            *rows_of(residual),
+            problem.residual == "x",
+            DTYPE_CODES[problem.out_dtype],
+            *map(pointer, (folded.down, folded.bias, folded.total, folded.up, problem.up_bias)),
+            *map(pointer, (result.out, result.hidden, result.stats)),
+            order=order,
+        )
+    problem.memory.check()
+    return result
+
+
+def forward_by_products(
+    kernels: simt_build.Library, problem: Problem, folded: Folded, result: Forward, order: int
+) -> None:
+    stats = result.stats
+    if problem.norm and stats.numel() == 0:
+        stats = problem.empty(problem.shape[0], 2)
+    sizes = library_sizes(problem)
+    if problem.norm:
+        strides = integers(problem.x.stride(0), 0)
+        kernels.call("project_stats", sizes, pointer(problem.x), strides, EPS, pointer(stats), order=order)
+    activated = problem.product(problem.x, folded.down.T, problem.dtype)
+    finish = (stats, folded.bias, folded.total, activated, result.hidden)
+    kernels.call("project_activate", sizes, *map(pointer, finish), order=order)
+    sums = problem.product(activated, folded.up.T, torch.float32)
     kernels.call(
-        "adapter_forward",
+        "adapter_finish",
         problem.sizes,
         problem.scale,
-        EPS,
-        pointer(problem.x),
-        problem.x.stride(0),
-        pointer(residual),
-        0 if residual is None else residual.stride(0),
-        problem.residual == "x",
+        *map(pointer, (sums, problem.up_bias)),
+        *rows_of(problem.added),
+        *rows_of(None),
+        *map(pointer, (None, None)),
         DTYPE_CODES[problem.out_dtype],
-        *map(pointer, (down, bias, total, up, problem.up_bias, out, hidden, stats)),
+        pointer(result.out),
         order=order,
     )
-    problem.memory.check()
-    return Forward(out, hidden, stats)
 
 
-def check_forward(kernels: simt_build.Library, problem: Problem) -> None:
+def check_forward(kernels: simt_build.Library, problem: Problem, *, fused: bool | None = None) -> None:
     found = forward(kernels, problem)
+    assert fused is None or found.fused == fused
     exact, _ = problem.reference(torch.float64)
     eager, _ = problem.reference(problem.dtype)
     assert found.out.dtype == eager.dtype
     # The hidden values are rounded to the type of x, wherever the result may be wider.
     assert_close_to_reference(found.out, exact, eager, problem.dtype)
-    if problem.norm:
+    if problem.norm and problem.shape[1] > 0:
         x = problem.x.double()
         deviation = (x.var(1, correction=0) + EPS).sqrt()
         torch.testing.assert_close(found.stats[:, 0].double(), x.mean(1), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.stats[:, 1].double(), 1 / deviation, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("width", "bottleneck"), [(8, 8), (33, 5), (1100, 12), (64, 1)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_folded_weights(
+    kernels: simt_build.Library, dtype: torch.dtype, width: int, bottleneck: int, norm: bool
+) -> None:
+    problem = Problem(dtype, (1, width, bottleneck), norm=norm)
+    found = fold(kernels, problem)
+    problem.memory.check()
+    down = problem.down.double()
+    bias = torch.zeros(bottleneck).double() if problem.down_bias is None else problem.down_bias.double()
+    if problem.gain is not None and problem.shift is not None:
+        bias = bias + down @ problem.shift.double()
+        down = down * problem.gain.double()
+        down = down - down.mean(1, keepdim=True)
+        torch.testing.assert_close(found.total.double(), found.down.double().sum(1), rtol=1e-5, atol=1e-5)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(found.down.double(), down, rtol=eps, atol=1e-6)
+    torch.testing.assert_close(found.bias.double(), bias, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.up, problem.up.to(dtype))
+
+
 # Whole tiles and ragged ones in every dimension, every padded bottleneck, few rows and several tiles a block,
-# and a width that is not held.
+# a last tile with idle warps, and widths that are not held.
 FUSED_SHAPES = [
     (1, 8, 8),
     (64, 192, 64),
@@ -200,7 +310,478 @@ FUSED_SHAPES = [
 
 @pytest.mark.parametrize("shape", FUSED_SHAPES)
 @pytest.mark.parametrize("dtype", HALF_DTYPES)
-def test_fused_forward(
-    kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int]
+def test_fused_forward(kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    check_forward(kernels, Problem(dtype, shape), fused=True)
+
+
+# The widest rows, and plans that only smaller GPUs need: rings of few slots, of every tile.
+NARROW_SHAPES = [(300, 768, 64), (70, 520, 128), (300, 520, 128), (40, 200, 192), (40, 200, 256)]
+
+
+@pytest.mark.parametrize("residual", ["x", "none"])
+@pytest.mark.parametrize("shape", NARROW_SHAPES)
+def test_forward_in_little_shared_memory(
+    kernels: simt_build.Library, shape: tuple[int, int, int], residual: str
 ) -> None:
-    check_forward(kernels, Problem(dtype, shape))
+    problem = Problem(torch.bfloat16, shape, residual=residual, shared=SHARED_BYTES["sm_86"])
+    check_forward(kernels, problem, fused=True)
+
+
+def test_widest_rows(kernels: simt_build.Library) -> None:
+    problem = Problem(torch.float16, (20, 4096, 24))
+    check_forward(kernels, problem, fused=True)
+    check_backward(kernels, problem, fused=True)
+
+
+PRODUCT_SHAPES = [(17, 33, 21), (20, 24, 264), (3, 64, 12), (300, 20, 12)]
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shape", PRODUCT_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_around_library_products(
+    kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int], norm: bool
+) -> None:
+    check_forward(kernels, Problem(dtype, shape, norm=norm), fused=False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("residual", ["none", "x", "same", "float"])
+@pytest.mark.parametrize("shape", [(70, 136, 40), (9, 24, 6)])
+def test_forward_options(
+    kernels: simt_build.Library, shape: tuple[int, int, int], residual: str, norm: bool, bias: bool
+) -> None:
+    problem = Problem(torch.bfloat16, shape, residual=residual, norm=norm, bias=bias)
+    check_forward(kernels, problem, fused=shape[2] % 8 == 0)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("dtype", "shape"), [(torch.float16, (40, 72, 24)), (torch.float32, (9, 24, 6))])
+def test_activations(
+    kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int], activation: str
+) -> None:
+    problem = Problem(dtype, shape, activation, norm=False)
+    check_forward(kernels, problem)
+    # Not relu in half precision: rounding moves values across its step.
+    if activation != "relu" or dtype == torch.float32:
+        check_backward(kernels, problem)
+
+
+@pytest.mark.parametrize(("offset", "gap"), [(1, 0), (0, 3), (0, 8), (8, 0), (4, 4)])
+@pytest.mark.parametrize("residual", ["x", "same"])
+def test_any_alignment(kernels: simt_build.Library, offset: int, gap: int, residual: str) -> None:
+    problem = Problem(torch.bfloat16, (20, 64, 16), offset=offset, gap=gap, residual=residual)
+    aligned = offset % 8 == 0 and gap % 8 == 0
+    check_forward(kernels, problem, fused=aligned)
+    check_backward(kernels, problem, fused=aligned)
+
+
+@pytest.mark.parametrize("shape", [(40, 72, 24), (5, 12, 6)])
+def test_forward_saves_nothing_unless_asked(kernels: simt_build.Library, shape: tuple[int, int, int]) -> None:
+    problem = Problem(torch.bfloat16, shape)
+    bare, saving = (forward(kernels, problem, save=save) for save in (False, True))
+    assert bare.hidden.numel() == bare.stats.numel() == 0
+    assert torch.equal(bare.out, saving.out)
+
+
+@pytest.mark.parametrize("shape", [(20, 64, 16), (20, 64, 12)])
+def test_a_large_mean_is_not_multiplied_by_rounded_weights(
+    kernels: simt_build.Library, shape: tuple[int, int, int]
+) -> None:
+    # The first product is about mean(x) * sum(row of Vc): uncorrected, the error would be some 30 times this.
+    problem = Problem(torch.bfloat16, shape, "none", residual="none", mean=64.0)
+    found = forward(kernels, problem).out.double()
+    exact, _ = problem.reference(torch.float64)
+    assert (found - exact).square().mean().sqrt() < 2**-7 * exact.square().mean().sqrt()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shape", [(40, 72, 24), (5, 12, 6)])
+def test_what_is_not_finite_stays_in_its_row(
+    kernels: simt_build.Library, shape: tuple[int, int, int], norm: bool, value: float
+) -> None:
+    problem = Problem(torch.float16, shape, norm=norm)
+    before = forward(kernels, problem).out, backward(kernels, problem)["x"]
+    problem.x[3, 5] = value
+    problem.grad[3, 2] = value
+    after = forward(kernels, problem).out, backward(kernels, problem)["x"]
+    others = [row for row in range(shape[0]) if row != 3]
+    for clean, poisoned in zip(before, after, strict=True):
+        assert not poisoned[3].isfinite().all()
+        assert torch.equal(clean[others], poisoned[others])
+
+
+def test_padding_adds_nothing_to_a_row_with_an_infinity(kernels: simt_build.Library) -> None:
+    problem = Problem(torch.float16, (3, 16, 8), "relu", norm=False)
+    problem.down.abs_().neg_()
+    problem.x[1, 0] = float("inf")
+    found, (exact, _) = forward(kernels, problem).out, problem.reference(torch.float64)
+    assert torch.equal(found.isfinite(), exact.isfinite())
+    torch.testing.assert_close(found[1, 1:], exact[1, 1:].half())
+
+
+@pytest.mark.parametrize("residual", ["x", "same", "float"])
+@pytest.mark.parametrize("shape", [(40, 72, 24), (5, 12, 6)])
+def test_zero_up_weight_is_exact(
+    kernels: simt_build.Library, shape: tuple[int, int, int], residual: str
+) -> None:
+    problem = Problem(torch.bfloat16, shape, residual=residual)
+    problem.up.zero_()
+    assert problem.added is not None
+    assert problem.up_bias is not None
+    expected = problem.added.float() + problem.scale * problem.up_bias
+    assert torch.equal(forward(kernels, problem).out, expected.to(problem.out_dtype))
+    problem.up_bias.zero_()
+    assert torch.equal(forward(kernels, problem).out, problem.added)
+    if residual != "x":
+        return
+    gradients = backward(kernels, problem)
+    assert (gradients["down_weight"] == 0).all()
+    assert (gradients["norm_weight"] == 0).all()
+    assert torch.equal(gradients["x"], problem.grad)
+
+
+# ---- backward
+
+ALL = frozenset({"x", "down", "up", "norm"})
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the row-wise part of the backward pass leaves; None where not asked for."""
+
+    dx: Tensor | None
+    activated: Tensor | None
+    scaled: Tensor | None
+    bias_chunks: int
+    partial_bias: Tensor | None
+    up_bias_chunks: int
+    partial_up_bias: Tensor | None
+
+
+def backward(
+    kernels: simt_build.Library,
+    problem: Problem,
+    need: frozenset[str] = ALL,
+    *,
+    order: int = 2,
+    fused: bool | None = None,
+) -> dict[str, Tensor]:
+    """Gradients by name; `fused` is what is expected."""
+    saved = forward(kernels, problem)
+    takes = bool(need - {"up"}) and fuses(kernels, problem, problem.grad, problem.x, saved.hidden)
+    assert fused is None or takes == fused
+    step = rows_fused if takes else rows_by_products
+    rows = step(kernels, problem, saved, need, order)
+    found: dict[str, Tensor] = {} if rows.dx is None else {"x": rows.dx}
+    if "up" in need:
+        found |= up_gradients(kernels, problem, rows, order)
+    if need & {"down", "norm"}:
+        found |= down_gradients(kernels, problem, rows, "norm" in need and problem.norm, order)
+    problem.memory.check()
+    return found
+
+
+def wanted_rows(problem: Problem, need: frozenset[str], chunks: tuple[int, int], need_scaled: bool) -> Rows:
+    rows, width, bottleneck = problem.shape
+    product = bool(need & {"down", "norm"})
+    dtype = problem.dtype
+    return Rows(
+        problem.empty(rows, width, dtype=dtype) if "x" in need else None,
+        problem.empty(rows, bottleneck, dtype=dtype) if "up" in need else None,
+        problem.empty(rows, bottleneck, dtype=dtype) if need_scaled else None,
+        chunks[0],
+        problem.empty(chunks[0], bottleneck) if product else None,
+        chunks[1],
+        problem.empty(chunks[1], width) if "up" in need else None,
+    )
+
+
+def rows_fused(
+    kernels: simt_build.Library, problem: Problem, saved: Forward, need: frozenset[str], order: int
+) -> Rows:
+    add_input = problem.residual == "x"
+    planned = plan(kernels, problem, "x" in need and add_input)
+    chunks = planned["tiles"], planned["column_sums"]
+    result = wanted_rows(problem, need, chunks, bool(need & {"down", "norm"}))
+    folded = fold(kernels, problem, order=order)
+    kernels.call(
+        "adapter_backward",
+        problem.sizes,
+        MULTIPROCESSORS,
+        problem.shared,
+        problem.scale,
+        *rows_of(problem.grad),
+        *rows_of(problem.x),
+        add_input,
+        *map(pointer, (folded.down, folded.bias, folded.up, saved.hidden, saved.stats)),
+        *map(pointer, (result.dx, result.activated, result.scaled)),
+        *map(pointer, (result.partial_bias, result.partial_up_bias)),
+        order=order,
+    )
+    return result
+
+
+def rows_by_products(
+    kernels: simt_build.Library, problem: Problem, saved: Forward, need: frozenset[str], order: int
+) -> Rows:
+    rows, _, bottleneck = problem.shape
+    chunks = -(-rows // CHUNK)
+    need_hidden = bool(need - {"up"})
+    result = wanted_rows(problem, need, (chunks, chunks), need_hidden)
+    sizes = problem.sizes
+    if "up" in need:
+        activate = map(pointer, (saved.hidden, result.activated))
+        kernels.call("adapter_activate", sizes, problem.scale, *activate, order=order)
+        sums = (*rows_of(problem.grad), pointer(result.partial_up_bias))
+        kernels.call("adapter_column_sums", sizes, *sums, order=order)
+    if not need_hidden:
+        return result
+    folded = fold(kernels, problem, order=order)
+    need_pull = "x" in need and problem.norm
+    pull = problem.empty(rows if need_pull else 0)
+    partial = problem.empty(chunks, bottleneck) if result.partial_bias is None else result.partial_bias
+    d_activated = problem.product(problem.grad, folded.up, problem.dtype)
+    kernels.call(
+        "adapter_gradient",
+        sizes,
+        problem.scale,
+        *map(pointer, (d_activated, saved.hidden, saved.stats, folded.bias if need_pull else None)),
+        *map(pointer, (result.scaled, pull, partial)),
+        order=order,
+    )
+    if result.dx is not None and result.scaled is not None:
+        kernels.call(
+            "adapter_finish",
+            sizes,
+            1.0,
+            pointer(problem.product(result.scaled, folded.down, torch.float32)),
+            pointer(None),
+            *rows_of(problem.grad if problem.residual == "x" else None),
+            *rows_of(problem.x),
+            *map(pointer, (saved.stats, pull)),
+            DTYPE_CODES[problem.dtype],
+            pointer(result.dx),
+            order=order,
+        )
+    return result
+
+
+def up_gradients(kernels: simt_build.Library, problem: Problem, rows: Rows, order: int) -> dict[str, Tensor]:
+    assert rows.activated is not None
+    d_bias = problem.empty(problem.shape[1])
+    arguments = (problem.shape[1], rows.up_bias_chunks, problem.scale)
+    kernels.call("adapter_up_bias", *arguments, pointer(rows.partial_up_bias), pointer(d_bias), order=order)
+    return {"up_weight": problem.product(problem.grad.T, rows.activated, torch.float32), "up_bias": d_bias}
+
+
+def down_gradients(
+    kernels: simt_build.Library, problem: Problem, rows: Rows, norm: bool, order: int
+) -> dict[str, Tensor]:
+    assert rows.scaled is not None
+    _, width, bottleneck = problem.shape
+    found = {
+        "down_weight": problem.product(rows.scaled.T, problem.x, torch.float32),
+        "down_bias": problem.empty(bottleneck),
+    }
+    if norm:
+        found |= {"norm_weight": problem.empty(width), "norm_bias": problem.empty(width)}
+    results = (*found.values(), *([] if norm else [None, None]), problem.empty(bottleneck))
+    kernels.call(
+        "adapter_unfold",
+        problem.sizes,
+        rows.bias_chunks,
+        *map(pointer, (rows.partial_bias, problem.down, problem.gain, problem.shift)),
+        *map(pointer, results),
+        order=order,
+    )
+    return found
+
+
+def check_backward(
+    kernels: simt_build.Library,
+    problem: Problem,
+    need: frozenset[str] = ALL,
+    *,
+    fused: bool | None = None,
+) -> None:
+    found = backward(kernels, problem, need, fused=fused)
+    _, exact = problem.reference(torch.float64)
+    _, eager = problem.reference(problem.dtype)
+    expected = {"x"} if "x" in need else set()
+    for group in need - {"x"}:
+        expected |= {f"{group}_weight", f"{group}_bias"}
+    if "norm" in need:
+        expected |= {"down_weight", "down_bias"}
+    if not problem.norm:
+        expected -= {"norm_weight", "norm_bias"}
+    assert set(found) == expected
+    for name, value in found.items():
+        if name in exact:
+            # s and a are rounded to x's type before the products, as eager linear layers round them.
+            assert_close_to_reference(value, exact[name], eager[name], problem.dtype, name)
+
+
+@pytest.mark.parametrize("shape", FUSED_SHAPES)
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_fused_backward(kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    check_backward(kernels, Problem(dtype, shape), fused=True)
+
+
+@pytest.mark.parametrize("residual", ["x", "none"])
+@pytest.mark.parametrize("shape", NARROW_SHAPES)
+def test_backward_in_little_shared_memory(
+    kernels: simt_build.Library, shape: tuple[int, int, int], residual: str
+) -> None:
+    problem = Problem(torch.bfloat16, shape, residual=residual, shared=SHARED_BYTES["sm_86"])
+    check_backward(kernels, problem, fused=True)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shape", PRODUCT_SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_backward_around_library_products(
+    kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int], norm: bool
+) -> None:
+    check_backward(kernels, Problem(dtype, shape, norm=norm), fused=False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("residual", ["none", "x", "same"])
+@pytest.mark.parametrize("shape", [(70, 136, 40), (9, 24, 6)])
+def test_backward_options(
+    kernels: simt_build.Library, shape: tuple[int, int, int], residual: str, norm: bool, bias: bool
+) -> None:
+    problem = Problem(torch.bfloat16, shape, residual=residual, norm=norm, bias=bias)
+    check_backward(kernels, problem, fused=shape[2] % 8 == 0)
+
+
+SUBSETS = [frozenset(s) for n in range(1, 4) for s in combinations(sorted(ALL), n)]
+
+
+@pytest.mark.parametrize("need", SUBSETS, ids="-".join)
+@pytest.mark.parametrize("shape", [(200, 72, 24), (9, 24, 6)])
+def test_backward_computes_what_is_asked_for(
+    kernels: simt_build.Library, shape: tuple[int, int, int], need: frozenset[str]
+) -> None:
+    problem = Problem(torch.bfloat16, shape)
+    check_backward(kernels, problem, need, fused=shape[2] % 8 == 0 and need != {"up"})
+
+
+# ---- both
+
+
+@pytest.mark.parametrize("shape", [(140, 72, 40), (300, 40, 128), (70, 72, 200), (9, 24, 6)])
+def test_results_are_the_same_in_all_thread_orders(
+    kernels: simt_build.Library, shape: tuple[int, int, int]
+) -> None:
+    problem = Problem(torch.bfloat16, shape)
+
+    def run(order: int) -> np.ndarray:
+        saved = forward(kernels, problem, order=order)
+        tensors = [saved.out, saved.hidden, saved.stats, *backward(kernels, problem, order=order).values()]
+        return np.concatenate([t.contiguous().view(torch.uint8).flatten().numpy() for t in tensors])
+
+    simt_build.same_in_all_orders(run)
+
+
+@pytest.mark.parametrize("bottleneck", [64, 128])
+def test_a_row_does_not_depend_on_the_others(kernels: simt_build.Library, bottleneck: int) -> None:
+    # Tiles of 128 rows, and for the first ones alone of 64.
+    many, few = (Problem(torch.float16, (rows, 136, bottleneck)) for rows in (300, 50))
+    for name in ("x", "grad"):
+        getattr(few, name).copy_(getattr(many, name)[:50])
+    for name, parameter in few.parameters.items():
+        other = many.parameters[name]
+        assert parameter is not None
+        assert other is not None
+        parameter.copy_(other)
+    assert plan(kernels, many, True)["tile_rows"] != plan(kernels, few, True)["tile_rows"]
+    assert torch.equal(forward(kernels, many).out[:50], forward(kernels, few).out)
+    assert torch.equal(backward(kernels, many)["x"][:50], backward(kernels, few)["x"])
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shape", [(0, 16, 8), (3, 16, 0), (3, 0, 8), (0, 0, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_empty_problems(
+    kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int], norm: bool
+) -> None:
+    problem = Problem(dtype, shape, norm=norm)
+    check_forward(kernels, problem, fused=False)
+    check_backward(kernels, problem, fused=False)
+
+
+PLAN = (
+    "tile_rows",
+    "rows_per_block",
+    "tiles_per_block",
+    "blocks",
+    "chunk_columns",
+    "held",
+    "shared_bytes",
+    "tiles",
+    "column_sums",
+)
+
+
+def plan(
+    kernels: simt_build.Library, problem: Problem, hold: bool, multiprocessors: int = MULTIPROCESSORS
+) -> dict[str, int]:
+    values = integers(*[0] * len(PLAN))
+    kernels.call("adapter_plan", problem.sizes, hold, multiprocessors, problem.shared, values)
+    return dict(zip(PLAN, values.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Size:
+    """A problem of which only the sizes matter."""
+
+    sizes: np.ndarray
+    shared: int
+
+
+def plan_of(
+    kernels: simt_build.Library, shape: tuple[int, int, int], hold: bool, multiprocessors: int, shared: int
+) -> dict[str, int]:
+    size: Any = Size(integers(DTYPE_CODES[torch.bfloat16], *shape, 0), shared)
+    return plan(kernels, size, hold, multiprocessors)
+
+
+@given(
+    rows=st.integers(1, 2**40),
+    width=st.integers(1, 512).map(lambda n: 8 * n),
+    bottleneck=st.integers(1, 32).map(lambda n: 8 * n),
+    hold=st.booleans(),
+    multiprocessors=st.integers(1, 160),
+    shared=st.sampled_from(sorted(SHARED_BYTES.values())),
+)
+def test_plans_fit_and_cover_all_rows(
+    kernels: simt_build.Library,
+    rows: int,
+    width: int,
+    bottleneck: int,
+    hold: bool,
+    multiprocessors: int,
+    shared: int,
+) -> None:
+    found = plan_of(kernels, (rows, width, bottleneck), hold, multiprocessors, shared)
+    assert found["shared_bytes"] <= shared
+    assert 1 <= found["blocks"] <= multiprocessors
+    assert (found["blocks"] - 1) * found["rows_per_block"] < rows <= found["blocks"] * found["rows_per_block"]
+    assert found["rows_per_block"] <= found["tiles_per_block"] * found["tile_rows"]
+    assert hold or not found["held"]
+
+
+def test_the_plan_of_an_audio_transformer_on_each_gpu(kernels: simt_build.Library) -> None:
+    shape = (38_848, 768, 64)
+    h200 = plan_of(kernels, shape, True, 132, SHARED_BYTES["sm_90"])
+    assert (h200["tile_rows"], h200["held"], h200["shared_bytes"]) == (128, 1, 230_400)
+    assert (h200["blocks"], h200["tiles_per_block"]) == (128, 3)
+    a100 = plan_of(kernels, shape, True, 108, SHARED_BYTES["sm_80"])
+    assert (a100["tile_rows"], a100["held"]) == (64, 1)
+    l40 = plan_of(kernels, shape, True, 142, SHARED_BYTES["sm_86"])
+    assert (l40["tile_rows"], l40["held"]) == (128, 0)

@@ -17,10 +17,10 @@ MMK_DEVICE void for_each_element(int width, Body&& body) {
   }
 }
 
-// Centres a row and gives its moments, by two passes over the registers.
+// Centres a row and gives its moments, by two passes over the registers; those of an empty row are finite.
 template <class Shape>
 MMK_DEVICE float2 centre(typename Shape::Part& x, int width, float eps) {
-  const float inverse = 1.0f / static_cast<float>(width);
+  const float inverse = 1.0f / static_cast<float>(max(width, 1));
   float sum[1] = {0.0f};
 #pragma unroll
   for (int v = 0; v < Shape::kCount; ++v) {

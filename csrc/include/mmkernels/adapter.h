@@ -46,29 +46,19 @@ struct AdapterParameters {
 
 namespace cpu {
 
-// Rows of a chunk are summed one after the other, chunks are added in order. Their number depends on the
-// problem alone, and their sums take at most half of the memory of x.
-struct AdapterChunks {
-  int64_t rows_per_chunk;
-  int64_t chunks;
-};
+// Rows that are worked on at once, so that they stay in cache; a multiple of the products' tile.
+constexpr int64_t kAdapterBlock = 48;
 
-constexpr int64_t kAdapterBlock = 48;  // rows that are worked on at once, so that they stay in cache
-
-constexpr AdapterChunks adapter_chunks(const AdapterShape& shape) {
-  const int64_t blocks = (shape.rows + kAdapterBlock - 1) / kAdapterBlock;
-  int64_t most = shape.rows / (4 * shape.bottleneck + 1);
-  most = most < 1 ? 1 : most > 32 ? 32 : most;
-  const int64_t blocks_per_chunk = (blocks + most - 1) / most;
-  if (blocks == 0) return {kAdapterBlock, 0};
-  return {blocks_per_chunk * kAdapterBlock, (blocks + blocks_per_chunk - 1) / blocks_per_chunk};
+constexpr int64_t adapter_blocks(int64_t rows) {
+  return (rows + kAdapterBlock - 1) / kAdapterBlock;
 }
 
-// A matrix (depth, columns) laid out for the products; see cpu/product.h.
+// factor times a matrix (depth, columns), laid out for the products; see cpu/product.h.
 struct AdapterPack {
   const void* source;  // element (k, n) is source[k * depth_stride + n * column_stride]
   int64_t depth_stride, column_stride;
   int64_t depth, columns;
+  double factor;
   void* packed;
 };
 
@@ -80,7 +70,7 @@ struct AdapterForward {
   AdapterRows x;
   AdapterRows residual;     // null for none
   const void* down;         // Vc^T, packed
-  const void* up;           // U^T, packed
+  const void* up;           // scale U^T, packed
   const void* hidden_bias;  // [bottleneck] b'
   const void* up_bias;      // [width] or null
   void* out;                // [rows, width]
@@ -91,41 +81,42 @@ struct AdapterForward {
 struct AdapterBackward {
   AdapterShape shape;
   Activation activation;
-  double scale;
   bool add_input;
   AdapterRows grad;
   AdapterRows x;
-  const void* hidden;       // [rows, bottleneck]
-  const void* stats;        // [rows, 2], null without norm
-  const void* up;           // U, packed
-  const void* down;         // Vc, packed; null where dx is
-  const void* hidden_bias;  // [bottleneck]; read for dx with norm
-  void* dx;                 // [rows, width] or null
-  // Sums over the rows of each chunk; null where not asked for.
-  void* partial_down;         // [chunks, bottleneck, width] s^T x
-  void* partial_hidden_bias;  // [chunks, bottleneck]        dz; always
-  void* partial_up;           // [chunks, bottleneck, width] a^T g
-  void* partial_up_bias;      // [chunks, width]             g
+  const void* hidden;         // [rows, bottleneck]
+  const void* stats;          // [rows, 2], null without norm
+  const void* up;             // scale U, packed
+  const void* down;           // Vc, packed; null where dx is
+  const void* hidden_bias;    // [bottleneck]; read for dx with norm
+  void* dx;                   // [rows, width] or null
+  void* scaled;               // s in strips
+  void* activated;            // a in strips
+  void* partial_hidden_bias;  // [blocks, bottleneck] sums of dz over the rows of a block
 };
 
-struct AdapterReduce {
+// Every column of x or g has its sums over the rows in one piece, in order: they do not depend on the threads.
+struct AdapterWeightGradients {
   AdapterShape shape;
   double scale;
-  const void* partial_down;
-  const void* partial_up;
-  const void* partial_up_bias;
+  AdapterRows grad;
+  AdapterRows x;
+  const void* scaled;
+  const void* activated;
   void* d_down;     // [bottleneck, width] dVc, or null
   void* d_up;       // [width, bottleneck], or null
   void* d_up_bias;  // [width], null with d_up
 };
 
-// dtype is kFloat32 or kFloat64; ranges are of panels, of rows, of chunks, and of columns of x.
+// dtype is kFloat32 or kFloat64; ranges are of panels of columns, of rows, of blocks, and of panels of x's
+// columns.
 int64_t adapter_panels(DType dtype, int64_t columns);
 int64_t adapter_packed_size(DType dtype, int64_t depth, int64_t columns);
+int64_t adapter_strips_size(int64_t rows, int64_t columns);
 void adapter_pack(DType dtype, const AdapterPack& args, int64_t begin, int64_t end);
 void adapter_forward(DType dtype, const AdapterForward& args, int64_t begin, int64_t end);
 void adapter_backward(DType dtype, const AdapterBackward& args, int64_t begin, int64_t end);
-void adapter_reduce(DType dtype, const AdapterReduce& args, int64_t begin, int64_t end);
+void adapter_weight_gradients(DType dtype, const AdapterWeightGradients& args, int64_t begin, int64_t end);
 
 }  // namespace cpu
 
@@ -261,7 +252,7 @@ bool adapter_rows_fuse(const AdapterRows& rows);
 
 // Launchers run on the current device and return a cudaError_t. dtype is that of x: float, half or bfloat16.
 int adapter_fold(DType dtype, const AdapterFold& args, CudaStream stream);
-int adapter_forward(DType dtype, const AdapterForward& args, CudaStream stream);
+int adapter_forward(DType dtype, const AdapterForward& args, const AdapterTiles& tiles, CudaStream stream);
 int adapter_backward(DType dtype, const AdapterBackward& args, const AdapterTiles& tiles, CudaStream stream);
 int adapter_activate(DType dtype, const AdapterActivate& args, CudaStream stream);
 int adapter_finish(DType dtype, const AdapterFinish& args, CudaStream stream);

@@ -21,14 +21,16 @@ mmk::Activation activation_of(const int64_t* sizes) {
 
 extern "C" {
 
-// plan: tile_rows, tiles_per_block, blocks, chunk_columns, held, shared_bytes, tiles, column_sums
+// plan: tile_rows, rows_per_block, tiles_per_block, blocks, chunk_columns, held, shared_bytes, tiles,
+// column_sums
 int adapter_plan(const int64_t* sizes, int64_t hold, int64_t multiprocessors, int64_t shared_limit,
                  int64_t* plan) {
   const mmk::cuda::AdapterTiles tiles =
       mmk::cuda::adapter_tiles(shape_of(sizes), hold, multiprocessors, shared_limit);
-  const int64_t values[] = {tiles.tile_rows,    tiles.tiles_per_block, tiles.blocks,  tiles.chunk_columns,
-                            tiles.held ? 1 : 0, tiles.shared_bytes,    tiles.tiles(), tiles.column_sums()};
-  for (int i = 0; i < 8; ++i) plan[i] = values[i];
+  const int64_t values[] = {tiles.tile_rows,    tiles.rows_per_block, tiles.tiles_per_block,
+                            tiles.blocks,       tiles.chunk_columns,  tiles.held ? 1 : 0,
+                            tiles.shared_bytes, tiles.tiles(),        tiles.column_sums()};
+  for (int i = 0; i < 9; ++i) plan[i] = values[i];
   return 0;
 }
 
@@ -48,10 +50,11 @@ int adapter_fold(const int64_t* sizes, const void* down_weight, const void* down
   return mmk::cuda::adapter_fold(dtype_of(sizes), args, nullptr);
 }
 
-int adapter_forward(const int64_t* sizes, double scale, double eps, const void* x, int64_t x_stride,
-                    const void* residual, int64_t residual_stride, int64_t add_input, int64_t out_type,
-                    const void* down, const void* bias, const void* sum, const void* up, const void* up_bias,
-                    void* out, void* hidden, void* stats) {
+int adapter_forward(const int64_t* sizes, int64_t multiprocessors, int64_t shared_limit, double scale,
+                    double eps, const void* x, int64_t x_stride, const void* residual,
+                    int64_t residual_stride, int64_t add_input, int64_t out_type, const void* down,
+                    const void* bias, const void* sum, const void* up, const void* up_bias, void* out,
+                    void* hidden, void* stats) {
   const mmk::cuda::AdapterForward args = {shape_of(sizes),
                                           activation_of(sizes),
                                           scale,
@@ -68,7 +71,9 @@ int adapter_forward(const int64_t* sizes, double scale, double eps, const void* 
                                           out,
                                           hidden,
                                           stats};
-  return mmk::cuda::adapter_forward(dtype_of(sizes), args, nullptr);
+  const mmk::cuda::AdapterTiles tiles =
+      mmk::cuda::adapter_tiles(shape_of(sizes), add_input != 0, multiprocessors, shared_limit);
+  return mmk::cuda::adapter_forward(dtype_of(sizes), args, tiles, nullptr);
 }
 
 int adapter_backward(const int64_t* sizes, int64_t multiprocessors, int64_t shared_limit, double scale,
