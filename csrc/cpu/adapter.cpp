@@ -10,15 +10,12 @@
 namespace mmk::cpu {
 namespace {
 
+// Rows of the wide products that share a panel of weights: few, so that the rows' own columns pass in order.
+constexpr int64_t kGroup = 2 * kTileRows;
+
 template <class A>
 MMK_INLINE const A* row_of(const AdapterRows& rows, int64_t index) {
-  return static_cast<const A*>(rows.data) + index * rows.row_stride;
-}
-
-// Columns of a panel that exist.
-template <class A>
-MMK_INLINE int64_t panel_columns(int64_t panel, int64_t columns) {
-  return std::min(kPanel<A>, columns - panel * kPanel<A>);
+  return at<A>(rows.data, index * rows.row_stride);
 }
 
 // One row of a panel in memory, for the last one, whose columns do not all exist.
@@ -32,41 +29,39 @@ struct Cells {
   }
 };
 
-// Scratch of one thread, for a block of rows.
+// Scratch of one thread, for a block of rows: a hidden layer and numbers of each row.
 template <class A>
 struct Block {
-  std::vector<A> hidden, scaled, panel;
+  int64_t stride;
+  std::vector<A> hidden;
   A mean[kAdapterBlock], rstd[kAdapterBlock], pull[kAdapterBlock];
-  int64_t hidden_stride;
 
-  // With room for the tiles that reach beyond the last column.
-  explicit Block(int64_t bottleneck) : hidden_stride(panels<A>(bottleneck) * kPanel<A> + kTileRows) {
-    hidden.resize(kAdapterBlock * hidden_stride + kTileRows);
-    scaled.resize(kAdapterBlock * hidden_stride + kTileRows);
-    panel.resize(kAdapterBlock * kPanel<A>);
-  }
+  explicit Block(int64_t bottleneck)
+      : stride(panels<A>(bottleneck) * kPanel<A>), hidden(kAdapterBlock * stride) {}
+
+  MMK_INLINE A* row(int64_t r) { return hidden.data() + r * stride; }
 };
 
-// ---- forward
-
-// Leaves a product with one of the packed weights in a block's scratch, as it is.
+// block.hidden = rows times a packed weight whose columns are the hidden layer.
 template <class A>
-MMK_INLINE void product_into(A* target, int64_t stride, const A* rows_of, int64_t row_stride, int64_t rows,
-                             const Packed<A>& weight) {
-  product<A>(rows_of, row_stride, rows, weight,
+MMK_INLINE void narrow_product(Block<A>& block, const A* rows_of, int64_t row_stride, int64_t rows,
+                               const Packed<A>& weight) {
+  product<A>(rows_of, row_stride, rows, kAdapterBlock, weight,
              [&](int64_t r, int64_t panel, const vec_t<A>(&sums)[2]) MMK_LAMBDA {
-               A* cells = target + r * stride + panel * kPanel<A>;
+               A* cells = block.row(r) + panel * kPanel<A>;
                store(cells, sums[0]);
                store(cells + kLanes<A>, sums[1]);
              });
 }
+
+// ---- forward
 
 template <class A, Activation kActivation>
 MMK_INLINE void activate_block(const AdapterForward& args, Block<A>& block, int64_t first, int64_t rows) {
   const int64_t bottleneck = args.shape.bottleneck;
   const A* bias = at<A>(args.hidden_bias, 0);
   for (int64_t r = 0; r < rows; ++r) {
-    A* hidden = block.hidden.data() + r * block.hidden_stride;
+    A* hidden = block.row(r);
     A* saved = at<A>(args.hidden, (first + r) * bottleneck);
     for (int64_t n = 0; n < bottleneck; ++n) hidden[n] = block.rstd[r] * hidden[n] + bias[n];
     if (saved != nullptr) std::copy(hidden, hidden + bottleneck, saved);
@@ -89,92 +84,113 @@ MMK_INLINE void hidden_block(const AdapterForward& args, Block<A>& block, int64_
     stats[0] = m.mean;
     stats[1] = m.rstd;
   }
-  product_into<A>(block.hidden.data(), block.hidden_stride, x, args.x.row_stride, rows,
-                  {at<A>(args.down, 0), shape.width, shape.bottleneck});
+  narrow_product<A>(block, x, args.x.row_stride, rows, {at<A>(args.down, 0), shape.width, shape.bottleneck});
   dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
     activate_block<A, activation.value>(args, block, first, rows);
   });
 }
 
+// What is added to the second product. Zeros stand in for what is absent: the inner loop then has no branch.
 template <class A>
-MMK_INLINE void output_block(const AdapterForward& args, const Block<A>& block, int64_t first, int64_t rows) {
+struct Addends {
+  std::vector<A> bias, zeros;
+  AdapterRows residual;
+
+  explicit Addends(const AdapterForward& args) : bias(args.shape.width), residual(args.residual) {
+    const A* up_bias = at<A>(args.up_bias, 0);
+    for (int64_t j = 0; up_bias != nullptr && j < args.shape.width; ++j) {
+      bias[j] = static_cast<A>(args.scale) * up_bias[j];
+    }
+    if (residual.data != nullptr) return;
+    zeros.resize(args.shape.width);
+    residual = {zeros.data(), 0};
+  }
+};
+
+template <class A>
+MMK_INLINE void output_block(const AdapterForward& args, const Addends<A>& addends, Block<A>& block,
+                             int64_t first, int64_t rows) {
   const int64_t width = args.shape.width;
-  const A scale = static_cast<A>(args.scale);
-  const A* bias = at<A>(args.up_bias, 0);
+  const A* bias = addends.bias.data();
   const Packed<A> up = {at<A>(args.up, 0), args.shape.bottleneck, width};
-  product<A>(block.hidden.data(), block.hidden_stride, rows, up,
+  product<A>(block.row(0), block.stride, rows, kGroup, up,
              [&](int64_t r, int64_t panel, const vec_t<A>(&sums)[2]) MMK_LAMBDA {
                const int64_t column = panel * kPanel<A>;
-               const A* residual = at<A>(args.residual.data, (first + r) * args.residual.row_stride + column);
+               const A* residual = row_of<A>(addends.residual, first + r) + column;
                A* out = at<A>(args.out, (first + r) * width + column);
-               if (column + kPanel<A> <= width) {
+               if (column + kPanel<A> <= width) [[likely]] {
                  for (int v = 0; v < 2; ++v) {
                    const int64_t j = v * kLanes<A>;
-                   vec_t<A> y = sums[v];
-                   if (bias != nullptr) y += load(bias + column + j);
-                   y *= scale;
-                   if (residual != nullptr) y += load(residual + j);
-                   store(out + j, y);
+                   store(out + j, (sums[v] + load(bias + column + j)) + load(residual + j));
                  }
                  return;
                }
                const Cells<A> cells(sums);
                for (int64_t n = 0; column + n < width; ++n) {
-                 A y = cells.values[n];
-                 if (bias != nullptr) y += bias[column + n];
-                 out[n] = scale * y + (residual == nullptr ? A(0) : residual[n]);
+                 out[n] = (cells.values[n] + bias[column + n]) + residual[n];
                }
              });
 }
 
 template <class A>
 MMK_INLINE void forward_rows(const AdapterForward& args, int64_t begin, int64_t end) {
+  const Addends<A> addends(args);
   Block<A> block(args.shape.bottleneck);
   for (int64_t first = begin; first < end; first += kAdapterBlock) {
     const int64_t rows = std::min(kAdapterBlock, end - first);
     hidden_block<A>(args, block, first, rows);
-    output_block<A>(args, block, first, rows);
+    output_block<A>(args, addends, block, first, rows);
   }
 }
 
-// ---- backward
+// ---- backward: gradients of rows
 
+// Leaves s in block.hidden, adds dz to bias_sum, and lays a and s out for the gradients of the weights.
 template <class A, Activation kActivation>
 MMK_INLINE void slope_block(const AdapterBackward& args, Block<A>& block, int64_t first, int64_t rows,
-                            double* bias_sum) {
-  const int64_t bottleneck = args.shape.bottleneck;
-  const A scale = static_cast<A>(args.scale);
+                            A* activated, A* bias_sum) {
+  const auto [all_rows, width, bottleneck] = args.shape;
   for (int64_t r = 0; r < rows; ++r) {
     const A* saved = at<A>(args.hidden, (first + r) * bottleneck);
-    A* hidden = block.hidden.data() + r * block.hidden_stride;
-    A* scaled = block.scaled.data() + r * block.hidden_stride;
-    for (int64_t n = 0; n < bottleneck; ++n) hidden[n] = activate(kActivation, saved[n]);
-    for (int64_t n = 0; n < bottleneck; ++n) scaled[n] *= scale * activation_slope(kActivation, saved[n]);
-    for (int64_t n = 0; n < bottleneck; ++n) bias_sum[n] += static_cast<double>(scaled[n]);
+    A* scaled = block.row(r);
+    for (int64_t n = 0; n < bottleneck; ++n) activated[n] = activate(kActivation, saved[n]);
+    for (int64_t n = 0; n < bottleneck; ++n) scaled[n] *= activation_slope(kActivation, saved[n]);
+    for (int64_t n = 0; n < bottleneck; ++n) bias_sum[n] += scaled[n];
     for (int64_t n = 0; n < bottleneck; ++n) scaled[n] *= block.rstd[r];
+    for (int64_t strip = 0; strip < strips(bottleneck); ++strip) {
+      const int64_t cell = (strip * all_rows + first + r) * kTileRows;
+      A* activated_cells = at<A>(args.activated, cell);
+      A* scaled_cells = at<A>(args.scaled, cell);
+      for (int64_t i = 0; i < kTileRows; ++i) {
+        const int64_t n = strip * kTileRows + i;
+        activated_cells[i] = n < bottleneck ? activated[n] : A(0);
+        scaled_cells[i] = n < bottleneck ? scaled[n] : A(0);
+      }
+    }
   }
 }
 
-// Leaves a = act(z) in block.hidden and s = dz * rstd in block.scaled, and adds dz to bias_sum.
 template <class A>
-MMK_INLINE void hidden_gradient_block(const AdapterBackward& args, Block<A>& block, int64_t first,
-                                      int64_t rows, double* bias_sum) {
+MMK_INLINE void hidden_gradient_block(const AdapterBackward& args, Block<A>& block, std::vector<A>& activated,
+                                      int64_t first, int64_t rows) {
   const AdapterShape& shape = args.shape;
   for (int64_t r = 0; r < rows; ++r) {
     const A* stats = at<A>(args.stats, 2 * (first + r));
     block.mean[r] = stats == nullptr ? A(0) : stats[0];
     block.rstd[r] = stats == nullptr ? A(1) : stats[1];
   }
-  product_into<A>(block.scaled.data(), block.hidden_stride, row_of<A>(args.grad, first), args.grad.row_stride,
-                  rows, {at<A>(args.up, 0), shape.width, shape.bottleneck});
+  narrow_product<A>(block, row_of<A>(args.grad, first), args.grad.row_stride, rows,
+                    {at<A>(args.up, 0), shape.width, shape.bottleneck});
+  A* bias_sum = at<A>(args.partial_hidden_bias, first / kAdapterBlock * shape.bottleneck);
+  std::fill(bias_sum, bias_sum + shape.bottleneck, A(0));
   dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
-    slope_block<A, activation.value>(args, block, first, rows, bias_sum);
+    slope_block<A, activation.value>(args, block, first, rows, activated.data(), bias_sum);
   });
   if (args.stats == nullptr || args.dx == nullptr) return;
   const A* bias = at<A>(args.hidden_bias, 0);
   for (int64_t r = 0; r < rows; ++r) {
     const A* saved = at<A>(args.hidden, (first + r) * shape.bottleneck);
-    const A* scaled = block.scaled.data() + r * block.hidden_stride;
+    const A* scaled = block.row(r);
     const A sum = sum_over<A>(
         shape.bottleneck,
         [&](int64_t j) MMK_LAMBDA { return load(scaled + j) * (load(saved + j) - load(bias + j)); },
@@ -184,18 +200,18 @@ MMK_INLINE void hidden_gradient_block(const AdapterBackward& args, Block<A>& blo
 }
 
 template <class A>
-MMK_INLINE void input_gradient_block(const AdapterBackward& args, const Block<A>& block, int64_t first,
+MMK_INLINE void input_gradient_block(const AdapterBackward& args, Block<A>& block, int64_t first,
                                      int64_t rows) {
   const int64_t width = args.shape.width;
   const bool norm = args.stats != nullptr;
   const Packed<A> down = {at<A>(args.down, 0), args.shape.bottleneck, width};
-  product<A>(block.scaled.data(), block.hidden_stride, rows, down,
+  product<A>(block.row(0), block.stride, rows, kGroup, down,
              [&](int64_t r, int64_t panel, const vec_t<A>(&sums)[2]) MMK_LAMBDA {
                const int64_t column = panel * kPanel<A>;
                const A* x = row_of<A>(args.x, first + r) + column;
                const A* grad = row_of<A>(args.grad, first + r) + column;
                A* dx = at<A>(args.dx, (first + r) * width + column);
-               if (column + kPanel<A> <= width) {
+               if (column + kPanel<A> <= width) [[likely]] {
                  for (int v = 0; v < 2; ++v) {
                    const int64_t j = v * kLanes<A>;
                    vec_t<A> y = sums[v];
@@ -214,101 +230,124 @@ MMK_INLINE void input_gradient_block(const AdapterBackward& args, const Block<A>
              });
 }
 
-// total (bottleneck, width) += a^T b, of a block of rows.
 template <class A>
-MMK_INLINE void add_outer_products(A* total, const AdapterShape& shape, const A* a, int64_t a_stride,
-                                   const A* b, int64_t b_stride, int64_t rows, A* panel) {
-  const Packed<A> layout = {panel, rows, shape.width};
-  for (int64_t index = 0; index < panels<A>(shape.width); ++index) {
-    const int64_t column = index * kPanel<A>;
-    const int64_t count = panel_columns<A>(index, shape.width);
-    pack<A>(b + column, b_stride, 1, {panel, rows, count}, panel, 0, 1);
-    for (int64_t first = 0; first < shape.bottleneck; first += kTileRows) {
-      Tile<A> tile;
-      multiply_transposed(tile, a + first, a_stride, layout.data, rows);
-      for (int64_t i = 0; i < std::min<int64_t>(kTileRows, shape.bottleneck - first); ++i) {
-        A* target = total + (first + i) * shape.width + column;
-        if (count == kPanel<A>) {
-          store(target, load(target) + tile.sums[i][0]);
-          store(target + kLanes<A>, load(target + kLanes<A>) + tile.sums[i][1]);
-          continue;
-        }
-        const Cells<A> cells(tile.sums[i]);
-        for (int64_t n = 0; n < count; ++n) target[n] += cells.values[n];
-      }
-    }
-  }
-}
-
-template <class A>
-MMK_INLINE void backward_chunk(const AdapterBackward& args, int64_t chunk, Block<A>& block,
-                               std::vector<double>& bias_sum) {
-  const AdapterShape& shape = args.shape;
-  const AdapterChunks chunks = adapter_chunks(shape);
-  const int64_t size = shape.bottleneck * shape.width;
-  A* down = at<A>(args.partial_down, chunk * size);
-  A* up = at<A>(args.partial_up, chunk * size);
-  A* up_bias = at<A>(args.partial_up_bias, chunk * shape.width);
-  if (down != nullptr) std::fill(down, down + size, A(0));
-  if (up != nullptr) std::fill(up, up + size, A(0));
-  if (up_bias != nullptr) std::fill(up_bias, up_bias + shape.width, A(0));
-  std::fill(bias_sum.begin(), bias_sum.end(), 0.0);
-  const int64_t end = std::min(shape.rows, (chunk + 1) * chunks.rows_per_chunk);
-  for (int64_t first = chunk * chunks.rows_per_chunk; first < end; first += kAdapterBlock) {
-    const int64_t rows = std::min(kAdapterBlock, end - first);
-    const A* grad = row_of<A>(args.grad, first);
-    const A* x = row_of<A>(args.x, first);
-    hidden_gradient_block<A>(args, block, first, rows, bias_sum.data());
-    if (args.dx != nullptr) input_gradient_block<A>(args, block, first, rows);
-    if (down != nullptr) {
-      add_outer_products<A>(down, shape, block.scaled.data(), block.hidden_stride, x, args.x.row_stride, rows,
-                            block.panel.data());
-    }
-    if (up != nullptr) {
-      add_outer_products<A>(up, shape, block.hidden.data(), block.hidden_stride, grad, args.grad.row_stride,
-                            rows, block.panel.data());
-    }
-    for (int64_t r = 0; up_bias != nullptr && r < rows; ++r) {
-      for (int64_t j = 0; j < shape.width; ++j) up_bias[j] += grad[r * args.grad.row_stride + j];
-    }
-  }
-  A* hidden_bias = at<A>(args.partial_hidden_bias, chunk * shape.bottleneck);
-  for (int64_t n = 0; n < shape.bottleneck; ++n) hidden_bias[n] = static_cast<A>(bias_sum[n]);
-}
-
-template <class A>
-MMK_INLINE void backward_chunks(const AdapterBackward& args, int64_t begin, int64_t end) {
+MMK_INLINE void backward_blocks(const AdapterBackward& args, int64_t begin, int64_t end) {
   Block<A> block(args.shape.bottleneck);
-  std::vector<double> bias_sum(args.shape.bottleneck);
-  for (int64_t chunk = begin; chunk < end; ++chunk) {
-    backward_chunk<A>(args, chunk, block, bias_sum);
+  std::vector<A> activated(args.shape.bottleneck);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t first = index * kAdapterBlock;
+    const int64_t rows = std::min(kAdapterBlock, args.shape.rows - first);
+    hidden_gradient_block<A>(args, block, activated, first, rows);
+    if (args.dx != nullptr) input_gradient_block<A>(args, block, first, rows);
   }
 }
 
-// Adds the chunks' sums for columns [begin, end) of x.
+// ---- backward: gradients of weights
+
+// Rows whose part of a panel, and of a strip, stay in the first-level cache.
+constexpr int64_t kSpan = 256;
+
+// sum_r hidden[r]^T rows[r], for a run of panels of the rows' columns: [panel][bottleneck, padded][kPanel].
 template <class A>
-MMK_INLINE void reduce_columns(const AdapterReduce& args, int64_t begin, int64_t end) {
-  const AdapterShape& shape = args.shape;
-  const int64_t chunks = adapter_chunks(shape).chunks;
-  const int64_t size = shape.bottleneck * shape.width;
-  const auto total = [&](const void* partial, int64_t stride, int64_t offset) MMK_LAMBDA {
-    double sum = 0;
-    for (int64_t c = 0; c < chunks; ++c) sum += static_cast<double>(*at<A>(partial, c * stride + offset));
-    return sum;
-  };
-  for (int64_t n = 0; n < shape.bottleneck; ++n) {
-    for (int64_t j = begin; j < end; ++j) {
-      const int64_t offset = n * shape.width + j;
-      if (args.d_down != nullptr)
-        *at<A>(args.d_down, offset) = static_cast<A>(total(args.partial_down, size, offset));
-      if (args.d_up != nullptr) {
-        *at<A>(args.d_up, j * shape.bottleneck + n) =
-            static_cast<A>(args.scale * total(args.partial_up, size, offset));
+struct OuterProduct {
+  const A* hidden;  // in strips
+  AdapterRows rows;
+  int64_t all_rows, bottleneck, width, begin;
+  std::vector<A> totals, panel;
+  std::vector<double> column_sums;
+
+  OuterProduct(const void* hidden_strips, const AdapterRows& of_rows, const AdapterShape& shape,
+               int64_t first_panel, int64_t end_panel)
+      : hidden(static_cast<const A*>(hidden_strips)),
+        rows(of_rows),
+        all_rows(shape.rows),
+        bottleneck(shape.bottleneck),
+        width(shape.width),
+        begin(first_panel),
+        totals((end_panel - first_panel) * panel_size()),
+        panel(kSpan * kPanel<A>),
+        column_sums((end_panel - first_panel) * kPanel<A>) {}
+
+  MMK_INLINE int64_t panel_size() const { return strips(bottleneck) * kTileRows * kPanel<A>; }
+  MMK_INLINE A* total(int64_t index, int64_t n) {
+    return totals.data() + (index - begin) * panel_size() + n * kPanel<A>;
+  }
+  MMK_INLINE int64_t columns(int64_t index) const {
+    return std::min(kPanel<A>, width - index * kPanel<A>);
+  }
+
+  // Brings columns of a panel, which lie a whole row apart, together, and sums them.
+  MMK_INLINE void gather(int64_t index, int64_t first, int64_t count) {
+    const A* source = row_of<A>(rows, first) + index * kPanel<A>;
+    double* sums = column_sums.data() + (index - begin) * kPanel<A>;
+    if (columns(index) == kPanel<A>) [[likely]] {
+      vec_t<A> sum0 = {}, sum1 = {};
+      for (int64_t r = 0; r < count; ++r, source += rows.row_stride) {
+        const vec_t<A> value0 = load(source), value1 = load(source + kLanes<A>);
+        sum0 += value0;
+        sum1 += value1;
+        store(panel.data() + r * kPanel<A>, value0);
+        store(panel.data() + r * kPanel<A> + kLanes<A>, value1);
+      }
+      for (int64_t n = 0; n < kLanes<A>; ++n) sums[n] += static_cast<double>(sum0[n]);
+      for (int64_t n = 0; n < kLanes<A>; ++n) sums[kLanes<A> + n] += static_cast<double>(sum1[n]);
+      return;
+    }
+    pack<A>(source, rows.row_stride, 1, A(1), {nullptr, count, columns(index)}, panel.data(), 0, 1);
+    for (int64_t r = 0; r < count; ++r) {
+      for (int64_t n = 0; n < columns(index); ++n) sums[n] += static_cast<double>(source[r * rows.row_stride + n]);
+    }
+  }
+
+  // Adds rows [first, first + count), at most kSpan, to one panel.
+  MMK_INLINE void add(int64_t index, int64_t first, int64_t count) {
+    gather(index, first, count);
+    const int64_t ahead = count / std::max<int64_t>(strips(bottleneck), 1) + 1;
+    const A* next = row_of<A>(rows, first) + (index + 1) * kPanel<A>;
+    for (int64_t strip = 0; strip < strips(bottleneck); ++strip) {
+      // The next panel's columns, a line of each row, bit by bit: no hardware prefetcher would guess them.
+      if ((index + 1) * kPanel<A> < width) {
+        for (int64_t r = strip * ahead; r < std::min(count, (strip + 1) * ahead); ++r) {
+          prefetch(next + r * rows.row_stride);
+        }
+      }
+      Tile<A> tile;
+      multiply_strip(tile, hidden + (strip * all_rows + first) * kTileRows, panel.data(), count);
+      for (int i = 0; i < kTileRows; ++i) {
+        A* cells = total(index, strip * kTileRows + i);
+        store(cells, load(cells) + tile.sums[i][0]);
+        store(cells + kLanes<A>, load(cells + kLanes<A>) + tile.sums[i][1]);
       }
     }
   }
-  for (int64_t j = begin; args.d_up_bias != nullptr && j < end; ++j) {
-    *at<A>(args.d_up_bias, j) = static_cast<A>(args.scale * total(args.partial_up_bias, shape.width, j));
+};
+
+template <class A>
+MMK_INLINE void weight_panels(const AdapterWeightGradients& args, int64_t begin, int64_t end) {
+  const auto [rows, width, bottleneck] = args.shape;
+  const bool need_down = args.d_down != nullptr, need_up = args.d_up_bias != nullptr;
+  OuterProduct<A> down(args.scaled, args.x, args.shape, begin, need_down ? end : begin);
+  OuterProduct<A> up(args.activated, args.grad, args.shape, begin, need_up ? end : begin);
+  for (int64_t first = 0; first < rows; first += kSpan) {
+    const int64_t count = std::min(kSpan, rows - first);
+    for (int64_t index = begin; need_down && index < end; ++index) down.add(index, first, count);
+    for (int64_t index = begin; need_up && index < end; ++index) up.add(index, first, count);
+  }
+  const A scale = static_cast<A>(args.scale);
+  for (int64_t index = begin; index < end; ++index) {
+    const int64_t column = index * kPanel<A>;
+    for (int64_t i = 0; i < down.columns(index); ++i) {
+      for (int64_t n = 0; need_down && n < bottleneck; ++n) {
+        *at<A>(args.d_down, n * width + column + i) = down.total(index, n)[i];
+      }
+      for (int64_t n = 0; need_up && n < bottleneck; ++n) {
+        *at<A>(args.d_up, (column + i) * bottleneck + n) = scale * up.total(index, n)[i];
+      }
+      if (need_up) {
+        *at<A>(args.d_up_bias, column + i) =
+            static_cast<A>(args.scale * up.column_sums[(index - begin) * kPanel<A> + i]);
+      }
+    }
   }
 }
 
@@ -322,11 +361,15 @@ int64_t adapter_packed_size(DType dtype, int64_t depth, int64_t columns) {
   return dispatch_wide(dtype, [&](auto element) { return packed_size<decltype(element)>(depth, columns); });
 }
 
+int64_t adapter_strips_size(int64_t rows, int64_t columns) {
+  return strips(columns) * kTileRows * rows;
+}
+
 MMK_MULTIARCH void adapter_pack(DType dtype, const AdapterPack& args, int64_t begin, int64_t end) {
   dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
     using A = decltype(element);
-    pack<A>(at<A>(args.source, 0), args.depth_stride, args.column_stride, {nullptr, args.depth, args.columns},
-            at<A>(args.packed, 0), begin, end);
+    pack<A>(at<A>(args.source, 0), args.depth_stride, args.column_stride, static_cast<A>(args.factor),
+            {nullptr, args.depth, args.columns}, at<A>(args.packed, 0), begin, end);
   });
 }
 
@@ -336,11 +379,12 @@ MMK_MULTIARCH void adapter_forward(DType dtype, const AdapterForward& args, int6
 
 MMK_MULTIARCH void adapter_backward(DType dtype, const AdapterBackward& args, int64_t begin, int64_t end) {
   dispatch_wide(dtype,
-                [&](auto element) MMK_LAMBDA { backward_chunks<decltype(element)>(args, begin, end); });
+                [&](auto element) MMK_LAMBDA { backward_blocks<decltype(element)>(args, begin, end); });
 }
 
-MMK_MULTIARCH void adapter_reduce(DType dtype, const AdapterReduce& args, int64_t begin, int64_t end) {
-  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { reduce_columns<decltype(element)>(args, begin, end); });
+MMK_MULTIARCH void adapter_weight_gradients(DType dtype, const AdapterWeightGradients& args, int64_t begin,
+                                            int64_t end) {
+  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { weight_panels<decltype(element)>(args, begin, end); });
 }
 
 }  // namespace mmk::cpu

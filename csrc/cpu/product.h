@@ -32,17 +32,19 @@ constexpr int64_t packed_size(int64_t depth, int64_t columns) {
   return panels<A>(columns) * kPanel<A> * depth;
 }
 
-// Writes panels [begin, end) of B, whose element (k, n) is source[k * depth_stride + n * column_stride].
+// Writes panels [begin, end) of B, whose element (k, n) is factor * source[k * depth_stride + n *
+// column_stride].
 template <class A>
-MMK_INLINE void pack(const A* source, int64_t depth_stride, int64_t column_stride, const Packed<A>& layout,
-                     A* packed, int64_t begin, int64_t end) {
+MMK_INLINE void pack(const A* source, int64_t depth_stride, int64_t column_stride, A factor,
+                     const Packed<A>& layout, A* packed, int64_t begin, int64_t end) {
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index * kPanel<A>;
     const int64_t count = std::min(kPanel<A>, layout.columns - first);
     A* panel = packed + index * layout.depth * kPanel<A>;
     for (int64_t k = 0; k < layout.depth; ++k) {
+      const A* cells = source + k * depth_stride + first * column_stride;
       A* row = panel + k * kPanel<A>;
-      for (int64_t n = 0; n < count; ++n) row[n] = source[k * depth_stride + (first + n) * column_stride];
+      for (int64_t n = 0; n < count; ++n) row[n] = factor * cells[n * column_stride];
       std::fill(row + count, row + kPanel<A>, A(0));
     }
   }
@@ -78,15 +80,20 @@ MMK_INLINE void multiply(Tile<A>& tile, const A* const (&a)[kTileRows], const A*
   tile = {{{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}, {s40, s41}, {s50, s51}}};
 }
 
-// sums[i] = sum_k a[k][i] * panel[k]: the product with the transpose of a, whose rows are row_stride apart.
+// A matrix (rows, columns) in strips of kTileRows columns, each dense by rows, so that its transpose can be the
+// left factor of a product.
+constexpr int64_t strips(int64_t columns) {
+  return (columns + kTileRows - 1) / kTileRows;
+}
+
+// sums[i] = sum_k strip[k][i] * panel[k].
 template <class A>
-MMK_INLINE void multiply_transposed(Tile<A>& tile, const A* a, int64_t row_stride, const A* panel,
-                                    int64_t depth) {
+MMK_INLINE void multiply_strip(Tile<A>& tile, const A* strip, const A* panel, int64_t depth) {
   vec_t<A> s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {};
   vec_t<A> s30 = {}, s31 = {}, s40 = {}, s41 = {}, s50 = {}, s51 = {};
   for (int64_t k = 0; k < depth; ++k) {
     const vec_t<A> b0 = load(panel + k * kPanel<A>), b1 = load(panel + k * kPanel<A> + kLanes<A>);
-    const A* row = a + k * row_stride;
+    const A* row = strip + k * kTileRows;
     s00 += row[0] * b0;
     s01 += row[0] * b1;
     s10 += row[1] * b0;
@@ -104,18 +111,22 @@ MMK_INLINE void multiply_transposed(Tile<A>& tile, const A* a, int64_t row_strid
 }
 
 // Calls finish(row, panel, sums of that row) for the product of rows [0, rows) of a, row_stride apart, with
-// B.
+// B. Each panel serves `group` rows, a multiple of kTileRows, before the next one is read.
 template <class A, class Finish>
-MMK_INLINE void product(const A* a, int64_t row_stride, int64_t rows, const Packed<A>& b, Finish&& finish) {
+MMK_INLINE void product(const A* a, int64_t row_stride, int64_t rows, int64_t group, const Packed<A>& b,
+                        Finish&& finish) {
   const int64_t count = panels<A>(b.columns);
-  for (int64_t index = 0; index < count; ++index) {
-    for (int64_t first = 0; first < rows; first += kTileRows) {
-      const A* of_rows[kTileRows];
-      for (int i = 0; i < kTileRows; ++i) of_rows[i] = a + std::min(first + i, rows - 1) * row_stride;
-      Tile<A> tile;
-      multiply(tile, of_rows, b.panel(index), b.depth);
-      for (int i = 0; i < kTileRows; ++i) {
-        if (first + i < rows) finish(first + i, index, tile.sums[i]);
+  for (int64_t begin = 0; begin < rows; begin += group) {
+    const int64_t end = std::min(rows, begin + group);
+    for (int64_t index = 0; index < count; ++index) {
+      for (int64_t first = begin; first < end; first += kTileRows) {
+        const A* of_rows[kTileRows];
+        for (int i = 0; i < kTileRows; ++i) of_rows[i] = a + std::min(first + i, rows - 1) * row_stride;
+        Tile<A> tile;
+        multiply(tile, of_rows, b.panel(index), b.depth);
+        for (int i = 0; i < kTileRows; ++i) {
+          if (first + i < end) finish(first + i, index, tile.sums[i]);
+        }
       }
     }
   }

@@ -31,13 +31,13 @@ struct Wide {
         x(widened(inputs.x, type)) {}
 };
 
-// A matrix (depth, columns), whose element (k, n) is source[k * depth_stride + n * column_stride], laid out
-// for the products.
+// factor times a matrix (depth, columns), whose element (k, n) is source[k * depth_stride + n *
+// column_stride], laid out for the products.
 Tensor packed(const Wide& wide, const Tensor& source, int64_t depth, int64_t columns, int64_t depth_stride,
-              int64_t column_stride) {
+              int64_t column_stride, double factor = 1.0) {
   const Tensor result = new_empty(wide.x, {cpu::adapter_packed_size(wide.dtype, depth, columns)}, wide.type);
-  const cpu::AdapterPack args = {source.const_data_ptr(), depth_stride, column_stride, depth, columns,
-                                 mutable_or_null(result)};
+  const cpu::AdapterPack args = {
+      source.const_data_ptr(), depth_stride, column_stride, depth, columns, factor, mutable_or_null(result)};
   torch::stable::parallel_for(
       0, cpu::adapter_panels(wide.dtype, columns), grain(depth * 16),
       [&](int64_t begin, int64_t end) { cpu::adapter_pack(wide.dtype, args, begin, end); });
@@ -85,7 +85,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& down_w
   const OptionalTensor wide_residual = add_input ? OptionalTensor(wide.x) : widened(residual, wide.type);
   const Folded folded = fold(inputs, wide);
   const Tensor down = packed(wide, folded.weight, width, bottleneck, 1, width);
-  const Tensor up = packed(wide, inputs.up_weight, bottleneck, width, 1, bottleneck);
+  const Tensor up = packed(wide, inputs.up_weight, bottleneck, width, 1, bottleneck, scale);
   const Tensor out = new_empty(wide.x, {rows, width}, wide.type);
   const Tensor hidden = new_empty(wide.x, {save ? rows : 0, bottleneck}, wide.type);
   const Tensor stats = new_empty(wide.x, {save && inputs.norm() ? rows : 0, 2}, wide.type);
@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
   // The gain's gradient comes out of the product's, so the product is needed for either.
   const bool need_product = need_down || need_norm;
-  const int64_t chunks = cpu::adapter_chunks(inputs.shape).chunks;
+  const int64_t blocks = cpu::adapter_blocks(rows);
   const Tensor dx = empty({need_x ? rows : 0, width});
   const Tensor d_down = empty({need_product ? bottleneck : 0, width});
   const Tensor d_hidden_bias = empty({need_product ? bottleneck : 0});
@@ -135,12 +135,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor d_up_bias = empty({need_up ? width : 0});
   const Tensor d_norm_weight = empty({need_norm ? width : 0});
   const Tensor d_norm_bias = empty({need_norm ? width : 0});
-  const Tensor partial_down = empty({need_product ? chunks : 0, bottleneck, width});
-  const Tensor partial_hidden_bias = empty({chunks, bottleneck});
-  const Tensor partial_up = empty({need_up ? chunks : 0, bottleneck, width});
-  const Tensor partial_up_bias = empty({need_up ? chunks : 0, width});
+  const Tensor partial_hidden_bias = empty({blocks, bottleneck});
+  const Tensor scaled = empty({cpu::adapter_strips_size(rows, bottleneck)});
+  const Tensor activated = empty({cpu::adapter_strips_size(rows, bottleneck)});
 
-  const Tensor up = packed(wide, inputs.up_weight, width, bottleneck, bottleneck, 1);
+  const Tensor up = packed(wide, inputs.up_weight, width, bottleneck, bottleneck, 1, scale);
   OptionalTensor down, bias;
   if (need_x) {
     const Folded folded = fold(inputs, wide);
@@ -149,7 +148,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   const cpu::AdapterBackward args = {inputs.shape,
                                      activation_of(activation_index),
-                                     scale,
                                      add_input,
                                      rows_of(grad),
                                      rows_of(wide.x),
@@ -159,27 +157,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                      data_or_null(down),
                                      data_or_null(bias),
                                      mutable_or_null(dx),
-                                     mutable_or_null(partial_down),
-                                     mutable_or_null(partial_hidden_bias),
-                                     mutable_or_null(partial_up),
-                                     mutable_or_null(partial_up_bias)};
-  torch::stable::parallel_for(
-      0, chunks, 1, [&](int64_t begin, int64_t end) { cpu::adapter_backward(wide.dtype, args, begin, end); });
-  const cpu::AdapterReduce reduce_args = {inputs.shape,
-                                          scale,
-                                          mutable_or_null(partial_down),
-                                          mutable_or_null(partial_up),
-                                          mutable_or_null(partial_up_bias),
-                                          mutable_or_null(d_down),
-                                          mutable_or_null(d_up),
-                                          mutable_or_null(d_up_bias)};
-  torch::stable::parallel_for(0, width, grain(bottleneck * chunks), [&](int64_t begin, int64_t end) {
-    cpu::adapter_reduce(wide.dtype, reduce_args, begin, end);
+                                     mutable_or_null(scaled),
+                                     mutable_or_null(activated),
+                                     mutable_or_null(partial_hidden_bias)};
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    cpu::adapter_backward(wide.dtype, args, begin, end);
   });
+  const cpu::AdapterWeightGradients weight_args = {
+      inputs.shape,
+      scale,
+      rows_of(grad),
+      rows_of(wide.x),
+      mutable_or_null(scaled),
+      mutable_or_null(activated),
+      mutable_or_null(d_down),
+      mutable_or_null(d_up),
+      mutable_or_null(d_up_bias)};
+  torch::stable::parallel_for(0, need_product || need_up ? cpu::adapter_panels(wide.dtype, width) : 0,
+                              grain(rows * 16), [&](int64_t begin, int64_t end) {
+                                cpu::adapter_weight_gradients(wide.dtype, weight_args, begin, end);
+                              });
   if (need_product) {
     const AdapterParameters parameters = inputs.parameters();
     const LayerProjectUnfold unfold_args = {projection_shape(inputs.shape),
-                                            chunks,
+                                            blocks,
                                             mutable_or_null(partial_hidden_bias),
                                             parameters.down_weight,
                                             parameters.norm_weight,
