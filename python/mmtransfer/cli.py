@@ -16,7 +16,8 @@ import typer
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from mmtransfer.compare import CompareSettings, Comparison
+    from mmtransfer.compare import CompareSettings
+    from mmtransfer.results import Comparison
     from mmtransfer.tasks import Task
 
 app = typer.Typer(
@@ -73,8 +74,9 @@ def compare(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated: last, weighted-sum, weighted-sum-norm, lff, hff-b, hff-ub. Default: all "
-            "but hff-ub.",
+            help="Comma-separated. On a frozen encoder: last (or head), weighted-sum, weighted-sum-norm, "
+            "lff, hff-b; hff-ub. Through the encoder: hff-b-adapters, aat-m, aat-ms, full; aat-s, houlsby, "
+            "partial, prompt, bitfit, lora. Default: those before the semicolons.",
             show_default=False,
             rich_help_panel=_METHOD,
         ),
@@ -97,13 +99,30 @@ def compare(
             rich_help_panel=_METHOD,
         ),
     ] = None,
-    epochs: Annotated[int, typer.Option(min=1, rich_help_panel=_TRAINING)] = 30,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="On the frozen encoder.", rich_help_panel=_TRAINING)
+    ] = 30,
     seeds: Annotated[
-        int, typer.Option(min=1, help="Runs per method, with seeds 0, 1, ...", rich_help_panel=_TRAINING)
+        int,
+        typer.Option(
+            min=1,
+            help="Runs per method on the frozen encoder, with seeds 0, 1, ...",
+            rich_help_panel=_TRAINING,
+        ),
     ] = 3,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Clips per step and device.", rich_help_panel=_TRAINING)
+        int,
+        typer.Option(min=1, help="Clips per step and device, frozen encoder.", rich_help_panel=_TRAINING),
     ] = 32,
+    tuning_epochs: Annotated[
+        int, typer.Option(min=1, help="Through the encoder.", rich_help_panel=_TRAINING)
+    ] = 10,
+    tuning_seeds: Annotated[
+        int, typer.Option(min=1, help="Runs per method through the encoder.", rich_help_panel=_TRAINING)
+    ] = 1,
+    tuning_batch_size: Annotated[
+        int, typer.Option(min=1, help="Through the encoder.", rich_help_panel=_TRAINING)
+    ] = 16,
     learning_rate: Annotated[
         float | None,
         typer.Option(
@@ -117,7 +136,8 @@ def compare(
         bool,
         typer.Option(
             "--cache/--no-cache",
-            help="Run the frozen encoder once and train on its stored features, or run it in every step.",
+            help="Store the features of the frozen encoder and the inputs of a trained one, or make them in "
+            "every step.",
             rich_help_panel=_TRAINING,
         ),
     ] = True,
@@ -141,14 +161,15 @@ def compare(
         typer.Option("--force", help="Write even if the folder holds other files.", rich_help_panel=_RESULT),
     ] = False,
 ) -> None:
-    """Train and measure ways to use an encoder's layers: last layer, weighted sums, LFF, HFF.
+    """Train and measure ways to adapt a speech encoder: fusions of its layers, adapters, fine-tuning.
 
     Prints a table of test accuracy, parameters, time and memory, and writes it with figures as one HTML page
     and as JSON. Runs on several GPUs under torchrun or accelerate launch.
     """
     _check_input(demo, synthetic, model, data)
-    from mmtransfer.compare import DEFAULT_METHODS, CompareSettings
+    from mmtransfer.compare import CompareSettings
     from mmtransfer.data import DataError
+    from mmtransfer.methods import DEFAULT_METHODS
     from mmtransfer.report import MODELS_NAME, check_output
     from mmtransfer.tasks import parse_taps
     from mmtransfer.train import TrainSettings
@@ -162,6 +183,8 @@ def compare(
             width=width,
             cache=cache,
             training=TrainSettings(epochs=epochs, batch_size=batch_size, bf16=bf16, cpu=cpu),
+            tuning=TrainSettings(epochs=tuning_epochs, batch_size=tuning_batch_size, bf16=bf16, cpu=cpu),
+            tuning_seeds=tuple(range(tuning_seeds)),
             learning_rate=learning_rate,
             save=output / MODELS_NAME if save else None,
         )
@@ -202,7 +225,10 @@ def _check_input(demo: bool, synthetic: bool, model: str | None, data: Path | No
 
 
 def _split(text: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+    from mmtransfer.methods import ALIASES
+
+    names = (part.strip() for part in text.split(","))
+    return tuple(dict.fromkeys(ALIASES.get(name, name) for name in names))
 
 
 def _load_task(

@@ -1,4 +1,4 @@
-"""Methods of layer aggregation on one task: trained with the same data, seeds and epochs, measured alike."""
+"""A comparison of methods on one task: every method trained with the same data and seeds, and measured."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,67 +23,28 @@ from transformers import set_seed
 
 import mmkernels
 from mmtransfer import models
+from mmtransfer.caching import (
+    CachedFeatures,
+    CachedInputs,
+    EncoderCollator,
+    OnClips,
+    cache_features,
+    cache_inputs,
+    collate_features,
+)
 from mmtransfer.data import DataError
 from mmtransfer.data.features import Collator
-from mmtransfer.hff import (
-    HFF,
-    LFF,
-    FrozenEncoder,
-    SequenceClassificationHead,
-    Taps,
-    WeightedSum,
-    make_fusion,
-    reference,
-)
+from mmtransfer.hff import HFF, LFF, FrozenEncoder, Taps, WeightedSum
 from mmtransfer.hff.encoder import Tap
-from mmtransfer.measure import StepComparison, compare_step
+from mmtransfer.measure import Step, StepComparison, compare_steps
+from mmtransfer.methods import DEFAULT_METHODS, EncoderMethod, FusionMethod, Job, Method, find_method
+from mmtransfer.results import Comparison, MethodResult, Run
 from mmtransfer.tasks import Task, default_taps, main_device
-from mmtransfer.train import (
-    CachedFeatures,
-    EncoderCollator,
-    TrainSettings,
-    cache_features,
-    collate_features,
-    predict,
-    train,
-)
+from mmtransfer.train import TrainSettings, predict, train
 
-
-@dataclass(frozen=True)
-class Method:
-    """A way to make one sequence of an encoder's layers.
-
-    Attributes:
-        title: for tables and figures.
-        fusion: kind of the fusion in `mmtransfer.hff.FUSIONS`.
-        learning_rate: peak rate. It and all of `TrainSettings` were chosen on speed-changed copies (x 0.85,
-            1.15, 1.3) of the demo's training clips, never on a test clip.
-        options: of the fusion.
-        last_only: use the encoder's last layer alone.
-        projects: whether the fusion has an output width of its own.
-        eager: its twin in plain PyTorch; None where there is nothing to fuse.
-    """
-
-    title: str
-    fusion: str
-    learning_rate: float
-    options: dict[str, Any] = field(default_factory=dict)
-    last_only: bool = False
-    projects: bool = False
-    eager: type[nn.Module] | None = None
-
-
-METHODS: dict[str, Method] = {
-    "last": Method("Last layer", "weighted_sum", 1e-2, last_only=True),
-    "weighted-sum": Method("Weighted sum", "weighted_sum", 1e-2, eager=reference.EagerWeightedSum),
-    "weighted-sum-norm": Method(
-        "Weighted sum + norm", "weighted_sum", 1e-2, {"norm": True}, eager=reference.EagerWeightedSum
-    ),
-    "lff": Method("LFF", "lff", 3e-3, projects=True, eager=reference.EagerLFF),
-    "hff-b": Method("HFF-b", "hff_b", 3e-3, projects=True, eager=reference.EagerHFFb),
-    "hff-ub": Method("HFF-ub", "hff_ub", 3e-3, projects=True, eager=reference.EagerHFFub),
-}
-DEFAULT_METHODS = ("last", "weighted-sum", "weighted-sum-norm", "lff", "hff-b")
+#: How the methods that train through the encoder are trained: an epoch costs a hundred times that of a
+#: fusion on cached features, so there are fewer, of smaller batches.
+TUNING = TrainSettings(epochs=10, batch_size=16)
 
 
 @dataclass(frozen=True)
@@ -90,13 +52,16 @@ class CompareSettings:
     """What to compare and how.
 
     Attributes:
-        methods: keys of `METHODS`.
-        seeds: each method is trained once with each.
+        methods: keys of `mmtransfer.methods.METHODS`.
+        seeds: each method on the frozen encoder is trained once with each.
         taps: layers as for `FrozenEncoder`; None for `mmtransfer.tasks.default_taps`.
         width: output width of LFF and HFF; None for 5/8 of the encoder's, as the paper's 640 of 1024.
-        cache: run the encoder once over all clips and train on its stored outputs.
-        training: epochs, batch size, precision and device of every run; its seed and learning rate are set
-            per run.
+        cache: run the frozen encoder once over all clips and train on its stored outputs, and keep the inputs
+            of a trained encoder.
+        training: epochs, batch size, precision and device of every run on the frozen encoder; its seed and
+            learning rate are set per run.
+        tuning: the same for runs that train through the encoder.
+        tuning_seeds: seeds of those.
         learning_rate: for all methods instead of their own.
         save: folder for the trained parts, one subfolder per run; None keeps none.
     """
@@ -107,63 +72,10 @@ class CompareSettings:
     width: int | None = None
     cache: bool = True
     training: TrainSettings = field(default_factory=TrainSettings)
+    tuning: TrainSettings = TUNING
+    tuning_seeds: tuple[int, ...] = (0,)
     learning_rate: float | None = None
     save: Path | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """One training run: test accuracy and training loss of the last epoch."""
-
-    seed: int
-    accuracy: float
-    loss: float
-    seconds_per_epoch: float
-    tap_weights: list[float] | None
-
-
-@dataclass(frozen=True)
-class MethodResult:
-    """All runs of one method, and the cost of its training step.
-
-    Attributes:
-        tap_weights_kind: what the runs' `tap_weights` are: "softmax" (a weighted sum's weights), "norm" (the
-            Frobenius norm of each tap's part of LFF's first matrix, as in figure 4 of the paper), or None.
-    """
-
-    name: str
-    title: str
-    trainable_parameters: int
-    learning_rate: float
-    tap_names: list[str]
-    tap_weights_kind: str | None
-    runs: list[Run]
-    step: StepComparison
-
-    @property
-    def accuracy(self) -> float:
-        return statistics.fmean(run.accuracy for run in self.runs)
-
-    @property
-    def spread(self) -> float | None:
-        """Sample standard deviation over the seeds; None for a single one."""
-        return statistics.stdev(run.accuracy for run in self.runs) if len(self.runs) > 1 else None
-
-    @property
-    def seconds_per_epoch(self) -> float:
-        return statistics.median(run.seconds_per_epoch for run in self.runs)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Everything that a report says."""
-
-    task: dict[str, Any]
-    settings: dict[str, Any]
-    machine: dict[str, Any]
-    methods: list[MethodResult]
-    feature_seconds: float | None
-    total_seconds: float
 
 
 def compare(
@@ -203,49 +115,62 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 class _Session:
-    """One comparison in progress: the features, made once, and one run after the other."""
+    """One comparison in progress: what is cached of the clips, and one run after the other."""
 
     def __init__(self, task: Task, settings: CompareSettings, progress: Progress) -> None:
         self.task, self.settings, self.progress = task, settings, progress
         self.device = main_device(settings.training.cpu)
-        self.methods = {name: _method(name) for name in settings.methods}
+        self.methods = {name: find_method(name) for name in settings.methods}
         chosen = default_taps(task.model) if settings.taps is None else list(settings.taps)
         self.encoder = _make_encoder(task, self._with_last(chosen))
-        self.taps = self.encoder.taps[: len(chosen)]
         self.width = settings.width or max(self.encoder.hidden_size * 5 // 8, 1)
-        self.train_set: Dataset[Any] = task.recordings.train  # type: ignore[assignment]
-        self.test_set: Dataset[Any] = task.recordings.test  # type: ignore[assignment]
-        self.collator = Collator(task.recordings, task.extractor, max_seconds=task.max_seconds)
+        self.taps = self.encoder.taps[: len(chosen)]
+        self.job = Job(task.model, self.taps, self.width, len(task.recordings.classes))
+        self.collate = EncoderCollator(
+            Collator(task.recordings, task.extractor, max_seconds=task.max_seconds), self.encoder
+        )
+        self.clips: dict[str, Any] = {"train": task.recordings.train, "test": task.recordings.test}
+        self.features: dict[str, CachedFeatures] = {}
+        self.inputs: dict[str, CachedInputs] = {}
         self.feature_seconds: float | None = None
         for method in self.methods.values():
             self._build(method)
 
     def prepare(self) -> None:
-        """Cache the features of all clips, if that is wanted."""
+        """Cache what the methods read in every epoch, if that is wanted."""
         if not self.settings.cache:
             return
-        began = time.perf_counter()
-        self.encoder.to(self.device)
-        clips = {"train": self.task.recordings.train, "test": self.task.recordings.test}
-        bar = self.progress.add_task("Features", total=sum(map(len, clips.values())), detail="")
-        collate = EncoderCollator(self.collator, self.encoder)
-        cached = {
-            split: cache_features(
-                self.encoder, part, collate, on_clips=lambda count: self.progress.advance(bar, count)
-            )
-            for split, part in clips.items()
+        if not all(method.through_encoder for method in self.methods.values()):
+            began = time.perf_counter()
+            self.encoder.to(self.device)
+            self.features = self._cache("Features", self._cache_features)
+            self.feature_seconds = time.perf_counter() - began
+            clips = sum(map(len, self.clips.values()))
+            self._log(f"Features of {clips} clips: {self.feature_seconds:.0f} s")
+        if any(method.through_encoder for method in self.methods.values()):
+            self.inputs = self._cache("Inputs", self._cache_inputs)
+
+    def _cache(self, title: str, make: Callable[[Any, OnClips], Any]) -> dict[str, Any]:
+        bar = self.progress.add_task(title, total=sum(map(len, self.clips.values())), detail="")
+        return {
+            split: make(clips, lambda count: self.progress.advance(bar, count))
+            for split, clips in self.clips.items()
         }
-        self.train_set, self.test_set = cached["train"], cached["test"]
-        self.feature_seconds = time.perf_counter() - began
-        self._log(f"Features of {sum(map(len, clips.values()))} clips: {self.feature_seconds:.0f} s")
+
+    def _cache_features(self, clips: Any, on_clips: OnClips) -> CachedFeatures:
+        return cache_features(self.encoder, clips, self.collate, on_clips=on_clips)
+
+    def _cache_inputs(self, clips: Any, on_clips: OnClips) -> CachedInputs:
+        return cache_inputs(clips, self.collate, on_clips=on_clips)
 
     def run_method(self, name: str) -> MethodResult:
         method = self.methods[name]
-        epochs = self.settings.training.epochs
-        bar = self.progress.add_task(method.title, total=len(self.settings.seeds) * epochs, detail="")
-        runs = [self._train(name, seed, bar) for seed in self.settings.seeds]
+        training, seeds = self._training(method)
+        bar = self.progress.add_task(method.title, total=len(seeds) * training.epochs, detail="")
+        runs = [self._train(name, replace(training, seed=seed), bar) for seed in seeds]
         self.progress.update(bar, detail="measuring a step")
         model = self._build(method)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         step = self._measure(method, model)
         accuracy = statistics.fmean(run.accuracy for run in runs)
         self.progress.update(bar, detail=f"test accuracy {accuracy:.1%}")
@@ -253,31 +178,30 @@ class _Session:
         return MethodResult(
             name=name,
             title=method.title,
-            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-            learning_rate=self._training(method, 0).learning_rate,
+            through_encoder=method.through_encoder,
+            trainable_parameters=parameters,
+            learning_rate=training.learning_rate,
+            epochs=training.epochs,
+            batch_size=training.batch_size,
             tap_names=[str(tap) for tap in model.encoder.taps],
             tap_weights_kind=_tap_weights(model)[0],
             runs=runs,
             step=step,
         )
 
-    def _train(self, name: str, seed: int, bar: TaskID) -> Run:
-        method = self.methods[name]
-        training = self._training(method, seed)
-        set_seed(seed)
-        model = self._build(method)
+    def _train(self, name: str, training: TrainSettings, bar: TaskID) -> Run:
+        set_seed(training.seed)
+        model = self._build(self.methods[name])
 
         def on_epoch(_: int, loss: float) -> None:
-            self.progress.update(bar, advance=1, detail=f"seed {seed}, training loss {loss:.3f}")
+            self.progress.update(bar, advance=1, detail=f"seed {training.seed}, training loss {loss:.3f}")
 
-        train_set, collate = self._examples(self.train_set, model)
-        result = train(model, train_set, collate, training, on_epoch=on_epoch)
-        test_set, collate = self._examples(self.test_set, model)
-        logits, labels = predict(model, test_set, collate, training)
+        result = train(model, *self._examples("train", model), training, on_epoch=on_epoch)
+        logits, labels = predict(model, *self._examples("test", model), training)
         if self.settings.save is not None and is_main_process():
-            model.save_pretrained(self.settings.save / f"{name}-seed{seed}")
+            model.save_pretrained(self.settings.save / f"{name}-seed{training.seed}")
         return Run(
-            seed=seed,
+            seed=training.seed,
             accuracy=float((logits.argmax(1) == labels).float().mean()),
             loss=result.loss,
             seconds_per_epoch=result.seconds_per_epoch,
@@ -289,71 +213,79 @@ class _Session:
         if not self.progress.console.is_terminal:
             self.progress.console.print(text)
 
-    def _build(self, method: Method) -> HFF:
-        """An untrained model; its encoder is the task's, frozen and shared."""
-        taps = [-1] if method.last_only else list(self.taps)
-        encoder = FrozenEncoder(self.task.model, taps)
-        options = dict(method.options)
-        if method.projects:
-            options["out_dim"] = self.width
+    def _build(self, method: Method) -> Any:
+        """An untrained model."""
         try:
-            fusion = make_fusion(method.fusion, taps=len(taps), dim=encoder.hidden_size, **options)
-        except ValueError as error:
+            return method.build(self.job)
+        except (ValueError, ImportError) as error:
             raise DataError(f"{method.title} cannot be used here: {error}") from error
-        if method.last_only:
-            # The softmax of one weight is 1 whatever the weight.
-            fusion.requires_grad_(False)
-        return HFF(encoder, fusion, SequenceClassificationHead(fusion.out_dim, self._classes))
-
-    @property
-    def _classes(self) -> int:
-        return len(self.task.recordings.classes)
 
     def _with_last(self, taps: list[Tap]) -> list[Tap]:
         """The taps, and the last layer behind them if a method needs it and they lack it."""
-        if not any(method.last_only for method in self.methods.values()):
+        if not any(isinstance(method, FusionMethod) and method.last_only for method in self.methods.values()):
             return taps
         (last,) = _make_encoder(self.task, [-1]).taps
         return taps if last in _make_encoder(self.task, taps).taps else [*taps, last]
 
-    def _examples(self, examples: Dataset[Any], model: HFF) -> tuple[Dataset[Any], Any]:
+    def _examples(self, split: str, model: nn.Module) -> tuple[Dataset[Any], Any]:
         """A data set and its collate function as `model` needs them."""
-        if isinstance(examples, CachedFeatures):
-            slots = [self.encoder.taps.index(tap) for tap in model.encoder.taps]
-            return examples.select(slots), collate_features
-        return examples, EncoderCollator(self.collator, model.encoder)
+        encoder: Any = model.encoder
+        if not self.settings.cache:
+            return self.clips[split], self.collate
+        if not isinstance(encoder, FrozenEncoder):
+            return self.inputs[split], self.inputs[split].collate
+        slots = [self.encoder.taps.index(tap) for tap in encoder.taps]
+        return self.features[split].select(slots), collate_features
 
-    def _measure(self, method: Method, model: HFF) -> StepComparison:
-        """A training step on the first clips, their features already there."""
-        examples, collate = self._examples(self.train_set, model)
-        count = min(self.settings.training.batch_size, len(self.task.recordings.train))
+    def _measure(self, method: Method, model: Any) -> StepComparison:
+        """A training step on the first clips, what is cached of them already there."""
+        examples: Any
+        examples, collate = self._examples("train", model)
+        count = min(self._training(method)[0].batch_size, len(self.clips["train"]))
         batch = collate([examples[index] for index in range(count)])
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         labels = batch.pop("labels")
-        model = model.to(self.device)
-        taps = model.encoder(**batch) if "features" not in batch else Taps.pack(**batch)
-        head = model.head
-        assert head is not None
-        eager = None
-        if method.eager is not None:
-            options = {key: value for key, value in model.fusion.options.items() if key != "backend"}
-            eager = method.eager(**options).to(self.device)
-        return compare_step(copy.deepcopy(model.fusion), eager, head, taps, labels)
+        model.to(self.device)
+        if isinstance(method, FusionMethod):
+            taps = Taps.pack(**batch) if "features" in batch else model.encoder(**batch)
+            eager = method.build_eager(model.fusion)
+            parts = [(model.fusion, copy.deepcopy(model.head)), (eager, copy.deepcopy(model.head))]
+            steps = [_fusion_step(fusion, head, taps, labels) for fusion, head in parts if fusion is not None]
+        else:
+            assert isinstance(method, EncoderMethod)
+            _perturb(model)
+            steps = [
+                Step(each.to(self.device), lambda each: each(**batch).logits, labels)
+                for each in (model, method.build_eager(self.job))
+                if each is not None
+            ]
+        return compare_steps(*steps)
 
-    def _training(self, method: Method, seed: int) -> TrainSettings:
-        rate = self.settings.learning_rate or method.learning_rate
-        return replace(self.settings.training, seed=seed, learning_rate=rate)
+    def _training(self, method: Method) -> tuple[TrainSettings, tuple[int, ...]]:
+        """Settings, but for the seed, and seeds of a method's runs."""
+        settings = self.settings
+        rate = settings.learning_rate or method.learning_rate
+        if method.through_encoder:
+            return replace(settings.tuning, learning_rate=rate), settings.tuning_seeds
+        return replace(settings.training, learning_rate=rate), settings.seeds
+
+
+def _fusion_step(fusion: nn.Module, head: nn.Module, taps: Taps, labels: torch.Tensor) -> Step:
+    parts = nn.ModuleDict({"fusion": fusion, "head": head}).to(labels.device)
+    return Step(parts, lambda _: parts["head"](taps, parts["fusion"](taps.features)), labels)
+
+
+@torch.no_grad()
+def _perturb(model: nn.Module) -> None:
+    """Give what starts as zero a value: gradients that are all zero could not differ."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dim() > 1 and not parameter.any():
+            nn.init.trunc_normal_(parameter, std=0.02)
 
 
 def is_main_process() -> bool:
     """Whether this process prints and writes, under `torchrun` and `accelerate launch` too."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-def _method(name: str) -> Method:
-    if name not in METHODS:
-        raise DataError(f"no method is called {name!r}; choose from {', '.join(METHODS)}")
-    return METHODS[name]
 
 
 def _make_encoder(task: Task, taps: list[Tap]) -> FrozenEncoder:
@@ -364,10 +296,10 @@ def _make_encoder(task: Task, taps: list[Tap]) -> FrozenEncoder:
 
 
 @torch.no_grad()
-def _tap_weights(model: HFF) -> tuple[str | None, list[float] | None]:
+def _tap_weights(model: nn.Module) -> tuple[str | None, list[float] | None]:
     """What a trained fusion makes of its taps, where that is one number per tap."""
-    fusion = model.fusion
-    if fusion.taps == 1:
+    fusion = model.fusion if isinstance(model, HFF) else None
+    if fusion is None or fusion.taps == 1:
         return None, None
     if isinstance(fusion, WeightedSum):
         return "softmax", fusion.weights.softmax(0).tolist()
@@ -398,16 +330,21 @@ def _describe_task(task: Task, session: _Session) -> dict[str, Any]:
     }
 
 
+_SET_PER_RUN = ("seed", "learning_rate")
+
+
 def _describe_settings(settings: CompareSettings, session: _Session) -> dict[str, Any]:
-    training = asdict(settings.training)
-    for set_per_run in ("seed", "learning_rate"):
-        training.pop(set_per_run)
+    def shared(training: TrainSettings) -> dict[str, Any]:
+        return {key: value for key, value in asdict(training).items() if key not in _SET_PER_RUN}
+
     return {
         "taps": [str(tap) for tap in session.taps],
         "width": session.width,
         "seeds": list(settings.seeds),
-        "cached_features": settings.cache,
-        **training,
+        "cached_inputs": settings.cache,
+        "cached_features": session.feature_seconds is not None,
+        **shared(settings.training),
+        "tuning": {**shared(settings.tuning), "seeds": list(settings.tuning_seeds)},
     }
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
-from mmtransfer.compare import Comparison, MethodResult
+from mmtransfer.results import Comparison, MethodResult, in_parts
 
 # Drawn in these, replaced by the page's own colours: the figures follow its light or dark scheme.
 _INK, _FAINT, _OURS, _OTHER = "#010101", "#020202", "#030303", "#040404"
@@ -31,14 +33,18 @@ _WIDTH = 7.2
 
 
 def draw(comparison: Comparison) -> list[tuple[str, str]]:
-    """The figures with their captions: accuracy, tap weights where a method has them, step time."""
+    """The figures with their captions: accuracy, costs, tap weights where a method has them, step time."""
     with matplotlib.rc_context(_STYLE):
         return _draw(comparison)
 
 
 def _draw(comparison: Comparison) -> list[tuple[str, str]]:
-    text = "Test accuracy. Dots are seeds, the bar is their mean, the dashed line chance."
-    drawn = [(_accuracy(comparison), text)]
+    text = (
+        "Test accuracy, and what each method costs. Dots are seeds, bars their means, the dashed line "
+        "chance; blue on a frozen encoder, orange through the encoder. Costs are on logarithmic scales; an "
+        "epoch and a step on cached features run no encoder."
+    )
+    drawn = [(_overview(comparison), text)]
     kinds = {method.tap_weights_kind for method in comparison.methods}
     if "softmax" in kinds:
         text = "Learned weight of each layer in the weighted sums, mean over seeds; dots are seeds."
@@ -46,31 +52,88 @@ def _draw(comparison: Comparison) -> list[tuple[str, str]]:
     if "norm" in kinds:
         text = "Norm of each layer's part of LFF's matrix, mean over seeds; dots are seeds."
         drawn.append((_tap_weights(comparison, "norm", "Frobenius norm"), text))
-    if any(method.step.eager and method.step.agrees for method in comparison.methods):
-        text = (
-            "One training step of fusion and classifier on features in memory, with mmkernels and eager; "
-            "the factor is eager time / mmkernels time."
-        )
-        drawn.append((_step_time(comparison), text))
+    for methods in in_parts(comparison.methods):
+        timed = [method for method in methods if method.step.eager and method.step.agrees]
+        if timed:
+            drawn.append((_step_time(timed), _STEP_TEXTS[methods[0].through_encoder]))
     return drawn
 
 
-def _accuracy(comparison: Comparison) -> str:
-    methods = comparison.methods
-    figure, axes = _axes(0.55 + 0.42 * len(methods))
+_STEP_TEXTS = {
+    False: "One training step of fusion and classifier on features in memory, with mmkernels and eager; the "
+    "factor is eager time / mmkernels time.",
+    True: "One training step through the encoder, with mmkernels and eager; the factor is eager time / "
+    "mmkernels time.",
+}
+
+
+def _overview(comparison: Comparison) -> str:
+    """Accuracy and three costs of each method, side by side."""
+    methods = [method for part in in_parts(comparison.methods) for method in part]
+    figure = Figure(figsize=(_WIDTH, 0.75 + 0.36 * len(methods)), layout="constrained")
+    figure.patch.set_alpha(0)
+    panels = figure.subplots(1, 4, sharey=True, width_ratios=(1.5, 1, 1, 1))
+    _accuracy(panels[0], methods, comparison.task["chance"])
+    memory = [method.step.mmkernels.memory_mib for method in methods]
+    _cost(panels[1], "parameters", [method.trainable_parameters for method in methods])
+    _cost(panels[2], "s per epoch", [method.seconds_per_epoch for method in methods])
+    _cost(panels[3], "MiB per step", memory)
+    for axes in panels:
+        axes.patch.set_alpha(0)
+        axes.tick_params(length=0)
+        axes.spines["left"].set_visible(False)
+    panels[0].set_yticks(range(len(methods)), [method.title for method in methods])
+    panels[0].invert_yaxis()
+    return _svg(figure, "overview")
+
+
+def _accuracy(axes: Axes, methods: list[MethodResult], chance: float) -> None:
     for row, method in enumerate(methods):
         mean = 100 * method.accuracy
-        axes.barh(row, mean, height=0.56, color=_OURS, alpha=0.35)
+        axes.barh(row, mean, height=0.56, color=_colour(method), alpha=0.35)
         axes.plot(
-            [100 * run.accuracy for run in method.runs], [row] * len(method.runs), "o", color=_OURS, ms=4.5
+            [100 * run.accuracy for run in method.runs],
+            [row] * len(method.runs),
+            "o",
+            color=_colour(method),
+            ms=4,
         )
         right = max(mean, *(100 * run.accuracy for run in method.runs))
-        axes.annotate(f"{mean:.1f}", (right, row), xytext=(7, 0), textcoords="offset points", va="center")
-    axes.axvline(100 * comparison.task["chance"], color=_FAINT, linestyle="--", linewidth=1)
-    axes.set_xlim(0, 105 if methods else 1)
-    _name_rows(axes, methods)
+        axes.annotate(f"{mean:.1f}", (right, row), xytext=(6, 0), textcoords="offset points", va="center")
+    axes.axvline(100 * chance, color=_FAINT, linestyle="--", linewidth=1)
+    axes.set_xlim(0, 118)
+    axes.set_xticks([0, 50, 100])
     axes.set_xlabel("accuracy, %")
-    return _svg(figure, "accuracy")
+
+
+def _cost(axes: Axes, label: str, costs: Sequence[float | None]) -> None:
+    """Bars on a logarithmic scale, which start a little below the smallest; None has no bar."""
+    known = [cost for cost in costs if cost]
+    for row, cost in enumerate(costs):
+        if cost:
+            axes.barh(row, cost, height=0.56, color=_FAINT)
+            axes.annotate(
+                _short(cost), (cost, row), xytext=(3, 0), textcoords="offset points", va="center", size=8
+            )
+    axes.set_xscale("log")
+    if known:
+        # Room for the numbers on the right.
+        axes.set_xlim(min(known) / 3, max(known) * (max(known) / min(known) * 3) ** 0.7)
+    axes.xaxis.set_major_locator(NullLocator())
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel(label)
+
+
+def _short(value: float) -> str:
+    """Two or three digits and a unit: 0.13, 4.2, 85, 179 k, 7.9 M."""
+    for unit, scale in ((" M", 1e6), (" k", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g}{unit}"
+    return f"{value:.2g}" if value < 10 else f"{value:.0f}"
+
+
+def _colour(method: MethodResult) -> str:
+    return _OTHER if method.through_encoder else _OURS
 
 
 def _tap_weights(comparison: Comparison, kind: str, label: str) -> str:
@@ -93,8 +156,7 @@ def _tap_weights(comparison: Comparison, kind: str, label: str) -> str:
     return _svg(figure, kind)
 
 
-def _step_time(comparison: Comparison) -> str:
-    methods = [method for method in comparison.methods if method.step.eager and method.step.agrees]
+def _step_time(methods: list[MethodResult]) -> str:
     figure, axes = _axes(0.95 + 0.62 * len(methods))
     for row, method in enumerate(methods):
         assert method.step.eager is not None
@@ -107,7 +169,7 @@ def _step_time(comparison: Comparison) -> str:
     _name_rows(axes, methods)
     axes.set_xlabel("milliseconds per step")
     _legend(figure, axes)
-    return _svg(figure, "step")
+    return _svg(figure, "step-encoder" if methods[0].through_encoder else "step")
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:

@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mmtransfer import figures
-from mmtransfer.compare import Comparison, MethodResult
 from mmtransfer.data import DataError
+from mmtransfer.results import Comparison, MethodResult, in_parts
 
 JSON_NAME, HTML_NAME, MODELS_NAME = "report.json", "report.html", "models"
 FORMAT = "mmtransfer-compare"
@@ -76,28 +76,35 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
 
 
 def to_tables(comparison: Comparison) -> list[Table]:
-    """The results and the costs for a terminal of 80 columns."""
-    rows = [table_row(method) for method in comparison.methods]
-    costs = [(row[0], *row[4:]) for row in rows]
-    header = ("Method", "ms", "ms, eager", "ratio", "MiB", "MiB, eager")
+    """The results and the costs for a terminal of 80 columns, a line between what costs differently."""
+    parts = [[table_row(method) for method in methods] for methods in in_parts(comparison.methods)]
+    results = ("Method", "Accuracy, %", "Epochs", "Parameters", "s / epoch")
+    costs = ("Method", "ms", "ms, eager", "ratio", "MiB", "MiB, eager")
     return [
-        _terminal_table(headline(comparison), HEADER[:4], [row[:4] for row in rows]),
-        _terminal_table("One training step, with mmkernels and eager", header, costs),
+        _terminal_table(headline(comparison), results, [[row[:5] for row in rows] for rows in parts]),
+        _terminal_table(
+            "One training step, with mmkernels and eager",
+            costs,
+            [[(row[0], *row[5:]) for row in rows] for rows in parts],
+        ),
     ]
 
 
-def _terminal_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+def _terminal_table(title: str, header: Sequence[str], parts: Sequence[Sequence[Sequence[str]]]) -> Table:
     table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD)
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
+    for rows in parts:
+        for row in rows:
+            table.add_row(*row)
+        table.add_section()
     return table
 
 
 HEADER = (
     "Method",
     "Accuracy, %",
+    "Epochs × seeds",
     "Trainable parameters",
     "Seconds per epoch",
     "mmkernels",
@@ -107,7 +114,7 @@ HEADER = (
     "eager",
 )
 # What stands over columns of the page's table: (columns, text).
-_GROUPS = ((4, ""), (3, "Training step, ms"), (2, "Its peak memory, MiB"))
+_GROUPS = ((5, ""), (3, "Training step, ms"), (2, "Its peak memory, MiB"))
 
 
 def table_row(method: MethodResult) -> tuple[str, ...]:
@@ -128,6 +135,7 @@ def table_row(method: MethodResult) -> tuple[str, ...]:
     return (
         method.title,
         accuracy,
+        f"{method.epochs} × {len(method.runs)}",
         f"{method.trainable_parameters:,}",
         _number(method.seconds_per_epoch, 2),
         *times,
@@ -146,16 +154,31 @@ def headline(comparison: Comparison) -> str:
 
 def caption(comparison: Comparison) -> str:
     """What the numbers are."""
-    settings, task = comparison.settings, comparison.task
-    source = "cached features" if settings["cached_features"] else "the encoder in the loop"
-    seeds = len(settings["seeds"])
-    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    return (
-        f"Test accuracy, {spread}; chance {task['chance']:.1%}. Trained with {source}, "
-        f"{settings['epochs']} epochs. A step is forward, backward and update of fusion and classifier on "
-        f"{settings['batch_size']} clips with their features in memory; peak memory is what the step adds, "
-        "ratio is eager time / mmkernels time, round by round."
+    steps = {
+        False: "fusion and classifier with the features of {} clips in memory",
+        True: "the whole model with the inputs of {} clips in memory",
+    }
+    kinds = " or, through the encoder, ".join(
+        steps[methods[0].through_encoder].format(methods[0].batch_size)
+        for methods in in_parts(comparison.methods)
     )
+    return (
+        "Test accuracy, mean ± standard deviation over the seeds where there are several; chance "
+        f"{comparison.task['chance']:.1%}. A step is forward, backward and update of {kinds}; peak memory is "
+        "what the step adds, ratio is eager time / mmkernels time, round by round. Where eager is missing, "
+        "there is nothing that mmkernels would compute."
+    )
+
+
+def _part_title(comparison: Comparison, method: MethodResult) -> str:
+    """What the methods of one part of the table have in common."""
+    settings = comparison.settings
+    if method.through_encoder:
+        inputs = "cached inputs" if settings["cached_inputs"] else "inputs made in every step"
+        return f"Trained through the encoder, on {inputs}"
+    if settings["cached_features"]:
+        return "Encoder frozen, trained on its cached features"
+    return "Encoder frozen, in the loop"
 
 
 def to_html(comparison: Comparison) -> str:
@@ -166,7 +189,7 @@ def to_html(comparison: Comparison) -> str:
         title=html.escape(headline(comparison)),
         banner=_banner(comparison),
         note=html.escape(task["note"]),
-        table=_html_table([HEADER, *(table_row(method) for method in comparison.methods)]),
+        table=_html_table(comparison),
         caption=html.escape(caption(comparison)),
         figures="\n".join(_html_figure(*figure) for figure in figures.draw(comparison)),
         reading="\n".join(f"<li>{html.escape(line)}</li>" for line in _reading(comparison)),
@@ -191,13 +214,25 @@ def _reading(comparison: Comparison) -> list[str]:
         f"One test clip is {100 / task['test_clips']:.2f} points. Another draw of as many test clips would "
         f"move an accuracy of {best:.0%} by about {100 * error:.1f} points (one binomial standard error); "
         "differences below that, or below the seeds' spread, are no evidence.",
-        "All methods had the same epochs, batches and seeds, fixed beforehand; the test clips were used "
-        "once, at the end.",
-        "Eager is the same fusion with the same weights in plain PyTorch: stack, multiply and sum for the "
-        "weighted sums (as s3prl does), one LayerNorm, Linear and concatenation at a time for HFF. Both "
-        "sides were checked against each other (logits and gradients) and then timed in turn, on the same "
-        "packed batch. LFF runs no kernel of mmkernels: what it saves is the concatenation.",
+        "Epochs, batches, rates and seeds were fixed beforehand; the test clips were used once, at the end.",
     ]
+    frozen = [method for method in comparison.methods if not method.through_encoder]
+    tuned = [method for method in comparison.methods if method.through_encoder]
+    if frozen and settings["cached_features"]:
+        lines.append(_cached_note(comparison))
+    if tuned:
+        lines.append(_tuned_note(tuned, frozen))
+    if any(method.step.eager for method in frozen):
+        lines.append(
+            "Eager is the same fusion with the same weights in plain PyTorch: stack, multiply and sum for "
+            "the weighted sums (as s3prl does), one LayerNorm, Linear and concatenation at a time for HFF. "
+            "LFF runs no kernel of mmkernels: what it saves is the concatenation."
+        )
+    if any(method.step.eager for method in comparison.methods):
+        lines.append(
+            "Both sides were checked against each other (logits and gradients) and then timed in turn, on "
+            "the same batch."
+        )
     losses = ", ".join(
         f"{method.title} {statistics.fmean(run.loss for run in method.runs):.2f}"
         for method in comparison.methods
@@ -206,19 +241,48 @@ def _reading(comparison: Comparison) -> list[str]:
         f"Training loss of the last epoch, mean over seeds: {losses}. A small loss beside a low accuracy is "
         "a method that fits its training clips and does not carry over to the test clips."
     )
-    if settings["cached_features"]:
-        lines.insert(
-            1,
-            "The encoder is frozen and ran once over all clips; training read its cached features. Seconds "
-            "per epoch therefore hold no encoder time, and no augmentation of the audio was possible.",
-        )
     return lines
+
+
+def _cached_note(comparison: Comparison) -> str:
+    assert comparison.feature_seconds is not None
+    task = comparison.task
+    share = task["train_clips"] / (task["train_clips"] + task["test_clips"])
+    return (
+        "Where the encoder is frozen, it ran once over all clips, and training read its features: seconds "
+        "per epoch hold no encoder time, and no augmentation of the audio was possible. With the encoder in "
+        f"the loop an epoch would take about {comparison.feature_seconds * share:.1f} s more."
+    )
+
+
+def _tuned_note(tuned: Sequence[MethodResult], frozen: Sequence[MethodResult]) -> str:
+    method = tuned[0]
+    text = (
+        "What trains through the encoder runs it forwards and, from the lowest trained parameter on, "
+        "backwards in every step, without dropout and augmentation, and on batches of clips of similar "
+        "length. Its head is the one of the row Head: a linear layer on the mean of the last layer's frames; "
+        "HFF-b + adapters has the head of HFF-b. Eager are the same adapters (and the same fusion) as plain "
+        "PyTorch products, sums and norms; the rest of the encoder is transformers' on both sides."
+    )
+    if frozen and (frozen[0].epochs, frozen[0].batch_size) != (method.epochs, method.batch_size):
+        text += (
+            f" These methods had {method.epochs} epochs of batches of {method.batch_size}, those on the "
+            f"frozen encoder {frozen[0].epochs} of {frozen[0].batch_size}: more epochs might serve them "
+            "better than the table shows."
+        )
+    return text
 
 
 def _facts(comparison: Comparison) -> dict[str, str]:
     task, settings, machine = comparison.task, comparison.settings, comparison.machine
     rates = ", ".join(f"{method.title} {method.learning_rate:g}" for method in comparison.methods)
-    encoder = f"{task['model_type']}, {task['layers']} layers, width {task['hidden_size']}, frozen"
+    encoder = f"{task['model_type']}, {task['layers']} layers, width {task['hidden_size']}"
+    epochs = dict.fromkeys(
+        f"{method.epochs}, {method.batch_size} clips"
+        + (" through the encoder" if method.through_encoder else "")
+        for method in comparison.methods
+    )
+    seeds = dict.fromkeys(", ".join(str(run.seed) for run in method.runs) for method in comparison.methods)
     packages = ("mmkernels", "torch", "transformers", "accelerate", "python")
     facts = {
         "Data": f"{task['data']}{' (synthetic)' if task['synthetic'] else ''}; {task['classes']} classes",
@@ -232,11 +296,11 @@ def _facts(comparison: Comparison) -> dict[str, str]:
         "Optimiser": f"AdamW, weight decay {settings['weight_decay']:g} on matrices; warm-up over a tenth of "
         "the steps, then linear decay",
         "Learning rate": f"{rates}; mixing weights {settings['mixing_learning_rate']:g}",
-        "Epochs, batch": f"{settings['epochs']}, {settings['batch_size']} clips"
+        "Epochs, batch": "; ".join(epochs)
         + (f" on each of {machine['processes']} processes" if machine["processes"] > 1 else ""),
         "Precision": "bfloat16 autocast" if settings["bf16"] else "float32",
-        "Seeds": ", ".join(map(str, settings["seeds"])),
-        "Features": "cached" if settings["cached_features"] else "computed in every step",
+        "Seeds": "; ".join(seeds),
+        "Features, inputs": "cached" if settings["cached_inputs"] else "computed in every step",
         "Device": f"{machine['device']}, {machine['threads']} CPU threads",
         "Versions": ", ".join(f"{name} {machine[name]}" for name in packages),
         "Whole comparison": f"{comparison.total_seconds:.0f} s",
@@ -246,17 +310,24 @@ def _facts(comparison: Comparison) -> dict[str, str]:
     return facts
 
 
-def _html_table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
+def _html_table(comparison: Comparison) -> str:
     groups = "".join(f'<th scope="colgroup" colspan="{count}">{text}</th>' for count, text in _GROUPS)
-    cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in head)
-    lines = [f'<thead><tr class="groups">{groups}</tr><tr>{cells}</tr></thead>', "<tbody>"]
-    for row in body:
-        first, *others = (html.escape(cell) for cell in row)
-        lines.append(
-            f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>"
-        )
-    return "\n".join([*lines, "</tbody>"])
+    cells = "".join(f'<th scope="col">{html.escape(cell)}</th>' for cell in HEADER)
+    lines = [f'<thead><tr class="groups">{groups}</tr><tr>{cells}</tr></thead>']
+    for methods in in_parts(comparison.methods):
+        title = html.escape(_part_title(comparison, methods[0]))
+        lines += [
+            "<tbody>",
+            f'<tr class="part"><th scope="rowgroup" colspan="{len(HEADER)}">{title}</th></tr>',
+        ]
+        lines += [_html_row(table_row(method)) for method in methods]
+        lines.append("</tbody>")
+    return "\n".join(lines)
+
+
+def _html_row(row: Sequence[str]) -> str:
+    first, *others = (html.escape(cell) for cell in row)
+    return f'<tr><th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others) + "</tr>"
 
 
 def _html_figure(svg: str, text: str) -> str:

@@ -17,14 +17,14 @@ from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from typer.testing import CliRunner
 
 import mmkernels
-from mmtransfer import cli, measure
-from mmtransfer import compare as comparing
+from mmtransfer import cli, compare, measure
 from mmtransfer.hff import HFF
+from mmtransfer.methods import DEFAULT_METHODS, METHODS
 from mmtransfer.tasks import synthetic_task
 from tests.methods.audio_files import write_clip
 from tests.methods.tiny_encoders import TINY
 
-QUICK = ["--epochs", "1", "--seeds", "1", "--batch-size", "8", "--cpu"]
+QUICK = ["--epochs", "1", "--seeds", "1", "--batch-size", "8", "--tuning-epochs", "1", "--cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -84,19 +84,19 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     output = tmp_path_factory.mktemp("synthetic") / "report"
-    arguments = ["--epochs", "2", "--seeds", "2", "--cpu", "--save", "--output", output]
+    arguments = ["--epochs", "2", "--seeds", "2", "--tuning-epochs", "1", "--cpu"]
+    arguments += ["--save", "--output", output]
     return run("compare", "--synthetic", *arguments), output
 
 
 def test_the_synthetic_comparison_prints_a_table(synthetic: tuple[Result, Path]) -> None:
     result, output = synthetic
     assert result.exit_code == 0, result.output
-    for title in ("Last layer", "Weighted sum", "Weighted sum + norm", "LFF", "HFF-b"):
-        assert re.search(
-            rf"^\s*{re.escape(title)}\s+\d+\.\d ± \d+\.\d\s+[\d,]+\s+\d+\.\d\d\s*$", result.stdout, re.M
-        )
+    for title in (METHODS[name].title for name in DEFAULT_METHODS):
+        row = rf"^\s*{re.escape(title)}\s+\d+\.\d( ± \d+\.\d\s+2 × 2|\s+1 × 1)\s+[\d,]+\s+\d+\.\d\d\s*$"
+        assert re.search(row, result.stdout, re.M)
     assert "[synthetic]" in result.stdout
-    assert "cached features" in result.stdout
+    assert "features of 32 clips in memory" in " ".join(result.stdout.split())
     assert max(map(len, result.stdout.splitlines())) <= 80 or str(output) in result.stdout.splitlines()[-1]
 
 
@@ -106,14 +106,17 @@ def test_the_json_holds_every_run(synthetic: tuple[Result, Path]) -> None:
     assert found["task"]["synthetic"] is True
     assert found["settings"]["cached_features"] is True
     assert found["settings"]["taps"] == ["embeddings", "0", "1", "2", "3"]
-    assert [method["name"] for method in found["methods"]] == list(comparing.DEFAULT_METHODS)
+    assert [method["name"] for method in found["methods"]] == list(DEFAULT_METHODS)
     for method in found["methods"]:
         accuracies = [run["accuracy"] for run in method["runs"]]
+        assert method["accuracy"] == pytest.approx(sum(accuracies) / len(accuracies))
+        if method["through_encoder"]:
+            assert ([run["seed"] for run in method["runs"]], method["spread"]) == ([0], None)
+            continue
         assert [run["seed"] for run in method["runs"]] == [0, 1]
-        assert method["accuracy"] == pytest.approx(sum(accuracies) / 2)
         assert method["spread"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
         assert method["step"]["mmkernels"]["milliseconds"] > 0
-        assert (method["step"]["eager"] is None) == (method["name"] == "last")
+        assert (method["step"]["eager"] is None) == (method["name"] in ("last", "full"))
         assert method["step"]["agrees"] is True
 
 
@@ -123,7 +126,7 @@ def test_the_page_is_self_contained_and_says_synthetic(synthetic: tuple[Result, 
     assert "$" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S)
     assert not re.search(r"<script|<link|<img|@import|url\((?!#)|(src|href)=\"(?!#)", page)
     figures = re.findall(r"<svg .*?</svg>", page, re.S)
-    assert len(figures) == 4
+    assert len(figures) == 5
     identifiers: list[str] = []
     for figure in figures:
         tree = ElementTree.fromstring(figure)
@@ -147,7 +150,7 @@ def test_the_page_is_self_contained_and_says_synthetic(synthetic: tuple[Result, 
 
 def test_saved_runs_can_be_loaded(synthetic: tuple[Result, Path]) -> None:
     folder = synthetic[1] / "models"
-    assert len(list(folder.iterdir())) == 10
+    assert len(list(folder.iterdir())) == 2 * 5 + 4
     model = HFF.from_pretrained(folder / "hff-b-seed1", synthetic_task().model)
     assert model.head is not None
     assert model.head.num_labels == 8
@@ -155,7 +158,9 @@ def test_saved_runs_can_be_loaded(synthetic: tuple[Result, Path]) -> None:
 
 def test_a_folder_of_class_folders_with_wav2vec2(wav2vec2: Path, sounds: Path, tmp_path: Path) -> None:
     output = tmp_path / "deep" / "report"
-    result = run("compare", "--model", wav2vec2, "--data", sounds / "tones", "--output", output, *QUICK)
+    methods = ["--methods", "head,weighted-sum,hff-b-adapters,aat-ms"]
+    data = ["--model", wav2vec2, "--data", sounds / "tones"]
+    result = run("compare", *data, *methods, "--output", output, *QUICK)
     assert result.exit_code == 0, result.output
     found = record(output)
     assert found["task"] | {"classes": 2, "model": "wav2vec2", "model_type": "wav2vec2"} == found["task"]
@@ -173,7 +178,9 @@ def test_a_manifest_with_whisper_chosen_taps_and_methods(whisper: Path, sounds: 
     assert found["settings"] | {"taps": ["embeddings", "1", "3"], "width": 6} == found["settings"]
     assert found["settings"]["cached_features"] is False
     assert [method["name"] for method in found["methods"]] == ["hff-b", "hff-ub"]
-    assert "the encoder in the loop" in " ".join(result.stdout.split())
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Encoder frozen, in the loop" in page
+    assert "computed in every step" in page
 
 
 @pytest.mark.parametrize(
@@ -290,7 +297,7 @@ def test_a_wrong_kernel_is_reported_and_gets_no_time(tmp_path: Path, monkeypatch
 
 
 def test_only_the_main_process_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing, "is_main_process", lambda: False)
+    monkeypatch.setattr(compare, "is_main_process", lambda: False)
     result = run("compare", "--synthetic", "--methods", "last", "--output", tmp_path, *QUICK)
     assert result.exit_code == 0
     assert result.stdout == ""

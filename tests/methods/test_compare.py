@@ -11,23 +11,21 @@ import torch
 from torch import nn
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
-from mmtransfer import compare as comparing
 from mmtransfer import measure, tasks
+from mmtransfer.caching import (
+    CachedFeatures,
+    EncoderCollator,
+    cache_features,
+    collate_features,
+)
 from mmtransfer.compare import CompareSettings, compare
 from mmtransfer.data import DataError, synthetic
 from mmtransfer.data.features import Collator
-from mmtransfer.hff import HFF, FrozenEncoder, Taps
+from mmtransfer.hff import HFF, FrozenEncoder, reference
+from mmtransfer.measure import Step, compare_steps
+from mmtransfer.methods import METHODS
 from mmtransfer.tasks import Task, synthetic_task
-from mmtransfer.train import (
-    CachedFeatures,
-    EncoderCollator,
-    TrainSettings,
-    cache_features,
-    collate_features,
-    parameter_groups,
-    predict,
-    train,
-)
+from mmtransfer.train import TrainSettings, parameter_groups, predict, train
 from tests.methods.tiny_encoders import TINY
 
 # Four, so that HFF-b has a level of projections.
@@ -245,24 +243,16 @@ def test_deep_encoders_are_tapped_at_every_second_layer() -> None:
     assert tasks.default_taps(TINY["wav2vec2"].build()) == ["embeddings", 0, 1, 2, 3]
 
 
-class _Wrong(nn.Module):
+class _Wrong(reference.EagerWeightedSum):
     """A twin that is off by a factor."""
 
-    def __init__(self, **options: object) -> None:
-        super().__init__()
-        self.inner = comparing.reference.EagerWeightedSum(**options)
-        self.load_state_dict = self.inner.load_state_dict
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 1.1 * self.inner(x)
-
-    def state_dict(self, *args: object, **kwargs: object) -> dict[str, torch.Tensor]:
-        return self.inner.state_dict()
+        return 1.1 * super().forward(x)
 
 
 def test_a_wrong_result_is_noticed(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    method = replace(comparing.METHODS["weighted-sum"], eager=_Wrong)
-    monkeypatch.setitem(comparing.METHODS, "weighted-sum", method)
+    method = replace(METHODS["weighted-sum"], eager=_Wrong)
+    monkeypatch.setitem(METHODS, "weighted-sum", method)
     settings = CompareSettings(methods=("weighted-sum", "hff-b"), seeds=(0,), training=QUICK)
     wrong, right = compare(task, settings).methods
     assert not wrong.step.agrees
@@ -271,28 +261,32 @@ def test_a_wrong_result_is_noticed(task: Task, monkeypatch: pytest.MonkeyPatch) 
 
 
 class _Allocating(nn.Module):
-    """Keeps 32 MiB for the backward pass."""
+    """A linear layer that keeps floats for the backward pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, elements: int) -> None:
         super().__init__()
+        self.elements = elements
         self.scale = nn.Parameter(torch.ones(1))
+        self.linear = nn.Linear(8, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        big = x.new_ones(x.shape[0], 2**23 // x.shape[0])
-        return x[:, 0] * (big * self.scale).square().mean()
+        big = x.new_ones(self.elements)
+        return self.linear(x) * (big * self.scale).square().mean()
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is read from Linux's /proc")
 def test_peak_memory_of_a_step_is_measured() -> None:
-    taps = Taps.pack(torch.randn(64, 1, 8), torch.tensor([32, 32]))
-    head = comparing.SequenceClassificationHead(8, 3)
-    cost = measure.compare_step(_Allocating(), None, head, taps, torch.tensor([0, 1])).mmkernels
-    assert cost.memory_mib is not None
+    x, labels = torch.randn(2, 8), torch.tensor([0, 1])
+
+    def peak(elements: int) -> float:
+        step = Step(_Allocating(elements), lambda model: model(x), labels)
+        cost = compare_steps(step).mmkernels
+        assert cost.memory_mib is not None
+        return cost.memory_mib
+
     # The ones, and the product that square saves; each 32 MiB, and temporaries of the backward pass.
-    assert 60 < cost.memory_mib < 200
-    small = measure.compare_step(nn.Flatten(), None, head, taps, torch.tensor([0, 1])).mmkernels
-    assert small.memory_mib is not None
-    assert small.memory_mib < 10
+    assert 60 < peak(2**23) < 200
+    assert peak(1) < 10
 
 
 @pytest.mark.parametrize("bf16", [False, True])
