@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mmkernels.ops import _triton as shared  # noqa: E402
+from mmkernels.ops.adapter import triton as adapter  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.layer_project import triton as project  # noqa: E402
 
@@ -33,8 +34,9 @@ STACK_BYTES = 32
 OF_ELEMENT_TYPE = {
     *("x", "y", "out", "preactivation", "folded_weight"),
     *("grad", "value", "scaled_grad", "addend", "dx"),
+    *("left", "right", "up_weight", "hidden", "activated"),
 }
-INTEGERS = {"rows", "frames", "width", "inner", "taps", "inputs", "outputs"}
+INTEGERS = {"rows", "columns", "frames", "width", "inner", "taps", "inputs", "outputs"}
 INT64_POINTERS = {"table", "lengths"}
 
 
@@ -43,6 +45,8 @@ def type_of(name: str, element: str) -> str:
         return "i32"
     if name in INT64_POINTERS:
         return "*i64"
+    if name == "scale":
+        return "fp32"
     return f"*{element}" if name in OF_ELEMENT_TYPE else "*fp32"
 
 
@@ -69,7 +73,7 @@ def compile_kernel(
             fixed[(position,)] = 1
         else:
             signature[name] = kind
-            if kind != "i32" or size % 16 == 0:
+            if kind.startswith("*") or (kind == "i32" and size % 16 == 0):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -98,6 +102,12 @@ MIX_BACKWARD = {
     "BLOCK_D": 32,
 }
 PRODUCT = {"PRECISION": "ieee", "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 8}
+FUSED = {
+    **{"WIDTH": 1, "BOTTLENECK": 1, "ACTIVATION": ACTIVATIONS.index("gelu_tanh"), "PRECISION": "ieee"},
+    **{"BLOCK_M": 16, "BLOCK_H": 16, "BLOCK_D": 16},
+}
+FUSED_FORWARD = {**FUSED, "NORM": True, "EPS": 1e-5}
+FUSED_BACKWARD = {**FUSED, "ADD_GRAD": True}
 SMALL_LAUNCHES = [
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": True}),
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": False}),
@@ -113,6 +123,9 @@ SMALL_LAUNCHES = [
         {"OUTPUTS": 1, "ACTIVATION": 1, "BLOCK_ROWS": 64, "BLOCK_O": 64},
     ),
     (project.layer_project_unfold_kernel, {"OUTPUTS": 1, "BLOCK_O": 16, "BLOCK_C": 64}),
+    (adapter.adapter_fwd_kernel, FUSED_FORWARD),
+    (adapter.adapter_bwd_kernel, FUSED_BACKWARD),
+    (adapter.adapter_product_kernel, {**PRODUCT, "INNER": 1}),
 ]
 
 
@@ -234,8 +247,12 @@ def test_table_of_the_most_layers(capability: int, tmp_path: pathlib.Path) -> No
     check_resources(compiled, capability, tmp_path)
 
 
-def product_constants(config: Any) -> dict[str, int]:
-    return {name: value for name, value in project.product_options(config).items() if name.isupper()}
+def uses_tensor_cores(compiled: Any) -> bool:
+    return re.search(r"\b(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"]) is not None
+
+
+def constants_of(options: dict[str, int]) -> dict[str, int]:
+    return {name: value for name, value in options.items() if name.isupper()}
 
 
 @each_capability
@@ -251,11 +268,13 @@ def product_constants(config: Any) -> dict[str, int]:
 def test_products(
     dtype: str, precision: str, activation: str, capability: int, tmp_path: pathlib.Path
 ) -> None:
-    config = project.PRODUCT_CONFIGS[getattr(torch, dtype)]
-    constants = {**product_constants(config), "PRECISION": precision}
+    config = shared.PRODUCT_CONFIGS[getattr(torch, dtype)]
+    constants = {**constants_of(shared.product_options(config)), "PRECISION": precision}
     for kernel, own in (
         (project.layer_project_fwd_kernel, {"WIDTH": 768, "ACTIVATION": ACTIVATIONS.index(activation)}),
         (project.layer_project_dx_kernel, {"OUTPUTS": 248}),
+        (adapter.adapter_product_kernel, {"INNER": 384, "inner_stride": 1}),
+        (adapter.adapter_product_kernel, {"INNER": 768, "column_stride": 1}),
     ):
         compiled = compile_kernel(
             kernel,
@@ -266,8 +285,7 @@ def test_products(
             num_stages=config.stages,
         )
         check_resources(compiled, capability, tmp_path)
-        tensor_cores = re.search(r"\b(wgmma\.mma_async|mma\.sync)", compiled.asm["ptx"]) is not None
-        assert tensor_cores == (dtype != "float32" or precision == "tf32")
+        assert uses_tensor_cores(compiled) == (dtype != "float32" or precision == "tf32")
 
 
 @each_capability
@@ -288,6 +306,53 @@ def test_project_unfold(capability: int, tmp_path: pathlib.Path) -> None:
     constants = {"OUTPUTS": 250, "BLOCK_O": project.UNFOLD_ROWS, "BLOCK_C": project.UNFOLD_COLUMNS}
     compiled = compile_kernel(project.layer_project_unfold_kernel, capability, "fp32", constants)
     check_resources(compiled, capability, tmp_path)
+
+
+@each_capability
+@pytest.mark.parametrize("kernel", [adapter.adapter_fwd_kernel, adapter.adapter_bwd_kernel])
+@pytest.mark.parametrize(
+    ("element", "bottleneck", "norm"),
+    [("bf16", 8, False), ("fp16", 64, True), ("bf16", 128, True), ("bf16", 192, False), ("fp16", 256, True)],
+)
+def test_adapter(
+    element: str, bottleneck: int, norm: bool, kernel: Any, capability: int, tmp_path: pathlib.Path
+) -> None:
+    forward = kernel is adapter.adapter_fwd_kernel
+    table = adapter.FORWARD_TILES if forward else adapter.BACKWARD_TILES
+    tile = adapter.fused_tile(table, torch.float16, bottleneck)
+    constants = {
+        **constants_of(adapter.fused_options(tile, 768, bottleneck)),
+        **{"ACTIVATION": ACTIVATIONS.index("gelu"), "PRECISION": "ieee"},
+        **({"NORM": norm, "EPS": 1e-5} if forward else {"ADD_GRAD": True}),
+    }
+    compiled = compile_kernel(
+        kernel, capability, element, constants, [] if norm else ["stats"], tile.warps, tile.stages
+    )
+    check_resources(compiled, capability, tmp_path)
+    assert uses_tensor_cores(compiled)
+    assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", compiled.asm["ptx"])
+
+
+ROW_GRADIENTS = {
+    "dx": ["dx"],
+    "down": ["scaled_grad", "partial_down_bias"],
+    "up": ["activated", "partial_up_bias"],
+}
+
+
+@pytest.mark.parametrize("asked", ROW_GRADIENTS)
+@pytest.mark.parametrize("norm", [False, True])
+def test_adapter_gradients_alone(asked: str, norm: bool) -> None:
+    absent = {name for kind, names in ROW_GRADIENTS.items() if kind != asked for name in names}
+    absent |= set() if asked == "dx" else {"folded_weight", "folded_bias"}
+    absent |= set() if norm else {"stats"}
+    compile_kernel(adapter.adapter_bwd_kernel, 90, "bf16", FUSED_BACKWARD, absent)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_adapter_without_gradients(norm: bool) -> None:
+    absent = {"up_bias", "addend", "hidden", "stats"}
+    compile_kernel(adapter.adapter_fwd_kernel, 90, "bf16", {**FUSED_FORWARD, "NORM": norm}, absent)
 
 
 @pytest.mark.parametrize(

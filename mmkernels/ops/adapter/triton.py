@@ -60,6 +60,25 @@ BACKWARD_TILES = {
 }
 
 
+def fused_tile(table: dict[int, FusedTile], dtype: torch.dtype, bottleneck: int) -> FusedTile | None:
+    """The tile of a fused kernel, None where it does not serve."""
+    if dtype.itemsize != 2:
+        return None
+    return next((tile for most, tile in table.items() if bottleneck <= most), None)
+
+
+def fused_options(tile: FusedTile, width: int, bottleneck: int) -> dict[str, int]:
+    return {
+        "WIDTH": width,
+        "BOTTLENECK": bottleneck,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_H": max(16, triton.next_power_of_2(bottleneck)),
+        "BLOCK_D": tile.block_d,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
 @triton.jit
 def store_sum(product, bias, addend, out, row, column, rows, addend_stride, scale, columns):
     """Writes ``addend + scale * (product + bias)`` to a tile of ``out (rows, columns)``."""
@@ -142,7 +161,7 @@ def adapter_fwd_kernel(
         target = hidden + row[:, None] * BOTTLENECK + unit[None, :]
         tl.store(target, z.to(hidden.dtype.element_ty), mask=valid[:, None] & present[None, :])
 
-    # An infinite x times the zeros of absent units is NaN.
+    # Where x is infinite, absent units are NaN, and would make the whole row NaN.
     a = tl.where(present[None, :], activate(z, ACTIVATION), 0.0).to(x.dtype.element_ty)
     for start in range(0, WIDTH, BLOCK_D):
         column = start + d
@@ -240,8 +259,7 @@ def adapter_bwd_kernel(
     known = valid[:, None] & present[None, :]
     place = row[:, None] * BOTTLENECK + unit[None, :]
     z = tl.load(hidden + place, mask=known, other=0.0).to(tl.float32)
-    # An infinite gradient times the zeros of absent units is NaN.
-    s = tl.where(known, da * activation_slope(z, ACTIVATION) * scale, 0.0)
+    s = da * activation_slope(z, ACTIVATION) * scale
     if activated is not None:
         tl.store(activated + place, activate(z, ACTIVATION).to(activated.dtype.element_ty), mask=known)
     if partial_down_bias is not None:
@@ -322,25 +340,6 @@ class Inputs:
     def bottleneck(self) -> int:
         return self.up_weight.shape[1]
 
-    def fused_tile(self, table: dict[int, FusedTile]) -> FusedTile | None:
-        """The tile of a fused kernel, None where it does not serve."""
-        if self.up_weight.element_size() != 2:
-            return None
-        return next((tile for most, tile in table.items() if self.bottleneck <= most), None)
-
-    def fused_options(self, tile: FusedTile) -> dict[str, int | str]:
-        return {
-            "WIDTH": self.up_weight.shape[0],
-            "BOTTLENECK": self.bottleneck,
-            "ACTIVATION": self.activation,
-            "PRECISION": input_precision(),
-            "BLOCK_M": tile.block_m,
-            "BLOCK_H": max(16, triton.next_power_of_2(self.bottleneck)),
-            "BLOCK_D": tile.block_d,
-            "num_warps": tile.warps,
-            "num_stages": tile.stages,
-        }
-
 
 def if_any(tensor: Tensor) -> Tensor | None:
     """What a kernel is given for an output: those that nobody asked for have no elements."""
@@ -381,7 +380,7 @@ def adapter_fwd(
         out.copy_(constant if addend is None else addend + constant)
         return out, hidden.zero_(), stats.zero_()
 
-    tile = args.fused_tile(FORWARD_TILES)
+    tile = fused_tile(FORWARD_TILES, x.dtype, args.bottleneck)
     with on_device(x):
         if tile is None:
             write_output_in_steps(args, up_bias, addend, eps, out, hidden, stats)
@@ -400,7 +399,7 @@ def write_output(
     hidden: Tensor,
     stats: Tensor,
 ) -> None:
-    rows, _ = out.shape
+    rows, width = out.shape
     folded_weight, folded_bias, weight_sum = args.down.fold()
     adapter_fwd_kernel[(triton.cdiv(rows, tile.block_m),)](
         args.x,
@@ -419,7 +418,9 @@ def write_output(
         args.scale,
         NORM=args.down.norm,
         EPS=eps,
-        **args.fused_options(tile),
+        ACTIVATION=args.activation,
+        PRECISION=input_precision(),
+        **fused_options(tile, width, args.bottleneck),
     )
 
 
@@ -515,7 +516,7 @@ def adapter_bwd(
     activated = x.new_empty((rows if need_up else 0, bottleneck))
     scaled_grad = x.new_empty((rows if need_product else 0, bottleneck))
     row_gradients = RowGradients(dx, activated, scaled_grad, d_down_bias, d_up_bias)
-    tile = args.fused_tile(BACKWARD_TILES)
+    tile = fused_tile(BACKWARD_TILES, x.dtype, bottleneck)
     with on_device(x):
         if tile is None:
             write_row_gradients_in_steps(args, grad, hidden, stats, add_input, row_gradients)
@@ -557,7 +558,7 @@ def write_row_gradients(
     add_input: bool,
     to: RowGradients,
 ) -> None:
-    rows, _ = grad.shape
+    rows, width = grad.shape
     tiles = triton.cdiv(rows, tile.block_m)
     partial_down_bias = to.down_bias.new_empty((tiles, to.down_bias.shape[0]))
     partial_up_bias = to.up_bias.new_empty((tiles, to.up_bias.shape[0]))
@@ -579,7 +580,9 @@ def write_row_gradients(
         args.x.stride(0),
         args.scale,
         ADD_GRAD=add_input,
-        **args.fused_options(tile),
+        ACTIVATION=args.activation,
+        PRECISION=input_precision(),
+        **fused_options(tile, width, args.bottleneck),
     )
     torch.sum(partial_down_bias, 0, out=to.down_bias)
     torch.sum(partial_up_bias, 0, out=to.up_bias)
