@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from mmkernels.ops._common import ACTIVATIONS, BACKENDS
 from mmtransfer import models
+from mmtransfer.activations import ACTIVATE
 from mmtransfer.models import ModelDescription
 
 from . import methods
@@ -17,6 +17,7 @@ from .methods import ADAPTER_METHODS, METHODS, Plan, Undo
 from .recompute import RECOMPUTE
 
 _RECORD = "_mmtransfer_aat"
+_BACKENDS = ("auto", "native", "triton", "reference")
 #: On the encoder inside a prepared model: the method.
 _MARK = "_mmtransfer_aat_method"
 #: Arguments of `prepare` that say what is trained.
@@ -240,9 +241,9 @@ def _check_options(
 ) -> None:
     for name, value, allowed in (
         ("method", method, tuple(METHODS)),
-        ("activation", activation, ACTIVATIONS),
+        ("activation", activation, tuple(ACTIVATE)),
         ("recompute", recompute, RECOMPUTE),
-        ("backend", backend, BACKENDS),
+        ("backend", backend, _BACKENDS),
     ):
         if value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from mmkernels.nn import Adapter
-from mmkernels.ops._common import ACTIVATE
+from mmtransfer.activations import ACTIVATE
 
 
 class SerialRewritten:

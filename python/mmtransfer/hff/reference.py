@@ -6,13 +6,14 @@ the features as `(N, L, C)` or as a list of L tensors `(N, C)`.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from mmtransfer.activations import ACTIVATE
 
 from .fusion import balanced_plan, chain_lengths, make_projector
 
@@ -54,11 +55,11 @@ class EagerProjections(nn.Module):
 
     def __init__(self, slots: int, dim: int, *, norm: bool = True, activation: str = "relu") -> None:
         super().__init__()
-        if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}")
+        if activation not in ACTIVATE:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATE)}, got {activation!r}")
         self.norms = nn.ModuleList(nn.LayerNorm(dim) if norm else nn.Identity() for _ in range(slots))
         self.linears = nn.ModuleList(nn.Linear(dim, dim // 2) for _ in range(slots))
-        self.activation = _ACTIVATIONS[activation]()
+        self.activation = ACTIVATE[activation]
         self.register_state_dict_post_hook(_stack_slots)
         self.register_load_state_dict_pre_hook(_unstack_slots)
 
@@ -137,15 +138,6 @@ class EagerChain(nn.Module):
             if index < len(self.steps):
                 (half,) = self.steps[index]([chained])
         return chained
-
-
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": functools.partial(nn.GELU, approximate="tanh"),
-    "silu": nn.SiLU,
-    "none": nn.Identity,
-}
 
 
 def _as_list(x: Features) -> list[torch.Tensor]:
