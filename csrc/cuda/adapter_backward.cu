@@ -112,7 +112,8 @@ MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, 
         const float pulled = low * (z.x - bias.x) + high * (z.y - bias.y);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          if (block / (Tile::kHiddenBlocks / kParts) == part) pull[part][i][h] += pulled;
+          // Not a branch, of which the compiler would make an array in memory.
+          pull[part][i][h] += block / (Tile::kHiddenBlocks / kParts) == part ? pulled : 0.0f;
         }
         finished[i][h] = pack<T>(low * rstd[i][h], high * rstd[i][h]);
         if (!present) continue;

@@ -18,6 +18,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "mmkernels/activation.h"
 #include "mmkernels/dtype.h"
 
 namespace mmk::check {
@@ -150,6 +151,29 @@ class DeviceArray {
   size_t count_;
 };
 
+// The activations, and their derivatives by differences.
+inline double activate(Activation activation, double z) {
+  switch (activation) {
+    case Activation::kNone:
+      break;
+    case Activation::kRelu:
+      return z > 0 ? z : 0.0;
+    case Activation::kGelu:
+      return 0.5 * z * (1 + std::erf(z * std::sqrt(0.5)));
+    case Activation::kGeluTanh:
+      return 0.5 * z * (1 + std::tanh(0.79788456080286535588 * (z + 0.044715 * z * z * z)));
+    case Activation::kSilu:
+      return z / (1 + std::exp(-z));
+  }
+  return z;
+}
+
+inline double slope(Activation activation, double z) {
+  const double step = 1e-5;
+  if (activation == Activation::kRelu) return z > 0 ? 1.0 : 0.0;
+  return (activate(activation, z + step) - activate(activation, z - step)) / (2 * step);
+}
+
 // Compares, prints one line for each failure, and counts.
 class Report {
  public:
@@ -179,6 +203,7 @@ class Report {
   int failures_ = 0;
 };
 
+void check_adapter(Report& report);
 void check_layer_mix(Report& report);
 void check_layer_project(Report& report);
 

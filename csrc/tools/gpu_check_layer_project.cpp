@@ -13,28 +13,6 @@ struct Case {
   int64_t offset;  // elements that x starts behind an aligned address
 };
 
-double activate(Activation activation, double z) {
-  switch (activation) {
-    case Activation::kNone:
-      break;
-    case Activation::kRelu:
-      return z > 0 ? z : 0.0;
-    case Activation::kGelu:
-      return 0.5 * z * (1 + std::erf(z * std::sqrt(0.5)));
-    case Activation::kGeluTanh:
-      return 0.5 * z * (1 + std::tanh(0.79788456080286535588 * (z + 0.044715 * z * z * z)));
-    case Activation::kSilu:
-      return z / (1 + std::exp(-z));
-  }
-  return z;
-}
-
-double slope(Activation activation, double z) {
-  const double step = 1e-5;
-  if (activation == Activation::kRelu) return z > 0 ? 1.0 : 0.0;
-  return (activate(activation, z + step) - activate(activation, z - step)) / (2 * step);
-}
-
 // Inputs, and everything that the kernels compute from them, in double. Indices: n row, l tap, o output, c
 // input.
 template <class T>

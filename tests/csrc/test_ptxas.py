@@ -20,6 +20,13 @@ ARCHITECTURES = (80, 90)
 #: Most registers of any instance of a kernel. More would cost resident warps, and with them bytes in flight:
 #: 168 leave 3 blocks of 128 threads to a multiprocessor, 128 leave 4, or 2 of 256.
 MOST_REGISTERS = {
+    "adapt": 255,  # one block of 256 threads to a multiprocessor, by its shared memory
+    "adapt_backward": 255,
+    "fold_weights": 48,
+    "activate_hidden": 32,
+    "finish_rows": 32,
+    "column_sums": 40,
+    "up_bias": 32,
     "mix_plain": 80,
     "mix_bias": 40,
     "mix_norm": 168,
