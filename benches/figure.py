@@ -56,7 +56,9 @@ def draw(record: Record, path: pathlib.Path) -> None:
 
 
 def _key(row: Row) -> str:
-    return row["candidate"] if row["candidate"] in STYLE else row["role"]
+    # Variants of a kernel have what varies behind a comma.
+    name = row["candidate"].partition(",")[0]
+    return name if name in STYLE else row["role"]
 
 
 def _roofline(axes: Axes, record: Record, rows: list[Row]) -> None:

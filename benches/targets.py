@@ -141,6 +141,15 @@ TARGETS = (
         1.2,
         "compile",
     ),
+    *(
+        Target(text, {"op": "aat", "device": "cpu", "candidate": candidate}, "speedup", wanted, baseline)
+        for candidate in ("mmkernels native", "mmkernels native, rewritten")
+        for text, wanted, baseline in (
+            (f"AAT^MS training step ({candidate}) / eager", 1.2, "papers"),
+            # Asked is at most 0.70 of its step.
+            (f"AAT^MS training step ({candidate}) / full fine-tuning", 1 / 0.7, "library"),
+        )
+    ),
     Target("eager call of a tiny layer_mix", {"op": "overhead", "direction": "call"}, "seconds", 15e-6),
     Target("import mmkernels beyond torch", {"op": "overhead", "direction": "import"}, "seconds", 0.3),
     Target("layer_mix forward, share of copy", _rows(*_LARGE, "", "forward", **_CUDA), "share", 0.88),
