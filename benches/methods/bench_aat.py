@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -161,7 +162,17 @@ class StepProblem:
             optimizer.step()
             return [logits]
 
-        return Runner(step, collect=lambda results: self._collect(model, results))
+        def timer() -> float:
+            start = time.perf_counter()
+            step(None)
+            return time.perf_counter() - start
+
+        # A step takes seconds; two have run for the check and the memory, and no other is needed to warm up.
+        return Runner(
+            step,
+            collect=lambda results: self._collect(model, results),
+            timer=timer if self.device == "cpu" else None,
+        )
 
     def expected(self) -> list[Tensor]:
         model = self._model(Trained("aat_ms", eager=True), torch.float64)

@@ -49,7 +49,8 @@ class Method(abc.ABC):
     Attributes:
         title: for tables and figures.
         learning_rate: peak rate. It and all of `TrainSettings` were chosen on speed-changed copies (x 0.85,
-            1.15, 1.3) of the demo's training clips, never on a test clip.
+            1.15, 1.3) of the demo's training clips, never on a test clip; for what trains through the encoder
+            on those of a third of the clips, from few rates.
     """
 
     title: str
