@@ -83,7 +83,7 @@ class FusionMethod(Method):
     eager: type[nn.Module] | None = None
 
     def build(self, job: Job) -> HFF:
-        model = self._assemble(FrozenEncoder(job.model, self.taps(job)), job)
+        model = self.assemble(FrozenEncoder(job.model, self.taps(job)), job)
         if self.last_only:
             # The softmax of one weight is 1 whatever the weight.
             model.fusion.requires_grad_(False)
@@ -98,7 +98,8 @@ class FusionMethod(Method):
             return None
         return self.eager(**{key: value for key, value in fusion.options.items() if key != "backend"})
 
-    def _assemble(self, encoder: TappedEncoder, job: Job) -> HFF:
+    def assemble(self, encoder: TappedEncoder, job: Job) -> HFF:
+        """The method's fusion and a head on any encoder with its taps."""
         width = {"out_dim": job.width} if self.projects else {}
         fusion = make_fusion(
             self.fusion, taps=len(encoder.taps), dim=encoder.hidden_size, **self.options, **width
@@ -112,9 +113,9 @@ class EncoderMethod(Method):
 
     through_encoder: ClassVar[bool] = True
 
+    @abc.abstractmethod
     def build_eager(self, job: Job) -> nn.Module | None:
         """The same in plain PyTorch, with the same state dict; None where there is nothing to fuse."""
-        raise NotImplementedError
 
     @staticmethod
     def copy_encoder(job: Job) -> nn.Module:
@@ -145,7 +146,7 @@ class AdaptedFusionMethod(EncoderMethod):
     def _build(self, job: Job, backend: str) -> HFF:
         taps = self.fusion.taps(job)
         encoder = AdaptedEncoder(self.copy_encoder(job), taps, bottleneck=self.bottleneck, backend=backend)
-        return self.fusion._assemble(encoder, job)
+        return self.fusion.assemble(encoder, job)
 
 
 @dataclass(frozen=True)
