@@ -112,12 +112,15 @@ MMK_INLINE void output_block(const AdapterForward& args, const Addends<A>& adden
                              int64_t first, int64_t rows) {
   const int64_t width = args.shape.width;
   const A* bias = addends.bias.data();
+  const A* residual_rows = row_of<A>(addends.residual, first);
+  const int64_t residual_stride = addends.residual.row_stride;
+  A* out_rows = at<A>(args.out, first * width);
   const Packed<A> up = {at<A>(args.up, 0), args.shape.bottleneck, width};
   product<A>(block.row(0), block.stride, rows, kGroup, up,
              [&](int64_t r, int64_t panel, const vec_t<A>(&sums)[2]) MMK_LAMBDA {
                const int64_t column = panel * kPanel<A>;
-               const A* residual = row_of<A>(addends.residual, first + r) + column;
-               A* out = at<A>(args.out, (first + r) * width + column);
+               const A* residual = residual_rows + r * residual_stride + column;
+               A* out = out_rows + r * width + column;
                if (column + kPanel<A> <= width) [[likely]] {
                  for (int v = 0; v < 2; ++v) {
                    const int64_t j = v * kLanes<A>;
@@ -204,13 +207,17 @@ MMK_INLINE void input_gradient_block(const AdapterBackward& args, Block<A>& bloc
                                      int64_t rows) {
   const int64_t width = args.shape.width;
   const bool norm = args.stats != nullptr;
+  const A* x_rows = row_of<A>(args.x, first);
+  const A* grad_rows = row_of<A>(args.grad, first);
+  const int64_t x_stride = args.x.row_stride, grad_stride = args.grad.row_stride;
+  A* dx_rows = at<A>(args.dx, first * width);
   const Packed<A> down = {at<A>(args.down, 0), args.shape.bottleneck, width};
   product<A>(block.row(0), block.stride, rows, kGroup, down,
              [&](int64_t r, int64_t panel, const vec_t<A>(&sums)[2]) MMK_LAMBDA {
                const int64_t column = panel * kPanel<A>;
-               const A* x = row_of<A>(args.x, first + r) + column;
-               const A* grad = row_of<A>(args.grad, first + r) + column;
-               A* dx = at<A>(args.dx, (first + r) * width + column);
+               const A* x = x_rows + r * x_stride + column;
+               const A* grad = grad_rows + r * grad_stride + column;
+               A* dx = dx_rows + r * width + column;
                if (column + kPanel<A> <= width) [[likely]] {
                  for (int v = 0; v < 2; ++v) {
                    const int64_t j = v * kLanes<A>;

@@ -124,8 +124,9 @@ MMK_INLINE void product(const A* a, int64_t row_stride, int64_t rows, int64_t gr
         for (int i = 0; i < kTileRows; ++i) of_rows[i] = a + std::min(first + i, rows - 1) * row_stride;
         Tile<A> tile;
         multiply(tile, of_rows, b.panel(index), b.depth);
+#pragma GCC unroll 6  // so that the sums stay in registers
         for (int i = 0; i < kTileRows; ++i) {
-          if (first + i < end) finish(first + i, index, tile.sums[i]);
+          if (first + i < end) [[likely]] finish(first + i, index, tile.sums[i]);
         }
       }
     }

@@ -59,7 +59,7 @@ MMK_INLINE A sum_over(int64_t width, Main&& main, Tail&& tail) {
 template <class T>
 MMK_INLINE Moments<acc_t<T>> moments(const T* x, const T* next, int64_t width, double eps) {
   using A = acc_t<T>;
-  const A inverse = A(1) / static_cast<A>(width);
+  const A inverse = A(1) / static_cast<A>(width > 0 ? width : 1);
   const A mean = inverse * sum_over<A>(
                                width, [&](int64_t j) MMK_LAMBDA { return load(x + j); },
                                [&](int64_t j) MMK_LAMBDA { return convert(x[j]); },
