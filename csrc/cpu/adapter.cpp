@@ -1,6 +1,7 @@
 #include "mmkernels/adapter.h"
 
 #include <algorithm>
+#include <cstring>
 #include <vector>
 
 #include "cpu/activation.h"
@@ -10,8 +11,9 @@
 namespace mmk::cpu {
 namespace {
 
-// Rows of the wide products that share a panel of weights: few, so that the rows' own columns pass in order.
-constexpr int64_t kGroup = 2 * kTileRows;
+// Rows of the wide products that share a panel of weights: few, so that no more streams of rows pass in order
+// than the hardware follows.
+constexpr int64_t kGroup = kTileRows;
 
 template <class A>
 MMK_INLINE const A* row_of(const AdapterRows& rows, int64_t index) {
@@ -36,8 +38,9 @@ struct Block {
   std::vector<A> hidden;
   A mean[kAdapterBlock], rstd[kAdapterBlock], pull[kAdapterBlock];
 
+  // Rows are as long as whole panels and whole strips.
   explicit Block(int64_t bottleneck)
-      : stride(panels<A>(bottleneck) * kPanel<A>), hidden(kAdapterBlock * stride) {}
+      : stride((panels<A>(bottleneck) + 1) * kPanel<A>), hidden(kAdapterBlock * stride) {}
 
   MMK_INLINE A* row(int64_t r) { return hidden.data() + r * stride; }
 };
@@ -162,13 +165,8 @@ MMK_INLINE void slope_block(const AdapterBackward& args, Block<A>& block, int64_
     for (int64_t n = 0; n < bottleneck; ++n) scaled[n] *= block.rstd[r];
     for (int64_t strip = 0; strip < strips(bottleneck); ++strip) {
       const int64_t cell = (strip * all_rows + first + r) * kTileRows;
-      A* activated_cells = at<A>(args.activated, cell);
-      A* scaled_cells = at<A>(args.scaled, cell);
-      for (int64_t i = 0; i < kTileRows; ++i) {
-        const int64_t n = strip * kTileRows + i;
-        activated_cells[i] = n < bottleneck ? activated[n] : A(0);
-        scaled_cells[i] = n < bottleneck ? scaled[n] : A(0);
-      }
+      std::memcpy(at<A>(args.activated, cell), activated + strip * kTileRows, kTileRows * sizeof(A));
+      std::memcpy(at<A>(args.scaled, cell), scaled + strip * kTileRows, kTileRows * sizeof(A));
     }
   }
 }
@@ -240,7 +238,7 @@ MMK_INLINE void input_gradient_block(const AdapterBackward& args, Block<A>& bloc
 template <class A>
 MMK_INLINE void backward_blocks(const AdapterBackward& args, int64_t begin, int64_t end) {
   Block<A> block(args.shape.bottleneck);
-  std::vector<A> activated(args.shape.bottleneck);
+  std::vector<A> activated(strips(args.shape.bottleneck) * kTileRows);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t first = index * kAdapterBlock;
     const int64_t rows = std::min(kAdapterBlock, args.shape.rows - first);
