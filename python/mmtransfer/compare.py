@@ -40,11 +40,11 @@ from mmtransfer.measure import Step, StepComparison, compare_steps
 from mmtransfer.methods import DEFAULT_METHODS, EncoderMethod, FusionMethod, Job, Method, find_method
 from mmtransfer.results import Comparison, MethodResult, Run
 from mmtransfer.tasks import Task, default_taps, main_device
-from mmtransfer.train import TrainSettings, predict, train
+from mmtransfer.train import OnEpoch, TrainResult, TrainSettings, predict, train
 
-#: How the methods that train through the encoder are trained: an epoch costs a hundred times that of a
-#: fusion on cached features, so there are fewer, of smaller batches.
-TUNING = TrainSettings(epochs=10, batch_size=16)
+#: How the methods that train through the encoder go on from what was trained on its features. An epoch costs
+#: a hundred times that of a fusion on cached features, so there are few, of smaller batches.
+TUNING = TrainSettings(epochs=5, batch_size=16)
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,7 @@ class _Session:
         self.features: dict[str, CachedFeatures] = {}
         self.inputs: dict[str, CachedInputs] = {}
         self.feature_seconds: float | None = None
+        self.starts: dict[tuple[str, int], HFF] = {}
         for method in self.methods.values():
             self._build(method)
 
@@ -140,13 +141,12 @@ class _Session:
         """Cache what the methods read in every epoch, if that is wanted."""
         if not self.settings.cache:
             return
-        if not all(method.through_encoder for method in self.methods.values()):
-            began = time.perf_counter()
-            self.encoder.to(self.device)
-            self.features = self._cache("Features", self._cache_features)
-            self.feature_seconds = time.perf_counter() - began
-            clips = sum(map(len, self.clips.values()))
-            self._log(f"Features of {clips} clips: {self.feature_seconds:.0f} s")
+        began = time.perf_counter()
+        self.encoder.to(self.device)
+        self.features = self._cache("Features", self._cache_features)
+        self.feature_seconds = time.perf_counter() - began
+        clips = sum(map(len, self.clips.values()))
+        self._log(f"Features of {clips} clips: {self.feature_seconds:.0f} s")
         if any(method.through_encoder for method in self.methods.values()):
             self.inputs = self._cache("Inputs", self._cache_inputs)
 
@@ -167,7 +167,7 @@ class _Session:
         method = self.methods[name]
         training, seeds = self._training(method)
         bar = self.progress.add_task(method.title, total=len(seeds) * training.epochs, detail="")
-        runs = [self._train(name, replace(training, seed=seed), bar) for seed in seeds]
+        runs = [self._run(name, replace(training, seed=seed), bar) for seed in seeds]
         self.progress.update(bar, detail="measuring a step")
         model = self._build(method)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -189,14 +189,16 @@ class _Session:
             step=step,
         )
 
-    def _train(self, name: str, training: TrainSettings, bar: TaskID) -> Run:
-        set_seed(training.seed)
-        model = self._build(self.methods[name])
+    def _run(self, name: str, training: TrainSettings, bar: TaskID) -> Run:
+        method = self.methods[name]
 
         def on_epoch(_: int, loss: float) -> None:
             self.progress.update(bar, advance=1, detail=f"seed {training.seed}, training loss {loss:.3f}")
 
-        result = train(model, *self._examples("train", model), training, on_epoch=on_epoch)
+        start = self._trained_start(method, training.seed) if isinstance(method, EncoderMethod) else None
+        model, result = self._train(method, training, on_epoch, start)
+        if isinstance(method, FusionMethod):
+            self.starts[method.title, training.seed] = model
         logits, labels = predict(model, *self._examples("test", model), training)
         if self.settings.save is not None and is_main_process():
             model.save_pretrained(self.settings.save / f"{name}-seed{training.seed}")
@@ -207,6 +209,27 @@ class _Session:
             seconds_per_epoch=result.seconds_per_epoch,
             tap_weights=_tap_weights(model)[1],
         )
+
+    def _train(
+        self,
+        method: Method,
+        training: TrainSettings,
+        on_epoch: OnEpoch | None = None,
+        start: HFF | None = None,
+    ) -> tuple[Any, TrainResult]:
+        set_seed(training.seed)
+        model = self._build(method)
+        if start is not None:
+            EncoderMethod.begin(model, start)
+        return model, train(model, *self._examples("train", model), training, on_epoch=on_epoch)
+
+    def _trained_start(self, method: EncoderMethod, seed: int) -> HFF:
+        """What the method begins with, as the comparison has trained it, or would."""
+        key = method.start.title, seed
+        if key not in self.starts:
+            training, _ = self._training(method.start)
+            self.starts[key], _ = self._train(method.start, replace(training, seed=seed))
+        return self.starts[key]
 
     def _log(self, text: str) -> None:
         """A line for a log file, where no bar can move."""
@@ -222,7 +245,8 @@ class _Session:
 
     def _with_last(self, taps: list[Tap]) -> list[Tap]:
         """The taps, and the last layer behind them if a method needs it and they lack it."""
-        if not any(isinstance(method, FusionMethod) and method.last_only for method in self.methods.values()):
+        frozen = [m.start if isinstance(m, EncoderMethod) else m for m in self.methods.values()]
+        if not any(isinstance(method, FusionMethod) and method.last_only for method in frozen):
             return taps
         (last,) = _make_encoder(self.task, [-1]).taps
         return taps if last in _make_encoder(self.task, taps).taps else [*taps, last]

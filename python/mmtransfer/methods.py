@@ -113,6 +113,21 @@ class EncoderMethod(Method):
 
     through_encoder: ClassVar[bool] = True
 
+    @property
+    @abc.abstractmethod
+    def start(self) -> FusionMethod:
+        """The method on the frozen encoder that is trained first: what it learned is where training begins.
+
+        Gradients through a random classifier would disturb the encoder before the classifier is of any use.
+        """
+
+    @staticmethod
+    def begin(model: nn.Module, trained: HFF) -> None:
+        """Copy what `start` has learned into a model that `build` made."""
+        model.get_submodule("head").load_state_dict(trained.get_submodule("head").state_dict())
+        if isinstance(model, HFF):
+            model.fusion.load_state_dict(trained.fusion.state_dict())
+
     @abc.abstractmethod
     def build_eager(self, job: Job) -> nn.Module | None:
         """The same in plain PyTorch, with the same state dict; None where there is nothing to fuse."""
@@ -133,6 +148,10 @@ class AdaptedFusionMethod(EncoderMethod):
 
     fusion: FusionMethod
     bottleneck: int
+
+    @property
+    def start(self) -> FusionMethod:
+        return self.fusion
 
     def build(self, job: Job) -> HFF:
         return self._build(job, backend="auto")
@@ -159,6 +178,10 @@ class TuningMethod(EncoderMethod):
 
     method: str
 
+    @property
+    def start(self) -> FusionMethod:
+        return _LAST
+
     def build(self, job: Job) -> PooledClassifier:
         return self._build(job, backend="auto")
 
@@ -177,10 +200,11 @@ class TuningMethod(EncoderMethod):
         return PooledClassifier(encoder, job.classes, self.method, **options)
 
 
+_LAST = FusionMethod("Head (last layer)", 1e-2, last_only=True)
 _HFF_B = FusionMethod("HFF-b", 3e-3, "hff_b", projects=True, eager=reference.EagerHFFb)
 
 METHODS: dict[str, Method] = {
-    "last": FusionMethod("Head (last layer)", 1e-2, last_only=True),
+    "last": _LAST,
     "weighted-sum": FusionMethod("Weighted sum", 1e-2, eager=reference.EagerWeightedSum),
     "weighted-sum-norm": FusionMethod(
         "Weighted sum + norm", 1e-2, options={"norm": True}, eager=reference.EagerWeightedSum
@@ -189,15 +213,15 @@ METHODS: dict[str, Method] = {
     "hff-b": _HFF_B,
     "hff-ub": FusionMethod("HFF-ub", 3e-3, "hff_ub", projects=True, eager=reference.EagerHFFub),
     "hff-b-adapters": AdaptedFusionMethod("HFF-b + adapters", 1e-3, _HFF_B, bottleneck=128),
-    "aat-m": TuningMethod("AAT-M", 3e-3, "aat_m"),
-    "aat-ms": TuningMethod("AAT-MS", 3e-3, "aat_ms"),
-    "full": TuningMethod("Full fine-tuning", 3e-4, "full"),
-    "aat-s": TuningMethod("AAT-S", 3e-3, "aat_s"),
-    "houlsby": TuningMethod("Houlsby adapters", 3e-3, "houlsby"),
-    "partial": TuningMethod("Upper half fine-tuned", 3e-4, "partial"),
-    "prompt": TuningMethod("Prompts (VPT-deep)", 3e-3, "prompt"),
-    "bitfit": TuningMethod("BitFit", 3e-3, "bitfit"),
-    "lora": TuningMethod("LoRA", 3e-3, "lora"),
+    "aat-m": TuningMethod("AAT-M", 1e-3, "aat_m"),
+    "aat-ms": TuningMethod("AAT-MS", 1e-3, "aat_ms"),
+    "full": TuningMethod("Full fine-tuning", 1e-4, "full"),
+    "aat-s": TuningMethod("AAT-S", 1e-3, "aat_s"),
+    "houlsby": TuningMethod("Houlsby adapters", 1e-3, "houlsby"),
+    "partial": TuningMethod("Upper half fine-tuned", 1e-4, "partial"),
+    "prompt": TuningMethod("Prompts (VPT-deep)", 1e-3, "prompt"),
+    "bitfit": TuningMethod("BitFit", 1e-3, "bitfit"),
+    "lora": TuningMethod("LoRA", 1e-3, "lora"),
 }
 ALIASES = {"head": "last"}
 DEFAULT_METHODS = (

@@ -258,17 +258,17 @@ def _cached_note(comparison: Comparison) -> str:
 def _tuned_note(tuned: Sequence[MethodResult], frozen: Sequence[MethodResult]) -> str:
     method = tuned[0]
     text = (
-        "What trains through the encoder runs it forwards and, from the lowest trained parameter on, "
-        "backwards in every step, without dropout and augmentation, and on batches of clips of similar "
-        "length. Its head is the one of the row Head: a linear layer on the mean of the last layer's frames; "
-        "HFF-b + adapters has the head of HFF-b. Eager are the same adapters (and the same fusion) as plain "
-        "PyTorch products, sums and norms; the rest of the encoder is transformers' on both sides."
+        "What trains through the encoder begins with what was learned on the frozen one, the classifier of "
+        "the row Head or the fusion and classifier of HFF-b, and goes on from there: accuracies differ by "
+        "what the encoder's part adds or takes. Every step runs the encoder forwards and, from the lowest "
+        "trained parameter on, backwards, without dropout and augmentation. Eager are the same adapters (and "
+        "the same fusion) as plain PyTorch products, sums and norms; the rest of the encoder is "
+        "transformers' on both sides."
     )
     if frozen and (frozen[0].epochs, frozen[0].batch_size) != (method.epochs, method.batch_size):
         text += (
-            f" These methods had {method.epochs} epochs of batches of {method.batch_size}, those on the "
-            f"frozen encoder {frozen[0].epochs} of {frozen[0].batch_size}: more epochs might serve them "
-            "better than the table shows."
+            f" They had {method.epochs} more epochs of batches of {method.batch_size}, the frozen encoder's "
+            f"methods {frozen[0].epochs} of {frozen[0].batch_size}."
         )
     return text
 

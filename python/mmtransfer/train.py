@@ -1,8 +1,8 @@
 """Training of a model on cached features, on cached inputs or on clips, with transformers' Trainer.
 
 The Trainer brings what a training loop needs beyond the loop: several GPUs (`torchrun`, `accelerate launch`),
-mixed precision, schedules. What is ours: packed batches without padding, batches of clips of similar length,
-and a rate of its own for the mixing weights.
+mixed precision, schedules. What is ours: packed batches without padding, and a rate of its own
+for the mixing weights.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import Dataset, Sampler, Subset
+from torch.utils.data import Dataset, Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from mmtransfer.caching import CachedInputs
 
@@ -99,7 +98,7 @@ def predict(
 
 
 class _Trainer(Trainer):
-    """The Trainer with parameter groups of our own, and with clips of similar length in a batch."""
+    """The Trainer with parameter groups of our own."""
 
     def __init__(self, settings: TrainSettings, **options: Any) -> None:
         self.settings = settings
@@ -110,12 +109,6 @@ class _Trainer(Trainer):
             trained: Any = self.model if model is None else model
             self.optimizer = torch.optim.AdamW(parameter_groups(trained, self.settings))
         return self.optimizer
-
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
-        examples = train_dataset or self.train_dataset
-        if isinstance(examples, CachedInputs):
-            return LengthGroupedSampler(self.settings.batch_size, lengths=examples.lengths)
-        return super()._get_train_sampler(train_dataset)
 
 
 # What is a matrix by the names of this package's and of torch's modules.

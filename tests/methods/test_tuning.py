@@ -16,7 +16,7 @@ from mmtransfer.data import DataError, Recordings, synthetic
 from mmtransfer.data.features import Collator
 from mmtransfer.hff import HFF, AdaptedEncoder
 from mmtransfer.measure import Step, compare_steps
-from mmtransfer.methods import METHODS, EncoderMethod, Job
+from mmtransfer.methods import METHODS, EncoderMethod, Job, find_method
 from mmtransfer.tasks import Task, synthetic_task
 from mmtransfer.train import TrainSettings, parameter_groups, predict, train
 from tests.methods.tiny_encoders import TINY
@@ -90,20 +90,22 @@ def test_predictions_are_in_the_order_of_the_clips_though_batches_are_not(task: 
         torch.testing.assert_close(logits[index], alone, atol=1e-4, rtol=1e-3)
 
 
-def test_clips_of_similar_length_share_a_batch(task: Task, job: Job) -> None:
-    model = build("bitfit", job)
-    cached = inputs_of(task, model)["train"]
-    spreads = []
-
-    def collate(items: list) -> dict[str, torch.Tensor]:
-        lengths = [item["length"] for item in items]
-        spreads.append(max(lengths) - min(lengths))
-        return cached.collate(items)
-
-    train(model, cached, collate, replace(QUICK, epochs=1, batch_size=2))
-    assert len(spreads) == 12
-    # Of three batches from one draw of six clips only the middle one can have both lengths.
-    assert sum(spread < 12 for spread in spreads) >= 8
+def test_training_begins_with_what_the_frozen_encoder_taught(task: Task, job: Job) -> None:
+    for name in ("aat-ms", "hff-b-adapters"):
+        method = find_method(name)
+        assert isinstance(method, EncoderMethod)
+        start, model = method.start.build(job), method.build(job)
+        with torch.no_grad():
+            for parameter in start.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+        cached = inputs_of(task, model)["train"]
+        batch = cached.collate([cached[index] for index in range(3)])
+        expected = start(**batch).logits
+        assert not torch.allclose(model(**batch).logits, expected)
+        method.begin(model, start)
+        # Adapters start as the identity.
+        torch.testing.assert_close(model(**batch).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", TUNED)
