@@ -277,9 +277,7 @@ struct OuterProduct {
   MMK_INLINE A* total(int64_t index, int64_t n) {
     return totals.data() + (index - begin) * panel_size() + n * kPanel<A>;
   }
-  MMK_INLINE int64_t columns(int64_t index) const {
-    return std::min(kPanel<A>, width - index * kPanel<A>);
-  }
+  MMK_INLINE int64_t columns(int64_t index) const { return std::min(kPanel<A>, width - index * kPanel<A>); }
 
   // Brings columns of a panel, which lie a whole row apart, together, and sums them.
   MMK_INLINE void gather(int64_t index, int64_t first, int64_t count) {
@@ -300,7 +298,8 @@ struct OuterProduct {
     }
     pack<A>(source, rows.row_stride, 1, A(1), {nullptr, count, columns(index)}, panel.data(), 0, 1);
     for (int64_t r = 0; r < count; ++r) {
-      for (int64_t n = 0; n < columns(index); ++n) sums[n] += static_cast<double>(source[r * rows.row_stride + n]);
+      for (int64_t n = 0; n < columns(index); ++n)
+        sums[n] += static_cast<double>(source[r * rows.row_stride + n]);
     }
   }
 

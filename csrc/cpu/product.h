@@ -80,8 +80,8 @@ MMK_INLINE void multiply(Tile<A>& tile, const A* const (&a)[kTileRows], const A*
   tile = {{{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}, {s40, s41}, {s50, s51}}};
 }
 
-// A matrix (rows, columns) in strips of kTileRows columns, each dense by rows, so that its transpose can be the
-// left factor of a product.
+// A matrix (rows, columns) in strips of kTileRows columns, each dense by rows, so that its transpose can be
+// the left factor of a product.
 constexpr int64_t strips(int64_t columns) {
   return (columns + kTileRows - 1) / kTileRows;
 }
@@ -126,7 +126,8 @@ MMK_INLINE void product(const A* a, int64_t row_stride, int64_t rows, int64_t gr
         multiply(tile, of_rows, b.panel(index), b.depth);
 #pragma GCC unroll 6  // so that the sums stay in registers
         for (int i = 0; i < kTileRows; ++i) {
-          if (first + i < end) [[likely]] finish(first + i, index, tile.sums[i]);
+          if (first + i < end) [[likely]]
+            finish(first + i, index, tile.sums[i]);
         }
       }
     }

@@ -36,8 +36,8 @@ struct Wide {
 Tensor packed(const Wide& wide, const Tensor& source, int64_t depth, int64_t columns, int64_t depth_stride,
               int64_t column_stride, double factor = 1.0) {
   const Tensor result = new_empty(wide.x, {cpu::adapter_packed_size(wide.dtype, depth, columns)}, wide.type);
-  const cpu::AdapterPack args = {
-      source.const_data_ptr(), depth_stride, column_stride, depth, columns, factor, mutable_or_null(result)};
+  const cpu::AdapterPack args = {source.const_data_ptr(), depth_stride, column_stride, depth, columns, factor,
+                                 mutable_or_null(result)};
   torch::stable::parallel_for(
       0, cpu::adapter_panels(wide.dtype, columns), grain(depth * 16),
       [&](int64_t begin, int64_t end) { cpu::adapter_pack(wide.dtype, args, begin, end); });
@@ -160,19 +160,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                      mutable_or_null(scaled),
                                      mutable_or_null(activated),
                                      mutable_or_null(partial_hidden_bias)};
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    cpu::adapter_backward(wide.dtype, args, begin, end);
-  });
-  const cpu::AdapterWeightGradients weight_args = {
-      inputs.shape,
-      scale,
-      rows_of(grad),
-      rows_of(wide.x),
-      mutable_or_null(scaled),
-      mutable_or_null(activated),
-      mutable_or_null(d_down),
-      mutable_or_null(d_up),
-      mutable_or_null(d_up_bias)};
+  torch::stable::parallel_for(
+      0, blocks, 1, [&](int64_t begin, int64_t end) { cpu::adapter_backward(wide.dtype, args, begin, end); });
+  const cpu::AdapterWeightGradients weight_args = {inputs.shape,
+                                                   scale,
+                                                   rows_of(grad),
+                                                   rows_of(wide.x),
+                                                   mutable_or_null(scaled),
+                                                   mutable_or_null(activated),
+                                                   mutable_or_null(d_down),
+                                                   mutable_or_null(d_up),
+                                                   mutable_or_null(d_up_bias)};
   torch::stable::parallel_for(0, need_product || need_up ? cpu::adapter_panels(wide.dtype, width) : 0,
                               grain(rows * 16), [&](int64_t begin, int64_t end) {
                                 cpu::adapter_weight_gradients(wide.dtype, weight_args, begin, end);

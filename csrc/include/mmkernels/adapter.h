@@ -95,7 +95,8 @@ struct AdapterBackward {
   void* partial_hidden_bias;  // [blocks, bottleneck] sums of dz over the rows of a block
 };
 
-// Every column of x or g has its sums over the rows in one piece, in order: they do not depend on the threads.
+// Every column of x or g has its sums over the rows in one piece, in order: they do not depend on the
+// threads.
 struct AdapterWeightGradients {
   AdapterShape shape;
   double scale;
