@@ -11,51 +11,44 @@
 namespace mmk::cpu {
 namespace {
 
-// Rows of the wide products that share a panel of weights: few, so that no more streams of rows pass in order
-// than the hardware follows.
-constexpr int64_t kGroup = kTileRows;
-
 template <class A>
 MMK_INLINE const A* row_of(const AdapterRows& rows, int64_t index) {
   return at<A>(rows.data, index * rows.row_stride);
 }
 
-// One row of a panel in memory, for the last one, whose columns do not all exist.
-template <class A>
-struct Cells {
-  A values[kPanel<A>];
-
-  MMK_INLINE explicit Cells(const vec_t<A> (&sums)[2]) {
-    store(values, sums[0]);
-    store(values + kLanes<A>, sums[1]);
-  }
-};
-
-// Scratch of one thread, for a block of rows: a hidden layer and numbers of each row.
+// Scratch of one thread, for a block of rows: a hidden layer and numbers of each row, and a tile of rows of
+// the second product, of which whole rows are then written: the hardware does not follow many rows in parts.
 template <class A>
 struct Block {
-  int64_t stride;
-  std::vector<A> hidden;
+  int64_t stride, wide_stride;
+  std::vector<A> hidden, wide;
   A mean[kAdapterBlock], rstd[kAdapterBlock], pull[kAdapterBlock];
 
   // Rows are as long as whole panels and whole strips.
-  explicit Block(int64_t bottleneck)
-      : stride((panels<A>(bottleneck) + 1) * kPanel<A>), hidden(kAdapterBlock * stride) {}
+  explicit Block(const AdapterShape& shape)
+      : stride((panels<A>(shape.bottleneck) + 1) * kPanel<A>),
+        wide_stride(panels<A>(shape.width) * kPanel<A>),
+        hidden(kAdapterBlock * stride),
+        wide(kTileRows * wide_stride) {}
 
   MMK_INLINE A* row(int64_t r) { return hidden.data() + r * stride; }
-};
 
-// block.hidden = rows times a packed weight whose columns are the hidden layer.
-template <class A>
-MMK_INLINE void narrow_product(Block<A>& block, const A* rows_of, int64_t row_stride, int64_t rows,
-                               const Packed<A>& weight) {
-  product<A>(rows_of, row_stride, rows, kAdapterBlock, weight,
-             [&](int64_t r, int64_t panel, const vec_t<A>(&sums)[2]) MMK_LAMBDA {
-               A* cells = block.row(r) + panel * kPanel<A>;
-               store(cells, sums[0]);
-               store(cells + kLanes<A>, sums[1]);
-             });
-}
+  // The hidden layer: rows times a packed weight.
+  MMK_INLINE void narrow_product(const A* of_rows, int64_t row_stride, int64_t rows,
+                                 const Packed<A>& weight) {
+    product<A>(of_rows, row_stride, rows, weight, hidden.data(), stride);
+  }
+
+  // The hidden layer times a packed weight; calls finish(r, row r of the product).
+  template <class Finish>
+  MMK_INLINE void wide_product(int64_t rows, const Packed<A>& weight, Finish&& finish) {
+    for (int64_t first = 0; first < rows; first += kTileRows) {
+      const int64_t count = std::min<int64_t>(kTileRows, rows - first);
+      product<A>(row(first), stride, count, weight, wide.data(), wide_stride);
+      for (int64_t i = 0; i < count; ++i) finish(first + i, wide.data() + i * wide_stride);
+    }
+  }
+};
 
 // ---- forward
 
@@ -87,7 +80,7 @@ MMK_INLINE void hidden_block(const AdapterForward& args, Block<A>& block, int64_
     stats[0] = m.mean;
     stats[1] = m.rstd;
   }
-  narrow_product<A>(block, x, args.x.row_stride, rows, {at<A>(args.down, 0), shape.width, shape.bottleneck});
+  block.narrow_product(x, args.x.row_stride, rows, {at<A>(args.down, 0), shape.width, shape.bottleneck});
   dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
     activate_block<A, activation.value>(args, block, first, rows);
   });
@@ -118,30 +111,22 @@ MMK_INLINE void output_block(const AdapterForward& args, const Addends<A>& adden
   const A* residual_rows = row_of<A>(addends.residual, first);
   const int64_t residual_stride = addends.residual.row_stride;
   A* out_rows = at<A>(args.out, first * width);
-  const Packed<A> up = {at<A>(args.up, 0), args.shape.bottleneck, width};
-  product<A>(block.row(0), block.stride, rows, kGroup, up,
-             [&](int64_t r, int64_t panel, const vec_t<A>(&sums)[2]) MMK_LAMBDA {
-               const int64_t column = panel * kPanel<A>;
-               const A* residual = residual_rows + r * residual_stride + column;
-               A* out = out_rows + r * width + column;
-               if (column + kPanel<A> <= width) [[likely]] {
-                 for (int v = 0; v < 2; ++v) {
-                   const int64_t j = v * kLanes<A>;
-                   store(out + j, (sums[v] + load(bias + column + j)) + load(residual + j));
-                 }
-                 return;
-               }
-               const Cells<A> cells(sums);
-               for (int64_t n = 0; column + n < width; ++n) {
-                 out[n] = (cells.values[n] + bias[column + n]) + residual[n];
-               }
-             });
+  block.wide_product(
+      rows, {at<A>(args.up, 0), args.shape.bottleneck, width}, [&](int64_t r, const A* y) MMK_LAMBDA {
+        const A* residual = residual_rows + r * residual_stride;
+        A* out = out_rows + r * width;
+        sweep<A>(
+            width,
+            [&](int64_t j)
+                MMK_LAMBDA { store(out + j, (load(y + j) + load(bias + j)) + load(residual + j)); },
+            [&](int64_t j) MMK_LAMBDA { out[j] = (y[j] + bias[j]) + residual[j]; });
+      });
 }
 
 template <class A>
 MMK_INLINE void forward_rows(const AdapterForward& args, int64_t begin, int64_t end) {
   const Addends<A> addends(args);
-  Block<A> block(args.shape.bottleneck);
+  Block<A> block(args.shape);
   for (int64_t first = begin; first < end; first += kAdapterBlock) {
     const int64_t rows = std::min(kAdapterBlock, end - first);
     hidden_block<A>(args, block, first, rows);
@@ -151,16 +136,19 @@ MMK_INLINE void forward_rows(const AdapterForward& args, int64_t begin, int64_t 
 
 // ---- backward: gradients of rows
 
-// Leaves s in block.hidden, adds dz to bias_sum, and lays a and s out for the gradients of the weights.
+// Leaves s in block.hidden, sums dz over the rows of each run, and lays a and s out for the gradients of the
+// weights.
 template <class A, Activation kActivation>
 MMK_INLINE void slope_block(const AdapterBackward& args, Block<A>& block, int64_t first, int64_t rows,
-                            A* activated, A* bias_sum) {
+                            A* activated) {
   const auto [all_rows, width, bottleneck] = args.shape;
   for (int64_t r = 0; r < rows; ++r) {
     const A* saved = at<A>(args.hidden, (first + r) * bottleneck);
     A* scaled = block.row(r);
     for (int64_t n = 0; n < bottleneck; ++n) activated[n] = activate(kActivation, saved[n]);
     for (int64_t n = 0; n < bottleneck; ++n) scaled[n] *= activation_slope(kActivation, saved[n]);
+    A* bias_sum = at<A>(args.partial_hidden_bias, (first + r) / kAdapterRun * bottleneck);
+    if ((first + r) % kAdapterRun == 0) std::fill(bias_sum, bias_sum + bottleneck, A(0));
     for (int64_t n = 0; n < bottleneck; ++n) bias_sum[n] += scaled[n];
     for (int64_t n = 0; n < bottleneck; ++n) scaled[n] *= block.rstd[r];
     for (int64_t strip = 0; strip < strips(bottleneck); ++strip) {
@@ -180,12 +168,10 @@ MMK_INLINE void hidden_gradient_block(const AdapterBackward& args, Block<A>& blo
     block.mean[r] = stats == nullptr ? A(0) : stats[0];
     block.rstd[r] = stats == nullptr ? A(1) : stats[1];
   }
-  narrow_product<A>(block, row_of<A>(args.grad, first), args.grad.row_stride, rows,
-                    {at<A>(args.up, 0), shape.width, shape.bottleneck});
-  A* bias_sum = at<A>(args.partial_hidden_bias, first / kAdapterBlock * shape.bottleneck);
-  std::fill(bias_sum, bias_sum + shape.bottleneck, A(0));
+  block.narrow_product(row_of<A>(args.grad, first), args.grad.row_stride, rows,
+                       {at<A>(args.up, 0), shape.width, shape.bottleneck});
   dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
-    slope_block<A, activation.value>(args, block, first, rows, activated.data(), bias_sum);
+    slope_block<A, activation.value>(args, block, first, rows, activated.data());
   });
   if (args.stats == nullptr || args.dx == nullptr) return;
   const A* bias = at<A>(args.hidden_bias, 0);
@@ -209,39 +195,35 @@ MMK_INLINE void input_gradient_block(const AdapterBackward& args, Block<A>& bloc
   const A* grad_rows = row_of<A>(args.grad, first);
   const int64_t x_stride = args.x.row_stride, grad_stride = args.grad.row_stride;
   A* dx_rows = at<A>(args.dx, first * width);
-  const Packed<A> down = {at<A>(args.down, 0), args.shape.bottleneck, width};
-  product<A>(block.row(0), block.stride, rows, kGroup, down,
-             [&](int64_t r, int64_t panel, const vec_t<A>(&sums)[2]) MMK_LAMBDA {
-               const int64_t column = panel * kPanel<A>;
-               const A* x = x_rows + r * x_stride + column;
-               const A* grad = grad_rows + r * grad_stride + column;
-               A* dx = dx_rows + r * width + column;
-               if (column + kPanel<A> <= width) [[likely]] {
-                 for (int v = 0; v < 2; ++v) {
-                   const int64_t j = v * kLanes<A>;
-                   vec_t<A> y = sums[v];
-                   if (norm) y -= block.pull[r] * (load(x + j) - block.mean[r]);
-                   if (args.add_input) y += load(grad + j);
-                   store(dx + j, y);
-                 }
-                 return;
-               }
-               const Cells<A> cells(sums);
-               for (int64_t n = 0; column + n < width; ++n) {
-                 A y = cells.values[n];
-                 if (norm) y -= block.pull[r] * (x[n] - block.mean[r]);
-                 dx[n] = args.add_input ? y + grad[n] : y;
-               }
-             });
+  block.wide_product(rows, {at<A>(args.down, 0), args.shape.bottleneck, width},
+                     [&](int64_t r, const A* y) MMK_LAMBDA {
+                       const A* x = x_rows + r * x_stride;
+                       const A* grad = grad_rows + r * grad_stride;
+                       A* dx = dx_rows + r * width;
+                       const A mean = block.mean[r], pull = block.pull[r];
+                       sweep<A>(
+                           width,
+                           [&](int64_t j) MMK_LAMBDA {
+                             vec_t<A> value = load(y + j);
+                             if (norm) value -= pull * (load(x + j) - mean);
+                             if (args.add_input) value += load(grad + j);
+                             store(dx + j, value);
+                           },
+                           [&](int64_t j) MMK_LAMBDA {
+                             A value = y[j];
+                             if (norm) value -= pull * (x[j] - mean);
+                             dx[j] = args.add_input ? value + grad[j] : value;
+                           });
+                     });
 }
 
 template <class A>
-MMK_INLINE void backward_blocks(const AdapterBackward& args, int64_t begin, int64_t end) {
-  Block<A> block(args.shape.bottleneck);
+MMK_INLINE void backward_runs(const AdapterBackward& args, int64_t begin, int64_t end) {
+  Block<A> block(args.shape);
   std::vector<A> activated(strips(args.shape.bottleneck) * kTileRows);
-  for (int64_t index = begin; index < end; ++index) {
-    const int64_t first = index * kAdapterBlock;
-    const int64_t rows = std::min(kAdapterBlock, args.shape.rows - first);
+  const int64_t end_row = std::min(end * kAdapterRun, args.shape.rows);
+  for (int64_t first = begin * kAdapterRun; first < end_row; first += kAdapterBlock) {
+    const int64_t rows = std::min(kAdapterBlock, end_row - first);
     hidden_gradient_block<A>(args, block, activated, first, rows);
     if (args.dx != nullptr) input_gradient_block<A>(args, block, first, rows);
   }
@@ -382,8 +364,7 @@ MMK_MULTIARCH void adapter_forward(DType dtype, const AdapterForward& args, int6
 }
 
 MMK_MULTIARCH void adapter_backward(DType dtype, const AdapterBackward& args, int64_t begin, int64_t end) {
-  dispatch_wide(dtype,
-                [&](auto element) MMK_LAMBDA { backward_blocks<decltype(element)>(args, begin, end); });
+  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { backward_runs<decltype(element)>(args, begin, end); });
 }
 
 MMK_MULTIARCH void adapter_weight_gradients(DType dtype, const AdapterWeightGradients& args, int64_t begin,

@@ -62,6 +62,7 @@ MMK_INLINE void multiply(Tile<A>& tile, const A* const (&a)[kTileRows], const A*
   const A *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
   vec_t<A> s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {};
   vec_t<A> s30 = {}, s31 = {}, s40 = {}, s41 = {}, s50 = {}, s51 = {};
+#pragma GCC unroll 4  // FMAs leave little room for the loop's own instructions
   for (int64_t k = 0; k < depth; ++k) {
     const vec_t<A> b0 = load(panel + k * kPanel<A>), b1 = load(panel + k * kPanel<A> + kLanes<A>);
     s00 += a0[k] * b0;
@@ -91,6 +92,7 @@ template <class A>
 MMK_INLINE void multiply_strip(Tile<A>& tile, const A* strip, const A* panel, int64_t depth) {
   vec_t<A> s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {};
   vec_t<A> s30 = {}, s31 = {}, s40 = {}, s41 = {}, s50 = {}, s51 = {};
+#pragma GCC unroll 4  // FMAs leave little room for the loop's own instructions
   for (int64_t k = 0; k < depth; ++k) {
     const vec_t<A> b0 = load(panel + k * kPanel<A>), b1 = load(panel + k * kPanel<A> + kLanes<A>);
     const A* row = strip + k * kTileRows;
@@ -110,25 +112,22 @@ MMK_INLINE void multiply_strip(Tile<A>& tile, const A* strip, const A* panel, in
   tile = {{{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}, {s40, s41}, {s50, s51}}};
 }
 
-// Calls finish(row, panel, sums of that row) for the product of rows [0, rows) of a, row_stride apart, with
-// B. Each panel serves `group` rows, a multiple of kTileRows, before the next one is read.
-template <class A, class Finish>
-MMK_INLINE void product(const A* a, int64_t row_stride, int64_t rows, int64_t group, const Packed<A>& b,
-                        Finish&& finish) {
-  const int64_t count = panels<A>(b.columns);
-  for (int64_t begin = 0; begin < rows; begin += group) {
-    const int64_t end = std::min(rows, begin + group);
-    for (int64_t index = 0; index < count; ++index) {
-      for (int64_t first = begin; first < end; first += kTileRows) {
-        const A* of_rows[kTileRows];
-        for (int i = 0; i < kTileRows; ++i) of_rows[i] = a + std::min(first + i, rows - 1) * row_stride;
-        Tile<A> tile;
-        multiply(tile, of_rows, b.panel(index), b.depth);
+// out = rows [0, rows) of a, row_stride apart, times B. Each panel serves all rows before the next one is
+// read. out has rows and columns for whole tiles; those beyond the last row and column hold nothing of use.
+template <class A>
+MMK_INLINE void product(const A* a, int64_t row_stride, int64_t rows, const Packed<A>& b, A* out,
+                        int64_t out_stride) {
+  for (int64_t index = 0; index < panels<A>(b.columns); ++index) {
+    for (int64_t first = 0; first < rows; first += kTileRows) {
+      const A* of_rows[kTileRows];
+      for (int i = 0; i < kTileRows; ++i) of_rows[i] = a + std::min(first + i, rows - 1) * row_stride;
+      Tile<A> tile;
+      multiply(tile, of_rows, b.panel(index), b.depth);
+      A* cells = out + first * out_stride + index * kPanel<A>;
 #pragma GCC unroll 6  // so that the sums stay in registers
-        for (int i = 0; i < kTileRows; ++i) {
-          if (first + i < end) [[likely]]
-            finish(first + i, index, tile.sums[i]);
-        }
+      for (int i = 0; i < kTileRows; ++i) {
+        store(cells + i * out_stride, tile.sums[i][0]);
+        store(cells + i * out_stride + kLanes<A>, tile.sums[i][1]);
       }
     }
   }

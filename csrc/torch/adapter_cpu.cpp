@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
 
   // The gain's gradient comes out of the product's, so the product is needed for either.
   const bool need_product = need_down || need_norm;
-  const int64_t blocks = cpu::adapter_blocks(rows);
+  const int64_t runs = cpu::adapter_runs(rows);
   const Tensor dx = empty({need_x ? rows : 0, width});
   const Tensor d_down = empty({need_product ? bottleneck : 0, width});
   const Tensor d_hidden_bias = empty({need_product ? bottleneck : 0});
@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor d_up_bias = empty({need_up ? width : 0});
   const Tensor d_norm_weight = empty({need_norm ? width : 0});
   const Tensor d_norm_bias = empty({need_norm ? width : 0});
-  const Tensor partial_hidden_bias = empty({blocks, bottleneck});
+  const Tensor partial_hidden_bias = empty({runs, bottleneck});
   const Tensor scaled = empty({cpu::adapter_strips_size(rows, bottleneck)});
   const Tensor activated = empty({cpu::adapter_strips_size(rows, bottleneck)});
 
@@ -160,8 +160,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                      mutable_or_null(scaled),
                                      mutable_or_null(activated),
                                      mutable_or_null(partial_hidden_bias)};
-  torch::stable::parallel_for(
-      0, blocks, 1, [&](int64_t begin, int64_t end) { cpu::adapter_backward(wide.dtype, args, begin, end); });
+  torch::stable::parallel_for(0, runs, 1 + grain(width) / cpu::kAdapterRun, [&](int64_t begin, int64_t end) {
+    cpu::adapter_backward(wide.dtype, args, begin, end);
+  });
   const cpu::AdapterWeightGradients weight_args = {inputs.shape,
                                                    scale,
                                                    rows_of(grad),
@@ -178,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (need_product) {
     const AdapterParameters parameters = inputs.parameters();
     const LayerProjectUnfold unfold_args = {projection_shape(inputs.shape),
-                                            blocks,
+                                            runs,
                                             mutable_or_null(partial_hidden_bias),
                                             parameters.down_weight,
                                             parameters.norm_weight,

@@ -49,8 +49,12 @@ namespace cpu {
 // Rows that are worked on at once, so that they stay in cache; a multiple of the products' tile.
 constexpr int64_t kAdapterBlock = 48;
 
-constexpr int64_t adapter_blocks(int64_t rows) {
-  return (rows + kAdapterBlock - 1) / kAdapterBlock;
+// Rows that have a sum of their own for the bias' gradient, and that stay with one thread in the backward
+// pass: the sums do not depend on the threads. A divisor of kAdapterBlock.
+constexpr int64_t kAdapterRun = 12;
+
+constexpr int64_t adapter_runs(int64_t rows) {
+  return (rows + kAdapterRun - 1) / kAdapterRun;
 }
 
 // factor times a matrix (depth, columns), laid out for the products; see cpu/product.h.
@@ -92,7 +96,7 @@ struct AdapterBackward {
   void* dx;                   // [rows, width] or null
   void* scaled;               // s in strips
   void* activated;            // a in strips
-  void* partial_hidden_bias;  // [blocks, bottleneck] sums of dz over the rows of a block
+  void* partial_hidden_bias;  // [runs, bottleneck] sums of dz over the rows of a run
 };
 
 // Every column of x or g has its sums over the rows in one piece, in order: they do not depend on the
@@ -109,7 +113,7 @@ struct AdapterWeightGradients {
   void* d_up_bias;  // [width], null with d_up
 };
 
-// dtype is kFloat32 or kFloat64; ranges are of panels of columns, of rows, of blocks, and of panels of x's
+// dtype is kFloat32 or kFloat64; ranges are of panels of columns, of rows, of runs, and of panels of x's
 // columns.
 int64_t adapter_panels(DType dtype, int64_t columns);
 int64_t adapter_packed_size(DType dtype, int64_t depth, int64_t columns);
