@@ -268,7 +268,7 @@ def _case(config: ASTConfig, device: str, clips: int, dtype: torch.dtype) -> Cas
         bound="compute",
         headline=True,
         tolerance=tolerance,
-        max_rounds=3,
+        max_rounds=7,
         problem=functools.partial(StepProblem, config, clips, dtype, device, shape, tolerance),
     )
 

@@ -116,7 +116,7 @@ def compare(
     ] = 32,
     tuning_epochs: Annotated[
         int, typer.Option(min=1, help="Through the encoder.", rich_help_panel=_TRAINING)
-    ] = 10,
+    ] = 5,
     tuning_seeds: Annotated[
         int, typer.Option(min=1, help="Runs per method through the encoder.", rich_help_panel=_TRAINING)
     ] = 1,

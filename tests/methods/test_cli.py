@@ -287,6 +287,19 @@ def test_options_that_do_not_go_together(arguments: list[str]) -> None:
     assert "Usage" in result.stderr
 
 
+def test_the_defaults_are_those_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[compare.CompareSettings] = []
+
+    def stop(_: object, settings: compare.CompareSettings) -> None:
+        given.append(settings)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(cli, "_load_task", lambda *_, **__: None)
+    monkeypatch.setattr(cli, "_run", stop)
+    assert run("compare", "--synthetic", "--output", tmp_path).exit_code == 0
+    assert given == [compare.CompareSettings()]
+
+
 def test_a_wrong_kernel_is_reported_and_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_difference", lambda ours, theirs: 0.5)
     result = run("compare", "--synthetic", "--methods", "lff", "--output", tmp_path, *QUICK)
