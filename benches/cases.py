@@ -17,7 +17,9 @@ import torch
 from benches.problem import Problem
 from mmkernels.ops._common import why_not
 
-Role = Literal["kernel", "papers", "hand_written", "compile", "library"]
+#: "different" computes less or more than its case and is shown for its time: it has no rate and no share of
+#: the ceiling.
+Role = Literal["kernel", "papers", "hand_written", "compile", "library", "different"]
 Direction = Literal["forward", "backward", "forward_backward", "training step", "call", "import"]
 #: What limits a case in the end; "latency": neither, the time itself is the result.
 Bound = Literal["memory", "compute", "latency"]

@@ -75,10 +75,12 @@ def measure(case: Case, device: Device, effort: Effort) -> dict[str, Measurement
     if ceiling is not None:
         samplers[_CEILING] = device.sampler(ceiling)
     samples = interleave(samplers, effort, case.max_rounds)
-    for name, result in results.items():
-        result.samples = samples.get(name, [])
+    for candidate in case.candidates:
+        result = results[candidate.name]
+        result.samples = samples.get(candidate.name, [])
         if result.samples:
-            result.facts |= _facts(case, result.samples, samples.get(_CEILING), work)
+            of_ceiling = samples.get(_CEILING) if candidate.role != "different" else None
+            result.facts |= _facts(case, result.samples, of_ceiling, work)
     _add_ratios(case.candidates, results)
     return results
 

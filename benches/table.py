@@ -124,7 +124,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def rate(row: Row) -> str:
     """Achieved bandwidth of the minimum bytes, or operations per second, by what bounds the case."""
-    if row["bound"] == "latency":
+    if row["bound"] == "latency" or row["role"] == "different":
         return ""
     work, unit = (row["minimum_bytes"], "GB/s") if row["bound"] == "memory" else (row["flops"], "GFLOP/s")
     return f"{work / row['seconds']['median'] / 1e9:,.1f} {unit}"
@@ -141,7 +141,7 @@ def lost(row: Row) -> bool:
     """A baseline that was faster than the kernel."""
     return (
         row["failure"] is None
-        and row["role"] != "kernel"
+        and row["role"] not in ("kernel", "different")
         and row.get("times_kernel", {"median": 1})["median"] < 1
     )
 
