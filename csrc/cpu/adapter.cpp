@@ -322,17 +322,16 @@ MMK_INLINE void weight_panels(const AdapterWeightGradients& args, int64_t begin,
   const A scale = static_cast<A>(args.scale);
   for (int64_t index = begin; index < end; ++index) {
     const int64_t column = index * kPanel<A>;
-    for (int64_t i = 0; i < down.columns(index); ++i) {
-      for (int64_t n = 0; need_down && n < bottleneck; ++n) {
-        *at<A>(args.d_down, n * width + column + i) = down.total(index, n)[i];
-      }
-      for (int64_t n = 0; need_up && n < bottleneck; ++n) {
-        *at<A>(args.d_up, (column + i) * bottleneck + n) = scale * up.total(index, n)[i];
-      }
-      if (need_up) {
-        *at<A>(args.d_up_bias, column + i) =
-            static_cast<A>(args.scale * up.column_sums[(index - begin) * kPanel<A> + i]);
-      }
+    const int64_t columns = down.columns(index);
+    for (int64_t n = 0; need_down && n < bottleneck; ++n) {
+      const A* total = down.total(index, n);
+      std::copy(total, total + columns, at<A>(args.d_down, n * width + column));
+    }
+    for (int64_t i = 0; need_up && i < columns; ++i) {
+      A* d_up = at<A>(args.d_up, (column + i) * bottleneck);
+      for (int64_t n = 0; n < bottleneck; ++n) d_up[n] = scale * up.total(index, n)[i];
+      *at<A>(args.d_up_bias, column + i) =
+          static_cast<A>(args.scale * up.column_sums[(index - begin) * kPanel<A> + i]);
     }
   }
 }
