@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -159,7 +159,8 @@ class TestEveryModel:
         next(model.parameters()).requires_grad_(False)
         flags = [p.requires_grad for p in model.parameters()]
         for method in aat.METHODS:
-            if method in ("lora", "head") or (method == "prompt" and model_type in CONFORMERS):
+            impossible = {"head": True, "prompt": model_type in CONFORMERS, "lora": model_type == "wavlm"}
+            if impossible.get(method, False):
                 continue
             handle = aat.prepare(model, method, recompute="selective")
             handle.revert()
@@ -412,8 +413,8 @@ class TestErrors:
             aat.prepare(model)
         assert not [name for name, _ in model.named_modules() if "adapter_attention" in name]
 
-    @pytest.mark.skipif(importlib.util.find_spec("peft") is not None, reason="peft is installed")
-    def test_lora_without_peft(self, model):
+    def test_lora_without_peft(self, model, monkeypatch):
+        monkeypatch.setitem(sys.modules, "peft", None)
         with pytest.raises(ImportError, match="pip install peft"):
             aat.prepare(model, "lora")
 
@@ -423,7 +424,6 @@ class TestErrors:
 
 
 def test_lora():
-    pytest.importorskip("peft")
     model = build("audio-spectrogram-transformer")
     keys, expected = list(model.state_dict()), encode(model)
     handle = aat.prepare(model, "lora", rank=2)

@@ -62,7 +62,7 @@ def test_loading_into_a_fresh_model(saved, runtime):
     torch.testing.assert_close(logits(fresh), logits(model))
 
 
-@pytest.mark.parametrize("method", ["prompt", "houlsby", "bitfit", "partial", "head", "full"])
+@pytest.mark.parametrize("method", ["prompt", "houlsby", "lora", "bitfit", "partial", "head", "full"])
 def test_every_method_comes_back(tmp_path, method):
     model = with_head()
     aat.prepare(model, method, layers=[1, 2], backend="reference")

@@ -99,7 +99,7 @@ class Clips(torch.utils.data.Dataset):
         return {"input_values": self.inputs[index], "labels": index % 2}
 
 
-@pytest.mark.parametrize("method", ["aat_ms", "prompt", "full"])
+@pytest.mark.parametrize("method", ["aat_ms", "prompt", "lora", "full"])
 @pytest.mark.parametrize(
     "options", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["plain", "bf16"]
 )

@@ -22,7 +22,7 @@ from mmtransfer.train import TrainSettings, parameter_groups, predict, train
 from tests.methods.tiny_encoders import TINY
 
 QUICK = TrainSettings(epochs=2, batch_size=8, learning_rate=3e-3, cpu=True)
-TUNED = [name for name, method in METHODS.items() if method.through_encoder and name != "lora"]
+TUNED = [name for name, method in METHODS.items() if method.through_encoder]
 
 
 @pytest.fixture(autouse=True)
