@@ -32,9 +32,19 @@ MMK_INLINE float exponential(float x) {
   return x > 88.37f ? to_float(0x7f800000u) : from_above;
 }
 
+// sigmoid(x) and sigmoid(-x), which 1 - sigmoid(x) would give with few digits where it is small.
 template <class A>
-MMK_INLINE A sigmoid(A x) {
-  return A(1) / (A(1) + exponential(-x));
+struct Sigmoid {
+  A value, complement;
+};
+
+template <class A>
+MMK_INLINE Sigmoid<A> sigmoid(A x) {
+  // Below, the value counts as 0; an infinite exponential times it would be NaN.
+  constexpr A kLeast = sizeof(A) == 4 ? A(-87) : A(-700);
+  const A e = exponential(x < kLeast ? -kLeast : -x);
+  const A value = A(1) / (A(1) + e);
+  return {x < kLeast ? A(0) : value, e * value};
 }
 
 // Distribution and density of the standard normal.
@@ -92,9 +102,9 @@ MMK_INLINE A activate(Activation activation, A z) {
     case Activation::kGelu:
       return z * normal(z).distribution;
     case Activation::kGeluTanh:
-      return z * sigmoid(tanh_argument(z).value);
+      return z * sigmoid(tanh_argument(z).value).value;
     case Activation::kSilu:
-      return z * sigmoid(z);
+      return z * sigmoid(z).value;
   }
   return z;
 }
@@ -113,12 +123,12 @@ MMK_INLINE A activation_slope(Activation activation, A z) {
     }
     case Activation::kGeluTanh: {
       const TanhArgument<A> argument = tanh_argument(z);
-      const A s = sigmoid(argument.value);
-      return s + z * s * (A(1) - s) * argument.slope;
+      const Sigmoid<A> s = sigmoid(argument.value);
+      return s.value + z * s.value * s.complement * argument.slope;
     }
     case Activation::kSilu: {
-      const A s = sigmoid(z);
-      return s * (A(1) + z * (A(1) - s));
+      const Sigmoid<A> s = sigmoid(z);
+      return s.value * (A(1) + z * s.complement);
     }
   }
   return A(1);
