@@ -137,7 +137,7 @@ TARGETS = (
         "papers",
     ),
     Target(
-        "adapter, every row / compile",
+        "adapter at bottleneck 64, every row / compile",
         {"op": "adapter", "device": "cpu", "headline": True},
         "speedup",
         1.2,

@@ -223,15 +223,25 @@ def saved_bytes(run: Any, parameters: list[Tensor]) -> int:
     return sum(sizes.values())
 
 
-@pytest.mark.parametrize("norm", [False, True])
-def test_saves_the_input_and_one_hidden_tensor(norm: bool) -> None:
+@pytest.mark.parametrize(
+    ("norm", "activation", "eager_keeps"),
+    [
+        (False, "relu", 16),
+        (False, "gelu", 2 * 16),
+        (True, "relu", 64 + 16 + 2),
+        (True, "gelu", 64 + 2 * 16 + 2),
+    ],
+)
+def test_saves_the_input_and_one_hidden_tensor(norm: bool, activation: str, eager_keeps: int) -> None:
     rows, width, bottleneck = 256, 64, 16
     arguments = inputs(rows, width, bottleneck, norm)
     x = arguments["x"] * 1  # the output of another module, which the adapter keeps alive
     parameters = [arguments[name] for name in PARAMETERS if arguments[name] is not None]
-    call = {**arguments, "x": x, "residual": x}
+    call = {**arguments, "x": x, "residual": x, "activation": activation}
     ours = saved_bytes(lambda: mmkernels.adapter(**call), parameters)
     assert ours == 4 * rows * (width + bottleneck + 2 * norm)
+    theirs = saved_bytes(lambda: eager(**call), parameters)
+    assert theirs == 4 * rows * (width + eager_keeps)
 
 
 @pytest.mark.parametrize("norm", [False, True])
