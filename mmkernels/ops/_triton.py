@@ -99,11 +99,11 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
         return 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
     elif ACTIVATION == GELU_TANH:
         cubic = 0.044715 * z * z
-        s = sigmoid(1.5957691216057308 * z * (1.0 + cubic))
-        return s * (1.0 + z * (1.0 - s) * 1.5957691216057308 * (1.0 + 3.0 * cubic))
+        u = 1.5957691216057308 * z * (1.0 + cubic)
+        # sigmoid(-u), which 1 - sigmoid(u) would give with few digits.
+        return sigmoid(u) * (1.0 + z * sigmoid(-u) * 1.5957691216057308 * (1.0 + 3.0 * cubic))
     elif ACTIVATION == SILU:
-        s = sigmoid(z)
-        return s * (1.0 + z * (1.0 - s))
+        return sigmoid(z) * (1.0 + z * sigmoid(-z))
     else:
         return tl.full(z.shape, 1.0, z.dtype)
 

@@ -12,7 +12,7 @@ import mmkernels
 from mmkernels.nn import Adapter
 from mmkernels.ops._common import ACTIVATE, ACTIVATIONS, accumulate_dtype
 from mmkernels.ops.adapter import reference
-from mmkernels.testing import Call, OpSpec, Shape, op_tests
+from mmkernels.testing import Call, OpSpec, Shape, assert_close_to_reference, op_tests
 
 PARAMETERS = ("down_weight", "down_bias", "up_weight", "up_bias", "norm_weight", "norm_bias")
 
@@ -205,6 +205,26 @@ def test_first_step_is_exact(norm: bool) -> None:
     assert module.down_weight.grad.count_nonzero() == 0
     assert module.down_bias.grad.count_nonzero() == 0
     assert module.up_weight.grad.count_nonzero() > 0
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATE))
+@pytest.mark.parametrize("window", [(-12.0, -6.0), (-6.0, -3.0), (-3.0, 3.0), (3.0, 6.0), (6.0, 12.0)])
+def test_activations_keep_their_digits(activation: str, window: tuple[float, float]) -> None:
+    """Where most of the sigmoid's or the normal distribution's digits are those of 0 or 1, too."""
+    one = torch.ones(1, 1)
+    z = torch.linspace(*window, 4001)[:, None]
+
+    def run(function: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        x = z.to(dtype).requires_grad_()
+        out = function(x, one.to(dtype))
+        (slope,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        return out.detach(), slope
+
+    ours = run(lambda x, w: mmkernels.adapter(x, w, None, w, None, activation=activation), torch.float32)
+    theirs = run(lambda x, _: ACTIVATE[activation](x), torch.float32)
+    exact = run(lambda x, _: ACTIVATE[activation](x), torch.float64)
+    for name, k, r, e in zip(("value", "slope"), ours, exact, theirs, strict=True):
+        assert_close_to_reference(k, r, e, torch.float32, name)
 
 
 def saved_bytes(run: Any, parameters: list[Tensor]) -> int:
