@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benches.problem import Runner
+from mmtransfer.measure import peak_memory
 
 # glibc, malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
@@ -62,16 +63,7 @@ class Cpu:
 
     def peak_memory(self, runner: Runner) -> int:
         state = runner.prepare()
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-            results = runner.run(state)
-        del results
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        held = peak = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            held += event.nbytes()
-            peak = max(peak, held)
-        return peak
+        return peak_memory(lambda: runner.run(state), "cpu")
 
     def set_memory(self, memory: str) -> None:
         if self._libc is None:
@@ -111,13 +103,7 @@ class Cuda:
 
     def peak_memory(self, runner: Runner) -> int:
         state = runner.prepare()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        results = runner.run(state)
-        torch.cuda.synchronize()
-        del results
-        return torch.cuda.max_memory_allocated() - before
+        return peak_memory(lambda: runner.run(state), "cuda")
 
     def set_memory(self, memory: str) -> None:
         """torch's caching allocator always reuses."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
+import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,8 +17,6 @@ from torch.nn import functional as F
 SECONDS = 4.0
 ROUNDS = (5, 25)
 _MEMORY_STEPS = 3
-# What else the process does at the time only adds to a peak, so the smallest of several counts.
-_MEMORY_RUNS = 3
 # Both sides compute in fp32 and in another order. Where that moves the input of a ReLU across zero, a whole
 # term of a gradient comes or goes; one in a hundred thousand does.
 _TOLERANCE = 1e-2
@@ -28,10 +24,10 @@ _TOLERANCE = 1e-2
 
 @dataclass(frozen=True)
 class StepCost:
-    """One training step: median milliseconds, and peak memory in MiB (None where it cannot be measured)."""
+    """One training step: median milliseconds, and peak memory in MiB."""
 
     milliseconds: float
-    memory_mib: float | None
+    memory_mib: float
 
 
 @dataclass(frozen=True)
@@ -107,13 +103,13 @@ def compare_steps(ours: Step, theirs: Step | None = None) -> StepComparison:
     """
     if theirs is None:
         (times,) = _interleave([ours])
-        return StepComparison(StepCost(statistics.median(times) * 1e3, _least_memory(ours)))
+        return StepComparison(StepCost(statistics.median(times) * 1e3, _memory(ours)))
     theirs.model.load_state_dict(ours.model.state_dict())
     difference = _difference(ours, theirs)
     our_times, their_times = _interleave([ours, theirs])
     return StepComparison(
-        mmkernels=StepCost(statistics.median(our_times) * 1e3, _least_memory(ours)),
-        eager=StepCost(statistics.median(their_times) * 1e3, _least_memory(theirs)),
+        mmkernels=StepCost(statistics.median(our_times) * 1e3, _memory(ours)),
+        eager=StepCost(statistics.median(their_times) * 1e3, _memory(theirs)),
         speedup=statistics.median(b / a for a, b in zip(our_times, their_times, strict=True)),
         difference=difference,
         agrees=difference <= _TOLERANCE,
@@ -147,49 +143,49 @@ def _interleave(steps: Sequence[Callable[[], None]]) -> list[list[float]]:
     return times
 
 
-def _least_memory(step: Step) -> float | None:
-    peaks = [_memory(step) for _ in range(_MEMORY_RUNS)]
-    return min((peak for peak in peaks if peak is not None), default=None)
-
-
-def _memory(step: Step) -> float | None:
-    """Peak MiB of a few steps above what is in use without them: activations, gradients, optimiser state.
-
-    On CUDA what the allocator hands out; on Linux the peak of the resident set, which the kernel keeps and
-    lets a process reset; elsewhere None.
-    """
+def _memory(step: Step) -> float:
+    """Peak MiB of a few steps above what is in use without them: activations, gradients, optimiser state."""
     step.reset()
     gc.collect()
-    if step.labels.is_cuda:
-        before = torch.cuda.memory_allocated()
+
+    def steps() -> None:
+        for _ in range(_MEMORY_STEPS):
+            step()
+
+    return peak_memory(steps, step.labels.device.type) / 2**20
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """Most bytes that torch's allocator held at once during one call beyond what it held before.
+
+    What the call returns counts. The size of the process is no measure of this: it also depends on what the
+    C library kept of memory freed earlier.
+
+    Args:
+        call: what to run.
+        device: type of the device whose memory counts, `"cpu"` or `"cuda"`.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        _run(step)
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
-    try:
-        _return_free_memory()
-        Path("/proc/self/clear_refs").write_text("5")
-        before = _status("VmHWM")
-        _run(step)
-        return (_status("VmHWM") - before) / 2**10
-    except (OSError, KeyError):
-        return None
-
-
-def _run(step: Step) -> None:
-    for _ in range(_MEMORY_STEPS):
-        step()
-
-
-def _return_free_memory() -> None:
-    """Have glibc give freed heap back, or a step would grow into it unseen; other C libraries keep theirs."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def _status(name: str) -> int:
-    """A size in KiB from /proc/self/status."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int({key: value for key, _, value in (line.partition(":") for line in lines)}[name].split()[0])
+        before = torch.cuda.memory_allocated()
+        results = call()
+        torch.cuda.synchronize()
+        del results
+        return torch.cuda.max_memory_allocated() - before
+    # Or the profiler says on stderr that it starts and stops.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        results = call()
+    del results
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak
 
 
 def _synchronize() -> None:

@@ -165,8 +165,8 @@ def caption(comparison: Comparison) -> str:
     return (
         "Test accuracy, mean ± standard deviation over the seeds where there are several; chance "
         f"{comparison.task['chance']:.1%}. A step is forward, backward and update of {kinds}; peak memory is "
-        "what the step adds, ratio is eager time / mmkernels time, round by round. Where eager is missing, "
-        "there is nothing that mmkernels would compute."
+        "what torch allocates for it, ratio is eager time / mmkernels time, round by round. Where eager is "
+        "missing, there is nothing that mmkernels would compute."
     )
 
 
