@@ -24,6 +24,7 @@ from benches.harness import relative_error
 from benches.problem import Runner
 from benches.record import Row
 from mmtransfer import aat, models
+from mmtransfer.measure import allocations
 
 CLASSES = 50
 #: 602 tokens: 12 x 50 patches of 16 x 16, 10 apart, and two class tokens.
@@ -211,12 +212,8 @@ class StepProblem:
 
 def held(forward: Any) -> tuple[Tensor, Tensor, int]:
     """Logits, loss, and the bytes that the pass has left allocated, which is what backward needs."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        logits, loss = forward()
-    profiler: Any = profile.profiler
-    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
-    return logits, loss, sum(event.nbytes() for event in events)
+    (logits, loss), changes = allocations(forward)
+    return logits, loss, sum(changes)
 
 
 def _adapter_gradients(model: nn.Module) -> list[Tensor]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,6 +22,8 @@ _MEMORY_STEPS = 3
 # Both sides compute in fp32 and in another order. Where that moves the input of a ReLU across zero, a whole
 # term of a gradient comes or goes; one in a hundred thousand does.
 _TOLERANCE = 1e-2
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -173,19 +177,23 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
         torch.cuda.synchronize()
         del results
         return torch.cuda.max_memory_allocated() - before
+    _, changes = allocations(call)
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def allocations(call: Callable[[], _T]) -> tuple[_T, list[int]]:
+    """What a call returns, and what torch's allocators gave (bytes) and took back (negative) during it.
+
+    Memory that was allocated before the call and is freed in it does not appear.
+    """
     # Or the profiler says on stderr that it starts and stops.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        results = call()
-    del results
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
+    profiler: Any = profile.profiler
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
 
 
 def _synchronize() -> None:

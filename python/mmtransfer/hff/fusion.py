@@ -136,9 +136,11 @@ class HFFb(Fusion):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check_input(x)
         for level in self.levels:
-            even = x.shape[1] // 2 * 2
-            pairs = level(x[:, :even]).view(-1, even // 2, self.dim)
-            x = pairs if even == x.shape[1] else torch.cat([pairs, x[:, even:]], dim=1)
+            odd = x.shape[1] % 2
+            # A split's backward pass is one concatenation; slices would pad their gradients and add them.
+            projected, rest = x.split([x.shape[1] - odd, odd], dim=1) if odd else (x, None)
+            pairs = level(projected).view(-1, projected.shape[1] // 2, self.dim)
+            x = pairs if rest is None else torch.cat([pairs, rest], dim=1)
         return self.projector(x.flatten(1))
 
 
@@ -178,11 +180,12 @@ class HFFub(Fusion):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self.check_input(x)
-        ends = [self.bottom(x[:, : self.bottom.taps])]
-        if self.taps > 1:
-            ends.append(x[:, self.bottom.taps])
-        if self.top is not None:
-            ends.append(self.top(x[:, self.bottom.taps + 1 :]))
+        if self.top is None:
+            bottom, *middle = x.split(self.bottom.taps, dim=1)
+            ends = [self.bottom(bottom), *(tap.squeeze(1) for tap in middle)]
+        else:
+            bottom, middle, top = x.split([self.bottom.taps, 1, self.top.taps], dim=1)
+            ends = [self.bottom(bottom), middle.squeeze(1), self.top(top)]
         return self.projector(torch.cat(ends, dim=1))
 
 
