@@ -4,13 +4,17 @@
 #include <vector>
 
 #include "simt/internal.h"
+#include "simt/races.h"
 
 namespace mmk::simt {
 namespace {
 
 struct Copy {
   void* target;
+  const void* source;
   int bytes;
+  int source_bytes;
+  const void* site;  // of the issue
   int64_t group;
   std::array<unsigned char, 16> data;
 };
@@ -21,11 +25,18 @@ struct Queue {
 };
 std::vector<Queue> queues;  // one for each thread of the block
 
+// The hardware reads and writes at any time from the issue to the wait, so both count as accesses.
+void record(const Copy& copy) {
+  if (copy.source_bytes > 0) record_access(copy.source, copy.source_bytes, AccessKind::kRead, copy.site);
+  record_access(copy.target, copy.bytes, AccessKind::kWrite, copy.site);
+}
+
 // Lands the copies of all groups before `group`.
 void land_before(int64_t group) {
   auto& copies = queues[thread_index()].copies;
   size_t landed = 0;
   for (; landed < copies.size() && copies[landed].group < group; ++landed) {
+    record(copies[landed]);
     std::memcpy(copies[landed].target, copies[landed].data.data(), copies[landed].bytes);
   }
   copies.erase(copies.begin(), copies.begin() + static_cast<std::ptrdiff_t>(landed));
@@ -50,7 +61,8 @@ void cp_async(void* shared, const void* global, int bytes, int source_bytes) {
   aligned_access(global, bytes);
   require_shared(shared, bytes, "cp.async");
   Queue& queue = queues[thread_index()];
-  Copy copy{shared, bytes, queue.open_group, {}};
+  Copy copy{shared, global, bytes, source_bytes, __builtin_return_address(0), queue.open_group, {}};
+  record(copy);
   if (source_bytes > 0) std::memcpy(copy.data.data(), global, source_bytes);
   std::memset(shared, 0xff, bytes);
   queue.copies.push_back(copy);

@@ -9,9 +9,10 @@ namespace mmk::simt {
 
 template <class T, class Update>
 T exchange(T* address, Update update) {
-  count_atomic();
+  begin_atomic(address, sizeof(T));
   const T old = *address;
   *address = update(old);
+  end_atomic();
   return old;
 }
 
@@ -78,5 +79,9 @@ void __stcs(T* address, std::type_identity_t<T> value) {
 }
 
 inline void __threadfence_block() {}
-inline void __threadfence() {}
-inline void __threadfence_system() {}
+inline void __threadfence() {
+  mmk::simt::threadfence();
+}
+inline void __threadfence_system() {
+  mmk::simt::threadfence();
+}

@@ -73,7 +73,7 @@ void report_deadlock() {
 }
 
 void fail(const char* format, ...) {
-  char text[1024];  // no heap: the stack of a thread with a fault is left as it is
+  char text[2048];  // no heap: the stack of a thread with a fault is left as it is
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(text, sizeof(text), format, arguments);

@@ -10,6 +10,12 @@
 
 namespace mmk::simt {
 
+#ifdef MMK_SIMT_ASAN
+inline constexpr size_t kStackBytes = 1 << 20;
+#else
+inline constexpr size_t kStackBytes = 256 << 10;
+#endif
+
 enum class State { kReady, kAtBarrier, kAtCollective, kExited };
 
 struct Fiber {
@@ -66,6 +72,9 @@ void suspend();
 
 // meeting_points.cpp: the others no longer wait for the current thread.
 void exit_thread();
+
+// meeting_points.cpp, at each atomic.
+void count_atomic();
 
 // faults.cpp: no thread can go on.
 void report_deadlock();

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "simt/machine.h"
+#include "simt/races.h"
 
 namespace mmk::simt {
 namespace {
@@ -33,6 +34,7 @@ void release_barrier_if_complete() {
     fiber.barrier_result = result;
   }
   machine.at_barrier = 0;
+  order_block();
 }
 
 bool same_collective(const Fiber& a, const Fiber& b) {
@@ -57,6 +59,7 @@ void complete_collective_of(unsigned thread) {
     frames[lane] = machine.fibers[first + lane].frame;
   }
   fiber.collective.complete(frames, present);
+  if (fiber.collective.orders_memory) order_lanes(thread / kWarpSize, present);
   warp.waiting &= ~present;
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     if (frames[lane] != nullptr) machine.fibers[first + lane].state = State::kReady;
@@ -122,5 +125,14 @@ void count_atomic() {
     fail("does atomics without end: a wait for a block that runs later, or a lost value");
   if (fiber.atomics % kAtomicsPerYield == 0) suspend();
 }
+
+#ifndef MMK_SIMT_RACES
+void begin_atomic(void*, size_t) {
+  count_atomic();
+}
+void end_atomic() {}
+void threadfence() {}
+void wait_for_previous_grid() {}
+#endif
 
 }  // namespace mmk::simt

@@ -24,12 +24,13 @@ struct Kernel {
 
 // Runs all blocks one after the other, every thread of a block as a fiber. Returns cudaSuccess,
 // cudaErrorInvalidConfiguration for a geometry that no GPU takes, or cudaErrorLaunchFailure for a fault in
-// the kernel.
-cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_smem_bytes);
+// the kernel. Overlapping: launched to start before the grid before it has ended.
+cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_smem_bytes,
+                     bool overlapping);
 
 template <class... Params, class... Args>
-cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_smem_bytes, cudaStream_t,
-                   Args&&... args) {
+cudaError_t launch(bool overlapping, void (*kernel)(Params...), dim3 grid, dim3 block,
+                   size_t dynamic_smem_bytes, cudaStream_t, Args&&... args) {
   struct Bound {
     void (*kernel)(Params...);
     std::tuple<Params...> args;
@@ -39,7 +40,8 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dyna
     const Bound& bound = *static_cast<const Bound*>(arguments);
     std::apply(bound.kernel, bound.args);
   };
-  return run_grid({reinterpret_cast<const void*>(kernel), invoke, &bound}, grid, block, dynamic_smem_bytes);
+  return run_grid({reinterpret_cast<const void*>(kernel), invoke, &bound}, grid, block, dynamic_smem_bytes,
+                  overlapping);
 }
 
 // Ends the launch with a fault; the message gets the kernel's name and the coordinates of the current thread.
@@ -71,7 +73,8 @@ BarrierResult block_barrier(int predicate, const std::source_location& where);
 struct Collective {
   const char* name;
   void (*complete)(void* const (&frames)[kWarpSize], unsigned present);
-  bool aligned;  // .sync.aligned: all 32 lanes of the warp must be there
+  bool aligned;                // .sync.aligned: all 32 lanes of the warp must be there
+  bool orders_memory = false;  // as __syncwarp does, and no other
 };
 void warp_collective(const Collective& collective, unsigned mask, void* frame,
                      const std::source_location& where);
@@ -79,8 +82,16 @@ void warp_collective(const Collective& collective, unsigned mask, void* frame,
 unsigned lane_index();
 // Lanes of the current warp that have not exited.
 unsigned live_lanes();
-// Called at each atomic: lets other threads run now and then, and faults on what looks like an endless wait.
-void count_atomic();
+// Around each atomic: lets other threads run now and then, and faults on what looks like an endless wait.
+void begin_atomic(void* address, size_t bytes);
+void end_atomic();
+void threadfence();
+
+// ---- programmatic dependent launch ----------------------------------------------------------------------
+
+// Until a thread of its block has called it, a thread of an overlapping grid must not touch what the grid
+// before writes.
+void wait_for_previous_grid();
 
 // ---- cp.async --------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@
 
 #include "simt/device.h"
 #include "simt/machine.h"
+#include "simt/races.h"
 
 uint3 threadIdx;
 uint3 blockIdx;
@@ -36,11 +37,6 @@ void suspend() {
 namespace {
 
 constexpr unsigned kMaxThreads = 1024;
-#ifdef MMK_SIMT_ASAN
-constexpr size_t kStackBytes = 1 << 20;
-#else
-constexpr size_t kStackBytes = 256 << 10;
-#endif
 constexpr size_t kGuardBytes = 64 << 10;
 
 void resume(unsigned thread) {
@@ -119,6 +115,7 @@ void run_block() {
   begin_block_shared();
   begin_block_copies(machine.threads);
   start_fibers();
+  begin_block_order();
   std::vector<unsigned> order;
   while (machine.live > 0) {
     set_order(order, machine.threads);
@@ -157,7 +154,8 @@ const char* check_geometry(dim3 grid, dim3 block, size_t dynamic_smem_bytes) {
 
 }  // namespace
 
-cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_smem_bytes) {
+cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_smem_bytes,
+                     bool overlapping) {
   if (machine.in_kernel) fail("launches a kernel");
   const std::lock_guard lock(machine.mutex);
   machine.kernel = kernel;
@@ -170,6 +168,7 @@ cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic
   gridDim = grid;
   blockDim = block;
   begin_grid_shared(dynamic_smem_bytes);
+  begin_grid_order(overlapping);
   std::vector<unsigned> order;
   set_order(order, size_t{grid.x} * grid.y * grid.z);
   for (const unsigned index : order) {

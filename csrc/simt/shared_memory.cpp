@@ -120,6 +120,30 @@ void require_shared(const void* address, size_t bytes, const char* what) {
   fail("%s: %zu bytes at %p are not in the shared memory of the block", what, bytes, address);
 }
 
+namespace {
+
+const Array* array_of(const void* address) {
+  const auto* byte = static_cast<const unsigned char*>(address);
+  for (const Array& array : arrays) {
+    if (byte >= array.data() && byte < array.data() + array.bytes) return &array;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+bool is_shared(const void* address) {
+  return array_of(address) != nullptr;
+}
+
+std::string shared_place(const void* address) {
+  const Array* array = array_of(address);
+  if (array == nullptr) return "no shared memory";
+  const auto byte = static_cast<const unsigned char*>(address) - array->data();
+  return (array->site == &kDynamicSite ? "" : "shared array ") + array->name + ", byte " +
+         std::to_string(byte);
+}
+
 void* aligned_access(const void* address, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
     fail("access of %zu bytes at %p, which is not aligned to it", alignment, address);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "simt/internal.h"
+#include "simt/races.h"
 
 namespace mmk::simt {
 namespace {
@@ -92,6 +93,10 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 void ldmatrix(uint32_t* fragment, int tiles, bool transposed, const void* row,
               const std::source_location& where) {
+  // Each lane reads the row whose address it gives; those of the lanes beyond are not used.
+  if (lane_index() < 8u * static_cast<unsigned>(tiles)) {
+    record_access(row, 16, AccessKind::kRead, __builtin_return_address(0));
+  }
   LoadFrame frame{fragment, tiles, transposed, row};
   warp_collective({"ldmatrix", complete_ldmatrix, true}, 0xffffffffu, &frame, where);
 }

@@ -74,7 +74,8 @@ Votes vote(const char* name, unsigned mask, int predicate, const std::source_loc
 
 void sync_warp(unsigned mask, const std::source_location& where) {
   char frame = 0;
-  warp_collective({"__syncwarp", [](void* const(&)[kWarpSize], unsigned) {}, false}, mask, &frame, where);
+  const auto nothing = [](void* const(&)[kWarpSize], unsigned) {};
+  warp_collective({"__syncwarp", nothing, false, true}, mask, &frame, where);
 }
 
 }  // namespace mmk::simt

@@ -33,6 +33,9 @@ SANITIZE_FLAGS = [
     "-fno-sanitize-recover=undefined",
     "-fno-omit-frame-pointer",
 ]
+# The calls that g++ inserts for ThreadSanitizer go to the runtime's own race detector.
+RACE_DEFINE = "-DMMK_SIMT_RACES"
+RACE_FLAGS = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
 SANITIZE_ENVIRONMENT = {"ASAN_OPTIONS": "exitcode=99", "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=98"}
 
 
@@ -106,18 +109,27 @@ def _object(source: Path, flags: Sequence[str]) -> Path:
 
 
 def build(
-    name: str, sources: Sequence[str | Path], *, sanitize: bool = False, defines: Sequence[str] = ()
+    name: str,
+    sources: Sequence[str | Path],
+    *,
+    races: bool = False,
+    sanitize: bool = False,
+    defines: Sequence[str] = (),
 ) -> Path:
     """Compiles `sources` (relative to the repository) with the runtime into one file under build/simt.
 
     Nothing is compiled again before its content, or that of a header, changes. The file is a shared library
     for `load`, or with `sanitize` a program for `run_program`, with ASan and UBSan; then one of the sources
-    has `main`. `defines` are preprocessor definitions such as "WIDTH=4".
+    has `main`. With `races`, races between threads are faults. `defines` are preprocessor definitions such
+    as "WIDTH=4".
     """
     flags = [*CXX_FLAGS, *(SANITIZE_FLAGS if sanitize else []), *(f"-D{define}" for define in defines)]
-    paths = [ROOT / source for source in sources]
+    flags += [RACE_DEFINE] if races else []
+    # The runtime's own accesses are not a kernel's.
+    work = [(ROOT / source, [*flags, *(RACE_FLAGS if races else [])]) for source in sources]
+    work += [(source, flags) for source in RUNTIME]
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
-        objects = list(pool.map(lambda path: _object(path, flags), [*paths, *RUNTIME]))
+        objects = list(pool.map(lambda item: _object(*item), work))
     target = BUILD / f"{name}-{_digest(*(file.name for file in objects))}{'' if sanitize else '.so'}"
     if target.exists():
         return target

@@ -137,7 +137,7 @@ class Problem:
 
 @pytest.fixture(scope="module")
 def kernels() -> simt_build.Library:
-    return simt_build.load(simt_build.build("adapter", SOURCES))
+    return simt_build.load(simt_build.build("adapter", SOURCES, races=True))
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class Problem:
 
 @pytest.fixture(scope="module")
 def kernels() -> simt_build.Library:
-    return simt_build.load(simt_build.build("layer_mix", SOURCES))
+    return simt_build.load(simt_build.build("layer_mix", SOURCES, races=True))
 
 
 def forward(

@@ -97,7 +97,7 @@ class Problem:
 
 @pytest.fixture(scope="module")
 def kernels() -> simt_build.Library:
-    return simt_build.load(simt_build.build("layer_project", SOURCES))
+    return simt_build.load(simt_build.build("layer_project", SOURCES, races=True))
 
 
 @dataclass(frozen=True)

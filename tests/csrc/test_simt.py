@@ -18,8 +18,8 @@ MISSING = simt_build.missing_tools()
 needs_headers = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
 
 
-def open_library(name: str, *defines: str) -> Library:
-    return simt_build.load(simt_build.build(name, [KERNELS / f"{name}.cu"], defines=defines))
+def open_library(name: str, *defines: str, races: bool = True) -> Library:
+    return simt_build.load(simt_build.build(name, [KERNELS / f"{name}.cu"], races=races, defines=defines))
 
 
 def bfloat16(values: np.ndarray) -> np.ndarray:
@@ -261,7 +261,9 @@ def run_fault(name: str, order: int, mended: bool) -> np.ndarray:
     """Runs one kernel of faults.cu; raises SimtFault where the runtime or the guards find something."""
     values = Guarded.of(np.linspace(1, 2, 64).astype(np.float32))
     out = Guarded(64, np.float32)
-    open_library("faults").call(f"{name}_fault", values.array, out.array, int(mended), order=order)
+    open_library("faults", races=False).call(
+        f"{name}_fault", values.array, out.array, int(mended), order=order
+    )
     out.check()
     return out.array
 
@@ -354,11 +356,66 @@ def test_largest_geometry_runs() -> None:
 
 @needs_headers
 def test_faults_leave_nothing_behind() -> None:
-    library = open_library("faults")
+    library = open_library("faults", races=False)
     with pytest.raises(SimtFault):
         run_fault("divergent_barrier", 0, mended=False)
     assert library.last_error() == ""
     assert np.isfinite(run_fault("divergent_barrier", 0, mended=True)).all()
+
+
+# ---- planted races, in the build that finds them -----------------------------------------------------------
+
+
+def run_race(name: str, order: int, mended: bool) -> np.ndarray:
+    values, scratch = np.linspace(1, 2, 64).astype(np.float32), np.zeros(129, np.float32)
+    out = Guarded(128, np.float32)
+    open_library("races").call(f"{name}_race", values, out.array, scratch, int(mended), order=order)
+    out.check()
+    return out.array
+
+
+# The places of the two accesses, either of which may come first, and whose memory it is.
+COPY = r"ptx\.cuh:\d+ in races\.cu:\d+"
+PLACE = r"races\.cu:\d+"
+FOUND = {
+    "read_before_barrier": (f"read at {PLACE}", f"write at {PLACE}", "shared array tile"),
+    "write_before_barrier": (f"read at {PLACE}", f"write at {PLACE}", "shared array tile"),
+    "same_value": (f"write at {PLACE}", f"write at {PLACE}", "shared array value, byte 0"),
+    "shuffle_for_barrier": (f"read at {PLACE}", f"write at {PLACE}", "shared array tile"),
+    "barrier_of_half_a_warp": (f"read at {PLACE}", f"write at {PLACE}", "shared array tile"),
+    "matrix_of_other_lanes": (f"read at {COPY}", f"write at {PLACE}", "shared array tile"),
+    "copy_to_a_stage_in_use": (f"read at {PLACE}", f"write at {COPY}", "shared array stage"),
+    "write_to_a_copied_place": (f"read at {COPY}", f"write at {PLACE}", "global memory"),
+    "blocks_write_the_same": (f"write at {PLACE}", f"write at {PLACE}", "global memory"),
+    "read_of_another_block": (f"read at {PLACE}", f"write at {PLACE}", "global memory"),
+    "ticket_without_fence": (f"read at {PLACE}", f"write at {PLACE}", "global memory"),
+    "atomic_and_plain": (r"atomic at atomics\.h", f"write at {PLACE}", "shared array count, byte 0"),
+    "read_before_grid_dependency": (f"read at {PLACE}", f"write at {PLACE}", "global memory"),
+}
+OTHERS = {
+    "blocks_write_the_same": "of another block",
+    "read_of_another_block": "of another block",
+    "ticket_without_fence": "of another block",
+    "read_before_grid_dependency": "of the grid before",
+}
+
+
+@needs_headers
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("name", FOUND)
+def test_races_are_found(name: str, order: int) -> None:
+    one, other, memory = FOUND[name]
+    of = OTHERS.get(name, "of the same block")
+    pairs = "|".join(f"{a}.* {of}, {b}.*" for a, b in ((one, other), (other, one)))
+    with pytest.raises(SimtFault, match=f"race: ({pairs}); of {memory}"):
+        run_race(name, order, mended=False)
+
+
+@needs_headers
+@pytest.mark.parametrize("name", FOUND)
+def test_mended_races_are_none(name: str) -> None:
+    out = simt_build.same_in_all_orders(lambda order: run_race(name, order, mended=True))
+    assert np.isfinite(out).all()
 
 
 # ---- other builds -----------------------------------------------------------------------------------------

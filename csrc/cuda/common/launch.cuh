@@ -20,8 +20,8 @@ cudaError_t launch(bool overlapping, void (*kernel)(Params...), dim3 grid, dim3 
                    size_t dynamic_smem_bytes, cudaStream_t stream, Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "one argument for each kernel parameter");
 #ifdef MMK_SIMT
-  (void)overlapping;
-  return simt::launch(kernel, grid, block, dynamic_smem_bytes, stream, static_cast<Args&&>(args)...);
+  return simt::launch(overlapping, kernel, grid, block, dynamic_smem_bytes, stream,
+                      static_cast<Args&&>(args)...);
 #else
   if (dynamic_smem_bytes > kDefaultSharedMemory) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),

@@ -171,7 +171,9 @@ MMK_DEVICE void grid_dependency_launch() {
 
 // Waits until the kernel before this one has ended and its writes are visible.
 MMK_DEVICE void grid_dependency_wait() {
-#if !defined(MMK_SIMT) && __CUDA_ARCH__ >= 900
+#if defined(MMK_SIMT)
+  simt::wait_for_previous_grid();
+#elif __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\n" ::: "memory");
 #endif
 }

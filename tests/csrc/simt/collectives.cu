@@ -60,7 +60,7 @@ __global__ void extremes(const int* values, int* integers, float* floats, unsign
   atomicMin(&integers[1], value);
   atomicAdd(&integers[2], value);
   auto* bits = reinterpret_cast<int*>(&floats[0]);
-  int seen = *bits;
+  int seen = atomicAdd(bits, 0);
   while (__int_as_float(seen) < static_cast<float>(value)) {
     const int before = atomicCAS(bits, seen, __float_as_int(static_cast<float>(value)));
     if (before == seen) break;

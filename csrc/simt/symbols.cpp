@@ -1,5 +1,5 @@
-// Names of kernels for messages. Kernels mostly lie in anonymous namespaces, which dladdr cannot name, so the
-// full symbol table of the file is read.
+// Names of kernels and places in their source, for messages. Kernels mostly lie in anonymous namespaces,
+// which dladdr cannot name, so the full symbol table of the file is read.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -7,6 +7,8 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iterator>
 #include <string>
@@ -57,6 +59,30 @@ std::string kernel_name(const void* function) {
   char address[32];
   std::snprintf(address, sizeof(address), "at %p", function);
   return address;
+}
+
+std::string source_place(const void* instruction) {
+  Dl_info info;
+  link_map* map = nullptr;
+  if (dladdr1(instruction, &info, reinterpret_cast<void**>(&map), RTLD_DL_LINKMAP) == 0 || map == nullptr) {
+    return "an unknown place";
+  }
+  const std::string path =
+      map->l_name[0] != '\0' ? map->l_name : std::filesystem::read_symlink("/proc/self/exe");
+  char command[64];
+  // One back: a return address is that of the next instruction.
+  std::snprintf(command, sizeof(command), "addr2line -s -i 0x%zx -e ",
+                static_cast<size_t>(reinterpret_cast<ElfW(Addr)>(instruction) - map->l_addr - 1));
+  FILE* pipe = popen((command + ("'" + path + "' 2>&1")).c_str(), "r");
+  if (pipe == nullptr) return "an unknown place";
+  std::string places;
+  char line[256];
+  while (std::fgets(line, sizeof(line), pipe) != nullptr) {
+    const std::string place(line, std::strcspn(line, " \n"));
+    places += (places.empty() ? "" : " in ") + place;
+  }
+  pclose(pipe);
+  return places;
 }
 
 }  // namespace mmk::simt

@@ -1,0 +1,32 @@
+// The race detector. In a build for it (MMK_SIMT_RACES) the compiler reports every access of a kernel, and
+// two accesses to the same memory are a fault if one writes and nothing orders them.
+#pragma once
+
+#include <cstddef>
+
+namespace mmk::simt {
+
+enum class AccessKind { kRead, kWrite, kAtomic };
+
+#ifdef MMK_SIMT_RACES
+
+// An access of the current thread, from the code at `site`.
+void record_access(const void* address, size_t bytes, AccessKind kind, const void* site);
+
+// What orders accesses. An overlapping grid may run while the one before it has not ended.
+void begin_grid_order(bool overlapping);
+void begin_block_order();
+void order_block();                               // all threads of the block have met
+void order_lanes(unsigned warp, unsigned lanes);  // these have met at __syncwarp
+
+#else
+
+inline void record_access(const void*, size_t, AccessKind, const void*) {}
+inline void begin_grid_order(bool) {}
+inline void begin_block_order() {}
+inline void order_block() {}
+inline void order_lanes(unsigned, unsigned) {}
+
+#endif
+
+}  // namespace mmk::simt
