@@ -93,8 +93,9 @@ class OpSpec:
     eager: Callable[..., Tensor] | None = None
     #: Sizes that torch.compile is to treat as dynamic: two shapes of one case that differ in them.
     dynamic: tuple[Shape, Shape] | None = None
-    #: The op calls the device's BLAS, whose rounding may depend on the number of threads.
-    library_products: bool = False
+    #: (device, backend) whose float32 products are the BLAS's: its rounding may depend on the number of
+    #: threads and of rows.
+    library_products: Sequence[tuple[str, str]] = ()
     #: Argument whose dtype is that of the result; the others may be of a wider one, as under autocast.
     activations: Sequence[str] = field(default=())
 
@@ -112,18 +113,6 @@ def assert_close_to_reference(
     ``max|K - R| <= 2 max|E - R| + 4 eps max|R|`` and ``rms(K - R) <= 1.5 rms(E - R) + eps rms(R)``, eps that
     of ``dtype``.
     """
-    assert_largest_error(kernel, reference, eager, dtype, name)
-    if dtype == torch.float64 or reference.numel() == 0:
-        return
-    k, r, e = (t.detach().double().cpu() for t in (kernel, reference, eager))
-    rms, allowed = _rms(k - r), 1.5 * _rms(e - r) + torch.finfo(dtype).eps * _rms(r)
-    assert rms <= allowed, f"{name}: rms error {rms:.3e}, allowed {allowed:.3e}"
-
-
-def assert_largest_error(
-    kernel: Tensor, reference: Tensor, eager: Tensor, dtype: torch.dtype, name: str = "result"
-) -> None:
-    """The first half of the tolerance rule."""
     assert kernel.shape == reference.shape, (
         f"{name}: shape {tuple(kernel.shape)}, expected {tuple(reference.shape)}"
     )
@@ -138,6 +127,8 @@ def assert_largest_error(
     eps = torch.finfo(dtype).eps
     worst, allowed = (k - r).abs().max(), 2 * (e - r).abs().max() + 4 * eps * r.abs().max()
     assert worst <= allowed, f"{name}: largest error {worst:.3e}, allowed {allowed:.3e}"
+    rms, allowed = _rms(k - r), 1.5 * _rms(e - r) + eps * _rms(r)
+    assert rms <= allowed, f"{name}: rms error {rms:.3e}, allowed {allowed:.3e}"
 
 
 def _rms(x: Tensor) -> Tensor:
@@ -162,6 +153,20 @@ def devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
+def away_from_zero(draw: Callable[[], Call], reference: Callable[..., Tensor]) -> Call:
+    """A drawn call in which rounding changes the sign of no input of relu, if a hundred draws have one.
+
+    With the sign a whole term of a gradient comes or goes, and no error bound holds.
+    """
+    for _ in range(100):
+        call = draw()
+        if call.arguments["activation"] != "relu":
+            break
+        if not (reference(**{**call.arguments, "activation": "none"}).abs() < 0.02).any():
+            break
+    return call
+
+
 def generator_for(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -177,31 +182,33 @@ def value_and_gradients(
     return out.detach(), list(zeros)
 
 
-#: A root mean square of fewer numbers is luck: such gradients are judged over several incoming gradients.
-FEWEST_FOR_RMS = 8
+#: The errors of fewer numbers are luck: such results and gradients are judged over several calls together.
+#: With 8 numbers, the ratio of kernel's and eager's is between 0.5 and 2.4 where over many it is 1.0.
+FEWEST_NUMBERS = 32
 
 
-def check_against_reference(spec: OpSpec, call: Call, backend: str, seed: int = 0) -> None:
-    """Values and all gradients of one call on one backend, by the tolerance rule."""
-    dtype = _result_dtype(spec, call)
-    target = spec.reference(**call.detached(requires_grad=False).arguments)
-    draws: list[list[tuple[Tensor, Tensor, Tensor]]] = []
-    while not draws or len(draws) * min(r.numel() or FEWEST_FOR_RMS for _, r, _ in draws[0]) < FEWEST_FOR_RMS:
-        generator = generator_for(seed + 1 + len(draws))
-        grad = torch.randn(target.shape, generator=generator).to(target)
+def check_against_reference(spec: OpSpec, make: Callable[[int], Call], backend: str, seed: int = 0) -> None:
+    """Values and all gradients on one backend, by the tolerance rule.
+
+    ``make(seed)`` builds a call; calls with further seeds are made where its tensors are small.
+    """
+    # For each result or gradient: what the kernel, the reference and eager give, one entry for each call.
+    found: list[list[tuple[Tensor, Tensor, Tensor]]] = []
+    while not found or len(found) * min(r.numel() or FEWEST_NUMBERS for _, r, _ in found[0]) < FEWEST_NUMBERS:
+        call = make(seed + 1000 * len(found))
+        target = spec.reference(**call.detached(requires_grad=False).arguments)
+        grad = torch.randn(target.shape, generator=generator_for(seed + 1 + len(found))).to(target)
         with poisoned_memory():
             out, gradients = value_and_gradients(spec.function, call.detached(), grad, backend=backend)
-        exact, exact_gradients = value_and_gradients(
-            spec.reference, call.detached(torch.float64), grad.double()
-        )
+        wide = call.detached(torch.float64)
+        exact, exact_gradients = value_and_gradients(spec.reference, wide, grad.double())
         eager, eager_gradients = value_and_gradients(spec.eager or spec.reference, call.detached(), grad)
+        dtype = _result_dtype(spec, call)
         assert out.dtype == dtype
-        assert_close_to_reference(out, exact, eager, dtype)
-        draws.append(list(zip(gradients, exact_gradients, eager_gradients, strict=True)))
-    for index, several in enumerate(zip(*draws, strict=True)):
-        name = f"gradient {index} of {call.differentiable}"
-        first = several[0]
-        assert_largest_error(first[0], first[1], first[2], dtype, name)
+        kernel = (out, *gradients)
+        found.append(list(zip(kernel, (exact, *exact_gradients), (eager, *eager_gradients), strict=True)))
+    for index, several in enumerate(zip(*found, strict=True)):
+        name = f"gradient {index - 1} of {call.differentiable}" if index else "result"
         k, r, e = (torch.stack(tensors) for tensors in zip(*several, strict=True))
         assert_close_to_reference(k, r, e, dtype, name)
 
@@ -226,7 +233,7 @@ def _layouts(tensor: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def op_tests(spec: OpSpec) -> type:
+def op_tests(spec: OpSpec, dtypes: Sequence[torch.dtype] = DTYPES) -> type:
     """A pytest class that tests the op in every way that does not depend on which op it is."""
     import hypothesis
     import pytest
@@ -235,7 +242,7 @@ def op_tests(spec: OpSpec) -> type:
     served = [
         pytest.param(device, backend, dtype, id=f"{device}-{backend}-{str(dtype).removeprefix('torch.')}")
         for device in devices()
-        for dtype in DTYPES
+        for dtype in dtypes
         for backend in backends(device, dtype)
     ]
     kernels = sorted({(p.values[0], p.values[1]) for p in served})
@@ -253,7 +260,7 @@ def op_tests(spec: OpSpec) -> type:
         @each_case
         @pytest.mark.parametrize(("device", "backend", "dtype"), served)
         def test_values_and_gradients(self, case: str, device: str, backend: str, dtype: torch.dtype) -> None:
-            check_against_reference(spec, build(spec.cases[case], dtype, device), backend)
+            check_against_reference(spec, lambda seed: build(spec.cases[case], dtype, device, seed), backend)
 
         @each_case
         def test_gradcheck(self, case: str) -> None:
@@ -282,8 +289,11 @@ def op_tests(spec: OpSpec) -> type:
         @each_kernel
         @pytest.mark.parametrize("layout", ["sliced", "permuted", "strided"])
         def test_input_layouts(self, case: str, device: str, backend: str, layout: str) -> None:
-            call = build(spec.cases[case], torch.float32, device)
-            check_against_reference(spec, call.mapped(lambda _, t: _layouts(t)[layout]), backend)
+            def laid_out(seed: int) -> Call:
+                call = build(spec.cases[case], torch.float32, device, seed)
+                return call.mapped(lambda _, t: _layouts(t)[layout])
+
+            check_against_reference(spec, laid_out, backend)
 
         @each_case
         @each_kernel
@@ -324,7 +334,8 @@ def op_tests(spec: OpSpec) -> type:
             )
             threads = torch.get_num_threads()
             try:
-                for count in (threads,) if spec.library_products else (threads, 1, 2):
+                by_library = (device, backend) in spec.library_products
+                for count in (threads,) if by_library else (threads, 1, 2):
                     torch.set_num_threads(count)
                     again, gradients = value_and_gradients(
                         spec.function, call.detached(), grad, backend=backend
@@ -340,6 +351,8 @@ def op_tests(spec: OpSpec) -> type:
         def test_batch_invariance(self, case: str, device: str, backend: str) -> None:
             if spec.alone is None:
                 pytest.skip("the op has no batch dimension")
+            if (device, backend) in spec.library_products:
+                pytest.skip("the rounding of the BLAS's products depends on the number of rows")
             call = build(spec.cases[case], torch.float32, device)
             out = spec.function(**call.arguments, backend=backend)
             for index in range(3):
@@ -402,9 +415,13 @@ def op_tests(spec: OpSpec) -> type:
         def test_wide_parameters(self, case: str, device: str, backend: str, dtype: torch.dtype) -> None:
             """float32 parameters beside half-precision activations, as autocast and master weights produce
             them."""
-            call = build(spec.cases[case], torch.float32, device)
-            mixed = call.mapped(lambda name, t: t.to(dtype) if name in spec.activations else t)
-            check_against_reference(spec, mixed, backend)
+
+            def mix(seed: int) -> Call:
+                call = build(spec.cases[case], torch.float32, device, seed)
+                return call.mapped(lambda name, t: t.to(dtype) if name in spec.activations else t)
+
+            check_against_reference(spec, mix, backend)
+            mixed = mix(0)
             for leaf, gradient in zip(
                 mixed.detached().leaves(),
                 value_and_gradients(spec.function, mixed.detached(), some_grad(mixed), backend=backend)[1],
@@ -460,12 +477,12 @@ def op_tests(spec: OpSpec) -> type:
 
         @each_kernel
         def test_fuzz(self, device: str, backend: str) -> None:
-            allowed = [dtype for dtype in DTYPES if backend in backends(device, dtype)]
+            allowed = [dtype for dtype in dtypes if backend in backends(device, dtype)]
 
             @hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
             @hypothesis.given(spec.shapes(), strategies.sampled_from(allowed), strategies.integers(0, 2**16))
             def run(shape: Shape, dtype: torch.dtype, seed: int) -> None:
-                check_against_reference(spec, build(shape, dtype, device, seed), backend, seed)
+                check_against_reference(spec, lambda seed: build(shape, dtype, device, seed), backend, seed)
 
             run()
 

@@ -75,7 +75,6 @@ __global__ void __launch_bounds__(kProjectThreads)
   MMK_SHARED(float, columns, kProjectWarps, kColumns);
   // The first lane of a warp owns the entries of the warp's rows.
   for (int row = warp_index(); lane_index() == 0 && row < rows.count; row += kProjectWarps) pulls[row] = 0.0f;
-  __syncwarp();
 
   float* partial = static_cast<float*>(args.partial_bias) + (chunk * shape.taps + rows.tap) * shape.outputs;
   for (int64_t first = 0; first < shape.outputs; first += kColumns) {

@@ -56,7 +56,7 @@ const char* cudaGetErrorString(cudaError_t error) {
     case cudaErrorInvalidConfiguration:
       return "invalid configuration argument";
     case cudaErrorLaunchFailure:
-      return "unspecified launch failure";
+      return mmk_simt_last_error();
     default:
       return "unrecognized error code";
   }

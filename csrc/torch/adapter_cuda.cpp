@@ -333,7 +333,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {rows.dx, down.weight, down.bias, up.weight, up.bias, down.norm_weight, down.norm_bias};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mmkernels, CUDA, m) {
+MMK_CUDA_KERNELS(m) {
   m.impl("adapter_fwd", TORCH_BOX(&forward));
   m.impl("adapter_bwd", TORCH_BOX(&backward));
 }

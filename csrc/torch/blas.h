@@ -15,13 +15,18 @@ inline void bmm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The same into a float32 `out`, without rounding the sums of half-precision factors in between. CUDA only.
+// The same into a float32 `out`, without rounding the sums of half-precision factors in between. torch has it
+// for CUDA only.
 inline void bmm_float_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   if (a.scalar_type() == ScalarType::Float) return bmm_out(out, a, b);
+#ifdef MMK_SIMT
+  bmm_out(out, torch::stable::to(a, ScalarType::Float), torch::stable::to(b, ScalarType::Float));
+#else
   std::array<StableIValue, 4> stack{from(a), from(b), from(ScalarType::Float), from(out)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "dtype_out", stack.data(), TORCH_ABI_VERSION));
   (void)torch::stable::detail::to<Tensor>(stack[0]);
+#endif
 }
 
 }  // namespace mmk::glue

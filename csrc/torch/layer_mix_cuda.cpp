@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   return gradients.outputs();
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mmkernels, CUDA, m) {
+MMK_CUDA_KERNELS(m) {
   m.impl("layer_mix_fwd", TORCH_BOX(&forward));
   m.impl("layer_mix_bwd", TORCH_BOX(&backward));
 }

@@ -148,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {dx, d_weight, d_bias, d_norm_weight, d_norm_bias};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(mmkernels, CUDA, m) {
+MMK_CUDA_KERNELS(m) {
   m.impl("layer_project_fwd", TORCH_BOX(&forward));
   m.impl("layer_project_bwd", TORCH_BOX(&backward));
 }

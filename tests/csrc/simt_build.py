@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
@@ -36,6 +37,13 @@ SANITIZE_FLAGS = [
 # The calls that g++ inserts for ThreadSanitizer go to the runtime's own race detector.
 RACE_DEFINE = "-DMMK_SIMT_RACES"
 RACE_FLAGS = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+# As CMake compiles the glue.
+TORCH = Path(torch.__file__).parent
+TORCH_FLAGS = [
+    *("-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
+    *("-isystem", str(TORCH / "include")),
+]
+TORCH_LINK_FLAGS = [f"-L{TORCH / 'lib'}", "-ltorch", "-ltorch_cpu"]
 SANITIZE_ENVIRONMENT = {"ASAN_OPTIONS": "exitcode=99", "UBSAN_OPTIONS": "print_stacktrace=1:exitcode=98"}
 
 
@@ -98,7 +106,9 @@ def _object(source: Path, flags: Sequence[str]) -> Path:
     include = cuda_include()
     if include is None:
         raise RuntimeError(missing_tools())
-    headers = _headers_digest(("simt",) if source in RUNTIME else ("simt", "cuda", "include"))
+    headers = _headers_digest(("simt",) if source in RUNTIME else ("simt", "cuda", "include", "torch"))
+    if _is_glue(source):
+        flags = [*flags, *TORCH_FLAGS]
     digest = _digest(source.name, *flags, str(include), headers, source.read_bytes())
     target = BUILD / f"{source.stem}-{digest}.o"
     if target.exists():
@@ -120,14 +130,15 @@ def build(
 
     Nothing is compiled again before its content, or that of a header, changes. The file is a shared library
     for `load`, or with `sanitize` a program for `run_program`, with ASan and UBSan; then one of the sources
-    has `main`. With `races`, races between threads are faults. `defines` are preprocessor definitions such
-    as "WIDTH=4".
+    has `main`. With `races`, races between threads are faults. Glue (csrc/torch) is
+    compiled and linked with torch. `defines` are preprocessor definitions such as "WIDTH=4".
     """
     flags = [*CXX_FLAGS, *(SANITIZE_FLAGS if sanitize else []), *(f"-D{define}" for define in defines)]
     flags += [RACE_DEFINE] if races else []
-    # The runtime's own accesses are not a kernel's.
-    work = [(ROOT / source, [*flags, *(RACE_FLAGS if races else [])]) for source in sources]
-    work += [(source, flags) for source in RUNTIME]
+    paths = [*(ROOT / source for source in sources), *RUNTIME]
+    # Accesses of the glue and of the runtime are not a kernel's.
+    watched = {path for path in paths if races and path not in RUNTIME and not _is_glue(path)}
+    work = [(path, [*flags, *(RACE_FLAGS if path in watched else [])]) for path in paths]
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
         objects = list(pool.map(lambda item: _object(*item), work))
     target = BUILD / f"{name}-{_digest(*(file.name for file in objects))}{'' if sanitize else '.so'}"
@@ -135,7 +146,12 @@ def build(
         return target
     # -Bsymbolic: each library has its own runtime, whatever else the process has loaded.
     link = SANITIZE_FLAGS if sanitize else ["-shared", "-Wl,-Bsymbolic"]
-    return _run(["g++", *link, *objects], target)
+    libraries = TORCH_LINK_FLAGS if any(map(_is_glue, paths)) else []
+    return _run(["g++", *link, *objects, *libraries], target)
+
+
+def _is_glue(source: Path) -> bool:
+    return source.parent == ROOT / "csrc" / "torch"
 
 
 def compile_for_gpus(source: Path) -> Path:

@@ -51,7 +51,21 @@ def project_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
     return step, weight
 
 
-STEPS = {"layer_mix": mix_step, "layer_project": project_step}
+def adapter_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
+    x = torch.randn(300, 128, device="cuda", dtype=torch.bfloat16)
+    down = torch.randn(32, 128, device="cuda", requires_grad=True)
+    up = torch.randn(128, 32, device="cuda", requires_grad=True)
+    gain = torch.ones(128, device="cuda", requires_grad=True)
+
+    def step() -> Tensor:
+        out = mmkernels.adapter(x, down, None, up, residual=x, norm_weight=gain, backend=backend)
+        (grad, *_) = torch.autograd.grad(out.float().square().sum(), (down, up, gain))
+        return grad
+
+    return step, down
+
+
+STEPS = {"layer_mix": mix_step, "layer_project": project_step, "adapter": adapter_step}
 each = pytest.mark.parametrize("op", list(STEPS))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 

@@ -12,7 +12,7 @@ import mmkernels
 from mmkernels.nn import Adapter
 from mmkernels.ops._common import ACTIVATE, ACTIVATIONS, accumulate_dtype
 from mmkernels.ops.adapter import reference
-from mmkernels.testing import Call, OpSpec, Shape, assert_close_to_reference, op_tests
+from mmkernels.testing import Call, OpSpec, Shape, assert_close_to_reference, away_from_zero, op_tests
 
 PARAMETERS = ("down_weight", "down_bias", "up_weight", "up_bias", "norm_weight", "norm_bias")
 
@@ -24,21 +24,38 @@ def make(shape: Shape, dtype: torch.dtype, device: torch.device, generator: torc
         return torch.randn(size, generator=generator).to(device, dtype)
 
     norm, bias = shape.get("norm", False), shape.get("bias", True)
-    x = random(*rows, width) * 2 + 0.5
-    residual = {"none": None, "own": random(*rows, width)}.get(shape.get("residual", "none"))
-    arguments = {
-        "x": x,
-        "down_weight": random(bottleneck, width) / max(width, 1) ** 0.5,
-        "down_bias": random(bottleneck) if bias else None,
-        "up_weight": random(width, bottleneck) / max(bottleneck, 1) ** 0.5,
-        "up_bias": random(width) if bias else None,
-        "residual": residual,
-        "norm_weight": 1 + 0.3 * random(width) if norm else None,
-        "norm_bias": random(width) if norm else None,
-        "scale": shape.get("scale", 1.0),
-        "activation": shape.get("activation", "relu"),
-    }
-    return Call(arguments, ("x", "residual", *PARAMETERS))
+
+    def draw() -> Call:
+        arguments = {
+            "x": random(*rows, width) * 2 + 0.5,
+            "down_weight": random(bottleneck, width) / max(width, 1) ** 0.5,
+            "down_bias": random(bottleneck) if bias else None,
+            "up_weight": random(width, bottleneck) / max(bottleneck, 1) ** 0.5,
+            "up_bias": random(width) if bias else None,
+            "residual": random(*rows, width) if shape.get("residual", "none") == "own" else None,
+            "norm_weight": 1 + 0.3 * random(width) if norm else None,
+            "norm_bias": random(width) if norm else None,
+            "scale": shape.get("scale", 1.0),
+            "activation": shape.get("activation", "relu"),
+        }
+        return Call(arguments, ("x", "residual", *PARAMETERS))
+
+    return away_from_zero(draw, hidden)
+
+
+def hidden(
+    x: Tensor, down_weight: Tensor, down_bias: Any, *, norm_weight: Any, norm_bias: Any, **_: Any
+) -> Tensor:
+    """What the activation gets."""
+    return mmkernels.layer_project(
+        x.reshape(-1, 1, x.shape[-1]),
+        down_weight.unsqueeze(0),
+        None if down_bias is None else down_bias.unsqueeze(0),
+        norm_weight=None if norm_weight is None else norm_weight.unsqueeze(0),
+        norm_bias=None if norm_bias is None else norm_bias.unsqueeze(0),
+        activation="none",
+        backend="reference",
+    )
 
 
 def eager(
@@ -126,7 +143,7 @@ SPEC = OpSpec(
         "gelu": {"N": (3, 5), "D": 20, "d": 12, "norm": True, "activation": "gelu", "residual": "own"},
         "gelu_tanh": {"N": (5,), "D": 16, "d": 8, "norm": True, "activation": "gelu_tanh"},
         "silu": {"N": (5,), "D": 16, "d": 8, "norm": True, "activation": "silu", "scale": 2.0},
-        "one_unit": {"N": (4,), "D": 8, "d": 1, "norm": True},
+        "one_unit": {"N": (40,), "D": 8, "d": 1, "norm": True},
         "blocks": {"N": (300,), "D": 24, "d": 5, "norm": True, "activation": "silu", "residual": "own"},
     },
     zero_cases={
@@ -139,6 +156,7 @@ SPEC = OpSpec(
     dynamic=({"N": (9,)}, {"N": (14,)}),
     activations=("x", "residual"),
     alone=alone,
+    library_products=(("cuda", "native"),),
 )
 TestAdapter = op_tests(SPEC)
 

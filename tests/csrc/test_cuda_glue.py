@@ -1,0 +1,94 @@
+"""The torch ops of the CUDA kernels, glue and all, on CPU tensors.
+
+csrc/torch/*_cuda.cpp and the kernels behind it, compiled for the host SIMT runtime, take the place of the CPU
+kernels under mmkernels' functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import simt_build
+import test_adapter
+import test_layer_mix
+import test_layer_project
+import torch
+
+import mmkernels
+from mmkernels.ops.adapter import schema as adapter_schema
+from mmkernels.ops.layer_mix import schema as layer_mix_schema
+from mmkernels.ops.layer_project import schema as layer_project_schema
+from mmkernels.testing import OpSpec, generator_for, op_tests
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(simt_build.missing_tools() is not None, reason=str(simt_build.missing_tools())),
+]
+NAMESPACE = "mmkernels_simt"
+SCHEMAS: dict[str, ModuleType] = {
+    "adapter": adapter_schema,
+    "layer_mix": layer_mix_schema,
+    "layer_project": layer_project_schema,
+}
+SOURCES = sorted(
+    path.relative_to(simt_build.ROOT)
+    for folder, pattern in (("cuda", "*.cu"), ("torch", "*_cuda.cpp"))
+    for path in (simt_build.ROOT / "csrc" / folder).glob(pattern)
+)
+# CUDA kernels take no float64, and the device does not change what these look at.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ELSEWHERE = ("test_gradcheck", "test_opcheck", "test_compile", "test_backend_names")
+
+
+@functools.cache
+def library() -> tuple[simt_build.Library, torch.library.Library]:
+    """The loaded library, and the definitions of its ops, which are those of mmkernels under another name."""
+    definitions = torch.library.Library(NAMESPACE, "DEF")
+    for name, module in SCHEMAS.items():
+        for direction, fake in (("fwd", module._forward_fake), ("bwd", module._backward_fake)):
+            schema = str(getattr(torch.ops.mmkernels, f"{name}_{direction}").default._schema)
+            definitions.define(schema.removeprefix("mmkernels::"))
+            torch.library.register_fake(f"{NAMESPACE}::{name}_{direction}", fake, lib=definitions)
+    path = simt_build.build("glue", SOURCES, races=True)
+    torch.ops.load_library(str(path))
+    return simt_build.load(path), definitions
+
+
+@pytest.fixture(autouse=True)
+def _cuda_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    kernels, _ = library()
+    for name, module in SCHEMAS.items():
+        ops = getattr(torch.ops, NAMESPACE)
+        forward, backward = getattr(ops, f"{name}_fwd"), getattr(ops, f"{name}_bwd")
+        monkeypatch.setitem(module.OPS, "native", (forward.default, backward.default))
+    kernels.set_order(2)
+    yield
+    # A fault fails the op with the same message; what is left belongs to this test alone.
+    kernels.functions.mmk_simt_clear_error()
+
+
+def on_the_cpu(spec: OpSpec) -> type:
+    products = [("cpu", backend) for device, backend in spec.library_products if device == "cuda"]
+    # Cases of many rows take minutes here; the kernels' own tests have their sizes.
+    cases = {name: case for name, case in spec.cases.items() if name != "many_rows"}
+    tests = op_tests(dataclasses.replace(spec, library_products=products, cases=cases), DTYPES)
+    return type(tests.__name__, (tests,), dict.fromkeys(ELSEWHERE))
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_rows_of_a_fused_adapter_do_not_depend_on_each_other(norm: bool) -> None:
+    shape = {"N": (150,), "D": 64, "d": 24, "norm": norm, "residual": "own", "activation": "gelu"}
+    call = test_adapter.make(shape, torch.bfloat16, torch.device("cpu"), generator_for(0))
+    together = mmkernels.adapter(**call.arguments)
+    for begin, end in ((0, 1), (7, 90), (149, 150)):
+        rows = call.mapped(lambda name, t, b=begin, e=end: t[b:e] if name in ("x", "residual") else t)
+        assert torch.equal(mmkernels.adapter(**rows.arguments), together[begin:end])
+
+
+TestAdapter = on_the_cpu(test_adapter.SPEC)
+TestLayerMix = on_the_cpu(test_layer_mix.SPEC)
+TestLayerProject = on_the_cpu(test_layer_project.SPEC)
