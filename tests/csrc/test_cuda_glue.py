@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 import pytest
@@ -17,12 +17,13 @@ import test_adapter
 import test_layer_mix
 import test_layer_project
 import torch
+from torch import Tensor
 
 import mmkernels
 from mmkernels.ops.adapter import schema as adapter_schema
 from mmkernels.ops.layer_mix import schema as layer_mix_schema
 from mmkernels.ops.layer_project import schema as layer_project_schema
-from mmkernels.testing import OpSpec, generator_for, op_tests
+from mmkernels.testing import Call, OpSpec, check_against_reference, generator_for, op_tests
 
 pytestmark = [
     pytest.mark.slow,
@@ -77,6 +78,58 @@ def on_the_cpu(spec: OpSpec) -> type:
     cases = {name: case for name, case in spec.cases.items() if name != "many_rows"}
     tests = op_tests(dataclasses.replace(spec, library_products=products, cases=cases), DTYPES)
     return type(tests.__name__, (tests,), dict.fromkeys(ELSEWHERE))
+
+
+# Of the fused kernel, and of library products with kernels behind them.
+each_path = pytest.mark.parametrize(("width", "bottleneck"), [(64, 24), (33, 17)], ids=["fused", "products"])
+each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", [False, True])
+@each_path
+def test_an_adapter_adds_its_input(width: int, bottleneck: int, norm: bool, dtype: torch.dtype) -> None:
+    """Where the residual is x, the op reads it once and its gradient goes to dx."""
+
+    def added(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda x, residual, **arguments: function(x=x, residual=x, **arguments)
+
+    spec = dataclasses.replace(
+        test_adapter.SPEC,
+        function=added(mmkernels.adapter),
+        reference=added(test_adapter.SPEC.reference),
+        eager=added(test_adapter.eager),
+    )
+    shape = {"N": (70,), "D": width, "d": bottleneck, "norm": norm, "activation": "silu"}
+
+    def make(seed: int) -> Call:
+        return test_adapter.make(shape, dtype, torch.device("cpu"), generator_for(seed))
+
+    check_against_reference(spec, make, "native")
+
+
+@each_half
+@each_path
+def test_a_large_mean_of_an_adapter(width: int, bottleneck: int, dtype: torch.dtype) -> None:
+    """The mean must not be multiplied with what rounding leaves of centred weights."""
+    shape = {"N": (70,), "D": width, "d": bottleneck, "norm": True, "activation": "none"}
+
+    def make(seed: int) -> Call:
+        call = test_adapter.make(shape, dtype, torch.device("cpu"), generator_for(seed))
+        return call.mapped(lambda name, tensor: tensor + 40 if name == "x" else tensor)
+
+    check_against_reference(test_adapter.SPEC, make, "native")
+
+
+@each_half
+def test_a_large_mean_of_layer_project(dtype: torch.dtype) -> None:
+    shape = {"N": 70, "L": 2, "C": 64, "O": 17, "norm": True, "activation": "none"}
+
+    def make(seed: int) -> Call:
+        call = test_layer_project.make(shape, dtype, torch.device("cpu"), generator_for(seed))
+        return call.mapped(lambda name, tensor: tensor + 40 if name == "x" else tensor)
+
+    check_against_reference(test_layer_project.SPEC, make, "native")
 
 
 @pytest.mark.parametrize("norm", [False, True])
