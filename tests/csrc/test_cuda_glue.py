@@ -80,6 +80,10 @@ def on_the_cpu(spec: OpSpec) -> type:
     return type(tests.__name__, (tests,), dict.fromkeys(ELSEWHERE))
 
 
+def test_every_op_is_here() -> None:
+    assert set(SCHEMAS) == {path.parent.name for path in simt_build.ROOT.glob("mmkernels/ops/*/schema.py")}
+
+
 # Of the fused kernel, and of library products with kernels behind them.
 each_path = pytest.mark.parametrize(("width", "bottleneck"), [(64, 24), (33, 17)], ids=["fused", "products"])
 each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
