@@ -1,27 +1,46 @@
-"""Transfer of speech and audio transformers: rebuilds of published methods on the ops of `mmkernels`.
+"""Transfer of speech and audio transformers: re-implementations of published methods on the ops of
+`mmkernels`.
 
-    from mmtransfer import aat        # adapters in a frozen encoder, and other ways to tune a few parameters
-    from mmtransfer import hff        # hierarchical feature fusion over a frozen encoder
-    from mmtransfer import data       # labelled recordings, real and generated
+    from mmtransfer import prepare, AdaptedModel     # adapt a model with its own training code, or train
+    one here from mmtransfer import TappedEncoder, hff        # read the layers of a frozen encoder, and
+    fuse them from mmtransfer import Method, Edit, registry    # write a method
 
-Submodules are imported when they are first used. Command line: ``mmtransfer --help``.
+Names are imported when they are first used. Command line: ``mmtransfer --help``.
 """
 
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
-_SUBMODULES = ("aat", "compare", "data", "hff", "models", "report", "train")
+_MODULES = ("aat", "baselines", "compare", "data", "encoders", "hff", "registry", "tasks", "training")
+_NAMES = {
+    "AdaptedModel": "model",
+    "Edit": "encoders",
+    "Encoder": "encoders",
+    "Group": "method",
+    "Method": "method",
+    "Prepared": "preparation",
+    "TappedEncoder": "encoders",
+    "Taps": "encoders",
+    "get_prepared": "preparation",
+    "load": "checkpoint",
+    "load_prepared": "checkpoint",
+    "prepare": "preparation",
+    "revert": "preparation",
+    "save": "checkpoint",
+}
 
-__all__ = list(_SUBMODULES)
+__all__ = [*_MODULES, *_NAMES]
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _SUBMODULES:
+def __getattr__(name: str) -> Any:
+    if name in _NAMES:
+        return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_SUBMODULES])
+    return sorted([*globals(), *__all__])

@@ -1,4 +1,8 @@
-"""A folder with `config.json` and `model.safetensors`, written atomically and read strictly."""
+"""One checkpoint for every adapted model: a folder with `config.json` and `model.safetensors`.
+
+It holds what training changes (adapters, readout, head) and how to build it again, not the pretrained model.
+Files are replaced atomically and read strictly.
+"""
 
 from __future__ import annotations
 
@@ -12,61 +16,185 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModel
+
+import mmkernels
+from mmtransfer import registry
+from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.model import AdaptedModel
+from mmtransfer.preparation import Prepared, get_prepared, is_prepared, prepare
+from mmtransfer.tasks import find_task
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+FORMAT = "mmtransfer"
 
 
-def write_checkpoint(
-    folder: str | Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> None:
-    """Write a configuration, which names its "method", and tensors into `folder`, made if need be.
+def save(model: nn.Module, folder: str | Path) -> None:
+    """Write the trained part of an `AdaptedModel`, or of a model that `prepare` prepared, into `folder`.
 
-    Each file is replaced in one step. Files of an earlier checkpoint of the same method are replaced;
-    anything else in the folder is left alone.
+    Running statistics of batch norms are written too: they move in training mode even where the rest of the
+    model is frozen. How the method is computed (backend, rewrite, recompute) is not part of it. An earlier
+    checkpoint there is replaced, each file in one step; other files are left alone.
 
     Raises:
-        FileExistsError: one of the two files is there, and not from this method.
+        ValueError: the model is neither of the two.
+        FileExistsError: the folder has files of these names that are not a checkpoint of this package.
     """
     folder = Path(folder)
-    _refuse_foreign_files(folder, config["method"])
+    config = {"format": FORMAT, "mmkernels_version": mmkernels.__version__}
+    if isinstance(model, AdaptedModel):
+        config |= _describe_adapted(model)
+        tensors = model.trained_tensors()
+    else:
+        prepared = get_prepared(model)
+        config |= _describe_prepared(model, prepared)
+        tensors = prepared.trained_tensors()
+    _refuse_foreign_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(config, indent=2) + "\n"
-    _replace(folder / WEIGHTS, lambda path: save_file(ready, path, metadata={"format": "pt"}))
-    _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    replace_file(folder / WEIGHTS, lambda path: save_file(ready, path, metadata={"format": "pt"}))
+    replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def read_checkpoint(folder: str | Path, method: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The configuration and the tensors of a folder that `write_checkpoint` wrote.
+def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> AdaptedModel:
+    """The `AdaptedModel` that `save` wrote, in eval mode.
+
+    Args:
+        folder: where `config.json` and `model.safetensors` are.
+        model: the transformers model with the encoder; None loads the one named in the configuration.
+        runtime: options of the method that say how it is computed: backend, rewrite, recompute.
 
     Raises:
-        FileNotFoundError: one of the two files is missing.
-        ValueError: the configuration is not one of this method.
+        FileNotFoundError: a file is missing.
+        ValueError: another kind of checkpoint, an unknown method or task, a model of another type or size (it
+            is untouched), or weights that do not fit, each named.
     """
+    config, tensors = _read(folder)
+    if "task" not in config:
+        raise ValueError(f"{folder} was saved from a prepared model; load it by load_prepared(model, folder)")
+    base = config["base_model"]
+    if model is None:
+        if not base["name_or_path"]:
+            raise ValueError(f"{folder} was saved from an unnamed encoder; pass it as model")
+        model = AutoModel.from_pretrained(base["name_or_path"])
+    _check_base(Encoder(model), base, folder)
+    method = registry.find(registry.find(config["method"], **config["options"]), **runtime)
+    task = config["task"] and find_task(config["task"]["name"])(**config["task"]["options"])
+    dtype = None if base["dtype"] is None else getattr(torch, base["dtype"])
+    adapted = AdaptedModel(model, method, task, dtype=dtype)
+    try:
+        _copy_strictly(adapted.trained_tensors(), tensors, folder)
+    except BaseException:
+        adapted.revert()
+        raise
+    return adapted.eval()
+
+
+def load_prepared(model: nn.Module, folder: str | Path, **options: Any) -> Prepared:
+    """Load what `save` wrote from a prepared model into the same model, prepared or not.
+
+    Args:
+        model: prepared here as the folder says, unless it is prepared already.
+        options: for a model that is not: runtime options of the method, and `description`, as for `prepare`.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: another kind of checkpoint, a model prepared in another way, or weights that do not fit,
+            each named. The model is untouched.
+    """
+    config, tensors = _read(folder)
+    if "head" not in config:
+        raise ValueError(f"{folder} was saved from an AdaptedModel; load it by load(folder, model)")
+    if is_prepared(model):
+        prepared = get_prepared(model)
+        _check_same(_describe_prepared(model, prepared), config, folder)
+        _copy_strictly(prepared.trained_tensors(), tensors, folder)
+        return prepared
+    method = registry.find(config["method"], **config["options"])
+    prepared = prepare(model, method, head=config["head"], **options)
+    try:
+        _copy_strictly(prepared.trained_tensors(), tensors, folder)
+    except BaseException:
+        prepared.revert()
+        raise
+    return prepared
+
+
+def _describe_adapted(model: AdaptedModel) -> dict[str, Any]:
+    encoder, task = model.encoder, model.task
+    return {
+        "method": model.method.name,
+        "options": model.method.options(),
+        "task": None if task is None else {"name": task.name, "options": task.options()},
+        "base_model": {
+            **_describe_base(encoder.parts),
+            # Only where the user chose one.
+            "dtype": str(encoder.dtype).removeprefix("torch.") if encoder.dtype_given else None,
+        },
+    }
+
+
+def _describe_prepared(model: nn.Module, prepared: Prepared) -> dict[str, Any]:
+    return {
+        "method": prepared.method.name,
+        "options": prepared.method.options(),
+        "head": prepared.head,
+        "base_model": _describe_base(prepared.edit.encoder),
+    }
+
+
+def _describe_base(encoder: Encoder) -> dict[str, Any]:
+    """The type and size that a model must share with the trained one, and where that was from."""
+    config: Any = getattr(encoder.model, "config", None)
+    return {
+        "name_or_path": getattr(config, "_name_or_path", None),
+        "model_type": encoder.description.model_type,
+        "hidden_size": encoder.hidden_size,
+        "num_layers": encoder.num_layers,
+    }
+
+
+def _check_base(encoder: Encoder, base: Mapping[str, Any], folder: str | Path) -> None:
+    for name, found in _describe_base(encoder).items():
+        if name != "name_or_path" and found != base[name]:
+            raise ValueError(f"{folder} was trained on an encoder of {name} {base[name]!r}, got {found!r}")
+
+
+def _check_same(own: Mapping[str, Any], saved: Mapping[str, Any], folder: str | Path) -> None:
+    flat = [
+        {"method": config["method"], "head": config["head"]}
+        | {name: value for part in config["options"].values() for name, value in part.items()}
+        for config in (own, json.loads(json.dumps(saved)))
+    ]
+    mine, theirs = json.loads(json.dumps(flat[0])), flat[1]
+    differences = [
+        f"{name} {theirs.get(name)!r}, not {mine.get(name)!r}"
+        for name in {**mine, **theirs}
+        if mine.get(name) != theirs.get(name)
+    ]
+    if differences:
+        raise ValueError(f"{folder} was saved from a model prepared with {'; '.join(differences)}")
+
+
+def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{folder} has no {name}; a saved {method} model has {CONFIG} and {WEIGHTS}"
-            )
+            raise FileNotFoundError(f"{folder} has no {name}; a checkpoint has {CONFIG} and {WEIGHTS}")
     config = _read_config(folder / CONFIG)
-    if config is None or config.get("method") != method:
-        found = None if config is None else config.get("method")
-        raise ValueError(f'{folder / CONFIG} must have "method": {method!r}, got {found!r}')
+    if config is None or config.get("format") != FORMAT:
+        raise ValueError(
+            f'{folder / CONFIG} must have "format": {FORMAT!r}; it is no checkpoint of mmtransfer'
+        )
     return config, load_file(folder / WEIGHTS)
 
 
-def load_strictly(module: nn.Module, tensors: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Copy tensors into a module that has exactly these, of these shapes; ValueError lists what differs."""
-    check_fit(module.state_dict(), tensors, source)
-    module.load_state_dict(dict(tensors))
-
-
-def check_fit(
+def _copy_strictly(
     own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str | Path
 ) -> None:
-    """Raise a ValueError that lists what differs, unless `tensors` have the names and shapes of `own`."""
+    """Copy tensors over exactly these, of these shapes; a ValueError lists all differences."""
     differences = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
     differences += [f"{name} is unknown" for name in sorted(tensors.keys() - own.keys())]
     differences += [
@@ -76,16 +204,19 @@ def check_fit(
     ]
     if differences:
         raise ValueError(f"the weights in {source} do not fit: {'; '.join(differences)}")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
 
-def _refuse_foreign_files(folder: Path, method: str) -> None:
+def _refuse_foreign_files(folder: Path) -> None:
     present = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
     if not present:
         return
     config = _read_config(folder / CONFIG) if CONFIG in present else None
-    if config is None or config.get("method") != method:
+    if config is None or config.get("format") != FORMAT:
         raise FileExistsError(
-            f"{folder} holds a {present[0]} that is not from method {method!r}; save into another folder"
+            f"{folder} holds a {present[0]} that is not from mmtransfer; save into another folder"
         )
 
 
@@ -98,8 +229,8 @@ def _read_config(path: Path) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the target, then put it in place in one step."""
+def replace_file(target: Path, write: Callable[[Path], object]) -> None:
+    """Write a temporary file next to the target, then put it in place in one step."""
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     os.close(handle)
     temporary = Path(name)

@@ -9,7 +9,8 @@ import torch
 from tiny_encoders import TINY, make_input
 from torch import nn
 
-from mmtransfer import aat, models
+from mmtransfer import aat
+from mmtransfer.encoders import descriptions as models
 
 
 def build(model_type: str, **changes: Any) -> nn.Module:

@@ -8,7 +8,7 @@ import torch
 from tiny_encoders import BASE_VARIANT, TINY, make_input
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmtransfer import models
+from mmtransfer.encoders import descriptions as models
 
 ALL_TAPS = ("embeddings", 0, 1, 2, 3)
 MASKED = [name for name, row in models.MODELS.items() if row.takes_mask]

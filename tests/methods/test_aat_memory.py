@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import ASTConfig, ASTModel
 
 from mmkernels._library import load_errors
-from mmtransfer import aat, models
+from mmtransfer import aat
+from mmtransfer.encoders import descriptions as models
 
 WIDTH = 768
 

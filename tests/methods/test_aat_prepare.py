@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import ASTConfig, ASTForAudioClassification
 
-from mmtransfer import aat, models
+from mmtransfer import aat
+from mmtransfer.encoders import descriptions as models
 
 AAT = ("aat_ms", "aat_m", "aat_s")
 WITH_NEW_PARAMETERS = (*AAT, "houlsby", "prompt")

@@ -9,7 +9,8 @@ import torch
 from aat_models import build, encode, gradients, prepared
 from tiny_encoders import BASE_VARIANT, TINY, make_input
 
-from mmtransfer import aat, models
+from mmtransfer import aat
+from mmtransfer.encoders import descriptions as models
 
 # Models whose MLP has another activation, and the one of adapters that equals it.
 OWN_ACTIVATION = {"wav2vec2-bert": "silu"}

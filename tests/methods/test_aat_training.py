@@ -12,7 +12,8 @@ from tiny_encoders import TINY, make_input
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from mmtransfer import aat, models
+from mmtransfer import aat
+from mmtransfer.encoders import descriptions as models
 
 AST = "audio-spectrogram-transformer"
 RUNTIMES = (

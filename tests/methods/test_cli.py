@@ -17,7 +17,9 @@ from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from typer.testing import CliRunner
 
 import mmkernels
-from mmtransfer import cli, compare, measure
+from mmtransfer import cli
+from mmtransfer import compare
+from mmtransfer.compare import step as measure
 from mmtransfer.hff import HFF
 from mmtransfer.methods import DEFAULT_METHODS, METHODS
 from mmtransfer.tasks import synthetic_task

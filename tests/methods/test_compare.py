@@ -11,8 +11,9 @@ import torch
 from torch import nn
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
-from mmtransfer import measure, tasks
-from mmtransfer.caching import (
+from mmtransfer import tasks
+from mmtransfer.compare import step as measure
+from mmtransfer.training.caching import (
     CachedFeatures,
     EncoderCollator,
     cache_features,
@@ -22,10 +23,10 @@ from mmtransfer.compare import CompareSettings, compare
 from mmtransfer.data import DataError, synthetic
 from mmtransfer.data.features import Collator
 from mmtransfer.hff import HFF, FrozenEncoder, reference
-from mmtransfer.measure import Step, compare_steps
+from mmtransfer.compare.step import Step, compare_steps
 from mmtransfer.methods import METHODS
 from mmtransfer.tasks import Task, synthetic_task
-from mmtransfer.train import TrainSettings, parameter_groups, predict, train
+from mmtransfer.training.loop import TrainSettings, parameter_groups, predict, train
 from tests.methods.tiny_encoders import TINY
 
 # Four, so that HFF-b has a level of projections.

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModel, WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from mmtransfer.data import DataError, whisper
-from mmtransfer.data.ctranslate2 import read_ctranslate2
+from mmtransfer.demo.ctranslate2 import read_ctranslate2
 
 
 def encode_name(name: str) -> bytes:

@@ -15,9 +15,9 @@ from tiny_encoders import TINY, make_input
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from mmtransfer import models
+from mmtransfer.encoders import descriptions as models
 from mmtransfer.hff import HFF, AdaptedEncoder, FrozenEncoder, HFFb, SequenceClassificationHead, make_fusion
-from mmtransfer.hff.taps import attach_states
+from mmtransfer.encoders.taps import attach_states
 
 LENGTHS = torch.tensor([120, 77, 50])
 LABELS = torch.tensor([0, 2, 1])

@@ -9,7 +9,7 @@ import torch
 from encoder_cases import ALL_TAPS, MASKED, VARIANTS, OpLog, length_mask, ragged_lengths
 from tiny_encoders import BASE_VARIANT, TINY, make_input
 
-from mmtransfer import models
+from mmtransfer.encoders import descriptions as models
 from mmtransfer.hff import FrozenEncoder, Taps
 
 

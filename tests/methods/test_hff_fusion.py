@@ -10,7 +10,7 @@ from torch import nn
 
 from mmkernels.nn import LayerProject
 from mmtransfer.hff import FUSIONS, LFF, HFFb, HFFub, WeightedSum, make_fusion, reference
-from mmtransfer.hff.fusion import Chain, balanced_plan, chain_lengths
+from mmtransfer.hff.fusions import Chain, balanced_plan, chain_lengths
 
 EAGER = {
     "weighted_sum": reference.EagerWeightedSum,

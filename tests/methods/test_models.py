@@ -7,7 +7,7 @@ import torch
 from tiny_encoders import BASE_VARIANT, TINY, make_input
 from torch import nn
 
-from mmtransfer import models
+from mmtransfer.encoders import descriptions as models
 
 LINEARS = ("layer_query", "layer_key", "layer_value", "layer_attention_output")
 

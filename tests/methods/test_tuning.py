@@ -9,16 +9,17 @@ import pytest
 import torch
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
-from mmtransfer import measure, models
-from mmtransfer.caching import CachedInputs, EncoderCollator, cache_inputs
+from mmtransfer.compare import step as measure
+from mmtransfer.encoders import descriptions as models
+from mmtransfer.training.caching import CachedInputs, EncoderCollator, cache_inputs
 from mmtransfer.compare import CompareSettings, compare
 from mmtransfer.data import DataError, Recordings, synthetic
 from mmtransfer.data.features import Collator
 from mmtransfer.hff import HFF, AdaptedEncoder
-from mmtransfer.measure import Step, compare_steps
+from mmtransfer.compare.step import Step, compare_steps
 from mmtransfer.methods import METHODS, EncoderMethod, Job, find_method
 from mmtransfer.tasks import Task, synthetic_task
-from mmtransfer.train import TrainSettings, parameter_groups, predict, train
+from mmtransfer.training.loop import TrainSettings, parameter_groups, predict, train
 from tests.methods.tiny_encoders import TINY
 
 QUICK = TrainSettings(epochs=2, batch_size=8, learning_rate=3e-3, cpu=True)

@@ -1,13 +1,14 @@
-"""AAT: adapters for audio transformers, and the methods it is compared with (Liang et al., arXiv 2401.10544).
+"""AAT: adapters for audio transformers (Liang et al., arXiv 2401.10544).
 
-`prepare` freezes a model and adds what one method trains; `save_adapters` and `load_adapters` keep that part
-alone.
+`mmtransfer.prepare(model, "aat-ms")` puts them into a model with its own training code;
+`mmtransfer.AdaptedModel(model, "aat-ms", task)` into one that is trained here.
 """
 
 from __future__ import annotations
 
-from .methods import METHODS
-from .prepare import Prepared, get_prepared, prepare, revert
-from .saving import load_adapters, save_adapters
+from .methods import AAT, AATM, AATS
 
-__all__ = ["METHODS", "Prepared", "get_prepared", "load_adapters", "prepare", "revert", "save_adapters"]
+METHODS = (AAT, AATM, AATS)
+COMPARED = ("aat-m", "aat-ms")
+
+__all__ = ["AAT", "AATM", "AATS", "COMPARED", "METHODS"]

@@ -18,8 +18,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from mmkernels.activations import ACTIVATIONS
 from mmkernels.nn import Adapter
-from mmtransfer.activations import ACTIVATE
 
 
 class SerialRewritten:
@@ -36,7 +36,7 @@ class SerialRewritten:
             y = _StackedRows.apply(x, linear.weight, linear.bias, down, shift)
             # A view would keep all of y for the backward pass.
             hidden = y[..., linear.out_features :].contiguous()
-            hidden = ACTIVATE[adapter.activation](hidden)
+            hidden = ACTIVATIONS[adapter.activation](hidden)
             up, up_bias = _scaled_up(adapter, x.dtype)
             return y[..., : linear.out_features] + F.linear(hidden, up, up_bias)
 

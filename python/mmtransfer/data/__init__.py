@@ -1,14 +1,13 @@
-"""Audio for the methods: real packages fetched by name, a user's own files, and a generated task.
+"""The user's recordings, and generated ones.
 
-Everything here needs numpy and soundfile only; `features` and `whisper` also need torch and transformers and
-are imported by name (`from mmtransfer.data.features import Collator`).
+Everything here needs numpy and soundfile only; `features` also needs torch and transformers and is imported
+by name (`from mmtransfer.data.features import Collator`).
 """
 
 from __future__ import annotations
 
 from .audio import SAMPLE_RATE, read_audio, resample
 from .errors import DataError
-from .italian import italian_prompts
 from .recordings import Clip, Recordings, from_folder, from_manifest
 from .synthetic import synthetic
 
@@ -19,7 +18,6 @@ __all__ = [
     "Recordings",
     "from_folder",
     "from_manifest",
-    "italian_prompts",
     "read_audio",
     "resample",
     "synthetic",

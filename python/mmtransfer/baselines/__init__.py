@@ -1,0 +1,12 @@
+"""What adaptation methods are compared with: the head alone, full fine-tuning, and other edits of few
+parameters.
+"""
+
+from __future__ import annotations
+
+from .methods import BitFit, Full, Head, Houlsby, LoRA, Partial, Prompt
+
+METHODS = (Head, Full, Partial, BitFit, Prompt, LoRA, Houlsby)
+COMPARED = ("head", "full")
+
+__all__ = ["COMPARED", "METHODS", "BitFit", "Full", "Head", "Houlsby", "LoRA", "Partial", "Prompt"]

@@ -1,0 +1,207 @@
+"""The baselines: edits that published methods are compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.backends import BACKENDS
+from mmkernels.nn import Adapter
+from mmtransfer.encoders.adapters import append_adapter
+from mmtransfer.encoders.edit import Edit, check_layers
+from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.method import EditMethod, LayerEditMethod, Method, option
+from mmtransfer.training.settings import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head(Method):
+    """The head alone, on the last layer of the frozen encoder (linear probing)."""
+
+    name: ClassVar[str] = "head"
+    title: ClassVar[str] = "Head"
+    paper: ClassVar[str] = "linear probing"
+    training: ClassVar[Training] = Training(learning_rate=1e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full(EditMethod):
+    """Full fine-tuning: every parameter of the model."""
+
+    name: ClassVar[str] = "full"
+    title: ClassVar[str] = "Full fine-tuning"
+    paper: ClassVar[str] = "fine-tuning"
+    training: ClassVar[Training] = Training(epochs=5, batch_size=16, learning_rate=1e-4)
+
+    def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
+        edit.train(encoder.root.parameters())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partial(LayerEditMethod):
+    """Fine-tuning of some layers.
+
+    Attributes:
+        layers: None for the upper half of those that run.
+    """
+
+    name: ClassVar[str] = "partial"
+    title: ClassVar[str] = "Upper half fine-tuned"
+    paper: ClassVar[str] = "fine-tuning"
+    training: ClassVar[Training] = Training(epochs=5, batch_size=16, learning_rate=1e-4)
+
+    def select(self, encoder: Encoder) -> list[nn.Module]:
+        layers = encoder.select(self.layers)
+        return layers if self.layers is not None else layers[-max(len(layers) // 2, 1) :]
+
+    def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
+        for layer in layers:
+            edit.train(layer.parameters())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BitFit(EditMethod):
+    """All biases of the encoder, those of its norms too."""
+
+    name: ClassVar[str] = "bitfit"
+    title: ClassVar[str] = "BitFit"
+    paper: ClassVar[str] = "arXiv 2106.10199"
+
+    def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
+        edit.train(
+            parameter
+            for name, parameter in encoder.model.named_parameters()
+            if name.rpartition(".")[2] == "bias"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt(LayerEditMethod):
+    """Learned tokens in front of the input of every layer (VPT-deep); their outputs are dropped.
+
+    The code released with AAT overwrites patches instead.
+
+    Attributes:
+        prompt_tokens: how many.
+    """
+
+    name: ClassVar[str] = "prompt"
+    title: ClassVar[str] = "Prompts (VPT-deep)"
+    paper: ClassVar[str] = "arXiv 2203.12119"
+
+    prompt_tokens: int = option(12, least=1)
+
+    def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
+        description = encoder.description
+        if not description.attention_alone_mixes:
+            raise ValueError(
+                f"method {self.name!r} needs layers whose tokens, dimension 1, meet in the attention only "
+                f"(attention_alone_mixes of the description), which those of {description.model_type} do not"
+            )
+        if description.shares_position_bias and len(layers) < encoder.num_layers:
+            raise ValueError(
+                f"method {self.name!r} needs all layers of {description.model_type}, which share one "
+                "position bias"
+            )
+
+    def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
+        from .prompts import Prompted
+
+        for layer in layers:
+            prompt = torch.empty(self.prompt_tokens, encoder.hidden_size, **edit.place(layer))
+            edit.add(layer, "prompt", nn.Parameter(nn.init.trunc_normal_(prompt, std=0.02)))
+            edit.override(layer, Prompted(layer.forward, layer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA(LayerEditMethod):
+    """LoRA on queries and values, by peft, which has to be installed.
+
+    Attributes:
+        rank: of the updates; their scale is 1.
+    """
+
+    name: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
+    paper: ClassVar[str] = "arXiv 2106.09685"
+
+    rank: int = option(8, least=1)
+
+    def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
+        check_layers(encoder, layers)
+        if not encoder.description.calls_projections:
+            raise ValueError(
+                f"method {self.name!r} needs projections that are called; {encoder.description.model_type} "
+                "passes their weights to a function"
+            )
+        if importlib.util.find_spec("peft") is None:
+            raise ImportError(f"method {self.name!r} needs peft; install it with: pip install peft")
+
+    def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
+        from peft import LoraConfig, inject_adapter_in_model
+
+        names = {module: name for name, module in encoder.model.named_modules()}
+        targets = []
+        for layer, path in self._targets(encoder, layers):
+            parent, _, leaf = path.rpartition(".")
+            targets.append(names[layer.get_submodule(path)])
+            edit.note_child(layer.get_submodule(parent), leaf)
+        edit.note(encoder.model, "peft_config")
+        config = LoraConfig(r=self.rank, lora_alpha=self.rank, target_modules=targets)
+        inject_adapter_in_model(config, encoder.model, adapter_name="lora")
+        for layer, path in self._targets(encoder, layers):
+            named = layer.get_submodule(path).named_parameters()
+            edit.train(parameter for name, parameter in named if "lora_" in name)
+
+    @staticmethod
+    def _targets(encoder: Encoder, layers: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+        for layer in layers:
+            for path in (encoder.description.layer_query, encoder.description.layer_value):
+                yield layer, path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Houlsby(LayerEditMethod):
+    """Adapters in series: `x + (A + Adapter(A))` and `x + (F + Adapter(F))`, A the output of a layer's
+    attention, projected, and F that of its MLP.
+
+    Attributes:
+        bottleneck: hidden width; None for a quarter of the encoder's.
+        activation: a name in `mmkernels.activations.ACTIVATIONS`.
+        scale: constant factor of the adapters' outputs.
+        backend: of `mmkernels.adapter`.
+    """
+
+    name: ClassVar[str] = "houlsby"
+    title: ClassVar[str] = "Houlsby adapters"
+    paper: ClassVar[str] = "arXiv 1902.00751"
+
+    bottleneck: int | None = option(None, least=1)
+    activation: str = option("gelu", choices=ACTIVATIONS)
+    scale: float = 1.0
+    backend: str = option("auto", choices=BACKENDS, runtime=True)
+
+    def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
+        check_layers(encoder, layers)
+
+    def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
+        description, width = encoder.description, encoder.hidden_size
+        calls = description.calls_projections
+        attention = description.layer_attention_output if calls else description.layer_attention
+        for layer in layers:
+            for name, path in (("attention", attention), ("mlp", description.layer_mlp[1])):
+                adapter = Adapter(
+                    width,
+                    self.bottleneck or max(width // 4, 1),
+                    self.activation,
+                    scale=self.scale,
+                    backend=self.backend,
+                )
+                nn.init.trunc_normal_(adapter.down_weight, std=0.02)
+                append_adapter(edit, layer, f"adapter_{name}", layer.get_submodule(path), adapter)

@@ -1,0 +1,3 @@
+from mmtransfer.cli import main
+
+main()

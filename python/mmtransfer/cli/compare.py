@@ -1,0 +1,179 @@
+"""`mmtransfer compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import tyro
+import yaml
+
+from mmtransfer.compare.settings import CompareSettings
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from mmtransfer.compare.experiment import Experiment
+    from mmtransfer.compare.results import Comparison
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """The data and the model: one of --demo, --synthetic, or --model with --data.
+
+    Attributes:
+        demo: Whisper tiny.en on Italian prompts, a man's voice to a woman's (downloads 110 MB once).
+        synthetic: generated sounds and a small random encoder; no network.
+        model: folder or hub name of a speech model.
+        data: folder of class folders, or a CSV with the columns path, label and, if wanted, split.
+        test_fraction: of --data, where it has no split.
+        max_seconds: clips of --data are cropped to this.
+    """
+
+    demo: bool = False
+    synthetic: bool = False
+    model: str | None = None
+    data: Path | None = None
+    test_fraction: float = 0.2
+    max_seconds: float = 10.0
+
+    def __post_init__(self) -> None:
+        own = self.model is not None or self.data is not None
+        if self.demo + self.synthetic + own != 1:
+            raise ValueError("give one of --demo, --synthetic, or --model with --data")
+        if own and (self.model is None or self.data is None):
+            raise ValueError("--model and --data go together")
+        if not 0 < self.test_fraction < 1:
+            raise ValueError(f"--test-fraction must be between 0 and 1, got {self.test_fraction}")
+        if not 0 < self.max_seconds <= 30:
+            raise ValueError(f"--max-seconds must be above 0 and at most 30, got {self.max_seconds}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The report.
+
+    Attributes:
+        output: folder for report.html and report.json; an earlier report there is replaced.
+        save_models: keep the trained parts in <output>/models.
+        force: write even if the folder holds other files.
+    """
+
+    output: Path = Path("reports/compare")
+    save_models: bool = False
+    force: bool = False
+
+
+def compare(
+    source: Input,
+    settings: CompareSettings,
+    result: Result,
+    set_: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="[METHOD.]FIELD=VALUE")] = (),
+) -> None:
+    """Train and measure ways to adapt a speech encoder: fusions of its layers, adapters, fine-tuning.
+
+    Prints a table of test scores, parameters, time and memory, and writes it with figures as one HTML page
+    and as JSON. Runs on several GPUs under torchrun or accelerate launch. `--recipe FILE` reads options from
+    YAML; `mmtransfer methods` lists the methods and their options.
+
+    Args:
+        set_: options of the methods, such as bottleneck=64 or hff-b.out_dim=240.
+    """
+    options = _parse_options(set_)
+    from mmtransfer.compare.tables import MODELS_NAME, check_output
+    from mmtransfer.data import DataError
+
+    settings = dataclasses.replace(
+        settings,
+        options=options,
+        save=result.output / MODELS_NAME if result.save_models else None,
+    )
+    try:
+        check_output(result.output, force=result.force)
+        _show(_run(_load(source), settings), result.output)
+    except (DataError, OSError) as error:
+        _fail(str(error))
+
+
+def _parse_options(given: tuple[str, ...]) -> dict[str, Any]:
+    """`field=value` and `method.field=value`, with values as YAML reads them."""
+    options: dict[str, Any] = {}
+    for text in given:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            _fail(f"--set takes field=value, got {text!r}", 2)
+        method, dot, field = key.rpartition(".")
+        parsed = yaml.safe_load(value)
+        if dot:
+            options.setdefault(method, {})[field] = parsed
+        else:
+            options[field] = parsed
+    return options
+
+
+def _load(source: Input) -> Experiment:
+    if source.demo or source.synthetic:
+        from mmtransfer.demo import experiments
+
+        return experiments.demo_experiment() if source.demo else experiments.synthetic_experiment()
+    from mmtransfer.compare.experiment import user_experiment
+
+    assert source.model is not None
+    assert source.data is not None
+    return user_experiment(
+        source.model, source.data, test_fraction=source.test_fraction, max_seconds=source.max_seconds
+    )
+
+
+def _run(experiment: Experiment, settings: CompareSettings) -> Comparison:
+    from mmtransfer.compare.session import compare, is_main_process
+
+    with _progress(quiet=not is_main_process()) as progress:
+        progress.console.print(
+            experiment.recordings.describe(), markup=False, highlight=False, soft_wrap=True
+        )
+        return compare(experiment, settings, progress=progress)
+
+
+def _show(comparison: Comparison, output: Path) -> None:
+    """Print the table and write the report; from the main process only."""
+    from rich.console import Console
+
+    from mmtransfer.compare import tables
+    from mmtransfer.compare.session import is_main_process
+
+    if not is_main_process():
+        return
+    page, _ = tables.write_report(output, comparison)
+    Console().print(*tables.to_tables(comparison), tables.caption(comparison), sep="\n")
+    print(f"Report: {page}")
+    wrong = [method for method in comparison.methods if not method.step.agrees]
+    if wrong:
+        _fail(
+            f"mmkernels and eager PyTorch differ by {wrong[0].step.difference:.1e} in {wrong[0].title}; "
+            "the report shows no time for it, please report this with the output of mmtransfer info"
+        )
+
+
+def _progress(quiet: bool) -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, quiet=quiet)
+    return Progress(
+        TextColumn("{task.description:20}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[detail]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+
+
+def _fail(message: str, status: int = 1) -> NoReturn:
+    print(f"mmtransfer: {message}", file=sys.stderr)
+    sys.exit(status)

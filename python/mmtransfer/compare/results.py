@@ -1,0 +1,91 @@
+"""What a comparison finds: plain data, from which reports and figures are made."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .step import StepComparison
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Attributes:
+        score: on the test clips, by the task's metric.
+        scores: all of the task's figures.
+        loss: on the training clips, mean of the last epoch.
+        insights: what the trained model tells of itself, see `Method.insights`.
+    """
+
+    seed: int
+    score: float
+    scores: dict[str, float]
+    loss: float
+    seconds_per_epoch: float
+    insights: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class MethodResult:
+    """All runs of one method, and the cost of its training step.
+
+    Attributes:
+        about: what the method is, in a sentence, and its paper.
+        through_encoder: whether the encoder runs in every step, and gradients enter it.
+        options: of the method, as a checkpoint has them.
+        epochs, batch_size: of every run.
+        step: of readout and head, or, through the encoder, of the whole model.
+    """
+
+    name: str
+    title: str
+    about: str
+    through_encoder: bool
+    trainable_parameters: int
+    learning_rate: float
+    epochs: int
+    batch_size: int
+    options: dict[str, dict[str, Any]]
+    taps: list[str]
+    runs: list[Run]
+    step: StepComparison
+
+    @property
+    def score(self) -> float:
+        return statistics.fmean(run.score for run in self.runs)
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation over the seeds; None for a single one."""
+        return statistics.stdev(run.score for run in self.runs) if len(self.runs) > 1 else None
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        return statistics.median(run.seconds_per_epoch for run in self.runs)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a report says.
+
+    Attributes:
+        feature_seconds: for the frozen encoder's features of all clips, None if they were not cached.
+    """
+
+    task: dict[str, Any]
+    settings: dict[str, Any]
+    machine: dict[str, Any]
+    methods: list[MethodResult]
+    feature_seconds: float | None
+    total_seconds: float
+
+
+def in_parts(methods: Sequence[MethodResult]) -> list[list[MethodResult]]:
+    """The methods on the frozen encoder, then those that train through it; no part is empty."""
+    ordered = sorted(methods, key=lambda method: method.through_encoder)
+    return [list(part) for _, part in itertools.groupby(ordered, key=lambda method: method.through_encoder)]

@@ -1,0 +1,343 @@
+"""A comparison: every method trained with the same data and seeds, evaluated, and measured."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import cpuinfo
+import torch
+from rich.console import Console
+from rich.progress import Progress, TaskID
+from torch import nn
+from transformers import set_seed
+
+import mmkernels
+from mmtransfer import registry
+from mmtransfer.data import DataError
+from mmtransfer.data.features import Collator
+from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.tapped import TappedEncoder, tap_name
+from mmtransfer.method import Method
+from mmtransfer.model import AdaptedModel
+from mmtransfer.tasks import find_task
+from mmtransfer.training.caching import (
+    CachedFeatures,
+    CachedInputs,
+    EncoderCollator,
+    OnClips,
+    cache_features,
+    cache_inputs,
+)
+from mmtransfer.training.loop import OnEpoch, TrainResult, main_device, predict, train
+from mmtransfer.training.settings import Training
+
+from .experiment import Experiment
+from .results import Comparison, MethodResult, Run
+from .settings import CompareSettings
+from .step import Step, StepComparison, compare_steps
+
+
+def compare(
+    experiment: Experiment, settings: CompareSettings | None = None, *, progress: Progress | None = None
+) -> Comparison:
+    """Train and measure every method on `experiment`.
+
+    Raises:
+        DataError: an unknown method, option or task, or a method that the encoder cannot have.
+    """
+    settings = settings or CompareSettings()
+    began = time.perf_counter()
+    session = _Session(experiment, settings, progress or Progress(disable=True, console=Console(quiet=True)))
+    session.prepare()
+    methods = [session.run_method(method) for method in session.methods]
+    return Comparison(
+        task=session.describe_task(),
+        settings=session.describe_settings(),
+        machine=describe_machine(session.device),
+        methods=methods,
+        feature_seconds=session.feature_seconds,
+        total_seconds=time.perf_counter() - began,
+    )
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """Processor, threads and versions; nothing that names the host."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
+    cpu = cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "python": platform.python_version(),
+        "mmkernels": mmkernels.__version__,
+        **versions,
+    }
+
+
+class _Session:
+    """One comparison in progress: the caches of the clips, and one run after the other."""
+
+    def __init__(self, experiment: Experiment, settings: CompareSettings, progress: Progress) -> None:
+        self.experiment, self.settings, self.progress = experiment, settings, progress
+        self.device = main_device(settings.cpu)
+        self.recordings = experiment.recordings
+        try:
+            self.task = find_task(settings.task).of(self.recordings)
+            self.methods = find_methods(settings)
+            # Those that the methods start from are trained too.
+            starts = [registry.find(each.starts_from) for each in self.methods if each.starts_from]
+        except ValueError as error:
+            raise DataError(str(error)) from error
+        known = {each.name: each for each in self.methods}
+        self.starts = {start.name: known.get(start.name, start) for start in starts}
+        parts = Encoder(Encoder(experiment.model).model)
+        self.through_encoder = {
+            method.name: self._trains_encoder(method) for method in (*self.methods, *self.starts.values())
+        }
+        self.encoder = self._shared_encoder(parts)
+        self.collate = EncoderCollator(
+            Collator(self.recordings, experiment.extractor, max_seconds=experiment.max_seconds),
+            self.encoder,
+            self.task,
+        )
+        self.clips: dict[str, Any] = {"train": self.recordings.train, "test": self.recordings.test}
+        self.features: dict[str, CachedFeatures] = {}
+        self.inputs: dict[str, CachedInputs] = {}
+        self.feature_seconds: float | None = None
+        self.trained: dict[tuple[str, int], AdaptedModel] = {}
+
+    def prepare(self) -> None:
+        """Cache what the methods read in every epoch, if that is wanted."""
+        if not self.settings.cache:
+            return
+        began = time.perf_counter()
+        self.encoder.to(self.device)
+        self.features = self._cache("Features", self._cache_features)
+        self.feature_seconds = time.perf_counter() - began
+        clips = sum(map(len, self.clips.values()))
+        self._log(f"Features of {clips} clips: {self.feature_seconds:.0f} s")
+        if any(self.through_encoder.values()):
+            self.inputs = self._cache("Inputs", self._cache_inputs)
+
+    def run_method(self, method: Method) -> MethodResult:
+        """All runs of a method, and its step."""
+        training, seeds = self._training(method)
+        bar = self.progress.add_task(method.title, total=len(seeds) * training.epochs, detail="")
+        runs = [self._run(method, replace(training, seed=seed), bar) for seed in seeds]
+        self.progress.update(bar, detail="measuring a step")
+        model = self._build(method)
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        step = self._measure(method, model)
+        score = statistics.fmean(run.score for run in runs)
+        found = f"test {self.task.metric.title.lower()} {score:.1%}"
+        self.progress.update(bar, detail=found)
+        self._log(f"{method.title}: {found}")
+        return MethodResult(
+            name=method.name,
+            title=method.title,
+            about=method.about(),
+            through_encoder=self.through_encoder[method.name],
+            trainable_parameters=parameters,
+            learning_rate=training.learning_rate,
+            epochs=training.epochs,
+            batch_size=training.batch_size,
+            options=method.options(),
+            taps=[tap_name(tap) for tap in model.encoder.taps],
+            runs=runs,
+            step=step,
+        )
+
+    def describe_task(self) -> dict[str, Any]:
+        recordings, metric = self.recordings, self.task.metric
+        return {
+            "name": self.task.name,
+            "metric": {
+                "name": metric.name,
+                "title": metric.title,
+                "higher_is_better": metric.higher_is_better,
+            },
+            "data": recordings.name,
+            "synthetic": recordings.synthetic,
+            "note": self.experiment.note,
+            "classes": len(recordings.classes),
+            "train_clips": len(recordings.train),
+            "test_clips": len(recordings.test),
+            "train_seconds": sum(clip.seconds for clip in recordings.train),
+            "test_seconds": sum(clip.seconds for clip in recordings.test),
+            "max_seconds": self.experiment.max_seconds,
+            "chance": self.task.chance(recordings),
+            "model": self.experiment.model_name,
+            "model_type": self.encoder.description.model_type,
+            "layers": self.encoder.num_layers,
+            "hidden_size": self.encoder.hidden_size,
+        }
+
+    def describe_settings(self) -> dict[str, Any]:
+        return {
+            "cached_inputs": self.settings.cache,
+            "cached_features": self.feature_seconds is not None,
+            "weight_decay": self._training(self.methods[0])[0].weight_decay,
+            "bf16": self.settings.bf16,
+        }
+
+    def _run(self, method: Method, training: Training, bar: TaskID) -> Run:
+        def on_epoch(_: int, loss: float) -> None:
+            self.progress.update(bar, advance=1, detail=f"seed {training.seed}, training loss {loss:.3f}")
+
+        model, result = self._train(method, training, on_epoch)
+        self.trained[method.name, training.seed] = model
+        predictions = predict(model, *self._examples("test", model), training)
+        scores = self.task.score(predictions, self.collate.targets(self.recordings.test))
+        if self.settings.save is not None and is_main_process():
+            model.save_pretrained(self.settings.save / f"{method.name}-seed{training.seed}")
+        if self.through_encoder[method.name]:
+            # Nothing starts from it, and it holds a copy of the encoder.
+            del self.trained[method.name, training.seed]
+        return Run(
+            seed=training.seed,
+            score=scores[self.task.metric.name],
+            scores=scores,
+            loss=result.loss,
+            seconds_per_epoch=result.seconds_per_epoch,
+            insights=method.insights(model),
+        )
+
+    def _train(
+        self, method: Method, training: Training, on_epoch: OnEpoch | None = None
+    ) -> tuple[AdaptedModel, TrainResult]:
+        start = None
+        if method.starts_from is not None:
+            start = self._trained_start(self.starts[method.starts_from], training.seed)
+        set_seed(training.seed)
+        model = self._build(method)
+        if start is not None:
+            model.begin_with(start)
+        return model, train(model, *self._examples("train", model), training, on_epoch=on_epoch)
+
+    def _trained_start(self, method: Method, seed: int) -> AdaptedModel:
+        """The model that others begin with, as the comparison has trained it, or would."""
+        key = method.name, seed
+        if key not in self.trained:
+            training, _ = self._training(method)
+            self.trained[key], _ = self._train(method, replace(training, seed=seed))
+        return self.trained[key]
+
+    def _build(self, method: Method) -> AdaptedModel:
+        """An untrained model; what trains through the encoder gets a copy of it."""
+        encoder: nn.Module = self.encoder.model
+        if self.through_encoder[method.name]:
+            encoder = copy.deepcopy(encoder)
+        return AdaptedModel(encoder, method, self.task)
+
+    def _trains_encoder(self, method: Method) -> bool:
+        """Asked of the method itself, by building it once. DataError if the encoder cannot have it."""
+        try:
+            model = AdaptedModel(self.experiment.model, method, self.task)
+        except (ValueError, ImportError) as error:
+            raise DataError(f"{method.title} cannot be used here: {error}") from error
+        found = not model.edit_is_empty
+        model.revert()
+        return found
+
+    def _shared_encoder(self, parts: Encoder) -> TappedEncoder:
+        """The frozen encoder, with the taps of all methods that read its features."""
+        frozen = [
+            method
+            for method in (*self.methods, *self.starts.values())
+            if not self.through_encoder[method.name]
+        ]
+        taps: dict[Any, None] = {}
+        for method in frozen:
+            taps |= dict.fromkeys(TappedEncoder(parts.model, method.select_taps(parts)).taps)
+        # In the order of the layers, so that most methods read neighbouring slots, which is a view.
+        ordered = sorted(taps, key=lambda tap: -1 if tap == "embeddings" else tap)
+        return TappedEncoder(parts.model, ordered or [-1])
+
+    def _examples(self, split: str, model: AdaptedModel) -> tuple[Any, Any]:
+        """A data set and its collate function as `model` needs them."""
+        if not self.settings.cache:
+            return self.clips[split], self.collate
+        if not model.edit_is_empty:
+            return self.inputs[split], self.inputs[split].collate
+        slots = [self.encoder.taps.index(tap) for tap in model.encoder.taps]
+        features = self.features[split].select(slots)
+        return features, features.collate
+
+    def _measure(self, method: Method, model: AdaptedModel) -> StepComparison:
+        """A training step on the first clips, what is cached of them already there."""
+        examples, collate = self._examples("train", model)
+        count = min(self._training(method)[0].batch_size, len(self.clips["train"]))
+        batch = collate([examples[index] for index in range(count)])
+        batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+        model.to(self.device)
+        if model.edit_is_empty and "features" not in batch:
+            labels = batch.pop("labels")
+            taps = model.encoder(**batch)
+            batch = {"features": taps.features, "lengths": taps.lengths, "labels": labels}
+        if not model.edit_is_empty:
+            _perturb(model)
+        twin = method.baseline(model)
+        return compare_steps(
+            *(Step(each.to(self.device), batch) for each in (model, twin) if each is not None)
+        )
+
+    def _training(self, method: Method) -> tuple[Training, tuple[int, ...]]:
+        """Settings, but for the seed, and seeds of a method's runs."""
+        frozen = not self.through_encoder[method.name]
+        count = self.settings.seeds if frozen else self.settings.tuning_seeds
+        return self.settings.training(method.training, frozen=frozen), tuple(range(count))
+
+    def _cache(self, title: str, make: Callable[[Any, OnClips], Any]) -> dict[str, Any]:
+        bar = self.progress.add_task(title, total=sum(map(len, self.clips.values())), detail="")
+        return {
+            split: make(clips, lambda count: self.progress.advance(bar, count))
+            for split, clips in self.clips.items()
+        }
+
+    def _cache_features(self, clips: Any, on_clips: OnClips) -> CachedFeatures:
+        return cache_features(self.encoder, clips, self.collate, on_clips=on_clips)
+
+    def _cache_inputs(self, clips: Any, on_clips: OnClips) -> CachedInputs:
+        return cache_inputs(clips, self.collate, on_clips=on_clips)
+
+    def _log(self, text: str) -> None:
+        """A line for a log file, where no bar can move."""
+        if not self.progress.console.is_terminal:
+            self.progress.console.print(text)
+
+
+def find_methods(settings: CompareSettings) -> list[Method]:
+    """The methods of a comparison, with the options that are theirs.
+
+    ValueError for an unknown method, or an option that none of them has.
+    """
+    names = dict.fromkeys(settings.methods or registry.default_names())
+    found = [registry.find(name) for name in names]
+    for key, value in settings.options.items():
+        owners = [index for index, method in enumerate(found) if registry.has_option(method, key)]
+        if not owners:
+            raise ValueError(f"none of the methods {', '.join(names)} has an option {key!r}")
+        for index in owners:
+            found[index] = registry.find(found[index], **{key: value})
+    return found
+
+
+@torch.no_grad()
+def _perturb(model: nn.Module) -> None:
+    """Give what starts as zero a value: gradients that are all zero could not differ."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dim() > 1 and not parameter.any():
+            nn.init.trunc_normal_(parameter, std=0.02)
+
+
+def is_main_process() -> bool:
+    """Whether this process prints and writes, under `torchrun` and `accelerate launch` too."""
+    return int(os.environ.get("RANK", "0")) == 0

@@ -1,0 +1,71 @@
+"""What a comparison is given; imports no torch, so that it becomes flags and help at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from mmtransfer.training.settings import Training
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSettings:
+    """What to compare and how. A value of None leaves the choice to each method.
+
+    Attributes:
+        methods: names of methods and pairs ("a+b"); none for those that the papers' folders propose.
+        options: of the methods, by field; one goes to every method that has it, and must have an owner. Those
+            under the name of a method are for that method alone.
+        task: what the models are trained for.
+        seeds: each method on the frozen encoder is trained with seeds 0, 1, ..., so many times.
+        epochs, batch_size: on the frozen encoder.
+        tuning_seeds, tuning_epochs, tuning_batch_size: the same for methods that train through the encoder.
+        learning_rate: for all methods.
+        bf16: train under bfloat16 autocast.
+        cpu: use no GPU.
+        cache: run the frozen encoder once over all clips and train on its stored outputs, and keep the inputs
+            of a trained encoder.
+        save: folder for the trained parts, one subfolder per run; None keeps none.
+
+    ValueError for a value out of range.
+    """
+
+    methods: tuple[str, ...] = ()
+    options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
+    task: str = "classification"
+    seeds: int = 3
+    epochs: int | None = None
+    batch_size: int | None = None
+    tuning_seeds: int = 1
+    tuning_epochs: int | None = None
+    tuning_batch_size: int | None = None
+    learning_rate: float | None = None
+    bf16: bool = False
+    cpu: bool = False
+    cache: bool = True
+    save: tyro.conf.Suppress[Path | None] = None
+
+    def __post_init__(self) -> None:
+        for name in ("seeds", "tuning_seeds"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        # The ranges of the others are those of Training.
+        self.training(Training(), frozen=True)
+        self.training(Training(), frozen=False)
+
+    def training(self, method: Training, *, frozen: bool) -> Training:
+        """A method's training with the values given here."""
+        epochs = self.epochs if frozen else self.tuning_epochs
+        batch_size = self.batch_size if frozen else self.tuning_batch_size
+        rate = self.learning_rate
+        return Training(
+            epochs=method.epochs if epochs is None else epochs,
+            batch_size=method.batch_size if batch_size is None else batch_size,
+            learning_rate=method.learning_rate if rate is None else rate,
+            weight_decay=method.weight_decay,
+            bf16=self.bf16,
+            cpu=self.cpu,
+        )

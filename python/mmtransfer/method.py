@@ -1,0 +1,263 @@
+"""The one interface of the methods: what is edited inside an encoder, and how its layers are read out."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import typeguard
+from torch import nn
+
+from mmtransfer.encoders.edit import Edit
+from mmtransfer.encoders.encoder import Encoder, Tap
+from mmtransfer.encoders.recompute import RECOMPUTE, add_recompute
+from mmtransfer.training.settings import Training
+
+if TYPE_CHECKING:
+    from mmtransfer.model import AdaptedModel
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trained parameters with a peak learning rate that differs from the run's; they have no weight decay."""
+
+    parameters: Sequence[nn.Parameter]
+    learning_rate: float
+
+
+def option(
+    default: Any, *, choices: Iterable[str] = (), least: float | None = None, runtime: bool = False
+) -> Any:
+    """A field of a method, whose value is checked.
+
+    Args:
+        default: None where the method chooses.
+        choices: the values allowed, if there are few.
+        least: the smallest value allowed.
+        runtime: the option says how the method is computed and not what is trained; checkpoints leave it out.
+    """
+    return field(default=default, metadata={"choices": tuple(choices), "least": least, "runtime": runtime})
+
+
+class LastLayer(nn.Module):
+    """The readout of a single tap: its frames as they are."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.out_dim = dim
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(N, 1, C)` to `(N, C)`."""
+        return features.squeeze(1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One way to adapt a pretrained encoder. Its fields are its options: the command line (`--set
+    bottleneck=64`), recipes, `config.json` and reports read them here; nothing outside the method's folder
+    knows them.
+
+    A subclass sets the class attributes and overrides `readout` (with `select_taps`), or `edit` (through
+    `EditMethod`), or both, and is registered by its folder's `METHODS` or by `registry.register`.
+
+    Attributes:
+        name: everywhere: API, command line, checkpoint, benches.
+        title: in tables and figures.
+        paper: where it was published.
+        training: epochs, batch size and rates that suit it.
+        starts_from: a method that is trained first, whose readout and head this one begins with. Gradients
+            through a random head would disturb an encoder before the head is of any use.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    paper: ClassVar[str]
+    training: ClassVar[Training] = Training()
+    starts_from: ClassVar[str | None] = None
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for each in dataclasses.fields(self):
+            _check_option(self, each, hints[each.name])
+
+    def select_taps(self, encoder: Encoder) -> Sequence[Tap]:
+        """The layers that the readout takes; see `TappedEncoder` for their numbers."""
+        return (-1,)
+
+    def readout(self, encoder: Encoder) -> nn.Module:
+        """A module from `(N, L, C)`, the valid frames of the tapped layers, to `(N, out_dim)`.
+
+        It has an attribute `out_dim`. ValueError if there is none for this encoder.
+        """
+        return LastLayer(encoder.hidden_size)
+
+    def edit(self, encoder: Encoder) -> Edit:
+        """What is changed and trained inside the encoder, done and reversible.
+
+        Everything is checked before anything is touched: ValueError, or ImportError for a missing package.
+        """
+        return Edit.nothing(encoder)
+
+    def parameter_groups(self, model: AdaptedModel) -> dict[str, Group]:
+        """Parameters with rates of their own, by the name of the group; the run's rate is for all others."""
+        return {}
+
+    def baseline(self, model: AdaptedModel) -> AdaptedModel | None:
+        """A copy of the model as published, in plain PyTorch, with the same state dict.
+
+        By default the modules of mmkernels in the copy compute by their reference; None if there are none.
+        """
+        twin = model.copy()
+        ours = [module for module in twin.modules() if hasattr(module, "backend")]
+        for module in ours:
+            module.backend = "reference"  # type: ignore[assignment]
+        return twin if ours else None
+
+    def insights(self, model: AdaptedModel) -> dict[str, dict[str, float]]:
+        """What the trained model tells of itself, a figure each: `{"layer weight": {"layer 0": 0.08}}`."""
+        return {}
+
+    def parts(self) -> tuple[Method, ...]:
+        """The methods that this one is made of: itself, or the two of a pair."""
+        return (self,)
+
+    def options(self) -> dict[str, dict[str, Any]]:
+        """What a checkpoint says: of each part the fields that decide what is trained."""
+        return {part.name: _saved_fields(part) for part in self.parts()}
+
+    def about(self) -> str:
+        """A sentence on each part, the first of its docstring, and where it was published."""
+        sentences = [
+            " ".join((inspect.getdoc(type(part)) or "").split("\n\n")[0].split()).rstrip(".")
+            for part in self.parts()
+        ]
+        return f"{'; '.join(sentences)} ({self.paper})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditMethod(Method):
+    """A method that trains inside the encoder: a subclass says in `change` what becomes of the layers.
+
+    Attributes:
+        recompute: "none", "selective" or "full": what layers compute again in the backward pass instead of
+            keeping it; see `encoders.recompute`.
+    """
+
+    #: An epoch through the encoder costs a hundred times that of a fusion on stored features.
+    training: ClassVar[Training] = Training(epochs=5, batch_size=16)
+    starts_from: ClassVar[str | None] = "head"
+
+    recompute: str = option("none", choices=RECOMPUTE, runtime=True)
+
+    def edit(self, encoder: Encoder) -> Edit:
+        layers = self.select(encoder)
+        self.check(encoder, layers)
+        with Edit(encoder, self.name) as edit:
+            self.change(edit, encoder, layers)
+            add_recompute(edit, encoder, layers, self.recompute)
+        return edit
+
+    def select(self, encoder: Encoder) -> list[nn.Module]:
+        """The layers that are changed; all that run unless there is an option for it."""
+        return encoder.select(None)
+
+    def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
+        """Raise a ValueError or an ImportError if the encoder cannot have the method."""
+
+    def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
+        """Make the changes, through the edit alone."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerEditMethod(EditMethod):
+    """An edit of chosen layers.
+
+    Attributes:
+        layers: their indices, negative ones from the end; None for all up to the last tap.
+    """
+
+    layers: tuple[int, ...] | None = None
+
+    def select(self, encoder: Encoder) -> list[nn.Module]:
+        return encoder.select(self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair(Method):
+    """The readout of one method over the edit of another: `registry.find("hff-b+aat-ms")`.
+
+    Attributes:
+        of: the two methods, readout first.
+    """
+
+    of: tuple[Method, Method]
+
+    def __post_init__(self) -> None:
+        readout, edit = self.of
+        # A pair takes from its parts, instance by instance, what other methods have on their class.
+        taken = {
+            "name": f"{readout.name}+{edit.name}",
+            "title": f"{readout.title} + {edit.title}",
+            "paper": "; ".join(dict.fromkeys((readout.paper, edit.paper))),
+            "training": edit.training,
+            "starts_from": readout.name,
+        }
+        for name, value in taken.items():
+            object.__setattr__(self, name, value)
+
+    def parts(self) -> tuple[Method, ...]:
+        return self.of
+
+    def select_taps(self, encoder: Encoder) -> Sequence[Tap]:
+        return self.of[0].select_taps(encoder)
+
+    def readout(self, encoder: Encoder) -> nn.Module:
+        return self.of[0].readout(encoder)
+
+    def edit(self, encoder: Encoder) -> Edit:
+        return self.of[1].edit(encoder)
+
+    def parameter_groups(self, model: AdaptedModel) -> dict[str, Group]:
+        return {**self.of[0].parameter_groups(model), **self.of[1].parameter_groups(model)}
+
+    def baseline(self, model: AdaptedModel) -> AdaptedModel | None:
+        twin = self.of[0].baseline(model)
+        return self.of[1].baseline(model if twin is None else twin) or twin
+
+    def insights(self, model: AdaptedModel) -> dict[str, dict[str, float]]:
+        return {**self.of[0].insights(model), **self.of[1].insights(model)}
+
+
+def _check_option(method: Method, each: dataclasses.Field[Any], hint: Any) -> None:
+    value, choices, least = (
+        getattr(method, each.name),
+        each.metadata.get("choices"),
+        each.metadata.get("least"),
+    )
+    problem = ""
+    try:
+        typeguard.check_type(value, hint)
+    except typeguard.TypeCheckError:
+        problem = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    if value is not None and not problem:
+        if choices and value not in choices:
+            problem = f"one of {', '.join(choices)}"
+        elif least is not None and (isinstance(value, bool) or not least <= value < math.inf):
+            problem = f"at least {least}"
+    if problem:
+        raise ValueError(f"{method.name}: {each.name} must be {problem}, got {value!r}")
+
+
+def _saved_fields(method: Method) -> dict[str, Any]:
+    return {
+        each.name: getattr(method, each.name)
+        for each in dataclasses.fields(method)
+        if not each.metadata.get("runtime")
+    }

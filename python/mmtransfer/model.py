@@ -1,0 +1,197 @@
+"""The one trainable model: an encoder with an edit, a readout of its layers, and the head of a task."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_outputs import ModelOutput
+
+from mmtransfer import registry
+from mmtransfer.encoders.edit import untouched_on_error
+from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.tapped import TappedEncoder
+from mmtransfer.encoders.taps import Taps
+from mmtransfer.method import Group, Method
+from mmtransfer.tasks.base import Task
+
+
+@dataclass
+class AdaptedOutput(ModelOutput):
+    """What a call gives.
+
+    Attributes:
+        loss: scalar, if there were labels.
+        logits: of the task's head.
+        last_hidden_state: without a task: `(B, T, out_dim)`, zero past each length.
+        lengths: `(B,)` int64 valid frames.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    last_hidden_state: torch.Tensor | None = None
+    lengths: torch.Tensor | None = None
+
+
+class AdaptedModel(nn.Module):
+    """A pretrained encoder adapted by a method: edit inside, readout of its layers, head of a task on top.
+
+    transformers' Trainer and accelerate can train it. The encoder has no dropout and no augmentation.
+    Features are cast to the dtype of the readout's (or head's) weights, except under autocast.
+
+    Args:
+        model: a transformers model, changed in place: its encoder is frozen, then edited.
+        method: a `Method`, or its name: `"aat-ms"`, `"hff-b+aat-ms"`.
+        task: brings head and loss; None gives the sequence of fused frames, for a decoder of the caller.
+        dtype: of the encoder, as for `TappedEncoder`.
+        options: of the method.
+
+    Attributes:
+        encoder: the `TappedEncoder`, with its `edit`.
+        readout, head: the modules on top of it; `head` is None without a task.
+
+    Raises:
+        TypeError, ValueError, ImportError: an encoder that cannot be tapped so or cannot have the method,
+            or a wrong option. The model is untouched.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str | Method,
+        task: Task | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.method = registry.find(method, **options)
+        self.task = task
+        parts = Encoder(Encoder(model).model)
+        taps = self.method.select_taps(parts)
+        # Readout and head are drawn first: methods that differ in their edit alone start from the same ones.
+        readout: Any = self.method.readout(parts)
+        self.readout = readout
+        self.head = None if task is None else task.head(readout.out_dim)
+        with untouched_on_error(parts.model):
+            self.encoder = TappedEncoder(model, taps, dtype=dtype)
+            self.encoder.edit = self.method.edit(self.encoder.parts)
+
+    @property
+    def edit_is_empty(self) -> bool:
+        """Whether the encoder's features never change, so that they may be computed once and stored."""
+        return self.encoder.edit.is_empty
+
+    def extract(self, inputs: torch.Tensor, lengths: torch.Tensor | None = None) -> Taps:
+        """The tapped features; see `TappedEncoder.forward`. They may be stored if the edit is empty."""
+        return self.encoder(inputs, lengths)
+
+    def fuse(self, taps: Taps) -> torch.Tensor:
+        """The frames `(N, out_dim)` that the readout makes of tapped features."""
+        features = taps.features
+        if not torch.is_autocast_enabled(features.device.type):
+            weight = next(self._top_parameters(), None)
+            features = features if weight is None else features.to(weight.dtype)
+        return self.readout(features)
+
+    def forward(
+        self,
+        input_values: torch.Tensor | None = None,
+        input_features: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        lengths: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        features: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+    ) -> AdaptedOutput:
+        """Read out an input of the encoder, or stored features.
+
+        Args:
+            input_values, input_features, input_ids, pixel_values: the encoder's main input, by its name.
+            attention_mask: `(B, S)`, right-padded, along the main input's time axis; it wins over `lengths`.
+            lengths: `(B,)`, valid positions of the main input; with `features`, their frames per utterance.
+            labels: what the task's loss takes.
+            features: `(N, L, C)` valid frames of all utterances, as `extract` gives them; the encoder is not
+                run, so stored features train no edit.
+
+        Raises:
+            ValueError: labels without a task, features with an input or without lengths, or as
+                `TappedEncoder.forward`.
+        """
+        inputs = {
+            "input_values": input_values,
+            "input_features": input_features,
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+        }
+        named = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        if features is not None:
+            if named or attention_mask is not None or lengths is None:
+                raise ValueError("features go with lengths (their frames per utterance) and with no input")
+            taps = Taps.pack(features, lengths)
+        else:
+            taps = self.encoder(lengths=lengths, attention_mask=attention_mask, **named)
+        frames = self.fuse(taps)
+        if self.head is None or self.task is None:
+            if labels is not None:
+                raise ValueError("labels need a task; without one the caller computes the loss")
+            return AdaptedOutput(last_hidden_state=taps.scatter(frames), lengths=taps.lengths)
+        logits = self.head(frames, taps)
+        loss = None if labels is None else self.task.loss(logits, labels, taps.lengths)
+        return AdaptedOutput(loss=loss, logits=logits, lengths=taps.lengths)
+
+    def trained_tensors(self) -> dict[str, torch.Tensor]:
+        """All that training changes, by name: what a checkpoint holds."""
+        edited = {id(parameter) for parameter in self.encoder.edit.parameters}
+        tensors: dict[str, torch.Tensor] = {
+            name: parameter for name, parameter in self.named_parameters() if id(parameter) in edited
+        }
+        for name in ("readout", "head"):
+            part = getattr(self, name)
+            if part is not None:
+                tensors |= {f"{name}.{key}": value for key, value in part.state_dict(keep_vars=True).items()}
+        return tensors
+
+    def parameter_groups(self) -> dict[str, Group]:
+        """Parameters whose rate is not that of the run; see `Method.parameter_groups`."""
+        return self.method.parameter_groups(self)
+
+    def begin_with(self, trained: AdaptedModel) -> None:
+        """Copy readout and head from a model of the method that this one starts from."""
+        self.readout.load_state_dict(trained.readout.state_dict())
+        if self.head is not None and trained.head is not None:
+            self.head.load_state_dict(trained.head.state_dict())
+
+    def copy(self) -> AdaptedModel:
+        """A deep copy, which shares the encoder if nothing in it is changed or trained."""
+        return copy.deepcopy(self, {id(self.encoder): self.encoder} if self.edit_is_empty else {})
+
+    def revert(self) -> None:
+        """Give the encoder back as it was, but for weights that were trained in place."""
+        self.encoder.edit.revert()
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """`checkpoint.save` of this model."""
+        from mmtransfer import checkpoint
+
+        checkpoint.save(self, folder)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, model: nn.Module | None = None, **runtime: Any
+    ) -> AdaptedModel:
+        """`checkpoint.load`: the model that `save_pretrained` wrote, in eval mode."""
+        from mmtransfer import checkpoint
+
+        return checkpoint.load(folder, model, **runtime)
+
+    def _top_parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.readout.parameters()
+        if self.head is not None:
+            yield from self.head.parameters()

@@ -1,0 +1,134 @@
+"""All methods by name: those of the papers' folders, those registered by users, and pairs of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from mmtransfer.method import EditMethod, Method, Pair
+
+#: The folders with methods; a new paper adds its name here.
+PAPERS = ("baselines", "hff", "aat")
+
+_registered: dict[str, type[Method]] = {}
+
+
+def register(method: type[Method]) -> type[Method]:
+    """Make a method known by its name, on the command line too; usable as a decorator.
+
+    ValueError if another method has the name.
+    """
+    if methods().get(method.name, method) is not method:
+        raise ValueError(f"a method is called {method.name!r} already")
+    _registered[method.name] = method
+    return method
+
+
+def unregister(name: str) -> None:
+    """Forget a method that `register` made known."""
+    del _registered[name]
+
+
+def methods() -> dict[str, type[Method]]:
+    """Every method but the pairs, by name."""
+    return {**_published(), **_registered}
+
+
+def default_names() -> tuple[str, ...]:
+    """The methods that a comparison runs if none are named, as the papers' folders list them."""
+    return tuple(name for paper in PAPERS for name in _folder(paper).COMPARED)
+
+
+def find(name: str | Method, /, **options: Any) -> Method:
+    """The method of a name, `"aat-ms"`, or the pair of a readout and an edit, `"hff-b+aat-ms"`.
+
+    Args:
+        name: of the method; a method itself is returned with the options changed.
+        options: fields of the method. In a pair an option goes to each part that has it; a dictionary under
+            the name of a part, as in checkpoints, is for that part alone.
+
+    Raises:
+        ValueError: no such method, a pair of other kinds, an unknown option, or a value out of range.
+    """
+    if isinstance(name, Method):
+        parts = list(name.parts())
+    else:
+        parts = [_class(part)() for part in name.split("+")]
+        _check_pair(name, parts)
+    changes = _distribute(parts, options)
+    changed = [
+        dataclasses.replace(part, **change) if change else part
+        for part, change in zip(parts, changes, strict=True)
+    ]
+    return changed[0] if len(changed) == 1 else Pair(of=(changed[0], changed[1]))
+
+
+def has_option(method: Method, key: str) -> bool:
+    """Whether `find(method, **{key: ...})` knows the option: a field of a part, or the name of a part."""
+    return any(key == part.name or key in _fields(part) for part in method.parts())
+
+
+def _check_pair(name: str, parts: list[Method]) -> None:
+    kinds = [(_has_readout(part), isinstance(part, EditMethod)) for part in parts]
+    if len(parts) == 1 or (len(parts) == 2 and kinds[0] == (True, False) and kinds[1] == (False, True)):
+        return
+    known = methods().values()
+    readouts = ", ".join(each.name for each in known if _has_readout(each))
+    edits = ", ".join(each.name for each in known if issubclass(each, EditMethod))
+    raise ValueError(
+        f"{name!r} must be one method, or a readout + an edit; readouts are {readouts}; edits are {edits}"
+    )
+
+
+def _has_readout(method: Method | type[Method]) -> bool:
+    kind = method if isinstance(method, type) else type(method)
+    return kind.readout is not Method.readout
+
+
+def _distribute(parts: list[Method], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The options of each part."""
+    changes: list[dict[str, Any]] = [{} for _ in parts]
+    for key, value in options.items():
+        if isinstance(value, Mapping):
+            owners = [(index, dict(value)) for index, part in enumerate(parts) if part.name == key]
+        else:
+            owners = [(index, {key: value}) for index, part in enumerate(parts) if key in _fields(part)]
+        if not owners:
+            known = sorted({name for part in parts for name in _fields(part)})
+            names = "+".join(part.name for part in parts)
+            raise ValueError(f"{names} has no option {key!r}; it has {', '.join(known) or 'none'}")
+        for index, change in owners:
+            if unknown := change.keys() - _fields(parts[index]):
+                raise ValueError(f"{parts[index].name} has no option {sorted(unknown)[0]!r}")
+            # JSON and YAML have lists where a frozen dataclass needs tuples.
+            changes[index] |= {
+                name: tuple(item) if isinstance(item, (list, range)) else item
+                for name, item in change.items()
+            }
+    return changes
+
+
+def _fields(method: Method) -> set[str]:
+    return {each.name for each in dataclasses.fields(method)}
+
+
+def _class(name: str) -> type[Method]:
+    known = methods()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"no method is called {name!r}; choose from {', '.join(known)}{hint}")
+    return known[name]
+
+
+@functools.cache
+def _published() -> dict[str, type[Method]]:
+    return {method.name: method for paper in PAPERS for method in _folder(paper).METHODS}
+
+
+def _folder(paper: str) -> Any:
+    return importlib.import_module(f"mmtransfer.{paper}")

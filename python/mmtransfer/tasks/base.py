@@ -1,0 +1,96 @@
+"""The interface of a task: head, loss, collation and metric, for one target an utterance or many."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import nn
+
+from mmtransfer.data.recordings import Clip, Recordings
+
+
+@dataclass(frozen=True)
+class Metric:
+    """The figure by which a task judges a model, a share between 0 and 1.
+
+    Attributes:
+        name: in records: "accuracy".
+        title: in tables and figures: "Accuracy".
+        higher_is_better: False for error rates.
+    """
+
+    name: str
+    title: str
+    higher_is_better: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(abc.ABC):
+    """What a model is trained for; its fields are all that a checkpoint needs to build its head again.
+
+    Attributes:
+        name: on the command line, in checkpoints and reports.
+        metric: the first value of `score`.
+    """
+
+    name: ClassVar[str]
+    metric: ClassVar[Metric]
+
+    @classmethod
+    @abc.abstractmethod
+    def of(cls, recordings: Recordings) -> Task:
+        """The task on these recordings."""
+
+    @abc.abstractmethod
+    def head(self, dim: int) -> nn.Module:
+        """A module of `(frames (N, dim), taps)` that gives logits; see `encoders.Taps` for the frames."""
+
+    @abc.abstractmethod
+    def loss(self, logits: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        """The training loss, a scalar; `lengths` (B,) are the frames of each utterance."""
+
+    @abc.abstractmethod
+    def decode(self, logits: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
+        """One prediction for each utterance of a batch, in plain Python or as tensors on the CPU."""
+
+    @abc.abstractmethod
+    def score(self, predictions: Sequence[Any], targets: Sequence[Any]) -> dict[str, float]:
+        """Figures of a test set by name, that of `metric` among them."""
+
+    def target(self, clip: Clip) -> Any:
+        """What is to be predicted of a clip."""
+        return clip.label
+
+    def collate(self, targets: Sequence[Any]) -> torch.Tensor:
+        """The targets of a batch as the tensor that `loss` takes; its first dimension is the batch."""
+        return torch.tensor(targets)
+
+    def chance(self, recordings: Recordings) -> float | None:
+        """The metric of the best constant prediction on the test clips; None where there is no such thing."""
+        return None
+
+    def options(self) -> dict[str, Any]:
+        """The fields, for a checkpoint."""
+        return dataclasses.asdict(self)
+
+
+TASKS: dict[str, type[Task]] = {}
+_T = TypeVar("_T", bound=type[Task])
+
+
+def register_task(task: _T) -> _T:
+    """Make a task known by its name, on the command line too; usable as a decorator."""
+    TASKS[task.name] = task
+    return task
+
+
+def find_task(name: str) -> type[Task]:
+    """The task of a name; ValueError if there is none."""
+    if name not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    return TASKS[name]

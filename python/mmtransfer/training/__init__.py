@@ -1,0 +1,1 @@
+"""Training of adapted models: settings, the loop on transformers' Trainer, caches of features and inputs."""

@@ -1,0 +1,217 @@
+"""What training reads in every epoch, made once: features of a frozen encoder, or inputs of a trained one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import WhisperFeatureExtractor
+
+from mmtransfer.data.features import Collator
+from mmtransfer.data.recordings import Clip
+from mmtransfer.encoders.tapped import TappedEncoder
+from mmtransfer.tasks.base import Task
+
+from .memory import check_room
+
+#: Called with the number of clips just done.
+OnClips = Callable[[int], None]
+
+
+class CachedFeatures(Dataset[dict[str, Any]]):
+    """The tapped features of clips, stored once: items are `features` (T, L, C) and `target`.
+
+    Args:
+        features: `(N, L, C)`, the valid frames of all clips, one after the other.
+        lengths: `(B,)` frames per clip; they sum to N.
+        targets: B targets of the task.
+        task: makes labels of them.
+        slots: indices of the taps that items have, in this order; None for all.
+    """
+
+    def __init__(
+        self,
+        features: torch.Tensor,
+        lengths: torch.Tensor,
+        targets: Sequence[Any],
+        task: Task,
+        slots: Sequence[int] | None = None,
+    ) -> None:
+        self.features, self.lengths, self.targets, self.task = features, lengths, targets, task
+        self.slots = _as_slice(list(range(features.shape[1]) if slots is None else slots))
+        self._ends = lengths.cumsum(0).tolist()
+
+    def select(self, slots: Sequence[int]) -> CachedFeatures:
+        """The same clips with these taps only; nothing is copied."""
+        return CachedFeatures(self.features, self.lengths, self.targets, self.task, slots)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        end = self._ends[index]
+        frames = self.features[end - int(self.lengths[index]) : end]
+        return {"features": frames[:, self.slots], "target": self.targets[index]}
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Items as one batch for the model's forward, packed: no frame of padding."""
+        features = [item["features"] for item in items]
+        # Labels first: the Trainer takes the batch size from the first tensor.
+        return {
+            "labels": self.task.collate([item["target"] for item in items]),
+            "lengths": torch.tensor([len(frames) for frames in features]),
+            "features": torch.cat(features),
+        }
+
+
+def _as_slice(slots: list[int]) -> slice | list[int]:
+    """Neighbouring slots as a slice, which is a view; others are copied out of each item."""
+    first = slots[0]
+    return slice(first, first + len(slots)) if slots == list(range(first, first + len(slots))) else slots
+
+
+class EncoderCollator:
+    """Clips as one batch for a model's forward: the encoder's input with its valid lengths."""
+
+    def __init__(self, collator: Collator, encoder: TappedEncoder, task: Task) -> None:
+        self.collator, self.task = collator, task
+        self.main_input = encoder.description.main_input
+        self.time_dim = encoder.description.time_dim
+        self.fixed = encoder.description.frames == "fixed"
+
+    def __call__(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
+        batch = self.collator(clips)
+        labels = self.task.collate(self.targets(clips))
+        inputs = {"labels": labels, self.main_input: batch[self.main_input]}
+        if isinstance(self.collator.extractor, WhisperFeatureExtractor):
+            # The extractor's own mask is of the padded 30 seconds; a mel frame begun by a clip is valid.
+            return {**inputs, "lengths": -(-batch["lengths"] // self.collator.extractor.hop_length)}
+        if "attention_mask" in batch:
+            return {**inputs, "attention_mask": batch["attention_mask"]}
+        return {**inputs, "lengths": batch["lengths"]}
+
+    def targets(self, clips: Sequence[Clip]) -> list[Any]:
+        return [self.task.target(clip) for clip in clips]
+
+
+def cache_features(
+    encoder: TappedEncoder,
+    clips: Sequence[Clip],
+    collate: EncoderCollator,
+    *,
+    batch_size: int = 16,
+    on_clips: OnClips | None = None,
+) -> CachedFeatures:
+    """Run the encoder once over `clips` and keep the tapped features of their valid frames, on the CPU.
+
+    Clips of similar length share a batch; the result is in the order of `clips`. The encoder runs where its
+    weights are. DataError, after the first batch, if all features would not fit in memory.
+    """
+    order = sorted(range(len(clips)), key=lambda index: clips[index].seconds)
+    device = next(encoder.parameters()).device
+    frames: list[torch.Tensor] = [torch.empty(0)] * len(clips)
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = collate([clips[index] for index in chosen])
+        batch.pop("labels")
+        taps = encoder(**{name: tensor.to(device) for name, tensor in batch.items()}).to("cpu")
+        for index, features in zip(chosen, taps.split(), strict=True):
+            frames[index] = features
+        if start == 0:
+            sizes = [_relative_size(clip, collate) for clip in clips]
+            share = sum(sizes[index] for index in chosen) / sum(sizes)
+            # Twice: those of single clips, and the one tensor made of them.
+            needed = 2 * taps.features.nbytes / share
+            check_room(needed, "features", "--no-cache, fewer taps or fewer clips")
+        if on_clips is not None:
+            on_clips(len(chosen))
+    lengths = torch.tensor([len(features) for features in frames])
+    return CachedFeatures(torch.cat(frames), lengths, collate.targets(clips), collate.task)
+
+
+class CachedInputs(Dataset[dict[str, Any]]):
+    """The encoder's inputs of clips, log-mel frames or samples, each made once: items of `collate`.
+
+    The extractor sees one clip at a time, so that an input does not depend on what else is in its batch.
+
+    Args:
+        inputs: one tensor per clip, of the main input's shape without the batch.
+        lengths: valid positions of each, along the time axis.
+        targets: of the task, one per clip.
+        task: makes labels of them.
+        main_input: the name of the encoder's input.
+        time_dim: the time axis of a clip's tensor.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[torch.Tensor],
+        lengths: Sequence[int],
+        targets: Sequence[Any],
+        task: Task,
+        *,
+        main_input: str,
+        time_dim: int,
+    ) -> None:
+        self.inputs, self.lengths, self.targets, self.task = list(inputs), list(lengths), targets, task
+        self.main_input, self.time_dim = main_input, time_dim
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {
+            "input": self.inputs[index],
+            "length": self.lengths[index],
+            "target": self.targets[index],
+        }
+
+    def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Items as one batch for the model's forward, padded with zeros to the longest."""
+        longest = max(item["input"].shape[self.time_dim] for item in items)
+        return {
+            "labels": self.task.collate([item["target"] for item in items]),
+            "lengths": torch.tensor([item["length"] for item in items]),
+            self.main_input: torch.stack([self._pad(item["input"], longest) for item in items]),
+        }
+
+    def _pad(self, tensor: torch.Tensor, longest: int) -> torch.Tensor:
+        behind = tensor.dim() - 1 - self.time_dim
+        return F.pad(tensor, (0, 0) * behind + (0, longest - tensor.shape[self.time_dim]))
+
+
+def cache_inputs(
+    clips: Sequence[Clip], collate: EncoderCollator, *, on_clips: OnClips | None = None
+) -> CachedInputs:
+    """The inputs of `clips`, in their order. DataError, after the first, if all would not fit in memory."""
+    inputs: list[torch.Tensor] = []
+    lengths: list[int] = []
+    for clip in clips:
+        batch = collate([clip])
+        inputs.append(batch[collate.main_input][0])
+        valid = batch["attention_mask"].sum() if "attention_mask" in batch else batch["lengths"][0]
+        lengths.append(int(valid))
+        if len(inputs) == 1:
+            sizes = [_relative_size(each, collate) for each in clips]
+            check_room(inputs[0].nbytes * sum(sizes) / sizes[0], "inputs", "--no-cache or fewer clips")
+        if on_clips is not None:
+            on_clips(1)
+    return CachedInputs(
+        inputs,
+        lengths,
+        collate.targets(clips),
+        collate.task,
+        main_input=collate.main_input,
+        time_dim=collate.time_dim - 1,
+    )
+
+
+def _relative_size(clip: Clip, collate: EncoderCollator) -> float:
+    """What the number of a clip's frames is proportional to."""
+    if collate.fixed:
+        return 1.0
+    most = collate.collator.max_seconds
+    return clip.seconds if most is None else min(clip.seconds, most)

@@ -1,0 +1,60 @@
+"""Memory that a call takes, counted allocation by allocation, and memory that the machine has left."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import psutil
+import torch
+
+from mmtransfer.data import DataError
+
+_T = TypeVar("_T")
+
+
+def peak_memory(call: Callable[[], object], device: str) -> int:
+    """Most bytes that torch's allocator held at once during one call beyond what it held before.
+
+    What the call returns counts. The size of the process is no measure of this: it also depends on what the
+    C library kept of memory freed earlier.
+
+    Args:
+        call: what to run.
+        device: type of the device whose memory counts, `"cpu"` or `"cuda"`.
+    """
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = call()
+        torch.cuda.synchronize()
+        del results
+        return torch.cuda.max_memory_allocated() - before
+    _, changes = allocations(call)
+    return max(itertools.accumulate(changes, initial=0))
+
+
+def allocations(call: Callable[[], _T]) -> tuple[_T, list[int]]:
+    """What a call returns, and what torch's allocators gave (bytes) and took back (negative) during it.
+
+    Memory that was allocated before the call and is freed in it does not appear.
+    """
+    # Otherwise the profiler prints its start and stop to stderr.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = call()
+    profiler: Any = profile.profiler
+    events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
+    return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+
+
+def check_room(nbytes: float, what: str, remedy: str) -> None:
+    """DataError if the machine has no room for so many bytes."""
+    available = psutil.virtual_memory().available
+    if nbytes > available:
+        needed, free = (f"{size / 2**30:.1f} GiB" for size in (nbytes, available))
+        raise DataError(f"the cached {what} need {needed} of memory and {free} are free; use {remedy}")
