@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from benches import machine, report, table
+from benches.measure import machine
+from benches.report import __main__ as report
+from benches.report import table
 
 FOLDER = pathlib.Path(__file__).parent
 

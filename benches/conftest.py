@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from benches import machine
-from benches.cases import Candidate, Case
-from benches.devices import Device, open_device
-from benches.harness import Effort, Measurement, measure
-from benches.record import Row, compact
+from benches.case import Candidate, Case
+from benches.measure import machine
+from benches.measure.devices import Device, open_device
+from benches.measure.harness import Effort, Measurement, measure
+from benches.measure.record import Row, compact
 
 FAILURES = pytest.StashKey[list[dict[str, Any]]]()
 

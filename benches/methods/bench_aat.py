@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import ASTConfig, ASTForAudioClassification
 
-from benches.cases import Candidate, Case
-from benches.harness import relative_error
-from benches.problem import Runner
-from benches.record import Row
+from benches.case import Candidate, Case, Runner
+from benches.measure.harness import relative_error
+from benches.measure.record import Row
 from mmtransfer import aat, models
 from mmtransfer.measure import allocations
 

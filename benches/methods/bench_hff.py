@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benches.cases import WAV2VEC2_LARGE, WHISPER_TINY, Candidate, Case, kernel_candidates
-from benches.problem import Runner
-from benches.record import Row
+from benches.case import WAV2VEC2_LARGE, WHISPER_TINY, Candidate, Case, Runner
+from benches.measure.record import Row
+from benches.registry import kernel_candidates
 from mmtransfer.hff.fusion import HFFb
 from mmtransfer.hff.reference import EagerHFFb
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benches.cases import Candidate, Case, Direction, kernel_candidates
-from benches.problem import OpProblem
-from benches.record import Row
+from benches.case import Candidate, Case, Direction, OpProblem
+from benches.measure.record import Row
+from benches.registry import kernel_candidates
 from mmkernels.ops._common import ACTIVATE
 from mmkernels.ops.adapter import adapter
 from mmkernels.ops.adapter.reference import adapter as reference

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benches.cases import (
+from benches.case import (
     HUBERT_BASE,
     WAV2VEC2_LARGE,
     WHISPER_TINY,
@@ -19,10 +19,10 @@ from benches.cases import (
     Case,
     Direction,
     Encoder,
-    kernel_candidates,
+    OpProblem,
 )
-from benches.problem import OpProblem
-from benches.record import Row
+from benches.measure.record import Row
+from benches.registry import kernel_candidates
 from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_mix.reference import layer_mix as reference
 

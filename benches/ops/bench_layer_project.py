@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benches.cases import WAV2VEC2_LARGE, WHISPER_TINY, Candidate, Case, Direction, kernel_candidates
-from benches.problem import OpProblem, in_double
-from benches.record import Row
+from benches.case import WAV2VEC2_LARGE, WHISPER_TINY, Candidate, Case, Direction, OpProblem, in_double
+from benches.measure.record import Row
+from benches.registry import kernel_candidates
 from mmkernels.ops.layer_project import layer_project
 from mmkernels.ops.layer_project.reference import layer_project as reference
 

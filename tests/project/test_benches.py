@@ -17,13 +17,18 @@ sys.path.insert(0, str(ROOT))  # benches are not installed
 
 pytest.importorskip("pytest_benchmark")
 
-from benches import page, report, table  # noqa: E402
-from benches.cases import Candidate, Case, registry  # noqa: E402
-from benches.devices import Cpu  # noqa: E402
-from benches.harness import TOLERANCE, Effort, measure, relative_error, spread  # noqa: E402
-from benches.problem import OpProblem  # noqa: E402
-from benches.record import ReplayTimer  # noqa: E402
-from benches.targets import TARGETS  # noqa: E402
+from benches.case import (  # noqa: E402
+    Candidate,
+    Case,
+    OpProblem,
+)
+from benches.measure.devices import Cpu  # noqa: E402
+from benches.measure.harness import TOLERANCE, Effort, measure, relative_error, spread  # noqa: E402
+from benches.measure.record import ReplayTimer  # noqa: E402
+from benches.registry import registry  # noqa: E402
+from benches.report import __main__ as report  # noqa: E402
+from benches.report import page, table  # noqa: E402
+from benches.report.targets import TARGETS  # noqa: E402
 
 TINY = list(registry("cpu", tiny=True))
 FULL = list(registry("cpu"))

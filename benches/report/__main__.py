@@ -8,8 +8,8 @@ import pathlib
 import sys
 from collections.abc import Callable, Sequence
 
-from benches import figure, page
-from benches.table import (
+from benches.report import figure, page
+from benches.report.table import (
     COLUMNS,
     TARGET_COLUMNS,
     Record,
@@ -22,7 +22,7 @@ from benches.table import (
     target_lines,
     title,
 )
-from benches.targets import Row
+from benches.report.targets import Row
 
 
 def print_record(record: Record) -> None:

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benches.cases import Candidate, Case
-from benches.devices import Device, copy_runner, matmul_runner
-from benches.problem import Runner
+from benches.case import Candidate, Case, Runner
+from benches.measure.devices import Device, copy_runner, matmul_runner
 
 #: Largest relative error of a candidate that counts as right. In float32 a wrong entry among millions shows.
 #: The tests of the ops are stricter; this must let pass what eager baselines lose in half precision.

@@ -6,8 +6,8 @@ import math
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from benches.table import Record, ceilings, ceilings_by_kind, duration, short_title
-from benches.targets import Row
+from benches.report.table import Record, ceilings, ceilings_by_kind, duration, short_title
+from benches.report.targets import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

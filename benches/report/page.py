@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Sequence
 from html import escape
 
-from benches.table import (
+from benches.report.table import (
     COLUMNS,
     TARGET_COLUMNS,
     Record,
@@ -19,7 +19,7 @@ from benches.table import (
     target_lines,
     title,
 )
-from benches.targets import Row
+from benches.report.targets import Row
 
 _CSS = """
 body { font: 14px/1.45 system-ui, sans-serif; color: #1b1f24; max-width: 1180px; margin: 32px auto;

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from benches.cases import Candidate, Case
-from benches.harness import Measurement
+from benches.case import Candidate, Case
+from benches.measure.harness import Measurement
 
 
 class ReplayTimer:
@@ -28,7 +28,7 @@ class ReplayTimer:
         return next(self._readings)
 
     def __str__(self) -> str:
-        return "benches.harness.interleave"
+        return "benches.measure.harness.interleave"
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Row:
 
 
 def describe(case: Case, candidate: Candidate, measurement: Measurement) -> dict[str, Any]:
-    """The facts of a row; ``benches.table`` reads nothing else of it."""
+    """The facts of a row; ``benches.report.table`` reads nothing else of it."""
     info = asdict_without_calls(case)
     info |= {"candidate": candidate.name, "role": candidate.role, "error": measurement.error}
     info |= {"failure": measurement.failure, **measurement.facts}

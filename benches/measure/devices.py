@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from benches.problem import Runner
+from benches.case import Runner
 from mmtransfer.measure import peak_memory
 
 # glibc, malloc.h
@@ -22,7 +22,7 @@ class Device(Protocol):
     name: str
 
     def set_memory(self, memory: str) -> None:
-        """Choose what becomes of freed memory; see ``benches.cases.Memory``."""
+        """Choose what becomes of freed memory; see ``benches.case.Memory``."""
         ...
 
     def sampler(self, runner: Runner) -> Callable[[], float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benches.devices import Cpu
+from benches.measure.devices import Cpu
 from mmkernels import _library
 
 

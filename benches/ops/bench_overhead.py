@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benches.cases import HUBERT_BASE, Candidate, Case, kernel_candidates
+from benches.case import HUBERT_BASE, Candidate, Case, OpProblem, Runner
+from benches.measure.record import Row
 from benches.ops.bench_layer_mix import in_place_loop, plain_loop, s3prl
-from benches.problem import OpProblem, Runner
-from benches.record import Row
+from benches.registry import kernel_candidates
 from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_mix.reference import layer_mix as reference
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benches.targets import TARGETS, Row, Target
+from benches.report.targets import TARGETS, Row, Target
 
 COLUMNS = ("candidate", "time", "20-80 %", "x kernel", "rate", "of ceiling", "extra memory", "error", "right")
 
