@@ -1,4 +1,4 @@
-"""A case: one line of the table, its candidates, and the problem that they solve."""
+"""A case: one line of the summary, its candidates, and the problem that they solve."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-#: "different" computes less or more than its case and is shown for its time: it has no rate and no share of
-#: the ceiling.
+#: "different" computes less or more than the case asks for; it has no rate and no share of the ceiling.
 Role = Literal["kernel", "papers", "hand_written", "compile", "library", "different"]
 Direction = Literal["forward", "backward", "forward_backward", "training step", "call", "import"]
-#: What limits a case in the end; "latency": neither, the time itself is the result.
+#: The resource that limits a case; "latency": neither, the time itself is the result.
 Bound = Literal["memory", "compute", "latency"]
-#: "system": glibc's allocator as every user has it, which returns large blocks to the operating system, so
-#: that the next come with fresh pages. "reused": freed memory stays in the process, for all candidates alike.
+#: "system": glibc's default allocator, which returns large blocks to the operating system, so that the next
+#: ones come with fresh pages. "reused": freed memory stays in the process, for all candidates alike.
 Memory = Literal["system", "reused"]
 
 
@@ -39,31 +38,31 @@ class Candidate:
     """One way to compute a case.
 
     Attributes:
-        call: a function of the inputs; what other problems than ``OpProblem`` make of it is theirs.
-        lay_out: turns the inputs into the form that this candidate has them in, off the clock.
-        collect: turns its results into the form of the definition's, off the clock.
+        call: a function of the inputs for ``OpProblem``; makes the model for ``StepProblem``.
+        lay_out: converts the inputs to the layout of this candidate, off the clock.
+        collect: converts its results to the layout of the reference, off the clock.
     """
 
     name: str
     role: Role
     call: Callable[..., Any]
     lay_out: Callable[[dict[str, Any]], dict[str, Any]] | None = None
-    collect: Callable[[list[torch.Tensor]], list[torch.Tensor]] | None = None
+    collect: Callable[[list[Tensor]], list[Tensor]] | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table.
+    """An op or a method at one size, in one direction, with everything that can compute it.
 
     Attributes:
-        shape: name of the real model, or of what is timed.
+        shape: name of the real model.
         variant: options of the op, such as ``"norm+affine"``.
-        minimum_bytes: what any implementation must read and write, every tensor once.
+        minimum_bytes: bytes that any implementation reads and writes, every tensor once.
         flops: floating-point operations of the definition.
         output_bytes: size of the results.
         problem: makes the inputs; called when the case is measured.
-        tolerance: largest relative error of a right result, where the harness's table does not fit.
-        max_rounds: for what takes long and varies little.
+        tolerance: largest relative error of a correct result, where the harness's table does not fit.
+        max_rounds: upper limit, for cases that take long and vary little.
     """
 
     op: str
@@ -91,43 +90,43 @@ class Case:
         return "/".join(part for part in parts if part)
 
 
-def nothing() -> None:
-    return None
-
-
 @dataclass(frozen=True)
 class Runner:
-    """What is timed: ``run(prepare())``, of which ``prepare`` is not on the clock.
+    """The timed call, ``run(prepare())``, of which ``prepare`` is off the clock.
 
     Attributes:
         run: returns tensors, which are freed off the clock.
-        collect: makes of them what is compared with the expected results.
+        collect: converts them to the tensors that are compared with the expected results.
         calls: how many calls ``run`` makes, where one is too short for the clock.
-        timer: gives the seconds of one sample, where the candidate measures itself, as another process does.
+        timer: gives the seconds of one sample, for a candidate that measures itself in another process.
+        warm: the check has warmed it up; for calls that take seconds.
+        facts: more facts for the record, which ``run`` may add.
     """
 
     run: Callable[[Any], list[Tensor]]
-    prepare: Callable[[], Any] = nothing
+    prepare: Callable[[], Any] = lambda: None
     collect: Callable[[list[Tensor]], Sequence[Tensor]] = list
     calls: int = 1
     timer: Callable[[], float] | None = None
+    warm: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Problem(Protocol):
     def runner(self, candidate: Candidate) -> Runner: ...
 
     def expected(self) -> list[Tensor]:
-        """The results in float64; empty where there is nothing to compare."""
+        """The results in float64; empty where there is nothing to compare. Called before any runner runs."""
         ...
 
 
 @dataclass(frozen=True)
 class OpProblem:
-    """A function of tensors, forwards or backwards.
+    """A function of tensors, forward or backward.
 
     Attributes:
-        inputs: keyword arguments: tensors, lists of tensors, plain values. Gradients are taken for those
-            tensors that require them.
+        inputs: keyword arguments: tensors, lists of tensors, plain values. Gradients are taken for tensors
+            that require them.
         reference: the definition of the op, for any dtype.
         direction: "forward" and "call" run without gradients.
         dtype: of the incoming gradient, which is the same for every candidate.
@@ -200,6 +199,7 @@ def _tensors(inputs: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def in_double(value: Any) -> Any:
+    """Floating-point tensors, also in lists, as float64; everything else as it is."""
     if isinstance(value, list):
         return [in_double(item) for item in value]
     if isinstance(value, Tensor) and value.is_floating_point():

@@ -1,8 +1,4 @@
-"""The registry: what is measured, on which shapes, against what.
-
-A bench file (``ops/bench_<op>.py``, ``methods/bench_<method>.py``) has a function ``cases(device, tiny)``
-that yields its :class:`Case` objects, and a test function. Nothing else knows of it.
-"""
+"""Finds the cases: every ``bench_*.py`` in ``ops`` and ``methods`` has a function ``cases(device, tiny)``."""
 
 from __future__ import annotations
 
@@ -17,6 +13,14 @@ from benches.case import Candidate, Case
 from mmkernels.ops._common import why_not
 
 
+def registry(device: str, *, tiny: bool = False) -> Iterator[Case]:
+    """Every case for ``device``; ``tiny`` shrinks the sizes, to test the benches themselves."""
+    root = pathlib.Path(__file__).parent
+    for file in sorted(root.glob("*/bench_*.py")):
+        module = ".".join(("benches", *file.relative_to(root).with_suffix("").parts))
+        yield from importlib.import_module(module).cases(device, tiny)
+
+
 def kernel_candidates(function: Callable[..., Any], device: str) -> tuple[Candidate, ...]:
     """``function`` by each fused backend that serves ``device``; ``"auto"`` takes the first."""
 
@@ -28,16 +32,3 @@ def kernel_candidates(function: Callable[..., Any], device: str) -> tuple[Candid
         for backend in ("native", "triton")
         if why_not(backend, device, torch.float32) is None
     )
-
-
-def bench_modules() -> list[str]:
-    """Names of all bench modules."""
-    root = pathlib.Path(__file__).parent
-    files = sorted(root.rglob("bench_*.py"))
-    return [".".join(("benches", *file.relative_to(root).with_suffix("").parts)) for file in files]
-
-
-def registry(device: str, *, tiny: bool = False) -> Iterator[Case]:
-    """Every case for ``device``; ``tiny`` shrinks the sizes, for tests of the benches themselves."""
-    for name in bench_modules():
-        yield from importlib.import_module(name).cases(device, tiny)
