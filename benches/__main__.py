@@ -13,8 +13,6 @@ import sys
 
 import torch
 
-FOLDER = pathlib.Path(__file__).parent
-
 
 def main() -> int:
     arguments = parse()
@@ -27,20 +25,15 @@ def main() -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benches", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only the headline cases")
     parser.add_argument("--ops", default="", help="comma-separated, for instance layer_mix,hff; default: all")
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time per case (default: 4)")
     parser.add_argument("--tiny", action="store_true", help="small sizes, three rounds: to test the benches")
-    parser.add_argument(
-        "--output",
-        type=pathlib.Path,
-        help="default: benches/results/<machine>.json; with --report a folder, default: reports",
-    )
+    where = "default: benches/results/<machine>.json; with --report a folder, default: reports"
+    parser.add_argument("--output", type=pathlib.Path, help=where)
     group = parser.add_argument_group("reports")
     group.add_argument("--report", nargs="+", type=pathlib.Path, metavar="FILE", help="results files")
     group.add_argument("--markdown", action="store_true", help="print only the summary, as Markdown")
@@ -76,7 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
         print("no case has these names", file=sys.stderr)
         return 1
     effort = Effort(0.0, min_rounds=3) if arguments.tiny else Effort(arguments.seconds)
-    output = arguments.output or FOLDER / "results" / f"{machine.slug(device.name)}.json"
+    results = pathlib.Path(__file__).with_name("results")
+    output = arguments.output or results / f"{machine.slug(device.name)}.json"
     header, measured = record.header(device.name), []
     for number, case in enumerate(cases, start=1):
         print(f"{number}/{len(cases)} {case.id}", file=sys.stderr, flush=True)

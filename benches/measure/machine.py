@@ -36,9 +36,8 @@ def facts(device: str) -> dict[str, Any]:
         "timing": "interleaved in shuffled order; medians, 20 % and 80 % quantiles; ratios round by round",
     }
     if device == "cuda":
-        found["cuda"] = torch.version.cuda
-        found["driver"] = _driver()
-        found["memory"] = "torch's caching allocator; L2 flushed before each call"
+        memory = "torch's caching allocator; L2 flushed before each call"
+        found |= {"cuda": torch.version.cuda, "driver": _driver(), "memory": memory}
     else:
         found["memory"] = Cpu.memory_note
     return found

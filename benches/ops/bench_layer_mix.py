@@ -103,18 +103,11 @@ class _InPlaceSum(torch.autograd.Function):
         return d_weights, *d_layers
 
 
-def _normalised(
-    layer: Tensor,
-    index: int,
-    norm: bool = False,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-) -> Tensor:
+def _normalised(layer: Tensor, index: int, *, norm: bool = False, **affine: Tensor) -> Tensor:
     if not norm:
         return layer
-    gain = None if norm_weight is None else norm_weight[index]
-    shift = None if norm_bias is None else norm_bias[index]
-    return functional.layer_norm(layer, layer.shape[-1:], gain, shift)
+    gain_and_shift = [affine[name][index] for name in ("norm_weight", "norm_bias")] if affine else []
+    return functional.layer_norm(layer, layer.shape[-1:], *gain_and_shift)
 
 
 def _mask(mixed: Tensor, lengths: Tensor | None) -> Tensor:

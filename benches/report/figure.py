@@ -7,15 +7,8 @@ import pathlib
 from typing import TYPE_CHECKING, Any
 
 from benches.measure.record import Record, Row
-from benches.report.table import (
-    cases,
-    ceilings,
-    ceilings_by_kind,
-    duration,
-    first_of_roles,
-    short_title,
-    size,
-)
+from benches.report import table
+from benches.report.table import cases, ceilings, ceilings_by_kind, duration, first_of_roles, short_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,17 +22,13 @@ STYLE = {
     "papers": ("#7F7F7F", "^"),
     "library": ("#009E73", "v"),
 }
+#: The bars of the picture, from top to bottom, with their keys in STYLE.
+BARS = {"papers": "papers", "compile": "compile", "kernel": "mmkernels native"}
 MARKER: dict[str, Any] = {"ms": 7, "mec": "white", "mew": 0.6}
-#: The bars of the picture: role, label, colour.
-BARS = (
-    ("papers", "eager PyTorch, as published", "#8C959F"),
-    ("compile", "torch.compile", "#E69F00"),
-    ("kernel", "mmkernels", "#0072B2"),
-)
 LABEL = {
     "compile": "torch.compile",
     "hand_written": "best hand-written eager",
-    "papers": "eager, as the papers have it",
+    "papers": "eager, as published",
     "library": "library",
 }
 
@@ -52,8 +41,6 @@ def draw(record: Record, path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in record.rows if row["failure"] is None and "share_of_ceiling" in row]
-    if not rows:
-        raise ValueError("the record has no row that was measured against a ceiling")
     count = len({row["id"] for row in rows})
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = pyplot.subplots(
@@ -175,7 +162,7 @@ def picture(record: Record, path: pathlib.Path) -> None:
         inches = (10, 1 + 0.52 * len(groups))
         figure, (left, right) = pyplot.subplots(1, 2, figsize=inches, sharey=True, layout="constrained")
         _bars(left, groups, "time", lambda row: row["seconds"]["median"], duration)
-        _bars(right, groups, "peak memory", lambda row: row["peak_memory"], size)
+        _bars(right, groups, "peak memory", lambda row: row["peak_memory"], table.size)
         left.set_yticks(range(len(groups)), [_case_name(group["kernel"]) for group in groups])
         left.set_ylim(len(groups) - 0.45, -0.55)
         handles, labels = left.get_legend_handles_labels()
@@ -206,14 +193,15 @@ def _case_name(row: Row) -> str:
 
 def _bars(axes: Axes, groups: list[dict[str, Row]], name: str, value: Any, text: Any) -> None:
     height, longest = 0.26, 1.0
-    for place, (role, label, colour) in enumerate(BARS):
+    for place, (role, key) in enumerate(BARS.items()):
         for position, group in enumerate(groups):
             if role not in group:
                 continue
             share = value(group[role]) / value(group["papers"])
             longest = max(longest, share)
             y = position + (place - 1) * height
-            axes.barh(y, share, height * 0.9, color=colour, label=label if position == 0 else None)
+            label = LABEL.get(key, "mmkernels") if position == 0 else None
+            axes.barh(y, share, height * 0.9, color=STYLE[key][0], label=label)
             weight = "bold" if role == "kernel" else "normal"
             axes.text(share + 0.015, y, text(value(group[role])), va="center", fontsize=7.5, weight=weight)
     axes.set(xlim=(0, longest * 1.16), xticks=[])

@@ -56,6 +56,7 @@ def _section(name: str, record: Record, image: pathlib.Path | None) -> str:
     table.show(record, console)
     text = console.export_html(code_format="{code}", inline_styles=True)
     data = base64.b64encode(image.read_bytes()).decode() if image else ""
-    alt = "Roofline, and share of the ceiling by case"
-    shown = f'<img alt="{alt}" src="data:image/png;base64,{data}">' if image else ""
+    shown = (
+        f'<img alt="Roofline and shares of the ceilings" src="data:image/png;base64,{data}">' if image else ""
+    )
     return f"<h2>{escape(name)}</h2>{shown}<pre>{text}</pre>"

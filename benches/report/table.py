@@ -13,9 +13,8 @@ from benches.measure.record import Record, Row
 Line = tuple[str, tuple[str, ...]]
 
 _SUMMARY = "op|case|replaces|time|x eager|x best eager|x compile|of ceiling|peak memory|of eager"
-SUMMARY = tuple(_SUMMARY.split("|"))
 _COLUMNS = "candidate|time|20-80 %|x kernel|rate|of ceiling|peak memory|held|error|correct"
-COLUMNS = tuple(_COLUMNS.split("|"))
+SUMMARY, COLUMNS = tuple(_SUMMARY.split("|")), tuple(_COLUMNS.split("|"))
 LEGEND = (
     "time: median of the kernel; x eager, best eager, compile: speed-up over eager as published, the best\n"
     "hand-written eager and torch.compile; of ceiling: share of the copy bandwidth, or of the rate of a\n"
@@ -47,9 +46,8 @@ def lines(record: Record) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield from _padded(SUMMARY, summary(record), left=3)
     yield LEGEND, "dim"
-    groups = cases(record)
     widths = _widths([COLUMNS, *(cells(row) for row in record.rows)])
-    for rows in groups:
+    for rows in cases(record):
         yield "", ""
         yield title(rows[0]), "bold"
         yield from _padded(COLUMNS, [(_style(row), cells(row)) for row in rows], widths)
