@@ -1,71 +1,104 @@
-"""``python -m benches``: measure all on this machine, print the table, write it to ``benches/results``."""
+"""``python -m benches``: measure on this machine, print the tables, write ``benches/results/<machine>.json``.
+
+``python -m benches --report FILES``: no measuring; tables, a figure per file and a page from results files.
+"""
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
 import os
 import pathlib
-import subprocess
 import sys
-import tempfile
-from typing import Any
 
 import torch
-
-from benches import machine, report, table
-
-FOLDER = pathlib.Path(__file__).parent
 
 
 def main() -> int:
     arguments = parse()
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    output = arguments.output or FOLDER / "results" / f"{machine.slug(device)}.json"
-    with tempfile.TemporaryDirectory() as folder:
-        raw = pathlib.Path(folder) / "benchmark.json"
-        status = subprocess.call(pytest_command(arguments, device, raw), cwd=FOLDER.parent)
-        if not raw.exists() or not raw.read_text():
-            print("nothing was measured", file=sys.stderr)
-            return status or 1
-        content = json.loads(raw.read_text())
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(one_row_per_line(content))
-    report.print_record(table.load(output))
-    written = os.path.relpath(output)
-    print(f"\nwritten to {written}; figure and page: python -m benches.report {written}")
-    return status
+    if arguments.report:
+        return report(arguments)
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        print("the record needs pytest-benchmark: pip install pytest-benchmark", file=sys.stderr)
+        return 1
+    return run(arguments)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benches", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="only the headline cases")
     parser.add_argument("--ops", default="", help="comma-separated, for instance layer_mix,hff; default: all")
+    parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time per case (default: 4)")
-    parser.add_argument("--output", type=pathlib.Path, help="default: benches/results/<machine>.json")
-    return parser.parse_args()
+    parser.add_argument("--tiny", action="store_true", help="small sizes, three rounds: to test the benches")
+    where = "default: benches/results/<machine>.json; with --report a folder, default: reports"
+    parser.add_argument("--output", type=pathlib.Path, help=where)
+    group = parser.add_argument_group("reports")
+    group.add_argument("--report", nargs="+", type=pathlib.Path, metavar="FILE", help="results files")
+    group.add_argument("--markdown", action="store_true", help="print only the summary, as Markdown")
+    group.add_argument("--picture", type=pathlib.Path, help="draw only the small picture, as SVG or PNG")
+    arguments = parser.parse_args()
+    if arguments.tiny and not arguments.output:
+        parser.error("--tiny needs --output: its times are no results")
+    if (arguments.markdown or arguments.picture) and not arguments.report:
+        parser.error("--markdown and --picture need --report")
+    if arguments.picture and len(arguments.report) > 1:
+        parser.error("--picture draws one results file")
+    return arguments
 
 
-def pytest_command(arguments: argparse.Namespace, device: str, record: pathlib.Path) -> list[str]:
-    command = [sys.executable, "-m", "pytest", str(FOLDER), "-q", "-p", "no:cacheprovider"]
-    command += ["--benchmark-quiet", "--show-capture=no", "--disable-warnings"]
-    command += [f"--benchmark-json={record}", f"--device={device}", f"--seconds={arguments.seconds}"]
-    if arguments.ops:
-        command.append(f"--ops={arguments.ops}")
-    return command + ["--headline"] * arguments.quick
+def run(arguments: argparse.Namespace) -> int:
+    """Measure case by case. The file is written after each, so that a run cut short leaves its results."""
+    from benches.measure import machine, record
+    from benches.measure.devices import open_device
+    from benches.measure.harness import Effort, measure
+    from benches.registry import registry
+    from benches.report import table
+
+    device = open_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    ops = [name for name in arguments.ops.split(",") if name]
+    cases = [
+        case
+        for case in registry(device.name, tiny=arguments.tiny)
+        if (not ops or case.op in ops)
+        and arguments.match in case.id
+        and (case.headline or not arguments.quick)
+    ]
+    if not cases:
+        print("no case has these names", file=sys.stderr)
+        return 1
+    effort = Effort(0.0, min_rounds=3) if arguments.tiny else Effort(arguments.seconds)
+    results = pathlib.Path(__file__).with_name("results")
+    output = arguments.output or results / f"{machine.slug(device.name)}.json"
+    header, measured = record.header(device.name), []
+    for number, case in enumerate(cases, start=1):
+        print(f"{number}/{len(cases)} {case.id}", file=sys.stderr, flush=True)
+        measured += [(case, measurement) for measurement in measure(case, device, effort)]
+        record.write(output, header, measured)
+    table.show(record.load(output))
+    written = os.path.relpath(output)
+    print(f"\nwritten to {written}; figure and page: python -m benches --report {written}")
+    return int(any(measurement.failure for _, measurement in measured))
 
 
-def one_row_per_line(content: dict[str, Any]) -> str:
-    """JSON that is small, and whose changes are readable as a diff."""
-    parts = []
-    for key, value in content.items():
-        if isinstance(value, list):
-            rows = ",\n  ".join(json.dumps(item, separators=(",", ":")) for item in value)
-            parts.append(f"{json.dumps(key)}: [\n  {rows}\n ]" if rows else f"{json.dumps(key)}: []")
-        else:
-            parts.append(f"{json.dumps(key)}: {json.dumps(value)}")
-    return "{\n " + ",\n ".join(parts) + "\n}\n"
+def report(arguments: argparse.Namespace) -> int:
+    from benches.measure.record import load
+    from benches.report import figure, page, table
+
+    records = {path: load(path) for path in arguments.report}
+    if arguments.markdown:
+        for item in records.values():
+            print(table.markdown(item, headline=arguments.quick))
+    if arguments.picture:
+        figure.picture(next(iter(records.values())), arguments.picture)
+        print(f"picture: {arguments.picture}", file=sys.stderr)
+    if not (arguments.markdown or arguments.picture):
+        for item in records.values():
+            table.show(item)
+        written = page.write(records, arguments.output or pathlib.Path("reports"))
+        print(f"\nfigures and page: {written}")
+    return 0
 
 
 if __name__ == "__main__":

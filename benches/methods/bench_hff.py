@@ -1,19 +1,17 @@
-"""HFF-b: one whole training step on frozen taps, of the fusion built on the ops and of its eager twin."""
+"""HFF-b: one training step on frozen taps, of the fusion built on the ops and of its eager twin."""
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from benches.cases import WAV2VEC2_LARGE, WHISPER_TINY, Candidate, Case, kernel_candidates
-from benches.problem import Runner
-from benches.record import Row
+from benches.case import WAV2VEC2_LARGE, WHISPER_TINY, Candidate, Case
+from benches.methods.step import StepProblem
+from benches.registry import kernel_candidates
 from mmtransfer.hff.fusion import HFFb
 from mmtransfer.hff.reference import EagerHFFb
 
@@ -32,56 +30,25 @@ class FusionWithHead(nn.Module):
         return self.head(self.fusion(x))
 
 
-class StepProblem:
-    """Forward, loss, backward and the optimiser's step. All candidates start from the same parameters.
-
-    The optimiser is the fused AdamW for all: the lists' many parameters do not count against them.
-    """
-
-    def __init__(
-        self, rows: int, taps: int, width: int, out_dim: int, dtype: torch.dtype, device: str
-    ) -> None:
-        self.sizes, self.dtype, self.device = (taps, width, out_dim), dtype, device
-        self.x = torch.randn(rows, taps, width, dtype=dtype, device=device)
-        self.labels = torch.randint(CLASSES, (rows,), device=device)
-        self.state = FusionWithHead(EagerHFFb(*self.sizes), out_dim).to(dtype).state_dict()
-
-    def runner(self, candidate: Candidate) -> Runner:
-        model = self._model(candidate.call).to(self.device, self.dtype)
-        # The lists get their taps as tensors of their own, as an encoder returns them.
-        packed = candidate.role == "kernel"
-        x = self.x if packed else [tap.contiguous() for tap in self.x.unbind(1)]
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        forward = torch.compile(model, dynamic=False) if candidate.role == "compile" else model
-
-        def step(_: None) -> list[Tensor]:
-            optimizer.zero_grad()
-            logits = forward(x)
-            functional.cross_entropy(logits.float(), self.labels).backward()
-            optimizer.step()
-            return [logits]
-
-        return Runner(step, collect=lambda results: [*results, *_gradients(model)])
-
-    def expected(self) -> list[Tensor]:
-        model = self._model(EagerHFFb).to(self.device, torch.float64)
-        logits = model(self.x.double())
-        functional.cross_entropy(logits, self.labels).backward()
-        return [logits.detach(), *_gradients(model)]
-
-    def _model(self, fusion: Any) -> FusionWithHead:
-        model = FusionWithHead(fusion(*self.sizes), self.sizes[-1])
-        model.load_state_dict(self.state)
-        return model
+def build(fusion: Any, sizes: tuple[int, int, int]) -> FusionWithHead:
+    """``fusion`` of (taps, width, out_dim) with its head."""
+    return FusionWithHead(fusion(*sizes), sizes[-1])
 
 
-def _gradients(model: nn.Module) -> list[Tensor]:
-    """All gradients in the order and form of the state dict, which the twins share."""
-    shadow = copy.deepcopy(model)
-    for parameter, twin in zip(model.parameters(), shadow.parameters(), strict=True):
-        assert parameter.grad is not None
-        twin.data = parameter.grad.clone()
-    return [tensor for _, tensor in sorted(shadow.state_dict().items())]
+def as_taps(inputs: dict[str, Tensor]) -> dict[str, Any]:
+    """Each tap in its own tensor, as an encoder returns them."""
+    return {"x": [tap.contiguous() for tap in inputs["x"].unbind(1)]}
+
+
+def _problem(rows: int, sizes: tuple[int, int, int], dtype: torch.dtype, device: str) -> StepProblem:
+    taps, width, _ = sizes
+    return StepProblem(
+        functools.partial(build, EagerHFFb, sizes),
+        {"x": torch.randn(rows, taps, width, dtype=dtype, device=device)},
+        torch.randint(CLASSES, (rows,), device=device),
+        parameters=dtype,
+        activations=dtype,
+    )
 
 
 def _case(
@@ -95,10 +62,12 @@ def _case(
 ) -> Case:
     rows, taps, width = (9, 4, 40) if tiny else sizes
     out_dim = 24 if tiny else 640
+    model_sizes = taps, width, out_dim
     with torch.device("meta"):
-        fusion = EagerHFFb(taps, width, out_dim)
-        parameters = sum(p.numel() for p in FusionWithHead(fusion, out_dim).parameters())
-    leaves = sum(p.numel() for p in fusion.levels[0].parameters())
+        model = build(EagerHFFb, model_sizes)
+    parameters = sum(p.numel() for p in model.parameters())
+    leaves = sum(p.numel() for p in model.fusion.levels[0].parameters())
+    eager = functools.partial(build, EagerHFFb, model_sizes)
     item = dtype.itemsize
     return Case(
         op="hff",
@@ -114,11 +83,14 @@ def _case(
         flops=2 * rows * (3 * parameters - leaves),
         output_bytes=item * rows * CLASSES,
         candidates=(
-            *kernel_candidates(HFFb, device),
-            Candidate("eager twin", "papers", EagerHFFb),
-            Candidate("torch.compile", "compile", EagerHFFb),
+            *(
+                Candidate(c.name, c.role, functools.partial(build, c.call, model_sizes))
+                for c in kernel_candidates(HFFb, device)
+            ),
+            Candidate("eager twin", "papers", eager, as_taps),
+            Candidate("torch.compile", "compile", eager, as_taps),
         ),
-        problem=functools.partial(StepProblem, rows, taps, width, out_dim, dtype, device),
+        problem=functools.partial(_problem, rows, model_sizes, dtype, device),
         bound="compute",
         headline=headline,
         # Rounding changes the sign of some inputs of the ReLUs, a share of about eps, and with each a whole
@@ -136,7 +108,3 @@ def cases(device: str, tiny: bool = False) -> Iterator[Case]:
         return
     yield case(f"{large.name}, 12 taps", (2048, 12, large.width), headline=True)
     yield case(f"{small.name}, 4 taps", (2048, 4, small.width))
-
-
-def bench_hff(row: Row) -> None:
-    row.record()

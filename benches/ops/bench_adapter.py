@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benches.cases import Candidate, Case, Direction, kernel_candidates
-from benches.problem import OpProblem
-from benches.record import Row
+from benches.case import Candidate, Case, Direction, OpProblem
+from benches.registry import kernel_candidates
 from mmkernels.ops._common import ACTIVATE
 from mmkernels.ops.adapter import adapter
 from mmkernels.ops.adapter.reference import adapter as reference
@@ -29,13 +28,12 @@ class Shape:
     bottleneck: int
 
 
-#: The size that the targets are given for.
 HUBERT_BASE = Shape("hubert-base, d=64", 4096, 768, 64)
 #: AAT on AST base: 7 clips of 602 tokens, a quarter of the width.
 AST_BASE = Shape("ast-base, d=192", 4214, 768, 192)
 #: HFF's adapters, of a large encoder.
 WAV2VEC2_LARGE = Shape("wav2vec2-large, d=128", 4096, 1024, 128)
-#: The size that the GPU targets are given for: 32 clips of 1214 tokens.
+#: 32 clips of 1214 tokens.
 AST_BATCH = Shape("ast-base, 32 clips, d=64", 38848, 768, 64)
 
 
@@ -47,15 +45,11 @@ def modules(
     up_bias: Tensor,
     *,
     activation: str,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    add_input: bool = True,
+    **norm: Tensor,
 ) -> Tensor:
     """Linear, activation, Linear, residual, as every adapter library has it."""
-    h = x if norm_weight is None else functional.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
-    h = ACTIVATE[activation](functional.linear(h, down_weight, down_bias))
-    y = functional.linear(h, up_weight, up_bias)
-    return x + y if add_input else y
+    h = ACTIVATE[activation](functional.linear(_normalised(x, **norm), down_weight, down_bias))
+    return x + functional.linear(h, up_weight, up_bias)
 
 
 def in_place(
@@ -66,30 +60,21 @@ def in_place(
     up_bias: Tensor,
     *,
     activation: str,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    add_input: bool = True,
+    **norm: Tensor,
 ) -> Tensor:
-    """The best that eager torch does: biases and the residual go into the products."""
-    h = x if norm_weight is None else functional.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
-    z = torch.addmm(down_bias, h, down_weight.t())
+    """The best eager form: the products add a bias and the residual."""
+    z = torch.addmm(down_bias, _normalised(x, **norm), down_weight.t())
     a = z.relu_() if activation == "relu" else ACTIVATE[activation](z)
-    if not add_input:
-        return torch.addmm(up_bias, a, up_weight.t())
     return torch.addmm(x, a, up_weight.t()) + up_bias
 
 
-def _fused(call: Any) -> Any:
-    """``adapter`` with the arguments of the baselines."""
-
-    def run(x: Tensor, *parameters: Tensor, add_input: bool = True, **options: Any) -> Tensor:
-        return call(x, *parameters, residual=x if add_input else None, **options)
-
-    return run
+def _normalised(x: Tensor, norm_weight: Tensor | None = None, norm_bias: Tensor | None = None) -> Tensor:
+    return x if norm_weight is None else functional.layer_norm(x, x.shape[-1:], norm_weight, norm_bias)
 
 
-def _candidate(candidate: Candidate) -> Candidate:
-    return Candidate(candidate.name, candidate.role, _fused(candidate.call))
+def _with_residual(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``adapter`` or its reference with the arguments of the baselines."""
+    return lambda x, **inputs: call(x, **inputs, residual=x)
 
 
 def _case(
@@ -110,7 +95,7 @@ def _case(
     parameters = 2 * width * bottleneck + width + bottleneck + 2 * width * norm
     product = 2 * rows * width * bottleneck
     forward = 2 * x + parameters + hidden * (direction != "forward")
-    # x, the gradient and what was saved; the gradients of x and of the parameters.
+    # x, the gradient and the saved hidden layer; the gradients of x and of the parameters.
     backward = (2 + input_gradient) * x + hidden + 2 * parameters
     flops = {"forward": 2 * product, "backward": (3 + input_gradient) * product}
     variant = "+".join(
@@ -128,7 +113,7 @@ def _case(
         flops=flops.get(direction, sum(flops.values())),
         output_bytes=item * x,
         candidates=(
-            *(_candidate(candidate) for candidate in kernel_candidates(adapter, device)),
+            *(Candidate(c.name, c.role, _with_residual(c.call)) for c in kernel_candidates(adapter, device)),
             Candidate("eager modules", "papers", modules),
             Candidate("eager addmm", "hand_written", in_place),
             Candidate("torch.compile", "compile", modules),
@@ -163,12 +148,7 @@ def _problem(
     if norm:
         inputs["norm_weight"] = (1 + 0.1 * make(width)).requires_grad_()
         inputs["norm_bias"] = (0.1 * make(width)).requires_grad_()
-    # Rounding changes the sign of some inputs of the ReLUs, and with each a whole term of a gradient.
-    return OpProblem(inputs, _definition, direction, dtype)
-
-
-def _definition(x: Tensor, *parameters: Tensor, **options: Any) -> Tensor:
-    return reference(x, *parameters, residual=x, **options)
+    return OpProblem(inputs, _with_residual(reference), direction, dtype)
 
 
 def cases(device: str, tiny: bool = False) -> Iterator[Case]:
@@ -189,7 +169,3 @@ def cases(device: str, tiny: bool = False) -> Iterator[Case]:
     for direction in ("forward", "forward_backward"):
         yield case(AST_BASE, direction, activation="gelu")
     yield case(WAV2VEC2_LARGE, "forward_backward", norm=True)
-
-
-def bench_adapter(row: Row) -> None:
-    row.record()

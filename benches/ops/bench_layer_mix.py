@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benches.cases import (
+from benches.case import (
     HUBERT_BASE,
     WAV2VEC2_LARGE,
     WHISPER_TINY,
@@ -19,10 +19,9 @@ from benches.cases import (
     Case,
     Direction,
     Encoder,
-    kernel_candidates,
+    OpProblem,
 )
-from benches.problem import OpProblem
-from benches.record import Row
+from benches.registry import kernel_candidates
 from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_mix.reference import layer_mix as reference
 
@@ -32,7 +31,7 @@ VALID = 0.6
 
 @dataclass(frozen=True)
 class Variant:
-    """Options of the op, and which gradients are asked for beside that of the weights."""
+    """Options of the op; ``trainable`` asks for the gradients of the layers too."""
 
     name: str = ""
     norm: bool = False
@@ -50,55 +49,33 @@ PLAIN_LENGTHS = Variant("lengths", lengths=True)
 PLAIN_TRAINABLE = Variant("trainable layers", trainable=True)
 
 
-def s3prl(
-    layers: list[Tensor],
-    weights: Tensor,
-    *,
-    norm: bool = False,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
-) -> Tensor:
+def s3prl(layers: list[Tensor], weights: Tensor, *, lengths: Tensor | None = None, **norm: Any) -> Tensor:
     """Stack, normalise, multiply, sum: the formula of s3prl's Featurizer and of SUPERB."""
     stacked = torch.stack(layers)
     if norm:
         stacked = functional.layer_norm(stacked, stacked.shape[-1:])
-        if norm_weight is not None and norm_bias is not None:
-            stacked = stacked * norm_weight[:, None, None] + norm_bias[:, None, None]
+    if "norm_weight" in norm:
+        stacked = stacked * norm["norm_weight"][:, None, None] + norm["norm_bias"][:, None, None]
     shape = stacked.shape[1:]
     mixed = (weights.unsqueeze(-1) * stacked.view(len(layers), -1)).sum(dim=0).view(shape)
     return _mask(mixed, lengths)
 
 
 def plain_loop(
-    layers: list[Tensor],
-    weights: Tensor,
-    *,
-    norm: bool = False,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
+    layers: list[Tensor], weights: Tensor, *, lengths: Tensor | None = None, **norm: Any
 ) -> Tensor:
-    """A sum in a loop, which the compiler fuses best."""
-    mixed = weights[0] * _normalised(layers[0], 0, norm, norm_weight, norm_bias)
+    """A sum in a loop, the form that the compiler fuses best."""
+    mixed = weights[0] * _normalised(layers[0], 0, **norm)
     for index, layer in enumerate(layers[1:], start=1):
-        mixed = mixed + weights[index] * _normalised(layer, index, norm, norm_weight, norm_bias)
+        mixed = mixed + weights[index] * _normalised(layer, index, **norm)
     return _mask(mixed, lengths)
 
 
 def in_place_loop(
-    layers: list[Tensor],
-    weights: Tensor,
-    *,
-    norm: bool = False,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    lengths: Tensor | None = None,
+    layers: list[Tensor], weights: Tensor, *, lengths: Tensor | None = None, **norm: Any
 ) -> Tensor:
-    """The best that eager torch does: no stack, one accumulator, dot products for the weights' gradient."""
-    normalised = (
-        _normalised(layer, index, norm, norm_weight, norm_bias) for index, layer in enumerate(layers)
-    )
+    """The best eager form: no stack, one accumulator, dot products for the weights' gradient."""
+    normalised = (_normalised(layer, index, **norm) for index, layer in enumerate(layers))
     if torch.is_grad_enabled():
         return _mask(_InPlaceSum.apply(weights, *normalised), lengths)
     mixed = next(normalised) * weights[0]
@@ -126,14 +103,11 @@ class _InPlaceSum(torch.autograd.Function):
         return d_weights, *d_layers
 
 
-def _normalised(
-    layer: Tensor, index: int, norm: bool, norm_weight: Tensor | None, norm_bias: Tensor | None
-) -> Tensor:
+def _normalised(layer: Tensor, index: int, *, norm: bool = False, **affine: Tensor) -> Tensor:
     if not norm:
         return layer
-    gain = None if norm_weight is None else norm_weight[index]
-    shift = None if norm_bias is None else norm_bias[index]
-    return functional.layer_norm(layer, layer.shape[-1:], gain, shift)
+    gain_and_shift = [affine[name][index] for name in ("norm_weight", "norm_bias")] if affine else []
+    return functional.layer_norm(layer, layer.shape[-1:], *gain_and_shift)
 
 
 def _mask(mixed: Tensor, lengths: Tensor | None) -> Tensor:
@@ -248,7 +222,3 @@ def _cuda_cases(case: functools.partial[Case]) -> Iterator[Case]:
     yield bf16(WHISPER_TINY, NORM, "forward")
     yield case(HUBERT_BASE, NORM, "forward", dtype=torch.float32)
     yield case(HUBERT_BASE, NORM, "forward_backward", dtype=torch.float32)
-
-
-def bench_layer_mix(row: Row) -> None:
-    row.record()

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from benches.cases import WAV2VEC2_LARGE, WHISPER_TINY, Candidate, Case, Direction, kernel_candidates
-from benches.problem import OpProblem, in_double
-from benches.record import Row
+from benches.case import WAV2VEC2_LARGE, WHISPER_TINY, Candidate, Case, Direction, OpProblem, in_double
+from benches.registry import kernel_candidates
 from mmkernels.ops.layer_project import layer_project
 from mmkernels.ops.layer_project.reference import layer_project as reference
 
@@ -20,7 +19,7 @@ from mmkernels.ops.layer_project.reference import layer_project as reference
 def projection_list(
     taps: list[Tensor], weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor
 ) -> Tensor:
-    """A list of LayerNorm, Linear and ReLU and a concatenation, as the paper's code would have it."""
+    """A list of LayerNorm, Linear and ReLU, and a concatenation, as in the paper."""
     halves = []
     for index, tap in enumerate(taps):
         normalised = functional.layer_norm(tap, tap.shape[-1:], norm_weight[index], norm_bias[index])
@@ -29,7 +28,7 @@ def projection_list(
 
 
 def folded_product(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor) -> Tensor:
-    """The best that eager torch does: one LayerNorm, its gain and shift folded into one batched product."""
+    """The best eager form: one LayerNorm, its gain and shift folded into one batched product."""
     normalised = functional.layer_norm(x, x.shape[-1:]).transpose(0, 1)
     folded = (weight * norm_weight.unsqueeze(1)).transpose(1, 2)
     shift = bias.unsqueeze(1) + norm_bias.unsqueeze(1) @ weight.transpose(1, 2)
@@ -37,14 +36,14 @@ def folded_product(x: Tensor, weight: Tensor, bias: Tensor, norm_weight: Tensor,
 
 
 def as_taps(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The taps as tensors of their own, as an encoder returns them, instead of packed."""
+    """The taps in one tensor each, as an encoder returns them, instead of packed."""
     x = inputs["x"]
     taps = [tap.detach().clone().requires_grad_(x.requires_grad) for tap in x.unbind(1)]
     return {"taps": taps} | {name: value for name, value in inputs.items() if name != "x"}
 
 
 def pack_gradients(results: list[Tensor], taps: int) -> list[Tensor]:
-    """Results with the gradients of the taps, where there are such, as one gradient of ``x``."""
+    """The same results with the gradients of the taps, if any, packed into the gradient of ``x``."""
     out, *gradients = results
     if len(gradients) <= 4:
         return results
@@ -112,7 +111,7 @@ def _problem(
 
 @torch.no_grad()
 def away_from_kink(inputs: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Where rounding cannot change the sign of the ReLU's input, which decides over a term of a gradient."""
+    """Where rounding cannot change the sign of the ReLU's input, and with it a term of a gradient."""
     before = reference(**{name: in_double(value) for name, value in inputs.items()}, activation="none")
     return before.abs() > 64 * torch.finfo(dtype).eps * before.std()
 
@@ -127,7 +126,3 @@ def cases(device: str, tiny: bool = False) -> Iterator[Case]:
         yield case(f"{large.name}, 12 taps", (rows, 12, large.width), direction, headline=True)
         yield case(f"{small.name}, 4 taps", (rows, 4, small.width), direction)
     yield case(f"{large.name}, level 2", (rows // 2, 6, large.width), "forward_backward", input_gradient=True)
-
-
-def bench_layer_project(row: Row) -> None:
-    row.record()

@@ -1,55 +1,132 @@
-"""From a case to something that can be timed: inputs, the fp64 result, and one runner for each candidate."""
+"""A case: one line of the summary, its candidates, and the problem that they solve."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from benches.cases import Candidate
+#: "different" computes less or more than the case asks for; it has no rate and no share of the ceiling.
+Role = Literal["kernel", "papers", "hand_written", "compile", "library", "different"]
+Direction = Literal["forward", "backward", "forward_backward", "training step", "call", "import"]
+#: The resource that limits a case; "latency": neither, the time itself is the result.
+Bound = Literal["memory", "compute", "latency"]
+#: "system": glibc's default allocator, which returns large blocks to the operating system, so that the next
+#: ones come with fresh pages. "reused": freed memory stays in the process, for all candidates alike.
+Memory = Literal["system", "reused"]
 
 
-def nothing() -> None:
-    return None
+@dataclass(frozen=True)
+class Encoder:
+    """Hidden states of a real speech encoder: their number (layers and the embedding) and their width."""
+
+    name: str
+    layers: int
+    width: int
+
+
+WHISPER_TINY = Encoder("whisper-tiny", 5, 384)
+HUBERT_BASE = Encoder("hubert-base", 13, 768)
+WAV2VEC2_LARGE = Encoder("wav2vec2-large", 25, 1024)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to compute a case.
+
+    Attributes:
+        call: a function of the inputs for ``OpProblem``; makes the model for ``StepProblem``.
+        lay_out: converts the inputs to the layout of this candidate, off the clock.
+        collect: converts its results to the layout of the reference, off the clock.
+    """
+
+    name: str
+    role: Role
+    call: Callable[..., Any]
+    lay_out: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    collect: Callable[[list[Tensor]], list[Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op or a method at one size, in one direction, with everything that can compute it.
+
+    Attributes:
+        shape: name of the real model.
+        variant: options of the op, such as ``"norm+affine"``.
+        minimum_bytes: bytes that any implementation reads and writes, every tensor once.
+        flops: floating-point operations of the definition.
+        output_bytes: size of the results.
+        problem: makes the inputs; called when the case is measured.
+        tolerance: largest relative error of a correct result, where the harness's table does not fit.
+        max_rounds: upper limit, for cases that take long and vary little.
+    """
+
+    op: str
+    shape: str
+    variant: str
+    direction: Direction
+    dtype: torch.dtype
+    device: str
+    sizes: dict[str, int]
+    minimum_bytes: int
+    flops: int
+    output_bytes: int
+    candidates: tuple[Candidate, ...]
+    problem: Callable[[], Problem] = field(repr=False)
+    bound: Bound = "memory"
+    memory: Memory = "system"
+    headline: bool = False
+    tolerance: float | None = None
+    max_rounds: int = 60
+
+    @property
+    def id(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        parts = [self.op, self.shape, self.variant, self.direction, dtype, self.memory]
+        return "/".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
 class Runner:
-    """What is timed: ``run(prepare())``, of which ``prepare`` is not on the clock.
+    """The timed call, ``run(prepare())``, of which ``prepare`` is off the clock.
 
     Attributes:
         run: returns tensors, which are freed off the clock.
-        collect: makes of them what is compared with the expected results.
+        collect: converts them to the tensors that are compared with the expected results.
         calls: how many calls ``run`` makes, where one is too short for the clock.
-        timer: gives the seconds of one sample, where the candidate measures itself, as another process does.
+        timer: gives the seconds of one sample, for a candidate that measures itself in another process.
+        warm: the check has warmed it up; for calls that take seconds.
+        facts: more facts for the record, which ``run`` may add.
     """
 
     run: Callable[[Any], list[Tensor]]
-    prepare: Callable[[], Any] = nothing
+    prepare: Callable[[], Any] = lambda: None
     collect: Callable[[list[Tensor]], Sequence[Tensor]] = list
     calls: int = 1
     timer: Callable[[], float] | None = None
+    warm: bool = False
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Problem(Protocol):
     def runner(self, candidate: Candidate) -> Runner: ...
 
     def expected(self) -> list[Tensor]:
-        """The results in float64; empty where there is nothing to compare."""
+        """The results in float64; empty where there is nothing to compare. Called before any runner runs."""
         ...
 
 
 @dataclass(frozen=True)
 class OpProblem:
-    """A function of tensors, forwards or backwards.
+    """A function of tensors, forward or backward.
 
     Attributes:
-        inputs: keyword arguments: tensors, lists of tensors, plain values. Gradients are taken for those
-            tensors that require them.
+        inputs: keyword arguments: tensors, lists of tensors, plain values. Gradients are taken for tensors
+            that require them.
         reference: the definition of the op, for any dtype.
         direction: "forward" and "call" run without gradients.
         dtype: of the incoming gradient, which is the same for every candidate.
@@ -122,6 +199,7 @@ def _tensors(inputs: dict[str, Any]) -> Iterator[Tensor]:
 
 
 def in_double(value: Any) -> Any:
+    """Floating-point tensors, also in lists, as float64; everything else as it is."""
     if isinstance(value, list):
         return [in_double(item) for item in value]
     if isinstance(value, Tensor) and value.is_floating_point():

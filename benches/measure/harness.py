@@ -1,4 +1,4 @@
-"""Measuring one case: check every candidate against float64, then time all of them in turns."""
+"""Measure one case: check every candidate against float64, then time all of them, interleaved."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benches.cases import Candidate, Case
-from benches.devices import Device, copy_runner, matmul_runner
-from benches.problem import Runner
+from benches.case import Candidate, Case, Runner
+from benches.measure.devices import Device, copy_runner, matmul_runner
 
-#: Largest relative error of a candidate that counts as right. In float32 a wrong entry among millions shows.
-#: The tests of the ops are stricter; this must let pass what eager baselines lose in half precision.
+#: Largest relative error of a correct result. In float32 one wrong entry among millions exceeds it. The tests
+#: of the ops are stricter; here the eager baselines in half precision must pass.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
 _CEILING = "ceiling"
@@ -27,7 +26,7 @@ _CEILING = "ceiling"
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure a case: rounds until the time is spent, but at least so many."""
+    """Measuring time per case: rounds until the seconds are spent, but at least ``min_rounds``."""
 
     seconds: float = 4.0
     min_rounds: int = 7
@@ -35,60 +34,74 @@ class Effort:
 
 @dataclass
 class Measurement:
-    """One candidate's result.
+    """The result of one candidate.
 
     Attributes:
         error: relative error, None where there is nothing to compare.
         failure: why there is no time: a wrong result, or an exception.
         samples: seconds, one per round.
-        facts: what the record keeps beside pytest-benchmark's statistics.
+        facts: all else that the record keeps.
     """
 
+    candidate: Candidate
     error: float | None = None
     failure: str | None = None
     samples: list[float] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(case: Case, device: Device, effort: Effort) -> dict[str, Measurement]:
-    """Check and time all candidates of ``case``; keys are their names."""
+def measure(case: Case, device: Device, effort: Effort) -> list[Measurement]:
+    """Check and time all candidates of ``case``."""
     torch.manual_seed(0)
     torch._dynamo.reset()  # else the shapes of earlier cases count against its limit of recompilations
     device.set_memory(case.memory)
+    results = [Measurement(candidate) for candidate in case.candidates]
+    try:
+        samplers = _check_all(case, device, results)
+        ceiling, work = _ceiling(case)
+        if ceiling is not None:
+            samplers[_CEILING] = device.sampler(ceiling)
+        samples = interleave(samplers, effort, case.max_rounds)
+    except Exception as error:
+        for result in results:
+            result.failure = result.failure or _describe(error)
+        return results
+    for result in results:
+        result.samples = samples.get(result.candidate.name, [])
+        if result.samples:
+            of_ceiling = samples.get(_CEILING) if result.candidate.role != "different" else None
+            result.facts |= _facts(case, result.samples, of_ceiling, work)
+    _add_ratios(results)
+    return results
+
+
+def _check_all(case: Case, device: Device, results: list[Measurement]) -> dict[str, Callable[[], float]]:
+    """A sampler for each candidate with a correct result; the others get a failure."""
     problem = case.problem()
     expected = problem.expected()
-    results: dict[str, Measurement] = {}
     samplers: dict[str, Callable[[], float]] = {}
-    for candidate in case.candidates:
-        results[candidate.name] = result = Measurement()
+    for result in results:
         try:
-            runner = problem.runner(candidate)
+            runner = problem.runner(result.candidate)
             _check(result, runner, expected, case.tolerance or TOLERANCE[case.dtype])
             if result.failure is None:
                 result.facts["peak_memory"] = device.peak_memory(runner) if expected else None
-                samplers[candidate.name] = device.sampler(runner)
+                result.facts |= runner.facts
+                samplers[result.candidate.name] = device.sampler(runner)
         except Exception as error:
-            # A baseline that cannot run is a fact about it, and no reason to lose the other rows.
-            result.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    del expected
-    ceiling, work = _ceiling(case)
-    if ceiling is not None:
-        samplers[_CEILING] = device.sampler(ceiling)
-    samples = interleave(samplers, effort, case.max_rounds)
-    for candidate in case.candidates:
-        result = results[candidate.name]
-        result.samples = samples.get(candidate.name, [])
-        if result.samples:
-            of_ceiling = samples.get(_CEILING) if candidate.role != "different" else None
-            result.facts |= _facts(case, result.samples, of_ceiling, work)
-    _add_ratios(case.candidates, results)
-    return results
+            # A baseline that cannot run must not cost the other rows.
+            result.failure = _describe(error)
+    return samplers
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def interleave(
     samplers: Mapping[str, Callable[[], float]], effort: Effort, max_rounds: int
 ) -> dict[str, list[float]]:
-    """One sample of each in every round, in an order shuffled anew: nobody always follows the same one."""
+    """One sample of each in every round, in a new random order: none always follows the same other."""
     order = list(samplers)
     shuffle = random.Random(0).shuffle
     samples: dict[str, list[float]] = {name: [] for name in order}
@@ -116,7 +129,7 @@ def spread(samples: Sequence[float]) -> dict[str, float]:
 
 
 def relative_error(results: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Norm of the error over the norm of what is expected, of the worst result; infinite if not a number."""
+    """Norm of the error over the norm of the expected result, of the worst result; infinite if NaN."""
     worst = 0.0
     for result, target in zip(results, expected, strict=True):
         if result.shape != target.shape:
@@ -139,7 +152,7 @@ def _check(result: Measurement, runner: Runner, expected: list[Tensor], toleranc
 
 
 def _ceiling(case: Case) -> tuple[Runner | None, int]:
-    """What the hardware does at best, measured in the same rounds: a copy or a product, and its size."""
+    """The hardware's best, measured in the same rounds: a copy or a matrix product, and its size."""
     if case.bound == "memory":
         return copy_runner(case.device)
     if case.bound == "compute":
@@ -159,10 +172,10 @@ def _facts(
     return facts
 
 
-def _add_ratios(candidates: Sequence[Candidate], results: dict[str, Measurement]) -> None:
-    """How many times as long as the first kernel each candidate took, round by round."""
-    kernel = next((results[c.name].samples for c in candidates if c.role == "kernel"), [])
-    for result in results.values():
+def _add_ratios(results: list[Measurement]) -> None:
+    """Each candidate's time over that of the first kernel, round by round."""
+    kernel = next((result.samples for result in results if result.candidate.role == "kernel"), [])
+    for result in results:
         if kernel and result.samples:
             ratios = [s / k for s, k in zip(result.samples, kernel, strict=True)]
             result.facts["times_kernel"] = spread(ratios)

@@ -1,4 +1,4 @@
-"""The roofline figure of one record."""
+"""Two figures of a record: the roofline of all rows, and a small picture of the headline cases."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import math
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from benches.table import Record, ceilings, ceilings_by_kind, duration, short_title
-from benches.targets import Row
+from benches.measure.record import Record, Row
+from benches.report import table
+from benches.report.table import cases, ceilings, ceilings_by_kind, duration, first_of_roles, short_title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,11 +22,13 @@ STYLE = {
     "papers": ("#7F7F7F", "^"),
     "library": ("#009E73", "v"),
 }
+#: The bars of the picture, from top to bottom, with their keys in STYLE.
+BARS = {"papers": "papers", "compile": "compile", "kernel": "mmkernels native"}
 MARKER: dict[str, Any] = {"ms": 7, "mec": "white", "mew": 0.6}
 LABEL = {
     "compile": "torch.compile",
     "hand_written": "best hand-written eager",
-    "papers": "eager, as the papers have it",
+    "papers": "eager, as published",
     "library": "library",
 }
 
@@ -38,8 +41,6 @@ def draw(record: Record, path: pathlib.Path) -> None:
     from matplotlib import pyplot
 
     rows = [row for row in record.rows if row["failure"] is None and "share_of_ceiling" in row]
-    if not rows:
-        raise ValueError("the record has no row that was measured against a ceiling")
     count = len({row["id"] for row in rows})
     with pyplot.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure, (left, right) = pyplot.subplots(
@@ -47,7 +48,9 @@ def draw(record: Record, path: pathlib.Path) -> None:
         )
         _roofline(left, record, rows)
         _shares(right, rows)
-        handles, labels = _unique_handles(left)
+        found = dict(zip(*reversed(left.get_legend_handles_labels()), strict=True))
+        labels = [label for label in (LABEL.get(key, key) for key in STYLE) if label in found]
+        handles = [found[label] for label in labels]
         figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
         name, threads = record.machine["name"], record.machine["threads"]
         figure.suptitle(f"{name}, {threads} threads, {record.date}, commit {record.commit}", fontsize=11)
@@ -56,7 +59,7 @@ def draw(record: Record, path: pathlib.Path) -> None:
 
 
 def _key(row: Row) -> str:
-    # Variants of a kernel have what varies behind a comma.
+    # A variant of a kernel is named behind a comma.
     name = row["candidate"].partition(",")[0]
     return name if name in STYLE else row["role"]
 
@@ -140,8 +143,68 @@ def _line(axes: Axes, position: float, row: Row) -> float:
     return share["p80"]
 
 
-def _unique_handles(axes: Axes) -> tuple[list, list[str]]:
-    handles, labels = axes.get_legend_handles_labels()
-    unique = dict(zip(labels, handles, strict=True))
-    order = [label for label in (LABEL.get(key, key) for key in STYLE) if label in unique]
-    return [unique[label] for label in order], order
+def picture(record: Record, path: pathlib.Path) -> None:
+    """Write a small picture, SVG or PNG, of the headline cases: bars of time and of peak memory.
+
+    The bars of a case are drawn to the scale of eager's. Colours are fixed, on a white card, so that they
+    read on light and dark pages.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    groups = _headline(record)
+    if not groups:
+        raise ValueError("the record has no headline case with a kernel and a published baseline")
+    hidden = {f"axes.spines.{side}": False for side in ("left", "top", "right", "bottom")}
+    with pyplot.rc_context({"font.size": 9, "svg.hashsalt": "mmkernels", **hidden}):
+        inches = (10, 1 + 0.52 * len(groups))
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=inches, sharey=True, layout="constrained")
+        _bars(left, groups, "time", lambda row: row["seconds"]["median"], duration)
+        _bars(right, groups, "peak memory", lambda row: row["peak_memory"], table.size)
+        left.set_yticks(range(len(groups)), [_case_name(group["kernel"]) for group in groups])
+        left.set_ylim(len(groups) - 0.45, -0.55)
+        handles, labels = left.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper center", ncols=len(BARS), frameon=False)
+        machine = record.machine
+        source = f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}, {record.date}"
+        figure.supxlabel(f"{source}; shorter is better", fontsize=8, color="#57606A")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100, metadata={"Date": None} if path.suffix == ".svg" else None)
+        pyplot.close(figure)
+
+
+def _headline(record: Record) -> list[dict[str, Row]]:
+    """The headline cases of ops and methods, each with its first row of every role."""
+    found = []
+    for rows in cases(record):
+        group = first_of_roles([row for row in rows if row["failure"] is None])
+        shown = rows[0]["headline"] and rows[0]["memory"] == "system" and rows[0]["direction"] != "call"
+        if shown and {"kernel", "papers"} <= group.keys():
+            found.append(group)
+    return found
+
+
+def _case_name(row: Row) -> str:
+    variant = f" ({row['variant'].replace('+', ', ')})" if row["variant"] else ""
+    return f"{row['op']}{variant}\n{row['direction'].replace('_', ' + ')}"
+
+
+def _bars(axes: Axes, groups: list[dict[str, Row]], name: str, value: Any, text: Any) -> None:
+    height, longest = 0.26, 1.0
+    for place, (role, key) in enumerate(BARS.items()):
+        for position, group in enumerate(groups):
+            if role not in group:
+                continue
+            share = value(group[role]) / value(group["papers"])
+            longest = max(longest, share)
+            y = position + (place - 1) * height
+            label = LABEL.get(key, "mmkernels") if position == 0 else None
+            axes.barh(y, share, height * 0.9, color=STYLE[key][0], label=label)
+            weight = "bold" if role == "kernel" else "normal"
+            axes.text(share + 0.015, y, text(value(group[role])), va="center", fontsize=7.5, weight=weight)
+    axes.set(xlim=(0, longest * 1.16), xticks=[])
+    axes.tick_params(axis="y", length=0)
+    axes.set_title(name, loc="left", fontsize=10, weight="bold")
+    axes.axvline(0, color="#57606A", lw=0.8)

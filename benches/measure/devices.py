@@ -5,12 +5,11 @@ from __future__ import annotations
 import ctypes
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from benches.problem import Runner
+from benches.case import Runner
 from mmtransfer.measure import peak_memory
 
 # glibc, malloc.h
@@ -18,23 +17,30 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4
 _MIB = 1 << 20
 
 
-class Device(Protocol):
+class Device:
     name: str
 
     def set_memory(self, memory: str) -> None:
-        """Choose what becomes of freed memory; see ``benches.cases.Memory``."""
-        ...
+        """Keep freed memory in the process, or return it to the system; see ``benches.case.Memory``."""
 
     def sampler(self, runner: Runner) -> Callable[[], float]:
         """Warm the runner up; each call of the result then gives the seconds of one call of the runner."""
-        ...
+        if runner.timer is not None:
+            return runner.timer
+        for _ in range(0 if runner.warm else 2):
+            runner.run(runner.prepare())
+        return self._warm_sampler(runner)
 
     def peak_memory(self, runner: Runner) -> int:
-        """Most bytes that torch held at once during one call beyond what was there before; results count."""
-        ...
+        """Peak bytes of torch's allocator during one call, above those held before; results count."""
+        state = runner.prepare()
+        return peak_memory(lambda: runner.run(state), self.name)
+
+    def _warm_sampler(self, runner: Runner) -> Callable[[], float]:
+        raise NotImplementedError
 
 
-class Cpu:
+class Cpu(Device):
     name = "cpu"
     memory_note = (
         "system: glibc's allocator, thresholds at their highest (blocks over 32 MiB come with fresh pages); "
@@ -47,10 +53,7 @@ class Cpu:
         except OSError:
             self._libc = None  # not glibc: its allocator decides
 
-    def sampler(self, runner: Runner) -> Callable[[], float]:
-        if runner.timer is not None:
-            return runner.timer
-        _warm_up(runner)
+    def _warm_sampler(self, runner: Runner) -> Callable[[], float]:
         return lambda: self._sample(runner)
 
     def _sample(self, runner: Runner) -> float:
@@ -61,24 +64,23 @@ class Cpu:
         del results
         return (end - start) / runner.calls
 
-    def peak_memory(self, runner: Runner) -> int:
-        state = runner.prepare()
-        return peak_memory(lambda: runner.run(state), "cpu")
-
     def set_memory(self, memory: str) -> None:
         if self._libc is None:
             return
         reused = memory == "reused"
-        # glibc moves its two thresholds up with what it sees freed. Their highest values are set at once, so
-        # that no case depends on those before it: blocks up to 32 MiB are reused, larger ones are fresh.
+        # glibc raises its two thresholds as large blocks are freed. Set their highest values at once, so that
+        # no case depends on those before it: blocks up to 32 MiB are reused, larger ones are fresh.
         self._libc.mallopt(_M_MMAP_THRESHOLD, 32 * _MIB)
         self._libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1 if reused else 64 * _MIB)
         self._libc.mallopt(_M_MMAP_MAX, 0 if reused else 65536)
         self._libc.malloc_trim(0)
 
 
-class Cuda:
-    """Times by CUDA events with a cold L2 cache; calls under 20 us by replaying a CUDA graph."""
+class Cuda(Device):
+    """CUDA events with a cold L2 cache; for calls under 20 us, replays of a CUDA graph.
+
+    ``set_memory`` has no effect: torch's caching allocator always reuses.
+    """
 
     name = "cuda"
     graph_below = 20e-6
@@ -86,27 +88,17 @@ class Cuda:
 
     def __init__(self) -> None:
         properties = torch.cuda.get_device_properties(0)
-        # Writing this much evicts everything else.
+        # A write of this size evicts everything else.
         size = max(4 * properties.L2_cache_size, 64 * _MIB)
         self._flush_buffer = torch.empty(size // 4, dtype=torch.int32, device="cuda")
 
-    def sampler(self, runner: Runner) -> Callable[[], float]:
-        if runner.timer is not None:
-            return runner.timer
-        _warm_up(runner)
+    def _warm_sampler(self, runner: Runner) -> Callable[[], float]:
         if runner.calls > 1:
             return lambda: self._host_sample(runner)
         by_graph = None
         if min(self._event_sample(runner) for _ in range(5)) < self.graph_below:
             by_graph = self._graph_sampler(runner)
         return by_graph or (lambda: self._event_sample(runner))
-
-    def peak_memory(self, runner: Runner) -> int:
-        state = runner.prepare()
-        return peak_memory(lambda: runner.run(state), "cuda")
-
-    def set_memory(self, memory: str) -> None:
-        """torch's caching allocator always reuses."""
 
     def _event_sample(self, runner: Runner) -> float:
         state = runner.prepare()
@@ -120,7 +112,7 @@ class Cuda:
         return start.elapsed_time(end) * 1e-3
 
     def _host_sample(self, runner: Runner) -> float:
-        """Time until the calls are queued: what dispatching costs the host."""
+        """Time until the calls are queued: the dispatch cost on the host."""
         torch.cuda.synchronize()
         start = time.perf_counter()
         runner.run(None)
@@ -129,13 +121,13 @@ class Cuda:
         return (end - start) / runner.calls
 
     def _graph_sampler(self, runner: Runner) -> Callable[[], float] | None:
-        """Seconds of a call without its launch: a graph of flushes and calls less a graph of flushes."""
+        """Seconds of a call without its launch: a graph of flushes and calls, minus a graph of flushes."""
         if runner.prepare() is not None:
             return None
         try:
             full, flushes = self._capture(runner), self._capture(None)
         except RuntimeError:
-            return None  # cannot be captured; events then
+            return None  # cannot be captured: CUDA events then
 
         def sample() -> float:
             seconds = [self._replay(graph) for graph in (full, flushes)]
@@ -161,11 +153,6 @@ class Cuda:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e-3
-
-
-def _warm_up(runner: Runner) -> None:
-    for _ in range(2):
-        runner.run(runner.prepare())
 
 
 def open_device(name: str) -> Device:

@@ -1,7 +1,8 @@
-"""What a record's header says about the machine and the software."""
+"""The machine and the software, for the header of a record."""
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import pathlib
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 
-from benches.devices import Cpu
+from benches.measure.devices import Cpu
 from mmkernels import _library
 
 
 def facts(device: str) -> dict[str, Any]:
-    """Names and versions; nothing that identifies the host."""
+    """Names, versions and the load so far; nothing that identifies the host."""
     compiled = _library.compiled_module()
     load = os.getloadavg()[0]
     found = {
@@ -32,12 +33,11 @@ def facts(device: str) -> dict[str, Any]:
         "load_average": round(load, 2),
         "busy": load > 0.25 * (os.cpu_count() or 1),
         "compiler": compiled.build_info()["compiler"] if compiled else None,
-        "timing": "in turns, in shuffled order; medians, 20 % and 80 % quantiles; ratios round by round",
+        "timing": "interleaved in shuffled order; medians, 20 % and 80 % quantiles; ratios round by round",
     }
     if device == "cuda":
-        found["cuda"] = torch.version.cuda
-        found["driver"] = _driver()
-        found["memory"] = "torch's caching allocator; L2 flushed before each call"
+        memory = "torch's caching allocator; L2 flushed before each call"
+        found |= {"cuda": torch.version.cuda, "driver": _driver(), "memory": memory}
     else:
         found["memory"] = Cpu.memory_note
     return found
@@ -45,21 +45,16 @@ def facts(device: str) -> dict[str, Any]:
 
 def slug(device: str) -> str:
     """A file name for this machine's results."""
-    name = (
-        torch.cuda.get_device_name(0)
-        if device == "cuda"
-        else f"{cpu_name()} {torch.get_num_threads()} threads"
-    )
+    on_cpu = f"{cpu_name()} {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(0) if device == "cuda" else on_cpu
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
+@functools.cache
 def cpu_name() -> str:
-    try:
-        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    import cpuinfo  # comes with pytest-benchmark
+
+    return cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
 
 
 def _driver() -> str | None:

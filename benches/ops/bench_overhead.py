@@ -1,4 +1,4 @@
-"""What mmkernels costs beside its kernels: a call on tiny tensors, and the import."""
+"""The overhead of mmkernels: a call on tiny tensors, and the import."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from benches.cases import HUBERT_BASE, Candidate, Case, kernel_candidates
+from benches.case import HUBERT_BASE, Candidate, Case, OpProblem, Runner
 from benches.ops.bench_layer_mix import in_place_loop, plain_loop, s3prl
-from benches.problem import OpProblem, Runner
-from benches.record import Row
+from benches.registry import kernel_candidates
 from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_mix.reference import layer_mix as reference
 
 
 class ImportProblem:
-    """Seconds of an import in a fresh interpreter; ``candidate.call`` gives what comes before it, and it."""
+    """Seconds of an import in a fresh interpreter; ``candidate.call`` gives the setup and the module."""
 
     def runner(self, candidate: Candidate) -> Runner:
         before, module = candidate.call()
@@ -27,7 +26,9 @@ class ImportProblem:
         command = [sys.executable, "-c", program + "print(time.perf_counter() - start)"]
 
         def seconds() -> float:
-            return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            # Not in the checkout, whose folders would be imported in place of the installed packages.
+            done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=sys.prefix)
+            return float(done.stdout)
 
         return Runner(run=lambda _: [], timer=seconds)
 
@@ -88,7 +89,3 @@ def _tiny_problem(sizes: tuple[int, int, int], device: str, calls: int) -> OpPro
         "weights": torch.randn(layers, device=device).softmax(0),
     }
     return OpProblem(inputs, reference, "call", torch.float32, calls)
-
-
-def bench_overhead(row: Row) -> None:
-    row.record()

@@ -1,0 +1,1 @@
+"""Measures one case: clocks, memory, checks, and the record of the results."""
