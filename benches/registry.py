@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benches.case import Candidate, Case
-from mmkernels.ops._common import why_not
+from mmkernels.backends import why_not
 
 
 def registry(device: str, *, tiny: bool = False) -> Iterator[Case]:

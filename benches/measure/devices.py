@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benches.case import Runner
-from mmtransfer.measure import peak_memory
+from mmtransfer.training.memory import peak_memory
 
 # glibc, malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_MMAP_MAX = -1, -3, -4

@@ -18,7 +18,7 @@ from transformers import ASTConfig, ASTForAudioClassification
 
 from benches.case import Candidate, Case
 from benches.methods.step import StepProblem
-from mmtransfer import aat
+from mmtransfer import prepare
 
 CLASSES = 50
 #: 602 tokens: 12 x 50 patches of 16 x 16, 10 apart, and two class tokens.
@@ -49,9 +49,9 @@ class EagerAdapter(nn.Module):
 
 
 def adapted(config: ASTConfig, method: str, **options: Any) -> nn.Module:
-    """A classifier prepared for a method of `mmtransfer.aat`."""
+    """A classifier prepared for a method of `mmtransfer`."""
     model = ASTForAudioClassification(config)
-    aat.prepare(model, method, **options)
+    prepare(model, method, **options)
     return model
 
 
@@ -98,7 +98,7 @@ def _case(config: ASTConfig, device: str, clips: int, dtype: torch.dtype) -> Cas
     return Case(
         op="aat",
         shape=f"ast-base, {clips} clip{'s' * (clips > 1)}",
-        variant="aat_ms",
+        variant="aat-ms",
         direction="training step",
         dtype=dtype,
         device=device,
@@ -110,19 +110,19 @@ def _case(config: ASTConfig, device: str, clips: int, dtype: torch.dtype) -> Cas
         flops=int(clips * tokens * layers * width * (54 * width + 12 * tokens)),
         output_bytes=4 * clips * CLASSES,
         candidates=(
-            Candidate("mmkernels native", "kernel", method("aat_ms", backend="native")),
+            Candidate("mmkernels native", "kernel", method("aat-ms", backend="native")),
             Candidate(
-                "mmkernels native, rewritten", "kernel", method("aat_ms", backend="native", rewrite=True)
+                "mmkernels native, rewritten", "kernel", method("aat-ms", backend="native", rewrite=True)
             ),
             Candidate(
                 "mmkernels native, recomputed",
                 "kernel",
-                method("aat_ms", backend="native", recompute="selective"),
+                method("aat-ms", backend="native", recompute="selective"),
             ),
             Candidate("eager AAT^MS", "papers", as_published),
             Candidate("torch.compile of layers", "compile", as_published),
             Candidate("full fine-tuning", "different", method("full")),
-            Candidate("mmkernels native, AAT^M", "different", method("aat_m", backend="native")),
+            Candidate("mmkernels native, AAT^M", "different", method("aat-m", backend="native")),
             Candidate("head alone", "different", method("head")),
         ),
         bound="compute",

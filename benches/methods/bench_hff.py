@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from benches.case import WAV2VEC2_LARGE, WHISPER_TINY, Candidate, Case
 from benches.methods.step import StepProblem
 from benches.registry import kernel_candidates
-from mmtransfer.hff.fusion import HFFb
-from mmtransfer.hff.reference import EagerHFFb
+from mmtransfer.hff import HFFb
+from mmtransfer.hff.eager import EagerHFFb
 
 CLASSES = 32
 
@@ -72,7 +72,7 @@ def _case(
     return Case(
         op="hff",
         shape=shape,
-        variant="hff_b",
+        variant="hff-b",
         direction="training step",
         dtype=dtype,
         device=device,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benches.case import Candidate, Runner, in_double
-from mmtransfer.measure import allocations
+from mmtransfer.training.memory import allocations
 
 
 class StepProblem:

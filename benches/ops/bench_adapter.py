@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from benches.case import Candidate, Case, Direction, OpProblem
 from benches.registry import kernel_candidates
-from mmkernels.ops._common import ACTIVATE
+from mmkernels.activations import ACTIVATIONS
 from mmkernels.ops.adapter import adapter
 from mmkernels.ops.adapter.reference import adapter as reference
 
@@ -48,7 +48,7 @@ def modules(
     **norm: Tensor,
 ) -> Tensor:
     """Linear, activation, Linear, residual, as every adapter library has it."""
-    h = ACTIVATE[activation](functional.linear(_normalised(x, **norm), down_weight, down_bias))
+    h = ACTIVATIONS[activation](functional.linear(_normalised(x, **norm), down_weight, down_bias))
     return x + functional.linear(h, up_weight, up_bias)
 
 
@@ -64,7 +64,7 @@ def in_place(
 ) -> Tensor:
     """The best eager form: the products add a bias and the residual."""
     z = torch.addmm(down_bias, _normalised(x, **norm), down_weight.t())
-    a = z.relu_() if activation == "relu" else ACTIVATE[activation](z)
+    a = z.relu_() if activation == "relu" else ACTIVATIONS[activation](z)
     return torch.addmm(x, a, up_weight.t()) + up_bias
 
 

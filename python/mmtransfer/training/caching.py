@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import psutil
 import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import WhisperFeatureExtractor
 
+from mmtransfer.data import DataError
 from mmtransfer.data.features import Collator
 from mmtransfer.data.recordings import Clip
 from mmtransfer.encoders.tapped import TappedEncoder
 from mmtransfer.tasks.base import Task
-
-from .memory import check_room
 
 #: Called with the number of clips just done.
 OnClips = Callable[[int], None]
@@ -125,7 +125,7 @@ def cache_features(
             share = sum(sizes[index] for index in chosen) / sum(sizes)
             # Twice: those of single clips, and the one tensor made of them.
             needed = 2 * taps.features.nbytes / share
-            check_room(needed, "features", "--no-cache, fewer taps or fewer clips")
+            _check_room(needed, "features", "--no-cache, fewer taps or fewer clips")
         if on_clips is not None:
             on_clips(len(chosen))
     lengths = torch.tensor([len(features) for features in frames])
@@ -196,7 +196,7 @@ def cache_inputs(
         lengths.append(int(valid))
         if len(inputs) == 1:
             sizes = [_relative_size(each, collate) for each in clips]
-            check_room(inputs[0].nbytes * sum(sizes) / sizes[0], "inputs", "--no-cache or fewer clips")
+            _check_room(inputs[0].nbytes * sum(sizes) / sizes[0], "inputs", "--no-cache or fewer clips")
         if on_clips is not None:
             on_clips(1)
     return CachedInputs(
@@ -215,3 +215,11 @@ def _relative_size(clip: Clip, collate: EncoderCollator) -> float:
         return 1.0
     most = collate.collator.max_seconds
     return clip.seconds if most is None else min(clip.seconds, most)
+
+
+def _check_room(nbytes: float, what: str, remedy: str) -> None:
+    """DataError if the machine has no room for so many bytes."""
+    available = psutil.virtual_memory().available
+    if nbytes > available:
+        needed, free = (f"{size / 2**30:.1f} GiB" for size in (nbytes, available))
+        raise DataError(f"the cached {what} need {needed} of memory and {free} are free; use {remedy}")

@@ -1,4 +1,4 @@
-"""Memory that a call takes, counted allocation by allocation, and memory that the machine has left."""
+"""Memory that a call takes, counted allocation by allocation."""
 
 from __future__ import annotations
 
@@ -7,10 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import psutil
 import torch
-
-from mmtransfer.data import DataError
 
 _T = TypeVar("_T")
 
@@ -50,11 +47,3 @@ def allocations(call: Callable[[], _T]) -> tuple[_T, list[int]]:
     profiler: Any = profile.profiler
     events = [event for event in profiler.kineto_results.events() if event.name() == "[memory]"]
     return result, [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
-
-
-def check_room(nbytes: float, what: str, remedy: str) -> None:
-    """DataError if the machine has no room for so many bytes."""
-    available = psutil.virtual_memory().available
-    if nbytes > available:
-        needed, free = (f"{size / 2**30:.1f} GiB" for size in (nbytes, available))
-        raise DataError(f"the cached {what} need {needed} of memory and {free} are free; use {remedy}")
