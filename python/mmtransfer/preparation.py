@@ -110,8 +110,6 @@ def prepare(
             f"model is prepared already, with {get_prepared(model).method.name!r}; revert that first"
         )
     heads = _find_heads(encoder, head)
-    if found.name == "head" and not heads:
-        raise ValueError("method 'head' needs a head; the model has none outside its encoder, so name one")
     base = {id(parameter) for parameter in model.parameters()}
     edit = found.edit(encoder)
     inside = {id(parameter) for parameter in encoder.model.parameters()}
@@ -120,6 +118,11 @@ def prepare(
             parameter.requires_grad_(True)
     named = dict(model.named_parameters())
     names = tuple(name for name, parameter in named.items() if parameter.requires_grad)
+    if not names:
+        edit.revert()
+        raise ValueError(
+            f"method {found.name!r} trains no part of the encoder, and the model has no head outside it; name one"
+        )
     prepared = Prepared(
         method=found,
         head=heads,

@@ -80,7 +80,7 @@ def compare(
     YAML; `mmtransfer methods` lists the methods and their options.
 
     Args:
-        set_: options of the methods, such as bottleneck=64 or hff-b.out_dim=240.
+        set_: options of the methods, such as bottleneck=64; METHOD.bottleneck=64 is for one method alone.
     """
     options = _parse_options(set_)
     from mmtransfer.compare.tables import MODELS_NAME, check_output

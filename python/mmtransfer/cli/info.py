@@ -17,11 +17,13 @@ def methods() -> None:
     from mmtransfer import registry
     from mmtransfer.method import EditMethod
 
+    kinds: dict[str, str] = {}
     for method in registry.methods().values():
         found = method()
         kind = "edit" if isinstance(found, EditMethod) else "readout"
+        kinds[kind] = found.name
         options = [f"{each.name}={getattr(found, each.name)}" for each in dataclasses.fields(found)]
         print(f"{found.name:18} {kind:8} {found.about()}")
         if options:
             print(f"{'':28}{', '.join(options)}")
-    print("\nreadout+edit is a method too: hff-b+aat-ms")
+    print(f"\nA readout + an edit is a method too: {kinds['readout']}+{kinds['edit']}")
