@@ -14,7 +14,10 @@ import torch
 import typeguard
 from torch import nn
 
-from mmtransfer.encoders.edit import Edit
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.backends import BACKENDS
+from mmkernels.nn import Adapter
+from mmtransfer.encoders.edit import Edit, Forward, check_layers
 from mmtransfer.encoders.encoder import Encoder, Tap
 from mmtransfer.encoders.recompute import RECOMPUTE, add_recompute
 from mmtransfer.training.settings import Training
@@ -43,6 +46,19 @@ def option(
         runtime: the option says how the method is computed and not what is trained; checkpoints leave it out.
     """
     return field(default=default, metadata={"choices": tuple(choices), "least": least, "runtime": runtime})
+
+
+class Serial:
+    """Called in place of a module's `forward`: `adapter(A)` for its (first) output A."""
+
+    def __init__(self, inner: Forward, adapter: Adapter) -> None:
+        self.inner, self.adapter = inner, adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.inner(*args, **kwargs)
+        if isinstance(output, tuple):
+            return self.adapter(output[0]), *output[1:]
+        return self.adapter(output)
 
 
 class LastLayer(nn.Module):
@@ -187,6 +203,51 @@ class LayerEditMethod(EditMethod):
 
     def select(self, encoder: Encoder) -> list[nn.Module]:
         return encoder.select(self.layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterMethod(LayerEditMethod):
+    """An edit that adds bottleneck adapters to chosen layers.
+
+    Attributes:
+        bottleneck: hidden width of the adapters; None for a quarter of the encoder's.
+        activation: a name in `mmkernels.activations.ACTIVATIONS`.
+        scale: constant factor of the adapters' outputs.
+        backend: of `mmkernels.adapter`.
+    """
+
+    #: Standard deviation of the initial down-projections; None for that of a linear layer.
+    initial_std: ClassVar[float | None] = 0.02
+
+    bottleneck: int | None = option(None, least=1)
+    activation: str = option("gelu", choices=ACTIVATIONS)
+    scale: float = 1.0
+    backend: str = option("auto", choices=BACKENDS, runtime=True)
+
+    def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
+        check_layers(encoder, layers)
+
+    def add(self, edit: Edit, encoder: Encoder, layer: nn.Module, name: str, **options: Any) -> Adapter:
+        """A new adapter as a trained child of a layer; `options` are those of `mmkernels.nn.Adapter`."""
+        width = encoder.hidden_size
+        adapter = Adapter(
+            width,
+            self.bottleneck or max(width // 4, 1),
+            self.activation,
+            scale=self.scale,
+            backend=self.backend,
+            **options,
+        )
+        if self.initial_std is not None:
+            nn.init.trunc_normal_(adapter.down_weight, std=self.initial_std)
+        return edit.add(layer, name, adapter.to(**edit.place(layer)).train(layer.training))
+
+    def append(
+        self, edit: Edit, encoder: Encoder, layer: nn.Module, name: str, module: nn.Module, **options: Any
+    ) -> None:
+        """A new adapter of the output of `module`, a part of the layer or the layer itself."""
+        adapter = self.add(edit, encoder, layer, name, **options)
+        edit.override(module, Serial(module.forward, adapter))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -121,7 +121,8 @@ def prepare(
     if not names:
         edit.revert()
         raise ValueError(
-            f"method {found.name!r} trains no part of the encoder, and the model has no head outside it; name one"
+            f"method {found.name!r} trains no part of the encoder, and the model has no head outside "
+            "it; name one"
         )
     prepared = Prepared(
         method=found,

@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from mmkernels.activations import ACTIVATIONS, TRANSFORMERS_NAMES
-from mmkernels.backends import BACKENDS
-from mmkernels.nn import Adapter
-from mmtransfer.encoders.adapters import add_adapter, append_adapter
-from mmtransfer.encoders.edit import Edit, check_layers
+from mmkernels.activations import TRANSFORMERS_NAMES
+from mmtransfer.encoders.edit import Edit
 from mmtransfer.encoders.encoder import Encoder
-from mmtransfer.method import LayerEditMethod, option
+from mmtransfer.method import AdapterMethod, option
 
 from . import parallel, rewrite
 
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AAT(LayerEditMethod):
+class AAT(AdapterMethod):
     """Both adapters: S is `x + (A + Adapter(A))`, M is `x + MLP(h) + Adapter(h)`.
 
     A is the output of a layer's attention, projected, and h the input of its MLP. The adapters join where the
@@ -32,10 +29,6 @@ class AAT(LayerEditMethod):
     in twelve layers 7,100,928.
 
     Attributes:
-        bottleneck: hidden width of the adapters; None for `ratio` times the width of the model.
-        ratio: of the two widths, where no bottleneck is given.
-        activation: a name in `mmkernels.activations.ACTIVATIONS`.
-        scale: constant factor of the adapters' outputs.
         rewrite: compute the adapters inside the frozen products next to them, where that is exact: M where
             the MLP's activation is the adapters', S where the output projection is called as a module (not
             in WavLM). With the model's activation dropout in training, the M adapter's hidden layer is
@@ -49,19 +42,10 @@ class AAT(LayerEditMethod):
     #: Which of the two adapters there are.
     places: ClassVar[tuple[str, ...]] = ("attention", "mlp")
 
-    bottleneck: int | None = option(None, least=1)
-    ratio: float = option(0.25, least=0)
-    activation: str = option("gelu", choices=ACTIVATIONS)
-    scale: float = 1.0
     rewrite: bool = option(False, runtime=True)
-    backend: str = option("auto", choices=BACKENDS, runtime=True)
 
     def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
-        check_layers(encoder, layers)
-        if self._bottleneck(encoder) < 1:
-            raise ValueError(
-                f"{self.name}: a ratio of {self.ratio} leaves no bottleneck of {encoder.hidden_size}"
-            )
+        super().check(encoder, layers)
         if self.rewrite and not self.rewritten(encoder, layers):
             raise ValueError(
                 f"rewrite has nothing to rewrite: {self.name} with activation {self.activation!r} in "
@@ -99,37 +83,21 @@ class AAT(LayerEditMethod):
         twin.encoder.edit = plain.edit(twin.encoder.parts)
         return twin
 
-    def _bottleneck(self, encoder: Encoder) -> int:
-        return int(encoder.hidden_size * self.ratio) if self.bottleneck is None else self.bottleneck
-
-    def _adapter(self, encoder: Encoder, *, residual: bool) -> Adapter:
-        adapter = Adapter(
-            encoder.hidden_size,
-            self._bottleneck(encoder),
-            self.activation,
-            scale=self.scale,
-            residual=residual,
-            backend=self.backend,
-        )
-        nn.init.trunc_normal_(adapter.down_weight, std=0.02)
-        return adapter
-
     def _adapt_attention(self, edit: Edit, encoder: Encoder, layer: nn.Module, rewritten: bool) -> None:
         description = encoder.description
-        adapter = self._adapter(encoder, residual=True)
-        if rewritten:
-            add_adapter(edit, layer, "adapter_attention", adapter)
-            projection = layer.get_submodule(description.layer_attention_output)
-            assert isinstance(projection, nn.Linear)
-            edit.override(projection, rewrite.SerialRewritten(projection, adapter))
+        if not rewritten:
+            calls = description.calls_projections
+            path = description.layer_attention_output if calls else description.layer_attention
+            self.append(edit, encoder, layer, "adapter_attention", layer.get_submodule(path))
             return
-        calls = description.calls_projections
-        path = description.layer_attention_output if calls else description.layer_attention
-        append_adapter(edit, layer, "adapter_attention", layer.get_submodule(path), adapter)
+        projection = layer.get_submodule(description.layer_attention_output)
+        assert isinstance(projection, nn.Linear)
+        adapter = self.add(edit, encoder, layer, "adapter_attention")
+        edit.override(projection, rewrite.SerialRewritten(projection, adapter))
 
     def _adapt_mlp(self, edit: Edit, encoder: Encoder, layer: nn.Module, rewritten: bool) -> None:
         # The MLP's output is what the M adapter is added to.
-        adapter = add_adapter(edit, layer, "adapter_mlp", self._adapter(encoder, residual=False))
+        adapter = self.add(edit, encoder, layer, "adapter_mlp", residual=False)
         first, second = (layer.get_submodule(path) for path in encoder.description.layer_mlp)
         last = self.recompute != "none"
         if rewritten:

@@ -10,13 +10,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from mmkernels.activations import ACTIVATIONS
-from mmkernels.backends import BACKENDS
-from mmkernels.nn import Adapter
-from mmtransfer.encoders.adapters import append_adapter
 from mmtransfer.encoders.edit import Edit, check_layers
 from mmtransfer.encoders.encoder import Encoder
-from mmtransfer.method import EditMethod, LayerEditMethod, Method, option
+from mmtransfer.method import AdapterMethod, EditMethod, LayerEditMethod, Method, option
 from mmtransfer.training.settings import Training
 
 
@@ -167,41 +163,19 @@ class LoRA(LayerEditMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Houlsby(LayerEditMethod):
+class Houlsby(AdapterMethod):
     """Adapters in series: `x + (A + Adapter(A))` and `x + (F + Adapter(F))`, A the output of a layer's
-    attention, projected, and F that of its MLP.
-
-    Attributes:
-        bottleneck: hidden width; None for a quarter of the encoder's.
-        activation: a name in `mmkernels.activations.ACTIVATIONS`.
-        scale: constant factor of the adapters' outputs.
-        backend: of `mmkernels.adapter`.
+    attention, projected, and F that of its MLP; options as `AdapterMethod`.
     """
 
     name: ClassVar[str] = "houlsby"
     title: ClassVar[str] = "Houlsby adapters"
     paper: ClassVar[str] = "arXiv 1902.00751"
 
-    bottleneck: int | None = option(None, least=1)
-    activation: str = option("gelu", choices=ACTIVATIONS)
-    scale: float = 1.0
-    backend: str = option("auto", choices=BACKENDS, runtime=True)
-
-    def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
-        check_layers(encoder, layers)
-
     def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
-        description, width = encoder.description, encoder.hidden_size
+        description = encoder.description
         calls = description.calls_projections
         attention = description.layer_attention_output if calls else description.layer_attention
         for layer in layers:
             for name, path in (("attention", attention), ("mlp", description.layer_mlp[1])):
-                adapter = Adapter(
-                    width,
-                    self.bottleneck or max(width // 4, 1),
-                    self.activation,
-                    scale=self.scale,
-                    backend=self.backend,
-                )
-                nn.init.trunc_normal_(adapter.down_weight, std=0.02)
-                append_adapter(edit, layer, f"adapter_{name}", layer.get_submodule(path), adapter)
+                self.append(edit, encoder, layer, f"adapter_{name}", layer.get_submodule(path))

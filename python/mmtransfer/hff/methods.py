@@ -13,12 +13,10 @@ from torch import nn
 
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.backends import BACKENDS
-from mmkernels.nn import Adapter
-from mmtransfer.encoders.adapters import append_adapter
 from mmtransfer.encoders.edit import Edit
 from mmtransfer.encoders.encoder import Encoder, Tap, default_taps
 from mmtransfer.encoders.tapped import tap_name
-from mmtransfer.method import Group, LayerEditMethod, Method, option
+from mmtransfer.method import AdapterMethod, Group, Method, option
 from mmtransfer.training.settings import Training
 
 from . import eager, fusions
@@ -202,7 +200,7 @@ class HFFubMethod(HFFbMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HFFAdapters(LayerEditMethod):
+class HFFAdapters(AdapterMethod):
     """A residual adapter at the output of each layer (section 3.4): `h + up(act(down(LN(h))))`.
 
     The next layer and a tap of the layer read its result; the last layer is adapted before a final norm. With
@@ -210,26 +208,24 @@ class HFFAdapters(LayerEditMethod):
 
     Attributes:
         bottleneck: hidden width; 128, 256 or 512 in the paper.
-        activation: a name in `mmkernels.activations.ACTIVATIONS`.
         norm: layer norm with gain and shift in front (the paper's parameter counts have one).
-        backend: of `mmkernels.adapter`.
     """
 
     name: ClassVar[str] = "hff-adapters"
     title: ClassVar[str] = "HFF adapters"
     paper: ClassVar[str] = "arXiv 2211.02712"
+    initial_std: ClassVar[float | None] = None
 
-    bottleneck: int = option(128, least=1)
+    bottleneck: int | None = option(128, least=1)
     activation: str = option("relu", choices=ACTIVATIONS)
     norm: bool = True
-    backend: str = option("auto", choices=BACKENDS, runtime=True)
+
+    def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
+        """Any encoder with layers will do."""
 
     def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
         for layer in layers:
-            adapter = Adapter(
-                encoder.hidden_size, self.bottleneck, self.activation, norm=self.norm, backend=self.backend
-            )
-            append_adapter(edit, layer, "adapter_output", layer, adapter)
+            self.append(edit, encoder, layer, "adapter_output", layer, norm=self.norm)
 
 
 def _by_tap(model: AdaptedModel, values: Sequence[float]) -> dict[str, float]:
