@@ -13,8 +13,7 @@ from typing import Any
 import torch
 
 import mmkernels
-from mmkernels import _library, ops
-from mmkernels.ops import _common
+from mmkernels import _library, backends, ops
 
 
 def op_names() -> list[str]:
@@ -30,9 +29,8 @@ def _version(package: str) -> str:
 
 
 def _serving(device: str) -> dict[str, Any]:
-    reasons = {
-        name: _common.why_not(name, device, torch.float32) for name in ("native", "triton", "reference")
-    }
+    names = (name for name in backends.BACKENDS if name != "auto")
+    reasons = {name: backends.why_not(name, device, torch.float32) for name in names}
     chosen = next(name for name, reason in reasons.items() if reason is None)
     return {
         "serves": "reference" if device == "cpu" and chosen == "triton" else chosen,

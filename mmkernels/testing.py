@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmkernels.ops import _common
+from mmkernels.backends import why_not
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Shape = Mapping[str, Any]
@@ -102,7 +102,7 @@ class OpSpec:
 
 def backends(device: str, dtype: torch.dtype) -> list[str]:
     """The kernels that can serve this device and dtype here; the reference is what they are compared with."""
-    return [name for name in ("native", "triton") if _common.why_not(name, device, dtype) is None]
+    return [name for name in ("native", "triton") if why_not(name, device, dtype) is None]
 
 
 def assert_close_to_reference(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mmkernels.ops._common import ACTIVATIONS
+from mmkernels.activations import ACTIVATIONS
 from mmkernels.ops.adapter import adapter
 
 

@@ -1,61 +1,26 @@
-"""What every op's ``api.py`` shares: choice of backend, checks, messages."""
+"""Shared by the public functions of all ops: choice of backend, checks, messages."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from mmkernels import _library
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.backends import BACKENDS, why_not
 
-BACKENDS = ("auto", "native", "triton", "reference")
-#: Index of a name = value of ``mmk::Activation`` in csrc/include/mmkernels/activation.h.
-ACTIVATIONS = ("none", "relu", "gelu", "gelu_tanh", "silu")
-#: What each of them is, for the definitions of the ops.
-ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z,
-    "relu": functional.relu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda z: functional.gelu(z, approximate="tanh"),
-    "silu": functional.silu,
-}
+#: Name of an activation -> the number that stands for it in the torch ops.
+ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
+#: Former name of the table.
+ACTIVATE = ACTIVATIONS
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-def _triton_installed() -> bool:
-    try:
-        return importlib.util.find_spec("triton") is not None
-    except (ImportError, ValueError):
-        return False
-
-
-# Constants of the process, so that a traced graph need not guard on anything but the device.
-TRITON_INSTALLED = _triton_installed()
-#: Triton kernels run in Triton's interpreter, which takes CPU tensors.
-TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """The reason why ``backend`` cannot serve tensors of this device type and dtype, or None if it can."""
-    if backend == "reference":
-        return None
-    if dtype == torch.float64 and device != "cpu":
-        return "float64 is offered on the CPU only; cast to float32, or use backend='reference'"
-    if backend == "native":
-        if device not in ("cpu", "cuda"):
-            return f"there are no compiled kernels for device type {device!r}"
-        return _library.load_errors.get(device)
-    if not TRITON_INSTALLED:
-        return "Triton is not installed"
-    if device == "cpu" and not TRITON_INTERPRETED:
-        return "Triton kernels need a CUDA tensor (or TRITON_INTERPRET=1 set before Python starts)"
-    if device not in ("cpu", "cuda"):
-        return f"there are no Triton kernels for device type {device!r}"
-    return None
+def check_activation(op: str, activation: str) -> None:
+    if activation not in ACTIVATION_CODES:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATION_CODES)}, got {activation!r}")
 
 
 def choose_backend(op: str, backend: str, tensor: Tensor) -> str:

@@ -18,12 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._common import ACTIVATIONS, TRITON_INTERPRETED
+from mmkernels.backends import TRITON_INTERPRETED
+from mmkernels.ops._common import ACTIVATION_CODES
 
-RELU = tl.constexpr(ACTIVATIONS.index("relu"))
-GELU = tl.constexpr(ACTIVATIONS.index("gelu"))
-GELU_TANH = tl.constexpr(ACTIVATIONS.index("gelu_tanh"))
-SILU = tl.constexpr(ACTIVATIONS.index("silu"))
+RELU = tl.constexpr(ACTIVATION_CODES["relu"])
+GELU = tl.constexpr(ACTIVATION_CODES["gelu"])
+GELU_TANH = tl.constexpr(ACTIVATION_CODES["gelu_tanh"])
+SILU = tl.constexpr(ACTIVATION_CODES["silu"])
 INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from mmkernels.ops._common import ACTIVATIONS, accumulate_dtype
+from mmkernels.activations import ACTIVATIONS, TRANSFORMERS_CLASSES
+from mmkernels.ops._common import accumulate_dtype
 from mmkernels.ops.adapter import adapter
 from mmkernels.patch.dtypes import dtype_served
 from mmkernels.patch.recogniser import Unsupported
@@ -21,15 +22,6 @@ _FUNCTIONS = {
     torch.relu: "relu",
     functional.gelu: "gelu",
     functional.silu: "silu",
-}
-# Classes of transformers.activations, by name: transformers is not imported here.
-_TRANSFORMERS = {
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "LinearActivation": "none",
-    "NewGELUActivation": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "SiLUActivation": "silu",
 }
 
 
@@ -152,7 +144,7 @@ def _activation(function: Any) -> str:
     if cls is nn.GELU:
         name = "gelu" if function.approximate == "none" else "gelu_tanh"
     elif cls.__module__ == "transformers.activations":
-        name = _TRANSFORMERS.get(cls.__name__)
+        name = TRANSFORMERS_CLASSES.get(cls.__name__)
     elif not isinstance(function, nn.Module):
         name = _FUNCTIONS.get(function)
     if name is None:

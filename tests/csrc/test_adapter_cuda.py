@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, pointer
 from torch import Tensor
 
-from mmkernels.ops._common import ACTIVATIONS
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.ops._common import ACTIVATION_CODES
 from mmkernels.ops.adapter import reference
 from mmkernels.testing import assert_close_to_reference
 
@@ -87,7 +88,7 @@ class Problem:
 
     @property
     def sizes(self) -> np.ndarray:
-        return integers(DTYPE_CODES[self.dtype], *self.shape, ACTIVATIONS.index(self.activation))
+        return integers(DTYPE_CODES[self.dtype], *self.shape, ACTIVATION_CODES[self.activation])
 
     @property
     def out_dtype(self) -> torch.dtype:

@@ -17,7 +17,8 @@ from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, poi
 from torch import Tensor
 
 from mmkernels._library import compiled_module
-from mmkernels.ops._common import ACTIVATIONS
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.ops._common import ACTIVATION_CODES
 from mmkernels.ops.layer_project import reference
 from mmkernels.testing import assert_close_to_reference
 
@@ -68,7 +69,7 @@ class Problem:
     @property
     def sizes(self) -> np.ndarray:
         code = DTYPE_CODES[self.dtype]
-        return integers(code, *self.shape, self.outputs, ACTIVATIONS.index(self.activation))
+        return integers(code, *self.shape, self.outputs, ACTIVATION_CODES[self.activation])
 
     @property
     def strides(self) -> np.ndarray:

@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import functional
 
 import mmkernels
+from mmkernels.activations import ACTIVATIONS
 from mmkernels.nn import Adapter
-from mmkernels.ops._common import ACTIVATE, ACTIVATIONS, accumulate_dtype
+from mmkernels.ops._common import ACTIVATION_CODES, accumulate_dtype
 from mmkernels.ops.adapter import reference
 from mmkernels.testing import Call, OpSpec, Shape, assert_close_to_reference, away_from_zero, op_tests
 
@@ -79,7 +80,7 @@ def eager(
     h = x
     if norm_weight is not None:
         h = functional.layer_norm(h, h.shape[-1:], like(norm_weight), like(norm_bias))
-    h = ACTIVATE[activation](functional.linear(h, like(down_weight), like(down_bias)))
+    h = ACTIVATIONS[activation](functional.linear(h, like(down_weight), like(down_bias)))
     y = scale * functional.linear(h, like(up_weight), like(up_bias))
     return y if residual is None else residual + y
 
@@ -91,7 +92,7 @@ def raw(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
     width = a["x"].shape[-1]
     x = a["x"].reshape(-1, width)
     residual = None if a["residual"] is None else a["residual"].reshape(-1, width)
-    activation, norm = ACTIVATIONS.index(a["activation"]), p["norm_weight"] is not None
+    activation, norm = ACTIVATION_CODES[a["activation"]], p["norm_weight"] is not None
     add_input = residual is None and norm
     down, up = (p["down_weight"], p["down_bias"]), (p["up_weight"], p["up_bias"])
     gain = (p["norm_weight"], p["norm_bias"])
@@ -225,7 +226,7 @@ def test_first_step_is_exact(norm: bool) -> None:
     assert module.up_weight.grad.count_nonzero() > 0
 
 
-@pytest.mark.parametrize("activation", list(ACTIVATE))
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("window", [(-12.0, -6.0), (-6.0, -3.0), (-3.0, 3.0), (3.0, 6.0), (6.0, 12.0)])
 def test_activations_keep_their_digits(activation: str, window: tuple[float, float]) -> None:
     """Where most of the sigmoid's or the normal distribution's digits are those of 0 or 1, too."""
@@ -239,8 +240,8 @@ def test_activations_keep_their_digits(activation: str, window: tuple[float, flo
         return out.detach(), slope
 
     ours = run(lambda x, w: mmkernels.adapter(x, w, None, w, None, activation=activation), torch.float32)
-    theirs = run(lambda x, _: ACTIVATE[activation](x), torch.float32)
-    exact = run(lambda x, _: ACTIVATE[activation](x), torch.float64)
+    theirs = run(lambda x, _: ACTIVATIONS[activation](x), torch.float32)
+    exact = run(lambda x, _: ACTIVATIONS[activation](x), torch.float64)
     for name, k, r, e in zip(("value", "slope"), ours, exact, theirs, strict=True):
         assert_close_to_reference(k, r, e, torch.float32, name)
 

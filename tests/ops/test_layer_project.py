@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 import mmkernels
-from mmkernels.ops._common import ACTIVATE, ACTIVATIONS, accumulate_dtype
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.ops._common import ACTIVATION_CODES, accumulate_dtype
 from mmkernels.ops.layer_project import reference
 from mmkernels.ops.layer_project.schema import OUTPUT_SUFFICES
 from mmkernels.testing import Call, OpSpec, Shape, away_from_zero, op_tests
@@ -48,7 +49,7 @@ def eager(
             gain, shift = (p[tap].to(x.dtype) for p in (norm_weight, norm_bias))
             h = functional.layer_norm(h, h.shape[-1:], gain, shift)
         z = functional.linear(h, weight[tap].to(x.dtype), None if bias is None else bias[tap].to(x.dtype))
-        taps.append(ACTIVATE[activation](z))
+        taps.append(ACTIVATIONS[activation](z))
     return torch.stack(taps, 1)
 
 
@@ -58,7 +59,7 @@ def raw(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
     parameters = [
         None if a[p] is None else a[p].to(wide) for p in ("weight", "bias", "norm_weight", "norm_bias")
     ]
-    activation = ACTIVATIONS.index(a["activation"])
+    activation = ACTIVATION_CODES[a["activation"]]
     forward = (a["x"], *parameters, 1e-5, activation, True)
     y, preactivation, stats = torch.ops.mmkernels.layer_project_fwd(*forward)
     value = y if activation in OUTPUT_SUFFICES else preactivation

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from mmkernels.ops._common import ACTIVATIONS, TRITON_INTERPRETED
+from mmkernels.backends import TRITON_INTERPRETED
+from mmkernels.ops._common import ACTIVATION_CODES
 
 triton = pytest.importorskip("triton")
 if TRITON_INTERPRETED:
@@ -103,7 +104,7 @@ MIX_BACKWARD = {
 }
 PRODUCT = {"PRECISION": "ieee", "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 8}
 FUSED = {
-    **{"WIDTH": 1, "BOTTLENECK": 1, "ACTIVATION": ACTIVATIONS.index("gelu_tanh"), "PRECISION": "ieee"},
+    **{"WIDTH": 1, "BOTTLENECK": 1, "ACTIVATION": ACTIVATION_CODES["gelu_tanh"], "PRECISION": "ieee"},
     **{"BLOCK_M": 16, "BLOCK_H": 16, "BLOCK_D": 16},
 }
 FUSED_FORWARD = {**FUSED, "NORM": True, "EPS": 1e-5}
@@ -271,7 +272,7 @@ def test_products(
     config = shared.PRODUCT_CONFIGS[getattr(torch, dtype)]
     constants = {**constants_of(shared.product_options(config)), "PRECISION": precision}
     for kernel, own in (
-        (project.layer_project_fwd_kernel, {"WIDTH": 768, "ACTIVATION": ACTIVATIONS.index(activation)}),
+        (project.layer_project_fwd_kernel, {"WIDTH": 768, "ACTIVATION": ACTIVATION_CODES[activation]}),
         (project.layer_project_dx_kernel, {"OUTPUTS": 248}),
         (adapter.adapter_product_kernel, {"INNER": 384, "inner_stride": 1}),
         (adapter.adapter_product_kernel, {"INNER": 768, "column_stride": 1}),
@@ -293,7 +294,7 @@ def test_products(
 def test_project_gradients(element: str, capability: int, tmp_path: pathlib.Path) -> None:
     constants = {
         "OUTPUTS": 250,
-        "ACTIVATION": ACTIVATIONS.index("gelu"),
+        "ACTIVATION": ACTIVATION_CODES["gelu"],
         "BLOCK_ROWS": project.GRADIENT_ROWS,
         "BLOCK_O": project.GRADIENT_COLUMNS,
     }
@@ -322,7 +323,7 @@ def test_adapter(
     tile = adapter.fused_tile(table, torch.float16, bottleneck)
     constants = {
         **constants_of(adapter.fused_options(tile, 768, bottleneck)),
-        **{"ACTIVATION": ACTIVATIONS.index("gelu"), "PRECISION": "ieee"},
+        **{"ACTIVATION": ACTIVATION_CODES["gelu"], "PRECISION": "ieee"},
         **({"NORM": norm, "EPS": 1e-5} if forward else {"ADD_GRAD": True}),
     }
     compiled = compile_kernel(

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from mmkernels import adapter, layer_mix, layer_project
-from mmkernels.ops._common import ACTIVATIONS, TRITON_INTERPRETED
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.backends import TRITON_INTERPRETED
+from mmkernels.ops._common import ACTIVATION_CODES
 from mmkernels.ops.adapter import reference as adapter_reference
 from mmkernels.ops.adapter.schema import OPS as ADAPTER_OPS
 from mmkernels.ops.layer_mix import reference as mix_reference
@@ -296,8 +298,8 @@ def test_project_frozen_inputs(frozen: str) -> None:
 def test_project_makes_no_gradient_of_frozen_input() -> None:
     call = project_call(torch.float32, 20, 2, 24, 16, "relu").detached(requires_grad=False)
     tensors = [call.arguments[name] for name in ("x", "weight", "bias", "norm_weight", "norm_bias")]
-    y, _, stats = PROJECT_OPS["triton"][0](*tensors, 1e-5, ACTIVATIONS.index("relu"), True)
-    dx, *_ = PROJECT_OPS["triton"][1](y, *tensors, y, stats, ACTIVATIONS.index("relu"), False, True, True)
+    y, _, stats = PROJECT_OPS["triton"][0](*tensors, 1e-5, ACTIVATION_CODES["relu"], True)
+    dx, *_ = PROJECT_OPS["triton"][1](y, *tensors, y, stats, ACTIVATION_CODES["relu"], False, True, True)
     assert dx.shape == (0, 2, 24)
 
 
@@ -449,7 +451,7 @@ def test_adapter_statistics_of_rows_that_start_apart() -> None:
     x[4, -1] = 1000
     call = adapter_call(torch.float16, 6, 300, 8).detached(requires_grad=False)
     tensors = raw_tensors(call.with_arguments(x=x.half()))
-    _, _, stats = ADAPTER_OPS["triton"][0](*tensors, 1.0, 1e-5, ACTIVATIONS.index("gelu"), True, True)
+    _, _, stats = ADAPTER_OPS["triton"][0](*tensors, 1.0, 1e-5, ACTIVATION_CODES["gelu"], True, True)
     exact = x.half().double()
     expected = torch.stack([exact.mean(1), (exact.var(1, correction=0) + 1e-5).rsqrt()], 1)
     torch.testing.assert_close(stats.double(), expected, rtol=1e-6, atol=0)
@@ -475,7 +477,7 @@ def test_adapter_frozen_inputs(frozen: str, dtype: torch.dtype) -> None:
 def test_adapter_makes_only_what_is_asked_for(dtype: torch.dtype) -> None:
     bottleneck = 8
     call = adapter_call(dtype, 9, 24, bottleneck).detached(requires_grad=False)
-    tensors, gelu = raw_tensors(call), ACTIVATIONS.index("gelu")
+    tensors, gelu = raw_tensors(call), ACTIVATION_CODES["gelu"]
     out, hidden, stats = ADAPTER_OPS["triton"][0](*tensors, 0.7, 1e-5, gelu, True, True)
     assert [t.shape for t in ADAPTER_OPS["triton"][0](*tensors, 0.7, 1e-5, gelu, True, False)[1:]] == [
         (0, bottleneck),
@@ -583,7 +585,7 @@ def test_fakes_tell_what_the_kernels_return(norm: bool) -> None:
         project_call(torch.bfloat16, 3, 2, 5, 3, "gelu", norm=norm).detached(requires_grad=False).arguments
     )
     tensors = [project[name] for name in ("x", "weight", "bias", "norm_weight", "norm_bias")]
-    gelu = ACTIVATIONS.index("gelu")
+    gelu = ACTIVATION_CODES["gelu"]
     opcheck(PROJECT_OPS["triton"][0], (*tensors, 1e-5, gelu, True))
     y, value, stats = PROJECT_OPS["triton"][0](*tensors, 1e-5, gelu, True)
     opcheck(PROJECT_OPS["triton"][1], (y, *tensors, value, stats, gelu, True, True, norm))

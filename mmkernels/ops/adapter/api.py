@@ -121,10 +121,7 @@ def adapter(
     the adapters of AAT (arXiv 2401.10544) and of HFF (arXiv 2211.02712).
     """
     _check(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
-    if activation not in _common.ACTIVATIONS:
-        raise ValueError(
-            f"adapter: activation must be one of {', '.join(_common.ACTIVATIONS)}, got {activation!r}"
-        )
+    _common.check_activation("adapter", activation)
     device = x.device.type
     source = x
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
@@ -145,7 +142,7 @@ def adapter(
         p if p is None or p.dtype == accumulate else p.to(accumulate)
         for p in (down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
     ]
-    index = _common.ACTIVATIONS.index(activation)
+    index = _common.ACTIVATION_CODES[activation]
     add_input = residual is source and x is source
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     others = None if residual is None or add_input else residual.reshape(rows.shape)

@@ -6,7 +6,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional
 
-from mmkernels.ops._common import ACTIVATE, accumulate_dtype
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.ops._common import accumulate_dtype
 
 
 def adapter(
@@ -32,7 +33,7 @@ def adapter(
     if norm_weight is not None:
         h = functional.layer_norm(h, h.shape[-1:], wide(norm_weight), wide(norm_bias), eps)
     h = functional.linear(h, down_weight.to(accumulate), wide(down_bias))
-    h = functional.linear(ACTIVATE[activation](h), up_weight.to(accumulate), wide(up_bias))
+    h = functional.linear(ACTIVATIONS[activation](h), up_weight.to(accumulate), wide(up_bias))
     y = scale * h
     if residual is None:
         return y.to(x.dtype)

@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mmkernels.ops._common import ACTIVATE, ACTIVATIONS, accumulate_dtype
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.ops._common import accumulate_dtype
 from mmkernels.ops._triton import (
     PRODUCT_CONFIGS,
     activate,
@@ -600,7 +601,7 @@ def write_row_gradients_in_steps(
     rows, _ = grad.shape
     need_x, need_product = to.dx.numel() > 0, to.scaled_grad.numel() > 0
     if to.activated.numel() > 0:
-        to.activated.copy_(ACTIVATE[ACTIVATIONS[args.activation]](hidden))
+        to.activated.copy_(list(ACTIVATIONS.values())[args.activation](hidden))
         torch.sum(grad, 0, dtype=to.up_bias.dtype, out=to.up_bias)
     if not (need_x or need_product):
         return

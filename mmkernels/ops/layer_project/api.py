@@ -111,10 +111,7 @@ def layer_project(
     Source: the feature projectors of HFF (arXiv 2211.02712, section 3.2).
     """
     _check(x, weight, bias, norm_weight, norm_bias)
-    if activation not in _common.ACTIVATIONS:
-        raise ValueError(
-            f"layer_project: activation must be one of {', '.join(_common.ACTIVATIONS)}, got {activation!r}"
-        )
+    _common.check_activation("layer_project", activation)
     device = x.device.type
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(device))
@@ -126,7 +123,7 @@ def layer_project(
 
     accumulate = _common.accumulate_dtype(x.dtype)
     parameters = [p if p is None else p.to(accumulate) for p in (weight, bias, norm_weight, norm_bias)]
-    index = _common.ACTIVATIONS.index(activation)
+    index = _common.ACTIVATION_CODES[activation]
     if _common.needs_gradient(x, *parameters):
         return _LayerProject.apply(backend, eps, index, x, *parameters)
     y, _, _ = OPS[backend][0](x, *parameters, eps, index, False)

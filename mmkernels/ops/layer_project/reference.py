@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from mmkernels.ops._common import ACTIVATE, accumulate_dtype
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.ops._common import accumulate_dtype
 
 
 def layer_project(
@@ -30,4 +31,4 @@ def layer_project(
     if bias is not None:
         z = z + bias.to(accumulate)
     # einsum lays its result out as it computed it; callers view pairs of taps as one.
-    return ACTIVATE[activation](z).to(x.dtype).contiguous()
+    return ACTIVATIONS[activation](z).to(x.dtype).contiguous()

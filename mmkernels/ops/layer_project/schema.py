@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from mmkernels import _library
-from mmkernels.ops._common import ACTIVATIONS, accumulate_dtype
+from mmkernels.ops._common import ACTIVATION_CODES, accumulate_dtype
 
 #: Activations whose derivative the output determines; for the others the value before is saved.
-OUTPUT_SUFFICES = tuple(ACTIVATIONS.index(name) for name in ("none", "relu"))
+OUTPUT_SUFFICES = tuple(ACTIVATION_CODES[name] for name in ("none", "relu"))
 
 
 def _forward_fake(
