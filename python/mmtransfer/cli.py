@@ -198,7 +198,7 @@ def compare(
 @app.command()
 def info() -> None:
     """Print versions, devices, and which backend serves each kernel here."""
-    from mmkernels.info import collect, render
+    from mmkernels._info import collect, render
 
     print(render(collect()))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mmkernels.info import op_names
+from mmkernels._info import op_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
