@@ -17,10 +17,11 @@ copying the wrapper functions around the new core, none is run again.
 
 *Proven or refused.* The pattern must occur exactly once, the names in it must mean what they say, and the
 source must compile to the very code that is loaded; a method whose source is not to be had is compared with
-its replacement on random input (``patch/s3prl_featurizer.py``). Everything else is left alone and listed in
+its replacement on random input (``patch/recognisers/s3prl.py``). Everything else is left alone and listed in
 the report with the reason. All overrides are built before the first is installed.
 
-A new customer is one more ``Recogniser`` in its own file, listed in ``patch/apply.py``. Nothing here imports
+To support another library, add a ``Recogniser`` in ``patch/recognisers/<library>.py`` and list it in
+``patch/recognisers/__init__.py``. Nothing here imports
 transformers.
 """
 

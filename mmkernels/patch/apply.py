@@ -7,19 +7,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from mmkernels.patch.adapterhub import AdapterHubLayer
 from mmkernels.patch.bottleneck import Mismatch
-from mmkernels.patch.recogniser import Recogniser, Unsupported
+from mmkernels.patch.recogniser import Unsupported
+from mmkernels.patch.recognisers import NAMED_ADAPTER, RECOGNISERS
 from mmkernels.patch.report import Replaced, Report, Skipped, Swap
-from mmkernels.patch.s3prl_featurizer import S3prlFeaturizer
-from mmkernels.patch.sequential_adapter import SequentialAdapter
 from mmkernels.patch.subclass import accelerated_class, original_class
-from mmkernels.patch.weighted_layer_sum import WeightedLayerSum
-
-RECOGNISERS: tuple[Recogniser, ...] = (WeightedLayerSum(), S3prlFeaturizer(), AdapterHubLayer())
-"""Asked in this order; the first that claims a module decides on it."""
-NAMED_ADAPTER = SequentialAdapter()
-"""Decides on the modules that the user names."""
 
 
 def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:

@@ -11,9 +11,8 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from mmkernels.activations import ACTIVATIONS, TRANSFORMERS_CLASSES
-from mmkernels.ops._common import accumulate_dtype
+from mmkernels.ops._common import accumulate_dtype, dtype_served
 from mmkernels.ops.adapter import adapter
-from mmkernels.patch.dtypes import dtype_served
 from mmkernels.patch.recogniser import Unsupported
 
 _MODULES = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmkernels.ops._common import dtype_served
 from mmkernels.ops.layer_mix.schema import MAX_LAYERS
-from mmkernels.patch.dtypes import dtype_served
 from mmkernels.patch.recogniser import Unsupported
 
 
