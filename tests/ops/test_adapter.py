@@ -13,7 +13,7 @@ from mmkernels.activations import ACTIVATIONS
 from mmkernels.nn import Adapter
 from mmkernels.ops._common import ACTIVATION_CODES, accumulate_dtype
 from mmkernels.ops.adapter import reference
-from mmkernels.testing import Call, OpSpec, Shape, assert_close_to_reference, away_from_zero, op_tests
+from op_tests import Call, OpSpec, Shape, assert_close_to_reference, away_from_zero, op_tests
 
 PARAMETERS = ("down_weight", "down_bias", "up_weight", "up_bias", "norm_weight", "norm_bias")
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 import mmkernels
 from mmkernels.ops.layer_mix import reference
 from mmkernels.ops.layer_mix.schema import MAX_LAYERS
-from mmkernels.testing import Call, OpSpec, Shape, op_tests
+from op_tests import Call, OpSpec, Shape, op_tests
 
 
 def make(shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:
