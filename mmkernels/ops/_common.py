@@ -24,9 +24,8 @@ def check_activation(op: str, activation: str) -> None:
 
 
 def choose_backend(op: str, backend: str, tensor: Tensor) -> str:
-    """The backend that serves ``tensor``: the one asked for by name or an error, or the first that can for
-    ``"auto"``."""
-    # The usual answer first: this runs on every call of every op.
+    """The backend for ``tensor``: for ``"auto"`` the first that can serve, else the named one or an error."""
+    # The most frequent answer first: this runs on every call of every op.
     if tensor.is_cpu and backend in ("auto", "native") and "cpu" not in _library.load_errors:
         return "native"
     if backend == "auto":
@@ -50,7 +49,7 @@ def _choose_automatically(op: str, tensor: Tensor) -> str:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of weights, statistics and sums that go with elements of ``dtype``."""
+    """Type of weights, statistics and sums for elements of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 

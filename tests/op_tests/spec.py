@@ -20,6 +20,9 @@ class Call:
     arguments: dict[str, Any]
     differentiable: tuple[str, ...]
 
+    def with_arguments(self, **changes: Any) -> Call:
+        return replace(self, arguments={**self.arguments, **changes})
+
     def mapped(self, change: Callable[[str, Tensor], Tensor]) -> Call:
         """The call with every tensor (also those in lists) replaced by ``change(argument name, tensor)``."""
 
