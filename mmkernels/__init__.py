@@ -34,8 +34,10 @@ def accelerate(model: Any, *, adapters: Sequence[str] = ()) -> Report:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, and which backend serves each op and why not the others; ``python -m mmkernels``
-    prints the same."""
+    """Versions, devices, which backend runs each op, and the reasons against the other backends.
+
+    ``python -m mmkernels`` prints the same.
+    """
     from mmkernels._info import collect
 
     return collect()

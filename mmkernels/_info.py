@@ -39,10 +39,10 @@ def _serving(device: str) -> dict[str, Any]:
 
 
 def collect() -> dict[str, Any]:
-    """Versions, build facts, devices, and for each op and device the backend that ``"auto"`` takes and why
-    not the others.
+    """Versions, build facts, devices, and for each op and device the backend that ``"auto"`` chooses and the
+    reasons against the others.
 
-    Unlike importing the package, asking for the name of a GPU starts CUDA where there is one.
+    This starts CUDA where there is a GPU, to read its name; importing the package does not.
     """
     module = _library.compiled_module()
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]

@@ -190,8 +190,8 @@ def _with_code(
 class _Source:
     """The file that a function comes from, as a syntax tree, and the function's definition in it.
 
-    The whole file is compiled, never a part, because the code of a function depends on what surrounds it: the
-    imports of the module, the class that it is in, the functions that it is nested in. Nothing is executed.
+    The whole file is compiled, because the code of a function depends on its surroundings: the imports of the
+    module, and the classes and functions around it. Nothing is executed.
     """
 
     def __init__(self, function: FunctionType) -> None:
