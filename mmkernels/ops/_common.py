@@ -13,7 +13,7 @@ from mmkernels.backends import BACKENDS, why_not
 
 #: Name of an activation -> the number that stands for it in the torch ops.
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-#: Former name of the table.
+#: Former name of :data:`mmkernels.activations.ACTIVATIONS`.
 ACTIVATE = ACTIVATIONS
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 

@@ -4,7 +4,8 @@ A *norm product* is ``act(LN(x[:, l]) @ weight[l]^T + bias[l])`` of a batch of t
 backward; the LayerNorm is optional. ``csrc/include/mmkernels/layer_project.h`` derives the algebra: with
 ``Vc`` the centred ``W * gamma``, ``z = rstd * x Vc^T + b'``. Here ``Vc`` is rounded to the type of ``x``, and
 its rows no longer sum to zero exactly. The kernel subtracts ``rstd * mean(x)`` times their sums, so that
-rounding is relative to the normalised input, for any mean of ``x``.
+rounding is relative to the normalised input, for any mean of ``x``. Backwards, ``g = dL/dz * rstd``, and
+``pull`` is the factor of ``x - mean`` in the gradient of a row of ``x``.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def norm_product_fold_kernel(
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One row of ``Vc``, its entry of ``b'``, and the sum of the row as rounded."""
+    """One row of ``Vc``, its entry of ``b'``, and the sum of the rounded row."""
     row = tl.program_id(0).to(tl.int64)
     tap = row // outputs
     column = tl.arange(0, BLOCK_C).to(tl.int64)
@@ -104,6 +105,7 @@ def norm_product_fwd_kernel(
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    """A tile of ``y``, and of the value before the activation where it is wanted."""
     accumulate: tl.constexpr = folded_bias.dtype.element_ty
     tap = tl.program_id(1).to(tl.int64)
     row_tile, column_tile = tile_of(

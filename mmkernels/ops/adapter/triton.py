@@ -121,6 +121,7 @@ def adapter_fwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Rows of ``out``, and of ``hidden`` and ``stats`` where they are wanted."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     unit = tl.arange(0, BLOCK_H).to(tl.int64)
     valid, present = row < rows, unit < BOTTLENECK
@@ -362,7 +363,7 @@ def adapter_fwd(
     add_input: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``mmkernels::adapter_fwd_triton``."""
+    """``mmkernels::adapter_fwd_triton``; see ``schema.py``."""
     args = Inputs.checked(x, down_weight, down_bias, up_weight, norm_weight, norm_bias, scale, activation)
     rows, width = x.shape
     accumulate = accumulate_dtype(x.dtype)
@@ -489,7 +490,7 @@ def adapter_bwd(
     need_up: bool,
     need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``mmkernels::adapter_bwd_triton``."""
+    """``mmkernels::adapter_bwd_triton``; see ``schema.py``."""
     args = Inputs.checked(x, down_weight, down_bias, up_weight, norm_weight, norm_bias, scale, activation)
     rows, width = x.shape
     bottleneck, accumulate = args.bottleneck, accumulate_dtype(x.dtype)

@@ -101,6 +101,7 @@ def layer_mix_fwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """A tile of ``out``; with NORM the statistics of its rows are read or computed, and stored if wanted."""
     accumulate: tl.constexpr = weights.dtype.element_ty
     element: tl.constexpr = out.dtype.element_ty
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
