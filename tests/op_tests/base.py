@@ -1,4 +1,4 @@
-"""The base of all kinds of tests: gives each test method the cases and kernels that its arguments ask for."""
+"""The base of all kinds of tests: parametrizes each test method by the names of its arguments."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .spec import Call, OpSpec, Shape
 
 
 class OpTests:
-    """Test methods of this class are run for every combination of those of these arguments that they take:
+    """A test method gets every combination of values of those arguments below that it has.
 
-    - ``case``, ``zero_case``: names of the op's cases; ``compiled_case``: of the first two.
-    - ``device`` and ``backend``, or these two and ``dtype``: the kernels that run on this machine.
+    - ``case`` and ``zero_case``: the names of the op's cases; ``compiled_case``: the first two of them.
+    - ``device`` and ``backend``, or ``device``, ``backend`` and ``dtype``: the kernels of this machine.
     """
 
     spec: ClassVar[OpSpec]
@@ -36,15 +36,16 @@ class OpTests:
             "compiled_case": list(self.spec.cases)[:2],
         }
         names = metafunc.fixturenames
-        for argument in cases.keys() & set(names):
-            metafunc.parametrize(argument, cases[argument])
+        for argument, values in cases.items():
+            if argument in names:
+                metafunc.parametrize(argument, values)
         if "backend" in names and self._asks_for_dtypes(metafunc):
             metafunc.parametrize(("device", "backend", "dtype"), served)
         elif "backend" in names:
             metafunc.parametrize(("device", "backend"), sorted({p.values[:2] for p in served}))
 
     def _asks_for_dtypes(self, metafunc: pytest.Metafunc) -> bool:
-        """Whether the method takes a dtype that no mark of its own gives it."""
+        """Whether the method has an argument ``dtype`` that no mark parametrizes."""
         own = {mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")}
         return "dtype" in metafunc.fixturenames and "dtype" not in own
 
