@@ -68,7 +68,7 @@ class Featurizer(nn.Module):
         else:
             if hidden_size is not None or downsample_rate is not None:
                 raise ValueError(
-                    "hidden_size and downsample_rate come from upstream; give them with a number of layers only"
+                    "hidden_size and downsample_rate come from upstream; omit them, or give a layer count"
                 )
             self.num_layers = upstream.num_layers
             hidden_size = _common(upstream.hidden_sizes, "hidden_sizes")
