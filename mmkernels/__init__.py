@@ -1,7 +1,8 @@
 """Fused kernels for adapting speech and audio transformers, as torch ops.
 
 Ops: :func:`adapter`, :func:`layer_mix`, :func:`layer_project`. Modules: :mod:`mmkernels.nn`. Existing
-models: :func:`accelerate`. What serves what on this machine: :func:`info`, or ``python -m mmkernels.info``.
+models: :func:`accelerate`. Which backend runs each op on this machine: :func:`info`, or
+``python -m mmkernels``.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _library.load()
 
 
 def accelerate(model: Any, *, adapters: Sequence[str] = ()) -> Report:
-    """Replace what mmkernels can compute in ``model`` itself, in place; ``adapters`` names the
+    """Replace slow fragments of ``model`` by ops of mmkernels, in place; ``adapters`` names the
     ``nn.Sequential`` modules in it that are bottleneck adapters. See :func:`mmkernels.patch.accelerate`."""
     from mmkernels.patch import accelerate as patch_accelerate
 
@@ -33,8 +34,10 @@ def accelerate(model: Any, *, adapters: Sequence[str] = ()) -> Report:
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, and which backend serves each op and why not the others; see
-    :mod:`mmkernels.info`."""
-    from mmkernels.info import collect
+    """Versions, devices, which backend runs each op, and the reasons against the other backends.
+
+    ``python -m mmkernels`` prints the same.
+    """
+    from mmkernels._info import collect
 
     return collect()

@@ -1,7 +1,8 @@
 """The compiled libraries and the torch library that their kernels are registered in.
 
 Schemas and fake functions are defined in Python (``ops/<op>/schema.py``); the shared libraries only add
-kernels. So a package without compiled libraries still imports, traces, and runs with ``backend="reference"``.
+kernels. A package without compiled libraries can therefore be imported and traced, and runs with
+``backend="reference"``.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ load_errors: dict[str, str] = {}
 
 
 def _library_folders() -> list[pathlib.Path]:
-    """Folders that may hold the compiled files: in an editable install they are not beside the Python
-    sources."""
+    """Folders that may hold the compiled files; an editable install has them in another folder than the
+    Python sources."""
     folders = [pathlib.Path(__file__).parent]
     spec = importlib.util.find_spec(f"{__package__}._C")
     if spec is not None and spec.origin:
@@ -40,8 +41,7 @@ def _library_folders() -> list[pathlib.Path]:
 
 
 def load() -> None:
-    """Load the compiled libraries that are there; what is missing is recorded in :data:`load_errors`, never
-    printed."""
+    """Load the compiled libraries that exist; record missing ones in :data:`load_errors`, print nothing."""
     folders = _library_folders()
     for device, file in _LIBRARY_FILES.items():
         path = next((folder / file for folder in folders if (folder / file).exists()), None)
@@ -66,9 +66,9 @@ def compiled_module() -> ModuleType | None:
 def define(name: str, arguments: str, returns: str, fake: Callable[..., Any], python: str) -> None:
     """Define ``mmkernels::<name>`` and its twin ``mmkernels::<name>_triton``.
 
-    The first gets its kernels from the compiled libraries. The second runs the function ``name`` of the
-    module ``python`` (imported at the first launch, so that Triton is not imported before) on CUDA tensors,
-    and on CPU tensors in Triton's interpreter.
+    The compiled libraries register the kernels of the first. The second runs the function ``name`` of the
+    module ``python`` on CUDA tensors, and on CPU tensors in Triton's interpreter. The module, and with it
+    Triton, is imported at the first launch.
     """
 
     def triton_kernel(*args: Any) -> Any:

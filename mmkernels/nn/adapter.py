@@ -14,7 +14,13 @@ from mmkernels.ops.adapter import adapter
 class Adapter(nn.Module):
     """A bottleneck adapter: ``residual + scale * (act(LN(x) @ down^T + down_bias) @ up^T + up_bias)``.
 
-    It starts as the identity: the up-projection is zero, and the frozen model around it is undisturbed.
+    It starts as the identity, because the up-projection is zero: the frozen model gives its own results.
+
+    Equivalent to (for an ``Adapter`` named ``module``; ``F`` is ``torch.nn.functional``)::
+
+        h = x  # with norm=True: F.layer_norm(x, x.shape[-1:], module.norm_weight, module.norm_bias)
+        h = ACTIVATIONS[module.activation](F.linear(h, module.down_weight, module.down_bias))
+        out = x + module.scale * F.linear(h, module.up_weight, module.up_bias)
 
     Args:
         width: width D of the features.
@@ -23,12 +29,16 @@ class Adapter(nn.Module):
         norm: LayerNorm with gain and shift in front of the down-projection.
         bias: whether the projections have biases.
         scale: constant factor of the adapter's output.
-        residual: whether the input is added to the output, where :meth:`forward` is given no other residual.
+        residual: whether to add the input to the output, if :meth:`forward` is given no other residual.
         eps: added to the variance.
         backend: passed to ``mmkernels.adapter``.
 
     Parameters: ``down_weight (d, D)``, ``down_bias (d,)``, ``up_weight (D, d)``, ``up_bias (D,)``,
-    ``norm_weight (D,)``, ``norm_bias (D,)``: ``2 D d + D + d``, and ``2 D`` more with LayerNorm.
+    ``norm_weight (D,)``, ``norm_bias (D,)``: ``2 D d + D + d`` numbers, and ``2 D`` more with LayerNorm.
+    Of any floating dtype; they may stay in float32 with activations in half precision.
+
+    Raises:
+        ValueError: a width or bottleneck below 1, or an unknown activation.
 
     Source: Houlsby et al. (arXiv 1902.00751); AAT (arXiv 2401.10544) with gelu, a bottleneck of D / 4 and no
     LayerNorm; HFF (arXiv 2211.02712) with relu and LayerNorm.
@@ -73,10 +83,20 @@ class Adapter(nn.Module):
             nn.init.ones_(self.norm_weight)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Adapt ``x (..., width)``.
+        """Adapt ``x``.
 
-        ``residual``, of the shape of ``x``, is added to the result; without it ``x`` is, if the module was
-        made with ``residual=True``.
+        Args:
+            x: ``(..., width)``, float32, float16 or bfloat16; on the CPU float64 too.
+            residual: added to the result, of the shape of ``x``; of its dtype, or float32. Without it, ``x``
+                is added if the module has ``residual=True``.
+
+        Returns:
+            A tensor of the shape of ``x`` and the dtype of the residual (of ``x`` without one). Under
+            autocast the adapter computes in the autocast dtype, and the residual keeps its dtype.
+
+        Raises:
+            TypeError: a dtype that ``mmkernels.adapter`` does not take.
+            ValueError: a shape or device that does not match, or a backend that cannot serve.
         """
         if residual is None and self.residual:
             residual = x

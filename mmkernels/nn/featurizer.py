@@ -12,7 +12,7 @@ from mmkernels.nn.layer_mix import softmax_layer_mix
 
 
 class Upstream(Protocol):
-    """What a ``Featurizer`` asks of an upstream; ``s3prl.nn.S3PRLUpstream`` has it."""
+    """The attributes of an upstream that a ``Featurizer`` reads; ``s3prl.nn.S3PRLUpstream`` has them."""
 
     @property
     def num_layers(self) -> int: ...
@@ -23,23 +23,29 @@ class Upstream(Protocol):
 
 
 class Featurizer(nn.Module):
-    """Reduces the hidden states of an upstream to one, by a softmax-weighted sum without a stacked copy.
+    """Softmax-weighted sum of the hidden states of an upstream, without a stacked copy.
 
-    Takes the place of ``s3prl.nn.Featurizer``: same arguments, parameter (``weights``, zeros),
-    ``state_dict``, result. One layer is passed through and has no parameter.
+    A drop-in for ``s3prl.nn.Featurizer``: same arguments, parameter (``weights``, zeros), ``state_dict`` and
+    result. A single layer is returned as it is, without a parameter.
+
+    Equivalent to (for a ``Featurizer`` named ``module``, all layers selected)::
+
+        h = torch.stack(all_hs)  # (L, B, T, D); with normalize: F.layer_norm(h, h.shape[-1:])
+        w = module.weights.softmax(dim=-1)
+        out = torch.tensordot(w, h, dims=1), all_lens[0]
 
     Args:
-        upstream: an object with ``num_layers``, ``hidden_sizes`` and ``downsample_rates`` (all layers alike),
-            used for its numbers only; or the number of layers, with ``hidden_size`` and ``downsample_rate``
-            given too.
+        upstream: an object with ``num_layers``, ``hidden_sizes`` and ``downsample_rates`` (equal for all
+            layers), of which no reference is kept; or the number of layers, together with ``hidden_size`` and
+            ``downsample_rate``.
         layer_selections: indices of the layers to mix; all by default.
         normalize: LayerNorm (no affine) of each layer before the sum. SUPERB leaves it off.
         hidden_size: width of the layers, where ``upstream`` is a number.
         downsample_rate: input samples per frame, where ``upstream`` is a number; 320 for wav2vec2-like
             encoders at 16 kHz.
-        skip_padding: neither read nor mix frames past the lengths, and leave zeros there. Time and memory
-            traffic then grow with the valid frames. s3prl mixes padding like all else, so this is off by
-            default; anything downstream that respects the lengths sees no difference.
+        skip_padding: do not read frames past the lengths, and return zeros there: time and memory traffic
+            then depend on the valid frames only. Off by default, because s3prl mixes padding too; code that
+            respects the lengths sees no difference.
     """
 
     def __init__(
@@ -62,7 +68,7 @@ class Featurizer(nn.Module):
         else:
             if hidden_size is not None or downsample_rate is not None:
                 raise ValueError(
-                    "hidden_size and downsample_rate come from upstream, unless that is a number of layers"
+                    "hidden_size and downsample_rate come from upstream; omit them, or give a layer count"
                 )
             self.num_layers = upstream.num_layers
             hidden_size = _common(upstream.hidden_sizes, "hidden_sizes")
@@ -95,8 +101,7 @@ class Featurizer(nn.Module):
             The mix ``(B, T, D)`` and its lengths ``(B,)``.
 
         Raises:
-            ValueError: another number of layers than the module was made for. Layer drop in training does
-                that: turn it off.
+            ValueError: the number of layers is not that of the module; turn off layer drop in training.
         """
         if len(all_hs) != len(all_lens):
             raise ValueError(

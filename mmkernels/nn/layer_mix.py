@@ -17,6 +17,12 @@ class LayerMix(nn.Module):
     weights``; ``N`` is the identity, or LayerNorm over the last dimension of each layer. Training starts from
     the mean of the layers.
 
+    Equivalent to (for a ``LayerMix`` named ``module``)::
+
+        h = torch.stack(layers)  # (L, ..., D); with norm: F.layer_norm(h, h.shape[-1:], eps=module.eps)
+        w = module.weights.softmax(dim=-1)  # with softmax=False: module.weights
+        out = torch.tensordot(w, h, dims=1)
+
     Args:
         num_layers: number of layers L, 1 to 64.
         dim: width D of the layers; needed for ``affine`` only.
@@ -44,7 +50,7 @@ class LayerMix(nn.Module):
         if num_layers < 1:
             raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         if affine and not norm:
-            raise ValueError("affine=True needs norm=True: there is no other gain and bias")
+            raise ValueError("affine=True needs norm=True: gain and bias are those of the LayerNorm")
         if affine and dim is None:
             raise ValueError("affine=True needs dim, the width of the layers")
         self.num_layers, self.dim, self.norm, self.softmax = num_layers, dim, norm, softmax
@@ -63,8 +69,8 @@ class LayerMix(nn.Module):
     def forward(self, layers: Sequence[Tensor] | Tensor, lengths: Tensor | None = None) -> Tensor:
         """Mix L tensors ``(..., D)`` (or one ``(L, ..., D)``) into one ``(..., D)``.
 
-        Layers of different dtypes, as autocast leaves them, are promoted to their common dtype, which is that
-        of the result. ``lengths``, integers of shape ``layers[0].shape[:-2]``: frames past them are not read
+        Layers of different dtypes, as autocast produces them, are promoted to their common dtype, which is
+        that of the result. Frames past ``lengths``, integers of shape ``layers[0].shape[:-2]``, are not read
         and are zero in the result.
         """
         return layer_mix(
@@ -98,10 +104,10 @@ def promote_layers(layers: Sequence[Tensor] | Tensor) -> Sequence[Tensor] | Tens
 def softmax_layer_mix(
     layers: Sequence[Tensor], logits: Tensor, *, norm: bool = False, lengths: Tensor | None = None
 ) -> Tensor:
-    """What ``(stack(layers) * softmax(logits)).sum()`` gives, in the same dtype, for modules that replace it.
+    """``(stack(layers) * softmax(logits)).sum()`` by ``layer_mix``, with the same dtype of the result.
 
-    The product promotes: float32 weights beside bfloat16 layers give float32. The sum itself is rounded to
-    the layers' dtype once.
+    That product promotes: float32 weights and bfloat16 layers give float32. The sum itself is rounded once,
+    to the layers' dtype.
     """
     weights = torch.softmax(logits, dim=-1)
     mixed = layer_mix(promote_layers(layers), weights, norm=norm, lengths=lengths)

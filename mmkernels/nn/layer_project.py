@@ -12,11 +12,17 @@ from mmkernels.ops.layer_project import layer_project
 
 
 class LayerProject(nn.Module):
-    """A small projector for each tapped layer: ``act(Linear_l(LayerNorm_l(x[:, l])))`` for all taps at once.
+    """One projection per tapped layer: ``act(Linear_l(LayerNorm_l(x[:, l])))``, all taps in one product.
 
     The feature projectors of one level of hierarchical feature fusion (HFF, arXiv 2211.02712): the result,
     viewed as ``(N, taps // 2, 2 * out_features)``, is the pairwise concatenation that the next level
     projects.
+
+    Equivalent to (for a ``LayerProject`` named ``module``; ``F`` is ``torch.nn.functional``)::
+
+        h = F.layer_norm(x, x.shape[-1:], eps=module.eps) * module.norm_weight + module.norm_bias
+        z = torch.einsum("nlc,loc->nlo", h, module.weight) + module.bias
+        out = ACTIVATIONS[module.activation](z)  # of mmkernels.activations
 
     Args:
         taps: number of taps L.
@@ -29,7 +35,10 @@ class LayerProject(nn.Module):
         backend: passed to ``mmkernels.layer_project``.
 
     Parameters: ``weight (L, out_features, C)``, ``bias (L, out_features)``, ``norm_weight (L, C)``,
-    ``norm_bias (L, C)``; each tap starts as a fresh ``nn.Linear`` behind a fresh ``nn.LayerNorm``.
+    ``norm_bias (L, C)``; each tap starts as a new ``nn.LayerNorm`` and a new ``nn.Linear``.
+
+    Raises:
+        ValueError: a size below 1, or an unknown activation.
     """
 
     def __init__(
@@ -58,7 +67,7 @@ class LayerProject(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        # nn.Linear's rule for each tap; on the stacked tensor its fan-in would count the other taps.
+        # nn.Linear's rule for each tap; the fan-in of the stacked tensor would count the other taps.
         bound = 1.0 / math.sqrt(self.in_features)
         nn.init.uniform_(self.weight, -bound, bound)
         if self.bias is not None:

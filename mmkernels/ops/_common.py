@@ -13,8 +13,6 @@ from mmkernels.backends import BACKENDS, why_not
 
 #: Name of an activation -> the number that stands for it in the torch ops.
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
-#: Former name of the table.
-ACTIVATE = ACTIVATIONS
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -24,9 +22,8 @@ def check_activation(op: str, activation: str) -> None:
 
 
 def choose_backend(op: str, backend: str, tensor: Tensor) -> str:
-    """The backend that serves ``tensor``: the one asked for by name or an error, or the first that can for
-    ``"auto"``."""
-    # The usual answer first: this runs on every call of every op.
+    """The backend for ``tensor``: for ``"auto"`` the first that can serve, else the named one or an error."""
+    # The most frequent answer first: this runs on every call of every op.
     if tensor.is_cpu and backend in ("auto", "native") and "cpu" not in _library.load_errors:
         return "native"
     if backend == "auto":
@@ -50,8 +47,13 @@ def _choose_automatically(op: str, tensor: Tensor) -> str:
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of weights, statistics and sums that go with elements of ``dtype``."""
+    """Type of weights, statistics and sums for elements of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtype_served(tensor: Tensor) -> bool:
+    """Whether the kernels take tensors of this dtype on this device."""
+    return tensor.dtype in FLOATING and (tensor.dtype != torch.float64 or tensor.device.type == "cpu")
 
 
 def check_tensor(op: str, name: str, value: object) -> None:

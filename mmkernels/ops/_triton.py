@@ -1,10 +1,10 @@
-"""What the Triton kernels of several ops share: argument checks, device guard, activations, tiles of
-products, row statistics.
+"""Shared by the Triton kernels of several ops: argument checks, device guard, activations, tiles of products,
+row statistics.
 
-Ground rules of all Triton kernels here: program ids are cast to int64 before they are multiplied, so offsets
-never wrap; launch configurations come from fixed tables, because autotuning would make results depend on
-timing; every dimension is masked; bounds of loops are constants of a compilation (sizes of a model, or powers
-of two), so that loops can be pipelined and unrolled.
+Rules of all Triton kernels here: cast program ids to int64 before multiplying them, so that offsets never
+wrap; take launch configurations from fixed tables, because autotuning would make results depend on timing;
+mask every dimension; make the bounds of loops constants of a compilation (sizes of a model, or powers of
+two), so that loops can be pipelined and unrolled.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
 
 
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the tensor's device the current one, which Triton launches on. The interpreter needs none."""
+    """Makes the tensor's device current, because Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
@@ -57,7 +57,7 @@ def dense_rows(tensor: Tensor) -> Tensor:
 
 
 def input_precision() -> str:
-    """Float32 products use TF32 where the user lets torch's own do so."""
+    """Float32 products use TF32 if the user allows torch to."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
@@ -93,7 +93,7 @@ def activate(z, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def activation_slope(z, ACTIVATION: tl.constexpr):
-    """Derivative at z; for relu the output serves as well as z."""
+    """Derivative at z; for relu the output may be given in place of z."""
     if ACTIVATION == RELU:
         return tl.where(z <= 0.0, 0.0, 1.0)
     elif ACTIVATION == GELU:
@@ -101,7 +101,7 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
     elif ACTIVATION == GELU_TANH:
         cubic = 0.044715 * z * z
         u = 1.5957691216057308 * z * (1.0 + cubic)
-        # sigmoid(-u), which 1 - sigmoid(u) would give with few digits.
+        # sigmoid(-u), because 1 - sigmoid(u) has few digits.
         return sigmoid(u) * (1.0 + z * sigmoid(-u) * 1.5957691216057308 * (1.0 + 3.0 * cubic))
     elif ACTIVATION == SILU:
         return sigmoid(z) * (1.0 + z * sigmoid(-z))
@@ -129,8 +129,8 @@ class ProductConfig:
     group: int = 8
 
 
-#: By element type alone: the numbers of a row must not depend on how many rows there are. Products of float32
-#: outside the tensor cores run on registers, so their tiles are small.
+#: Chosen by element type alone, because a row's numbers must not depend on the number of rows. Float32
+#: products run outside the tensor cores, in registers, so their tiles are small.
 PRODUCT_CONFIGS = {
     torch.float16: ProductConfig(128, 128, 64, warps=8, stages=3),
     torch.bfloat16: ProductConfig(128, 128, 64, warps=8, stages=3),
@@ -156,7 +156,7 @@ def product_options(config: ProductConfig) -> dict[str, int]:
 
 @triton.jit
 def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
-    """Row and column of a tile: GROUP tiles of rows go over the columns together, so that both stay in L2."""
+    """Row and column of a tile. GROUP tiles of rows pass over the columns together: both then stay in L2."""
     group = program // (GROUP * column_tiles)
     first = group * GROUP
     size = tl.minimum(row_tiles - first, GROUP)
@@ -164,8 +164,8 @@ def tile_of(program, row_tiles, column_tiles, GROUP: tl.constexpr):
     return first + within % size, within // size
 
 
-#: Triton compiles anew for every pattern of arguments that are 1, fit in 32 bits, or are multiples of 16.
-#: Integers encoded so, a constant added and the lowest bit set, are none of these.
+#: Triton compiles again for every pattern of arguments that are 1, fit in 32 bits, or are multiples of 16. An
+#: encoded integer (a constant added, the lowest bit set) is none of these.
 TABLE_BIAS = tl.constexpr(1 << 61)
 
 
@@ -182,7 +182,7 @@ def write_table_kernel(values, table, COUNT: tl.constexpr):
 def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
     """Integers as an int64 tensor on the device: ``(len(rows), len(rows[0]))``, 256 entries at most.
 
-    They travel as arguments of a launch, so nothing is copied from host memory or waited for, and a CUDA
+    They are arguments of a launch: nothing is copied from host memory, the host does not wait, and a CUDA
     graph can capture it.
     """
     table = torch.empty((len(rows), len(rows[0])), dtype=torch.int64, device=device)
@@ -195,7 +195,7 @@ def device_table(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
 def locate_rows(first, rows, inner, lengths, BLOCK_ROWS: tl.constexpr):
     """Rows first, first + 1, ... of ``(outer, inner)``; valid: below ``rows`` and before ``lengths[outer]``.
 
-    Lengths below 0 or above ``inner`` act as if clamped, without the host looking at them.
+    Lengths are clamped to ``[0, inner]`` here, because the host does not read them.
     """
     row = first + tl.arange(0, BLOCK_ROWS)
     outer_index = row // inner

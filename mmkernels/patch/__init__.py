@@ -3,24 +3,25 @@
 Three properties decide the mechanism.
 
 *Per instance.* ``accelerate`` sets ``module.__class__`` to a subclass that overrides one method; ``revert``
-sets it back. Other instances, the class and its module are never touched, and parameters, buffers, hooks and
-``state_dict`` stay as they are. A subclass, unlike a bound method stored on the instance, follows the module
-through ``copy``, ``deepcopy``, pickle and ``nn.DataParallel`` replicas, and ``torch.compile`` sees an
-ordinary method. It keeps the name, qualified name and module of the original class, because saving and
-training code reads them (``config.architectures``, registries keyed by class).
+sets it back. Other instances, the class and its Python module do not change; parameters, buffers, hooks and
+``state_dict`` stay. A subclass, unlike a bound method stored on the instance, follows the module through
+``copy``, ``deepcopy``, pickle and ``nn.DataParallel`` replicas, and ``torch.compile`` sees an ordinary
+method. It keeps the name, qualified name and module of the original class, because saving and training code
+reads them (``config.architectures``, registries keyed by class).
 
-*Only the fragment.* Replacing whole forwards means copies of other people's code that rot with each of their
-releases. Here the override is derived from the class's own method (``patch/rewrite.py``): exactly the
-statements of a known pattern are replaced in its syntax tree, the rest is compiled unchanged, and the
-original statements stay as the ``else`` branch for inputs that the op does not serve. Decorators are kept by
-copying the wrapper functions around the new core, none is run again.
+*Only the fragment.* Replacing a whole forward means a copy of another library's code, which goes out of date
+with each release. Here the override is derived from the class's method (``patch/rewrite.py``): the statements
+of a known pattern are replaced in its syntax tree, the other statements are compiled unchanged, and the
+original statements stay as the ``else`` branch for inputs that the op does not serve. The wrapper functions
+of decorators are copied around the new function; no decorator runs again.
 
-*Proven or refused.* The pattern must occur exactly once, the names in it must mean what they say, and the
-source must compile to the very code that is loaded; a method whose source is not to be had is compared with
-its replacement on random input (``patch/s3prl_featurizer.py``). Everything else is left alone and listed in
-the report with the reason. All overrides are built before the first is installed.
+*Proven or refused.* The pattern must occur exactly once, the names in it must be bound to the expected
+objects, and the source must compile to the loaded code; a method that is replaced whole is compared with its
+replacement on random input (``patch/recognisers/s3prl.py``). Every other module is left as
+it is and listed in the report with the reason. All overrides are built before the first is installed.
 
-A new customer is one more ``Recogniser`` in its own file, listed in ``patch/apply.py``. Nothing here imports
+To support another library, add a ``Recogniser`` in ``patch/recognisers/<library>.py`` and list it in
+``patch/recognisers/__init__.py``. Nothing here imports
 transformers.
 """
 

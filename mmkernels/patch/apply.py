@@ -1,4 +1,4 @@
-"""``accelerate``: walk a model, ask the recognisers, exchange classes."""
+"""``accelerate``: visit the modules of a model, ask the recognisers, replace classes."""
 
 from __future__ import annotations
 
@@ -7,25 +7,17 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from mmkernels.patch.adapterhub import AdapterHubLayer
 from mmkernels.patch.bottleneck import Mismatch
-from mmkernels.patch.recogniser import Recogniser, Unsupported
+from mmkernels.patch.recogniser import Unsupported
+from mmkernels.patch.recognisers import NAMED_ADAPTER, RECOGNISERS
 from mmkernels.patch.report import Replaced, Report, Skipped, Swap
-from mmkernels.patch.s3prl_featurizer import S3prlFeaturizer
-from mmkernels.patch.sequential_adapter import SequentialAdapter
 from mmkernels.patch.subclass import accelerated_class, original_class
-from mmkernels.patch.weighted_layer_sum import WeightedLayerSum
-
-RECOGNISERS: tuple[Recogniser, ...] = (WeightedLayerSum(), S3prlFeaturizer(), AdapterHubLayer())
-"""Asked in this order; the first that claims a module decides on it."""
-NAMED_ADAPTER = SequentialAdapter()
-"""Decides on the modules that the user names."""
 
 
 def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
-    """Let an existing model use the kernels of this package, in place and reversibly.
+    """Make an existing model use the kernels of this package, in place and reversibly.
 
-    Replaced today:
+    These fragments are replaced:
         * the sum over hidden states of transformers' audio classifiers (``use_weighted_layer_sum=True``:
           wav2vec2, HuBERT, WavLM, data2vec-audio, UniSpeech, UniSpeech-SAT, SEW, SEW-D, wav2vec2-BERT,
           wav2vec2-Conformer, Whisper; sequence and frame classification and x-vectors) by ``layer_mix``,
@@ -35,37 +27,43 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
           ``double_seq_bn``: Pfeiffer, Houlsby) and parallel (``par_bn``) ones, with or without ``ln_before``,
           by ``adapter``; constant scaling inside the op, learned and per-channel scaling after it. Adapters
           with gating, ``ln_after``, stochastic depth, PHM layers (Compacter) or an activation that
-          ``adapter`` does not have stay as they are, and are listed; so do steps with active dropout. The
-          place of the call is replaced (``BottleneckLayer.compose_single``), not ``Adapter.forward``: that
-          returns the hidden activation and the up-projection beside its output, so it still runs for hooks on
-          an adapter, for gating scores and for code of your own that calls it. The layer drops the hidden
-          activation; it reads the up-projection in compositions (``Fuse``, ``Parallel``, ...) alone, where it
-          gets it. Adapters added to a replaced layer later are served too;
+          ``adapter`` does not have are not replaced, and are listed; steps with active dropout run the
+          library's code. The caller of an adapter is replaced (``BottleneckLayer.compose_single``), not
+          ``Adapter.forward``, which returns the hidden activation and the up-projection too: it still runs
+          for hooks on an adapter, for gating scores and where your code calls it. The layer drops the hidden
+          activation; it reads the up-projection in compositions (``Fuse``, ``Parallel``, ...), and gets it
+          there. Adapters added to a replaced layer later are served too;
         * the ``nn.Sequential`` bottlenecks that ``adapters`` names, by ``adapter``.
 
-    Submodules are searched, so the model may sit in PEFT, DDP or wrapper modules of your own. Call it before
+    Submodules are searched, so the model may be inside PEFT, DDP or another wrapper module. Call it before
     ``torch.compile`` and before tools that store a bound ``forward`` on the module. Results agree with the
     unchanged model to rounding, in value and gradient (first derivatives); parameters, ``state_dict`` keys
-    and saved checkpoints are the same. Where the op does not serve an input (a layer dropped in training,
-    say), the module's own statements run. Copies and pickles of an accelerated module are accelerated too.
+    and saved checkpoints are the same. If the op does not serve an input (for example a layer dropped in
+    training), the module's original statements run. Copies and pickles of an accelerated module are
+    accelerated too.
+
+    Equivalent to (for a module that ``adapters`` names; iterating over it gives the plain layers)::
+
+        down, activation, up = model.adapter
+        out = up(activation(down(x)))
 
     Args:
         model: any module.
         adapters: names, or ``fnmatch`` patterns such as ``"encoder.layers.*.adapter"`` (``*`` matches dots
             too), of ``nn.Sequential`` modules that hold a down-projection (``Linear``), an activation (relu,
-            gelu, silu, identity) and an up-projection (``Linear``), after a ``LayerNorm`` if there is one.
-            Their input is not added to the result, as before. ``Dropout(0)`` among them is ignored. Layers
-            with hooks or ``torch.nn.utils.parametrize``, which the op would bypass, are skipped, and run
-            themselves when that happens later.
+            gelu, silu, identity) and an up-projection (``Linear``), after an optional ``LayerNorm``. As
+            before, their input is not added to the result. ``Dropout(0)`` among them is ignored. Layers with
+            hooks or ``torch.nn.utils.parametrize``, which the op would bypass, are skipped; if you add these
+            later, the plain layers run.
 
     Returns:
-        What was replaced, what was recognised but left alone and why, and ``.revert()``. A second call
-        replaces nothing.
+        A report: the replaced modules, the recognised modules that were skipped with the reasons, and
+        ``.revert()``. A second call replaces nothing.
 
     Raises:
         TypeError: ``model`` is not a module, or ``adapters`` not a sequence of strings.
-        ValueError: an entry of ``adapters`` matches no module, or one that is no such bottleneck; nothing is
-            replaced then.
+        ValueError: an entry of ``adapters`` matches no module, or one that is no such bottleneck; then
+            nothing is replaced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""What both adapter recognisers share: to find the parts of a bottleneck, and to run them as one op."""
+"""Shared by both adapter recognisers: find the parts of a bottleneck, and run them as one op."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from mmkernels.activations import ACTIVATIONS, TRANSFORMERS_CLASSES
-from mmkernels.ops._common import accumulate_dtype
+from mmkernels.ops._common import accumulate_dtype, dtype_served
 from mmkernels.ops.adapter import adapter
-from mmkernels.patch.dtypes import dtype_served
 from mmkernels.patch.recogniser import Unsupported
 
 _MODULES = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
@@ -26,7 +25,7 @@ _FUNCTIONS = {
 
 
 class Mismatch(Unsupported):
-    """The layers are not those of a bottleneck; the message says what they are."""
+    """The layers are not those of a bottleneck; the message lists them."""
 
 
 class Bottleneck(NamedTuple):
@@ -56,7 +55,7 @@ class Bottleneck(NamedTuple):
     def serves(self, x: object) -> bool:
         """Whether the op takes ``x`` and the parameters, and its result has the dtype that the modules give.
 
-        If not, the modules run, or raise. Tensor subclasses (sharded, quantised) are left to them.
+        If not, the modules run, or raise. They also run for tensor subclasses (sharded, quantised).
         """
         if type(x) is not Tensor or x.is_nested or x.layout != torch.strided or not dtype_served(x):
             return False
@@ -78,7 +77,7 @@ def _goes_with(parameter: Tensor, x: Tensor) -> bool:
 
 
 def takes_residual(residual: object, x: Tensor) -> bool:
-    """Whether the op adds ``residual`` with the result that ``+`` has. If not, it is to be added outside."""
+    """Whether the op adds ``residual`` with the result of ``+``. If not, add it outside the op."""
     device = x.device.type
     computed = x.dtype
     if torch.is_autocast_enabled(device) and computed != torch.float64:
@@ -119,7 +118,7 @@ def find_bottleneck(layers: Iterable[nn.Module]) -> Bottleneck:
 
 
 def check_intact(modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Raise ``Unsupported`` where more happens in a module than its class says."""
+    """Raise ``Unsupported`` if a module does more than its class: hooks, parametrisations, an own forward."""
     for name, module in modules:
         if is_parametrized(module):
             raise Unsupported(f"{name} is parametrised (torch.nn.utils.parametrize)")
@@ -135,7 +134,7 @@ def check_intact(modules: Iterable[tuple[str, nn.Module]]) -> None:
 
 
 def _activation(function: Any) -> str:
-    """Name of an activation that the op has. Known objects only: equal values on a grid prove little."""
+    """Name of an activation that the op has. Known objects only: equal values on some inputs prove little."""
     cls = type(function)
     if cls.__name__ == "Activation_Function_Class":  # the adapters library's wrapper
         function = getattr(function, "f", None)

@@ -1,4 +1,4 @@
-"""What both weighted-sum recognisers share: when ``layer_mix`` may stand in for the stacked sum."""
+"""Shared by both weighted-sum recognisers: when ``layer_mix`` may replace the stacked sum."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mmkernels.ops._common import dtype_served
 from mmkernels.ops.layer_mix.schema import MAX_LAYERS
-from mmkernels.patch.dtypes import dtype_served
 from mmkernels.patch.recogniser import Unsupported
 
 
 def check_instance(module: nn.Module, method: str, logits: Tensor) -> None:
-    """Raise ``Unsupported`` for what does not depend on the class: a wrapped instance, size, dtype."""
+    """Raise ``Unsupported`` for a wrapped instance, and for weights of a size or dtype without kernels."""
     if method in vars(module):
         raise Unsupported(f"{method} is overridden on the instance, by a hook or a wrapper")
     if logits.dim() != 1 or logits.numel() > MAX_LAYERS:
@@ -25,7 +25,7 @@ def check_instance(module: nn.Module, method: str, logits: Tensor) -> None:
 
 
 def mixable(layers: Any, logits: Tensor) -> bool:
-    """Whether ``layer_mix`` serves these layers. If not, the module's own statements run, or raise."""
+    """Whether ``layer_mix`` serves these layers. If not, the module's statements run, or raise."""
     if not isinstance(layers, (tuple, list)) or len(layers) != logits.numel():
         return False
     return all(
@@ -38,5 +38,5 @@ def mixable(layers: Any, logits: Tensor) -> bool:
 
 
 def mixable_sequences(layers: Sequence[Tensor], logits: Tensor) -> bool:
-    """``mixable`` and of shape ``(B, T, D)``: else ``weights.view(-1, 1, 1)`` means another axis."""
+    """``mixable`` and of shape ``(B, T, D)``: with others ``weights.view(-1, 1, 1)`` means another axis."""
     return mixable(layers, logits) and layers[0].dim() == 3

@@ -1,4 +1,4 @@
-"""What ``accelerate`` asks of one kind of replacement."""
+"""The interface of one kind of replacement."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class Unsupported(Exception):
-    """The module is this recogniser's business, but it must not be replaced; the message is the reason."""
+    """The recogniser claims the module, but it must not be replaced; the message is the reason."""
 
 
 class Recogniser(ABC):
@@ -21,23 +21,23 @@ class Recogniser(ABC):
     """
 
     what: str
-    """What is replaced by what, for the report."""
+    """The fragment and its replacement, for the report."""
 
     @abstractmethod
     def claims(self, module: nn.Module) -> bool:
-        """Whether the module holds such a fragment, supported or not. Every module is asked: be cheap."""
+        """Whether the module holds such a fragment, supported or not. Called for every module: be cheap."""
 
     @abstractmethod
     def check(self, module: nn.Module) -> None:
         """Raise ``Unsupported`` when this instance must not be replaced."""
 
     def exceptions(self, module: nn.Module) -> Iterable[tuple[str, str]]:
-        """Submodules (name, reason) that a replaced module goes on running itself, for the report."""
+        """Submodules (name, reason) that a replaced module still runs itself, for the report."""
         return ()
 
     @abstractmethod
     def methods(self, cls: type[Any]) -> dict[str, Callable[..., Any]]:
-        """The overriding methods for a claimed module's class; raise ``Unsupported`` where it is unknown."""
+        """The overriding methods for a claimed module's class; raise ``Unsupported`` if it is unknown."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)

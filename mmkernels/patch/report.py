@@ -1,4 +1,4 @@
-"""What ``accelerate`` did to a model, and how to undo it."""
+"""The report of ``accelerate``: the changes to a model, and how to undo them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Replaced(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A module that could have used a kernel, and why it does not."""
+    """A recognised module that does not use a kernel, and the reason."""
 
     name: str
     reason: str
@@ -26,7 +26,7 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Swap:
-    """One module whose class is exchanged."""
+    """One module whose class is replaced."""
 
     name: str
     module: nn.Module
@@ -34,7 +34,7 @@ class Swap:
     accelerated: type[nn.Module]
     what: str
     forward: object
-    """A forward that the instance itself had before (of a device map, say), else None."""
+    """A forward that was set on the instance before (by a device map, for example), else None."""
 
     @classmethod
     def of(cls, name: str, module: nn.Module, accelerated: type[nn.Module], what: str) -> Swap:
@@ -44,7 +44,7 @@ class Swap:
         self.module.__class__ = self.accelerated
 
     def obstacle(self) -> str | None:
-        """Why reverting would not restore the module exactly; None when it would."""
+        """The reason why reverting cannot restore the module exactly, or None."""
         if type(self.module) is self.original:
             return None
         if type(self.module) is not self.accelerated:
@@ -59,11 +59,11 @@ class Swap:
 
 @dataclass
 class Report:
-    """Result of ``accelerate``. Printing it gives one line for each module concerned.
+    """Result of ``accelerate``; its text has one line for each replaced or skipped module.
 
     Attributes:
         replaced: the modules that use a kernel now.
-        skipped: the modules that were recognised and left alone, each with the reason.
+        skipped: the modules that were recognised and not replaced, each with the reason.
     """
 
     replaced: list[Replaced] = field(default_factory=list)

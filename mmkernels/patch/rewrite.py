@@ -1,4 +1,33 @@
-"""Replace one known fragment of a function's body and keep all else, decorators included."""
+"""Replace one known fragment of a function's body; keep the rest of the function and its decorators.
+
+``Rewrite.apply(function)`` takes five steps:
+
+1. *Peel* (``_peel``): follow ``__wrapped__`` through the decorators to the plain function.
+2. *Read* (``_Source``): parse the file of that function, and check that it compiles to the loaded code.
+3. *Substitute* (``Rewrite._substitute``): find the pattern in the syntax tree of the function, exactly once,
+   and make it the ``else`` branch of an ``if``.
+4. *Compile* (``_Source.close_over``, ``_Source.compile``): compile the changed file without executing it,
+   and take the code of the one function. The helpers are closure variables of it.
+5. *Wrap again* (``_rewrap``): copy each wrapper of step 1, with the new function in its closure.
+
+For the pattern of ``recognisers/transformers.py`` the body of a ``forward`` changes so::
+
+    before                                                  after
+
+    HIDDEN stands for hidden_states                         (_mmkernels_mix and _mmkernels_mixable are
+    WEIGHTS stands for norm_weights                         closure variables of the new function)
+
+    if self.config.use_weighted_layer_sum:                  if self.config.use_weighted_layer_sum:
+        hidden_states = outputs[2]                              hidden_states = outputs[2]
+                                                                if _mmkernels_mixable(hidden_states, ...):
+                                                                    hidden_states = _mmkernels_mix(...)
+                                                                else:
+        hidden_states = torch.stack(hidden_states, dim=1)           hidden_states = torch.stack(...)
+        norm_weights = nn.functional.softmax(...)                   norm_weights = nn.functional.softmax(...)
+        hidden_states = (hidden_states * ...).sum(dim=1)            hidden_states = (...).sum(dim=1)
+    else:                                                   else:
+        hidden_states = outputs[0]                              hidden_states = outputs[0]
+"""
 
 from __future__ import annotations
 import __future__
@@ -21,10 +50,10 @@ _FUTURE_FLAGS = functools.reduce(
 
 @dataclass(frozen=True)
 class Rewrite:
-    """A fragment and what takes its place.
+    """A fragment of a function and its replacement.
 
-    ``pattern`` is a block of statements; upper-case names in it stand for one variable each. Where the
-    function holds the block, it becomes ``if condition: replacement, else: block``.
+    ``pattern`` is a block of statements; each upper-case name in it stands for one variable. In the function
+    the block becomes ``if condition: replacement, else: block``.
     """
 
     pattern: str
@@ -53,6 +82,7 @@ class Rewrite:
         )
 
     def _substitute(self, tree: ast.FunctionDef, function: FunctionType) -> None:
+        """Step 3, in place."""
         pattern = ast.parse(textwrap.dedent(self.pattern)).body
         found = [match for block in _blocks(tree) for match in _matches(pattern, block)]
         if len(found) != 1:
@@ -107,6 +137,7 @@ def innermost(function: Any) -> FunctionType | None:
 
 
 def _peel(function: Callable[..., Any]) -> tuple[list[FunctionType], FunctionType]:
+    """The wrappers of a function, the outermost first, and the plain function under them."""
     wrappers: list[FunctionType] = []
     while isinstance(function, FunctionType):
         wrapped = function.__dict__.get("__wrapped__")
@@ -159,8 +190,8 @@ def _with_code(
 class _Source:
     """The file that a function comes from, as a syntax tree, and the function's definition in it.
 
-    The whole file is compiled, never a part, because the code of a function depends on what surrounds it: the
-    imports of the module, the class that it is in, the functions that it is nested in. Nothing is executed.
+    The whole file is compiled, because the code of a function depends on its surroundings: the imports of the
+    module, and the classes and functions around it. Nothing is executed.
     """
 
     def __init__(self, function: FunctionType) -> None:

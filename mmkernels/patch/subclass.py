@@ -1,4 +1,4 @@
-"""The class that an accelerated module gets: its own class, with a few methods overridden."""
+"""The class of an accelerated module: a subclass of its original class with a few methods overridden."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def accelerated_class(base: type[nn.Module], recogniser: Recogniser) -> type[nn.Module]:
-    """``base`` with the recogniser's methods. Made once, so that modules of one class stay of one class."""
+    """``base`` with the recogniser's methods. Cached, so that modules of one class stay of one class."""
     key = base, recogniser
     if key not in _accelerated_classes:
         _accelerated_classes[key] = _derive(base, recogniser)
@@ -28,7 +28,7 @@ def accelerated_class(base: type[nn.Module], recogniser: Recogniser) -> type[nn.
 
 def _derive(base: type[nn.Module], recogniser: Recogniser) -> type[nn.Module]:
     def reduce_ex(self: nn.Module, protocol: int) -> Any:
-        # The class cannot be pickled by name, since its name leads to the original: pickle how it is derived.
+        # Its name is that of the original class, so pickle the two objects that it is derived from.
         reduced = super(accelerated, self).__reduce_ex__(max(int(protocol), 2))
         if type(self) is not accelerated or isinstance(reduced, str) or reduced[1] != (accelerated,):
             return reduced
@@ -49,7 +49,7 @@ def _derive(base: type[nn.Module], recogniser: Recogniser) -> type[nn.Module]:
 
 
 def _restore(base: type[nn.Module], recogniser: Recogniser) -> nn.Module:
-    """An empty accelerated module for unpickling; of the original class where that is not possible here."""
+    """An empty accelerated module for unpickling; of the original class if none can be derived here."""
     try:
         cls = accelerated_class(base, recogniser)
     except Unsupported:

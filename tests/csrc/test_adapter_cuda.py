@@ -22,7 +22,7 @@ from torch import Tensor
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.ops._common import ACTIVATION_CODES
 from mmkernels.ops.adapter import reference
-from mmkernels.testing import assert_close_to_reference
+from op_tests import assert_close_to_reference
 
 pytestmark = pytest.mark.skipif(
     simt_build.missing_tools() is not None, reason=str(simt_build.missing_tools())

@@ -23,7 +23,17 @@ import mmkernels
 from mmkernels.ops.adapter import schema as adapter_schema
 from mmkernels.ops.layer_mix import schema as layer_mix_schema
 from mmkernels.ops.layer_project import schema as layer_project_schema
-from mmkernels.testing import Call, OpSpec, check_against_reference, generator_for, op_tests
+from op_tests import (
+    BackendNames,
+    Call,
+    Compile,
+    Gradcheck,
+    Opcheck,
+    OpSpec,
+    check_against_reference,
+    generator_for,
+    op_tests,
+)
 
 pytestmark = [
     pytest.mark.slow,
@@ -42,7 +52,7 @@ SOURCES = sorted(
 )
 # CUDA kernels take no float64, and the device does not change what these look at.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ELSEWHERE = ("test_gradcheck", "test_opcheck", "test_compile", "test_backend_names")
+ELSEWHERE = (Gradcheck, Opcheck, Compile, BackendNames)
 
 
 @functools.cache
@@ -76,8 +86,7 @@ def on_the_cpu(spec: OpSpec) -> type:
     products = [("cpu", backend) for device, backend in spec.library_products if device == "cuda"]
     # Cases of many rows take minutes here; the kernels' own tests have their sizes.
     cases = {name: case for name, case in spec.cases.items() if name != "many_rows"}
-    tests = op_tests(dataclasses.replace(spec, library_products=products, cases=cases), DTYPES)
-    return type(tests.__name__, (tests,), dict.fromkeys(ELSEWHERE))
+    return op_tests(dataclasses.replace(spec, library_products=products, cases=cases), DTYPES, ELSEWHERE)
 
 
 def test_every_op_is_here() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mmkernels._library import compiled_module
 from mmkernels.ops.layer_mix import reference
-from mmkernels.testing import assert_close_to_reference
+from op_tests import assert_close_to_reference
 
 pytestmark = pytest.mark.skipif(
     simt_build.missing_tools() is not None, reason=str(simt_build.missing_tools())

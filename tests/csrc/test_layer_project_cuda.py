@@ -20,7 +20,7 @@ from mmkernels._library import compiled_module
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.ops._common import ACTIVATION_CODES
 from mmkernels.ops.layer_project import reference
-from mmkernels.testing import assert_close_to_reference
+from op_tests import assert_close_to_reference
 
 pytestmark = pytest.mark.skipif(
     simt_build.missing_tools() is not None, reason=str(simt_build.missing_tools())

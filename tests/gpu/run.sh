@@ -13,7 +13,7 @@ echo "== build"
 MMKERNELS_CUDA=ON "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --upgrade \
   --target build/gpu/site .
 export PYTHONPATH="$PWD/build/gpu/site:$PWD"
-"$python" -P -m mmkernels.info
+"$python" -P -m mmkernels
 
 echo "== tests"
 status=0

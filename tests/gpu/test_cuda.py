@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import mmkernels
-from mmkernels.testing import backends
+from op_tests import backends
 
 pytestmark = [
     pytest.mark.gpu,

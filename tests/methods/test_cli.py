@@ -17,8 +17,7 @@ from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from typer.testing import CliRunner
 
 import mmkernels
-from mmtransfer import cli
-from mmtransfer import compare
+from mmtransfer import cli, compare
 from mmtransfer.compare import step as measure
 from mmtransfer.hff import HFF
 from mmtransfer.methods import DEFAULT_METHODS, METHODS

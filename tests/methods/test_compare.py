@@ -12,20 +12,20 @@ from torch import nn
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
 from mmtransfer import tasks
+from mmtransfer.compare import CompareSettings, compare
 from mmtransfer.compare import step as measure
+from mmtransfer.compare.step import Step, compare_steps
+from mmtransfer.data import DataError, synthetic
+from mmtransfer.data.features import Collator
+from mmtransfer.hff import HFF, FrozenEncoder, reference
+from mmtransfer.methods import METHODS
+from mmtransfer.tasks import Task, synthetic_task
 from mmtransfer.training.caching import (
     CachedFeatures,
     EncoderCollator,
     cache_features,
     collate_features,
 )
-from mmtransfer.compare import CompareSettings, compare
-from mmtransfer.data import DataError, synthetic
-from mmtransfer.data.features import Collator
-from mmtransfer.hff import HFF, FrozenEncoder, reference
-from mmtransfer.compare.step import Step, compare_steps
-from mmtransfer.methods import METHODS
-from mmtransfer.tasks import Task, synthetic_task
 from mmtransfer.training.loop import TrainSettings, parameter_groups, predict, train
 from tests.methods.tiny_encoders import TINY
 

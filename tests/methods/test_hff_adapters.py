@@ -16,8 +16,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from mmtransfer.encoders import descriptions as models
-from mmtransfer.hff import HFF, AdaptedEncoder, FrozenEncoder, HFFb, SequenceClassificationHead, make_fusion
 from mmtransfer.encoders.taps import attach_states
+from mmtransfer.hff import HFF, AdaptedEncoder, FrozenEncoder, HFFb, SequenceClassificationHead, make_fusion
 
 LENGTHS = torch.tensor([120, 77, 50])
 LABELS = torch.tensor([0, 2, 1])

@@ -9,16 +9,16 @@ import pytest
 import torch
 from transformers import Wav2Vec2FeatureExtractor, set_seed
 
-from mmtransfer.compare import step as measure
-from mmtransfer.encoders import descriptions as models
-from mmtransfer.training.caching import CachedInputs, EncoderCollator, cache_inputs
 from mmtransfer.compare import CompareSettings, compare
+from mmtransfer.compare import step as measure
+from mmtransfer.compare.step import Step, compare_steps
 from mmtransfer.data import DataError, Recordings, synthetic
 from mmtransfer.data.features import Collator
+from mmtransfer.encoders import descriptions as models
 from mmtransfer.hff import HFF, AdaptedEncoder
-from mmtransfer.compare.step import Step, compare_steps
 from mmtransfer.methods import METHODS, EncoderMethod, Job, find_method
 from mmtransfer.tasks import Task, synthetic_task
+from mmtransfer.training.caching import CachedInputs, EncoderCollator, cache_inputs
 from mmtransfer.training.loop import TrainSettings, parameter_groups, predict, train
 from tests.methods.tiny_encoders import TINY
 

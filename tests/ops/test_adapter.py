@@ -13,7 +13,7 @@ from mmkernels.activations import ACTIVATIONS
 from mmkernels.nn import Adapter
 from mmkernels.ops._common import ACTIVATION_CODES, accumulate_dtype
 from mmkernels.ops.adapter import reference
-from mmkernels.testing import Call, OpSpec, Shape, assert_close_to_reference, away_from_zero, op_tests
+from op_tests import Call, OpSpec, Shape, assert_close_to_reference, away_from_zero, op_tests
 
 PARAMETERS = ("down_weight", "down_bias", "up_weight", "up_bias", "norm_weight", "norm_bias")
 
@@ -98,12 +98,9 @@ def raw(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
     gain = (p["norm_weight"], p["norm_bias"])
     forward = (x, *down, *up, residual, *gain, a["scale"], 1e-5, activation, add_input, True)
     out, hidden, stats = torch.ops.mmkernels.adapter_fwd(*forward)
-    # fmt: off
-    backward = (
-        torch.randn_like(out).to(x.dtype), x, *down, p["up_weight"], *gain, hidden, stats, a["scale"],
-        activation, add_input, True, True, True, norm,
-    )
-    # fmt: on
+    grad = torch.randn_like(out).to(x.dtype)
+    saved = (x, *down, p["up_weight"], *gain, hidden, stats)
+    backward = (grad, *saved, a["scale"], activation, add_input, True, True, True, norm)
     return [(torch.ops.mmkernels.adapter_fwd, forward), (torch.ops.mmkernels.adapter_bwd, backward)]
 
 

@@ -13,7 +13,7 @@ from mmkernels.activations import ACTIVATIONS
 from mmkernels.ops._common import ACTIVATION_CODES, accumulate_dtype
 from mmkernels.ops.layer_project import reference
 from mmkernels.ops.layer_project.schema import OUTPUT_SUFFICES
-from mmkernels.testing import Call, OpSpec, Shape, away_from_zero, op_tests
+from op_tests import Call, OpSpec, Shape, away_from_zero, op_tests
 
 
 def make(shape: Shape, dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> Call:

@@ -1,4 +1,6 @@
-"""The rules of python/mmtransfer: a paper is a folder, one line of the registry names it, imports point down."""
+"""The rules of python/mmtransfer: a paper is a folder, one line of the registry names it, imports point
+down.
+"""
 
 from __future__ import annotations
 

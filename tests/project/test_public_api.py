@@ -44,5 +44,5 @@ def test_modules() -> None:
 def test_public_docstrings_say_what_users_need() -> None:
     for name in ("adapter", "layer_mix", "layer_project"):
         text = inspect.getdoc(getattr(mmkernels, name)) or ""
-        for part in ("Args:", "Returns:", "Raises:", "Gradients", "Source:"):
+        for part in ("Equivalent to", "Args:", "Returns:", "Raises:", "Gradients", "Source:"):
             assert part in text, f"{name}: {part}"

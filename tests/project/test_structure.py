@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ast
-from pathlib import Path
-
 import pytest
+from tree import ROOT, imports, starts
 
-from mmkernels.info import op_names
-
-ROOT = Path(__file__).resolve().parents[2]
+from mmkernels._info import op_names
 
 FILES_OF_AN_OP = (
     "csrc/include/mmkernels/{op}.h",
@@ -43,43 +39,14 @@ def test_every_kernel_file_is_an_op(folder: str, suffix: str) -> None:
         assert any(path.stem == op or path.stem.startswith(f"{op}_") for op in op_names()), path.name
 
 
-def imports(path: Path) -> set[str]:
-    """Modules that a file imports, also inside functions, relative ones resolved."""
-    source_root = ROOT / "python" if "python" in path.relative_to(ROOT).parts else ROOT
-    package = path.relative_to(source_root).with_suffix("").parts[:-1]
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else ()
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            found.add(module)
-            found.update(f"{module}.{alias.name}" for alias in node.names)
-    return found
-
-
-def starts(modules: set[str], *names: str) -> set[str]:
-    return {
-        module for module in modules if any(module == name or module.startswith(f"{name}.") for name in names)
-    }
-
-
-# What a folder must not import: arrows of the design point from kernels to ops, to modules and patches, to
+# Forbidden imports of a folder: the arrows of the design point from kernels to ops, to modules and patches, to
 # methods.
 FORBIDDEN = {
-    "mmkernels/ops": (
-        "mmkernels.nn",
-        "mmkernels.patch",
-        "mmkernels.testing",
-        "mmtransfer",
-        "transformers",
-        "benches",
-    ),
-    "mmkernels/nn": ("mmkernels.patch", "mmkernels.testing", "mmtransfer", "transformers", "benches"),
-    "mmkernels/patch": ("mmtransfer", "benches", "mmkernels.testing"),
-    "mmkernels": ("mmtransfer", "benches"),
-    "python/mmtransfer": ("benches", "mmkernels.testing", "mmkernels.ops"),
+    "mmkernels/ops": ("mmkernels.nn", "mmkernels.patch", "transformers"),
+    "mmkernels/nn": ("mmkernels.patch", "transformers"),
+    "mmkernels/patch": ("transformers",),
+    "mmkernels": ("mmtransfer", "benches", "op_tests", "pytest", "hypothesis"),
+    "python/mmtransfer": ("benches", "op_tests", "pytest", "hypothesis", "mmkernels.ops"),
 }
 
 
@@ -100,9 +67,19 @@ def test_backends_of_an_op_do_not_import_each_other() -> None:
             assert not starts(found, f"mmkernels.ops.{op}.{other}")
 
 
+@pytest.mark.parametrize("op", op_names())
+def test_no_op_imports_another(op: str) -> None:
+    """Code that two ops share has a name and a file of its own above them, as ops/_norm_product.py."""
+    others = [f"mmkernels.ops.{other}" for other in op_names() if other != op]
+    for path in (ROOT / "mmkernels/ops" / op).glob("*.py"):
+        found = imports(path)
+        assert not starts(found, *others), path
+        assert not {f"mmkernels.{other}" for other in op_names()} & found, path
+
+
 def test_triton_is_imported_by_launchers_only() -> None:
     for path in (ROOT / "mmkernels").rglob("*.py"):
-        if path.name not in ("triton.py", "_triton.py"):
+        if path.name not in ("triton.py", "_triton.py", "_norm_product.py"):
             assert not starts(imports(path), "triton"), path
 
 

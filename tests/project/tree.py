@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 def imports(path: Path, *, only_at_import: bool = False) -> set[str]:
     """Modules that a file imports, relative ones resolved.
 
-    Also inside functions and for type checkers, unless `only_at_import` asks for those that importing the file
-    imports.
+    Also inside functions and for type checkers, unless `only_at_import` asks for those that importing the
+    file imports.
     """
     source_root = ROOT / "python" if "python" in path.relative_to(ROOT).parts else ROOT
     package = path.relative_to(source_root).with_suffix("").parts[:-1]

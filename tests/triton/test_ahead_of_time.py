@@ -21,10 +21,10 @@ if TRITON_INTERPRETED:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from mmkernels.ops import _norm_product as norm_product  # noqa: E402
 from mmkernels.ops import _triton as shared  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
-from mmkernels.ops.layer_project import triton as project  # noqa: E402
 
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 #: Bytes of shared memory that one block may have.
@@ -116,14 +116,14 @@ SMALL_LAUNCHES = [
     (mix.layer_mix_bwd_kernel, {**MIX_BACKWARD, "NORM": False}),
     (mix.row_dots_kernel, {"LAYERS": 3, "WIDTH": 1, "BLOCK_D": 1}),
     (shared.row_stats_kernel, {"WIDTH": 1, "EPS": 0.0, "BLOCK_D": 1}),
-    (project.layer_project_fold_kernel, {"WIDTH": 1, "BLOCK_C": 1}),
-    (project.layer_project_fwd_kernel, {**PRODUCT, "WIDTH": 1, "ACTIVATION": 2}),
-    (project.layer_project_dx_kernel, {**PRODUCT, "OUTPUTS": 1}),
+    (norm_product.norm_product_fold_kernel, {"WIDTH": 1, "BLOCK_C": 1}),
+    (norm_product.norm_product_fwd_kernel, {**PRODUCT, "WIDTH": 1, "ACTIVATION": 2}),
+    (norm_product.norm_product_dx_kernel, {**PRODUCT, "OUTPUTS": 1}),
     (
-        project.layer_project_gradient_kernel,
+        norm_product.norm_product_gradient_kernel,
         {"OUTPUTS": 1, "ACTIVATION": 1, "BLOCK_ROWS": 64, "BLOCK_O": 64},
     ),
-    (project.layer_project_unfold_kernel, {"OUTPUTS": 1, "BLOCK_O": 16, "BLOCK_C": 64}),
+    (norm_product.norm_product_unfold_kernel, {"OUTPUTS": 1, "BLOCK_O": 16, "BLOCK_C": 64}),
     (adapter.adapter_fwd_kernel, FUSED_FORWARD),
     (adapter.adapter_bwd_kernel, FUSED_BACKWARD),
     (adapter.adapter_product_kernel, {**PRODUCT, "INNER": 1}),
@@ -226,7 +226,7 @@ def test_row_kernels(element: str, capability: int, tmp_path: pathlib.Path) -> N
         )
         check_resources(compiled, capability, tmp_path)
         compiled = compile_kernel(
-            project.layer_project_fold_kernel,
+            norm_product.norm_product_fold_kernel,
             capability,
             element,
             {"WIDTH": width, "BLOCK_C": block},
@@ -272,8 +272,8 @@ def test_products(
     config = shared.PRODUCT_CONFIGS[getattr(torch, dtype)]
     constants = {**constants_of(shared.product_options(config)), "PRECISION": precision}
     for kernel, own in (
-        (project.layer_project_fwd_kernel, {"WIDTH": 768, "ACTIVATION": ACTIVATION_CODES[activation]}),
-        (project.layer_project_dx_kernel, {"OUTPUTS": 248}),
+        (norm_product.norm_product_fwd_kernel, {"WIDTH": 768, "ACTIVATION": ACTIVATION_CODES[activation]}),
+        (norm_product.norm_product_dx_kernel, {"OUTPUTS": 248}),
         (adapter.adapter_product_kernel, {"INNER": 384, "inner_stride": 1}),
         (adapter.adapter_product_kernel, {"INNER": 768, "column_stride": 1}),
     ):
@@ -295,17 +295,17 @@ def test_project_gradients(element: str, capability: int, tmp_path: pathlib.Path
     constants = {
         "OUTPUTS": 250,
         "ACTIVATION": ACTIVATION_CODES["gelu"],
-        "BLOCK_ROWS": project.GRADIENT_ROWS,
-        "BLOCK_O": project.GRADIENT_COLUMNS,
+        "BLOCK_ROWS": norm_product.GRADIENT_ROWS,
+        "BLOCK_O": norm_product.GRADIENT_COLUMNS,
     }
-    compiled = compile_kernel(project.layer_project_gradient_kernel, capability, element, constants)
+    compiled = compile_kernel(norm_product.norm_product_gradient_kernel, capability, element, constants)
     check_resources(compiled, capability, tmp_path)
 
 
 @each_capability
 def test_project_unfold(capability: int, tmp_path: pathlib.Path) -> None:
-    constants = {"OUTPUTS": 250, "BLOCK_O": project.UNFOLD_ROWS, "BLOCK_C": project.UNFOLD_COLUMNS}
-    compiled = compile_kernel(project.layer_project_unfold_kernel, capability, "fp32", constants)
+    constants = {"OUTPUTS": 250, "BLOCK_O": norm_product.UNFOLD_ROWS, "BLOCK_C": norm_product.UNFOLD_COLUMNS}
+    compiled = compile_kernel(norm_product.norm_product_unfold_kernel, capability, "fp32", constants)
     check_resources(compiled, capability, tmp_path)
 
 

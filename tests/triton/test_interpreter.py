@@ -24,7 +24,7 @@ from mmkernels.ops.layer_mix import reference as mix_reference
 from mmkernels.ops.layer_mix.schema import OPS as MIX_OPS
 from mmkernels.ops.layer_project import reference as project_reference
 from mmkernels.ops.layer_project.schema import OPS as PROJECT_OPS
-from mmkernels.testing import Call, assert_close_to_reference, poisoned_memory, value_and_gradients
+from op_tests import Call, assert_close_to_reference, poisoned_memory, value_and_gradients
 
 if not TRITON_INTERPRETED:
     pytest.skip("needs Triton and TRITON_INTERPRET=1 set before Python starts", allow_module_level=True)

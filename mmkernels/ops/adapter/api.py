@@ -14,54 +14,31 @@ from mmkernels.ops.adapter.schema import OPS
 
 
 class _Adapter(torch.autograd.Function):
+    """Arguments: the backend, then those of the op, in the order of its schema."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        scale: float,
-        eps: float,
-        activation: int,
-        add_input: bool,
-        x: Tensor,
-        residual: Tensor | None,
-        down_weight: Tensor,
-        down_bias: Tensor | None,
-        up_weight: Tensor,
-        up_bias: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-    ) -> Tensor:
-        # fmt: off
-        out, hidden, stats = OPS[backend][0](
-            x, down_weight, down_bias, up_weight, up_bias, residual, norm_weight, norm_bias,
-            scale, eps, activation, add_input, True,
-        )
-        # fmt: on
+    def forward(ctx: Any, backend: str, *arguments: Any) -> Tensor:
+        out, hidden, stats = OPS[backend][0](*arguments, True)
+        x, down_weight, down_bias, up_weight, _, _, norm_weight, norm_bias, *constants = arguments
         ctx.save_for_backward(x, down_weight, down_bias, up_weight, norm_weight, norm_bias, hidden, stats)
-        ctx.backend, ctx.scale, ctx.activation, ctx.add_input = backend, scale, activation, add_input
+        scale, _, activation, add_input = constants
+        ctx.backend, ctx.constants = backend, (scale, activation, add_input)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, down_weight, down_bias, up_weight, norm_weight, norm_bias, hidden, stats = ctx.saved_tensors
-        need_x, need_residual, *need = ctx.needs_input_grad[5:]
-        need_down, need_up, need_norm = (any(need[i : i + 2]) for i in (0, 2, 4))
-        gradients: tuple[Tensor | None, ...] = (None,) * 7
-        if need_x or need_down or need_up or need_norm:
-            # fmt: off
-            gradients = OPS[ctx.backend][1](
-                grad.to(x.dtype), x, down_weight, down_bias, up_weight, norm_weight, norm_bias, hidden, stats,
-                ctx.scale, ctx.activation, ctx.add_input, need_x, need_down, need_up, need_norm,
-            )
-            # fmt: on
-        d_x, *d_parameters = gradients
-        return (
-            *(None, None, None, None, None),
-            d_x if need_x else None,
-            grad if need_residual else None,
-            *(d if needed else None for d, needed in zip(d_parameters, need, strict=True)),
-        )
+        # Read once: checkpointing recomputes the tensors for the first access only.
+        saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[1:9]
+        need_x, need_down, need_down_bias, need_up, need_up_bias, _, need_gain, need_shift = needed
+        wanted = (need_x, need_down or need_down_bias, need_up or need_up_bias, need_gain or need_shift)
+        own: tuple[Tensor | None, ...] = (None,) * 7
+        if any(wanted):
+            own = OPS[ctx.backend][1](grad.to(saved[0].dtype), *saved, *ctx.constants, *wanted)
+        gradients = (*own[:5], grad, *own[5:])
+        chosen = (d if need else None for d, need in zip(gradients, needed, strict=True))
+        return (None, *chosen, *(None, None, None, None))
 
 
 def adapter(
@@ -81,24 +58,30 @@ def adapter(
 ) -> Tensor:
     """A bottleneck adapter: ``residual + scale * (act(LN(x) @ down^T + down_bias) @ up^T + up_bias)``.
 
-    Both products, the activation and the residual are one pass over ``x``: the hidden activation stays on the
-    chip, LayerNorm is folded into the down-projection, and no normalised copy of ``x`` is made.
+    One pass over ``x`` computes both products, the activation and the residual: the hidden activation stays
+    on the chip, and LayerNorm is folded into the down-projection, so that no normalised copy of ``x`` is
+    made.
+
+    Equivalent to (``F`` is ``torch.nn.functional``)::
+
+        h = x if norm_weight is None else F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps)
+        h = ACTIVATIONS[activation](F.linear(h, down_weight, down_bias))  # of mmkernels.activations
+        out = residual + scale * F.linear(h, up_weight, up_bias)  # without a residual: the second term
 
     Args:
         x: ``(..., D)``. float32, float16, bfloat16; on the CPU float64 too. Any strides; copied once where
             the last dimension is not dense or the leading ones cannot be viewed as one.
-        down_weight: ``(d, D)``, as in ``torch.nn.Linear``. Like all parameters of any floating dtype: they
-            are read in float32 (float64 for float64), the products run in the dtype of ``x``.
+        down_weight: ``(d, D)``, as in ``torch.nn.Linear``. Parameters may have any floating dtype: they are
+            read in float32 (float64 for float64), and the products run in the dtype of ``x``.
         down_bias: ``(d,)`` or None.
         up_weight: ``(D, d)``.
         up_bias: ``(D,)`` or None.
-        residual: What the result is added to, of the shape of ``x``: ``x`` itself (read only once then),
-            another tensor, or None for nothing. Of the dtype of ``x``, or of float32 beside ``x`` in half
-            precision, as autocast produces it; the result then is float32.
+        residual: A tensor of the shape of ``x`` that is added to the result, or None. ``x`` itself is read
+            once only. Its dtype is that of ``x``, or float32 with ``x`` in half precision, as autocast
+            produces it; the result is float32 then.
         scale: Constant factor of the adapter's output.
         activation: ``"relu"``, ``"gelu"``, ``"gelu_tanh"``, ``"silu"`` or ``"none"``.
-        norm_weight: ``(D,)``: gain of a LayerNorm over D before the down-projection. Without it there is
-            none.
+        norm_weight: ``(D,)``: gain of a LayerNorm over D before the down-projection. None: no LayerNorm.
         norm_bias: ``(D,)``: its shift; needs ``norm_weight``.
         eps: Added to the variance.
         backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` or ``"reference"``.
@@ -114,8 +97,8 @@ def adapter(
 
     Raises:
         TypeError: A value of the wrong type or dtype.
-        ValueError: Shapes or devices that do not go together, an activation that is not offered, or a backend
-            that cannot serve.
+        ValueError: Shapes or devices that do not match, an unknown activation, or a backend that cannot
+            serve.
 
     Source: Houlsby et al., Parameter-Efficient Transfer Learning for NLP (arXiv 1902.00751, section 2.1);
     the adapters of AAT (arXiv 2401.10544) and of HFF (arXiv 2211.02712).
@@ -130,32 +113,34 @@ def adapter(
         _check_residual(residual, x)
     backend = _common.choose_backend("adapter", backend, x)
     if backend == "reference":
-        # fmt: off
         return reference.adapter(
-            x, down_weight, down_bias, up_weight, up_bias, residual=residual, scale=scale,
-            activation=activation, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps,
+            x,
+            down_weight,
+            down_bias,
+            up_weight,
+            up_bias,
+            residual=residual,
+            scale=scale,
+            activation=activation,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
+            eps=eps,
         )
-        # fmt: on
 
-    accumulate = _common.accumulate_dtype(x.dtype)
-    parameters = [
-        p if p is None or p.dtype == accumulate else p.to(accumulate)
-        for p in (down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
-    ]
-    index = _common.ACTIVATION_CODES[activation]
     add_input = residual is source and x is source
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     others = None if residual is None or add_input else residual.reshape(rows.shape)
-    if _common.needs_gradient(rows, others, *parameters):
-        out = _Adapter.apply(backend, float(scale), eps, index, add_input, rows, others, *parameters)
+    dtype = _common.accumulate_dtype(x.dtype)
+    down, down_shift, up, up_shift, gain, shift = (
+        p if p is None or p.dtype == dtype else p.to(dtype)
+        for p in (down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
+    )
+    tensors = (rows, down, down_shift, up, up_shift, others, gain, shift)
+    constants = (float(scale), eps, _common.ACTIVATION_CODES[activation], add_input)
+    if _common.needs_gradient(*tensors):
+        out = _Adapter.apply(backend, *tensors, *constants)
     else:
-        down, down_shift, up, up_shift, gain, shift = parameters
-        # fmt: off
-        out, _, _ = OPS[backend][0](
-            rows, down, down_shift, up, up_shift, others, gain, shift,
-            float(scale), eps, index, add_input, False,
-        )
-        # fmt: on
+        out, _, _ = OPS[backend][0](*tensors, *constants, False)
     return out.reshape(x.shape)
 
 

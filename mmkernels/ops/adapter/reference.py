@@ -1,5 +1,4 @@
-"""The definition of :func:`mmkernels.adapter` in plain torch, for any floating dtype. Optimised for
-reading."""
+"""The definition of :func:`mmkernels.adapter` in plain torch, written for reading."""
 
 from __future__ import annotations
 
@@ -24,6 +23,12 @@ def adapter(
     norm_bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
+    """``residual + scale * (act(LN(x) @ down^T + down_bias) @ up^T + up_bias)``.
+
+    The arguments are those of :func:`mmkernels.adapter`, unchecked. The result is computed in float32
+    (float64 for float64) and rounded once, to the dtype of ``residual``, or of ``x`` without one.
+    Differentiable any number of times.
+    """
     accumulate = accumulate_dtype(x.dtype)
 
     def wide(tensor: Tensor | None) -> Tensor | None:

@@ -1,10 +1,10 @@
 """Triton kernels of :func:`mmkernels.adapter`, and the functions behind its ``_triton`` ops.
 
-The algebra is that of ``csrc/include/mmkernels/adapter.h``. The down-projection is a ``layer_project`` of one
-tap, whose folding of the LayerNorm serves here; the up-projection too is rounded to the type of ``x``. Where
-the hidden layer of a block of rows fits into registers, each direction is one kernel that goes over the rows
-twice, the second time out of cache: once down and once up. Wider bottlenecks, and products that the tensor
-cores do not do, go by way of a hidden layer in memory. Gradients of the matrices are products of whole
+``csrc/include/mmkernels/adapter.h`` derives the algebra. The down-projection is a norm product of one tap
+(``ops/_norm_product.py``); the up-projection too is rounded to the type of ``x``. Where the hidden layer of a
+block of rows fits into registers, each direction is one kernel that reads the rows twice, once for the
+down-projection and once, from cache, for the up-projection. Wider bottlenecks, and dtypes without tensor
+cores, keep the hidden layer in memory between two kernels. Gradients of the matrices are products of whole
 tensors.
 """
 
@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.activations import ACTIVATIONS
+from mmkernels.ops import _norm_product
 from mmkernels.ops._common import accumulate_dtype
 from mmkernels.ops._triton import (
     PRODUCT_CONFIGS,
@@ -34,7 +35,6 @@ from mmkernels.ops._triton import (
     row_stats,
     tile_of,
 )
-from mmkernels.ops.layer_project import triton as layer_project
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class FusedTile:
     stages: int
 
 
-#: Most hidden units -> tile, for products of half precision. The matrices are read anew, from L2, for each
-#: block of rows, so blocks are as tall as registers allow.
+#: Most hidden units -> tile, for products of half precision. Each block of rows reads the matrices again,
+#: from L2, so blocks are as tall as registers allow.
 FORWARD_TILES = {
     64: FusedTile(128, 64, warps=8, stages=3),
     128: FusedTile(128, 64, warps=8, stages=3),
@@ -62,7 +62,7 @@ BACKWARD_TILES = {
 
 
 def fused_tile(table: dict[int, FusedTile], dtype: torch.dtype, bottleneck: int) -> FusedTile | None:
-    """The tile of a fused kernel, None where it does not serve."""
+    """The tile of the fused kernel, or None where it has none."""
     if dtype.itemsize != 2:
         return None
     return next((tile for most, tile in table.items() if bottleneck <= most), None)
@@ -121,6 +121,7 @@ def adapter_fwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """Rows of ``out``, and of ``hidden`` and ``stats`` where they are wanted."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     unit = tl.arange(0, BLOCK_H).to(tl.int64)
     valid, present = row < rows, unit < BOTTLENECK
@@ -129,8 +130,8 @@ def adapter_fwd_kernel(
     factor = folded_weight + unit[None, :] * WIDTH + d[:, None]
 
     if NORM:
-        # Sums are of differences to the mean of the first columns. It is at most sqrt(WIDTH / BLOCK_D)
-        # standard deviations from the mean of all, which bounds what the variance loses to cancellation.
+        # Subtract the mean of the first columns before summing. It is at most sqrt(WIDTH / BLOCK_D) standard
+        # deviations from the mean of the row, which bounds the digits that the variance loses.
         first = tl.load(source, mask=valid[:, None] & (d < WIDTH)[None, :], other=0.0).to(tl.float32)
         centre = tl.sum(first, 1) / min(WIDTH, BLOCK_D)
         differences = tl.zeros((BLOCK_M,), tl.float32)
@@ -162,7 +163,7 @@ def adapter_fwd_kernel(
         target = hidden + row[:, None] * BOTTLENECK + unit[None, :]
         tl.store(target, z.to(hidden.dtype.element_ty), mask=valid[:, None] & present[None, :])
 
-    # Where x is infinite, absent units are NaN, and would make the whole row NaN.
+    # An infinity in x makes the padding units NaN, which would make the whole row NaN.
     a = tl.where(present[None, :], activate(z, ACTIVATION), 0.0).to(x.dtype.element_ty)
     for start in range(0, WIDTH, BLOCK_D):
         column = start + d
@@ -237,7 +238,7 @@ def adapter_bwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``dx``, ``act(z)``, ``s``, and a tile's part of the bias gradients: those that are not None."""
+    """Writes ``dx``, ``act(z)``, ``s`` and a tile's part of the bias gradients, those that are not None."""
     tile = tl.program_id(0).to(tl.int64)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     unit = tl.arange(0, BLOCK_H).to(tl.int64)
@@ -295,10 +296,10 @@ def adapter_bwd_kernel(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both directions read, in the layout that the kernels take."""
+    """The operands of both directions, in the layout that the kernels take."""
 
-    #: The down-projection as a ``layer_project`` of one tap.
-    down: layer_project.Inputs
+    #: The down-projection as a norm product of one tap.
+    down: _norm_product.Inputs
     #: In the type of x.
     up_weight: Tensor
     scale: float
@@ -324,7 +325,7 @@ class Inputs:
         def one_tap(parameter: Tensor | None) -> Tensor | None:
             return None if parameter is None else parameter.unsqueeze(0)
 
-        down = layer_project.Inputs.checked(
+        down = _norm_product.Inputs.checked(
             x.unsqueeze(1),
             down_weight.unsqueeze(0),
             one_tap(down_bias),
@@ -343,7 +344,7 @@ class Inputs:
 
 
 def if_any(tensor: Tensor) -> Tensor | None:
-    """What a kernel is given for an output: those that nobody asked for have no elements."""
+    """The output as a kernel takes it: None if it has no elements, because it is not wanted."""
     return tensor if tensor.numel() > 0 else None
 
 
@@ -362,7 +363,7 @@ def adapter_fwd(
     add_input: bool,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``mmkernels::adapter_fwd_triton``."""
+    """``mmkernels::adapter_fwd_triton``; see ``schema.py``."""
     args = Inputs.checked(x, down_weight, down_bias, up_weight, norm_weight, norm_bias, scale, activation)
     rows, width = x.shape
     accumulate = accumulate_dtype(x.dtype)
@@ -400,6 +401,7 @@ def write_output(
     hidden: Tensor,
     stats: Tensor,
 ) -> None:
+    """Writes ``out``, and ``hidden`` and ``stats`` where they have elements, by the fused kernel."""
     rows, width = out.shape
     folded_weight, folded_bias, weight_sum = args.down.fold()
     adapter_fwd_kernel[(triton.cdiv(rows, tile.block_m),)](
@@ -442,7 +444,7 @@ def write_output_in_steps(
         row_stats(x, None, stats, eps)
     activated = x.new_empty((rows, 1, args.bottleneck))
     preactivation = if_any(hidden.unsqueeze(1))
-    layer_project.write_output(args.down, stats, args.activation, activated, preactivation)
+    _norm_product.write_output(args.down, stats, args.activation, activated, preactivation)
     write_product(activated.squeeze(1), args.up_weight, up_bias, addend, args.scale, out)
 
 
@@ -488,7 +490,7 @@ def adapter_bwd(
     need_up: bool,
     need_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """``mmkernels::adapter_bwd_triton``."""
+    """``mmkernels::adapter_bwd_triton``; see ``schema.py``."""
     args = Inputs.checked(x, down_weight, down_bias, up_weight, norm_weight, norm_bias, scale, activation)
     rows, width = x.shape
     bottleneck, accumulate = args.bottleneck, accumulate_dtype(x.dtype)
@@ -526,7 +528,7 @@ def adapter_bwd(
         if need_product:
             product = batched_product(scaled_grad.T[None], args.x[None], accumulate)
             if args.down.norm:
-                layer_project.unfold(
+                _norm_product.unfold(
                     args.down, product, d_down_bias[None], d_down[None], d_gain[None], d_shift[None]
                 )
             else:
@@ -539,10 +541,10 @@ def adapter_bwd(
 
 @dataclass(frozen=True)
 class RowGradients:
-    """What comes of going over the rows backwards; what nobody asked for has no elements."""
+    """The outputs of the backward pass over the rows; those that are not wanted have no elements."""
 
     dx: Tensor
-    #: ``act(z)`` and ``s``, in the type of x, of which the gradients of the matrices are made.
+    #: ``act(z)`` and ``s``, in the type of x: factors of the gradients of the matrices.
     activated: Tensor
     scaled_grad: Tensor
     #: ``sum_r dz`` and ``sum_r g``.
@@ -559,6 +561,7 @@ def write_row_gradients(
     add_input: bool,
     to: RowGradients,
 ) -> None:
+    """Writes those outputs ``to`` that have elements, by the fused kernel. ``grad`` is contiguous."""
     rows, width = grad.shape
     tiles = triton.cdiv(rows, tile.block_m)
     partial_down_bias = to.down_bias.new_empty((tiles, to.down_bias.shape[0]))
@@ -611,13 +614,13 @@ def write_row_gradients_in_steps(
     scaled_grad = to.scaled_grad if need_product else torch.empty_like(hidden)
     folded_weight, folded_bias, _ = args.down.fold() if need_x else (None, None, None)
     pull = stats.new_empty((rows, 1)) if need_x and args.down.norm else None
-    down_bias = layer_project.write_scaled_gradient(
+    down_bias = _norm_product.write_scaled_gradient(
         args.down, da, hidden.unsqueeze(1), stats, folded_bias, args.activation, scaled_grad, pull
     )
     if need_product:
         to.down_bias.copy_(down_bias[0])
     if need_x:
-        layer_project.write_input_gradient(
+        _norm_product.write_input_gradient(
             args.down,
             scaled_grad.unsqueeze(1),
             folded_weight,

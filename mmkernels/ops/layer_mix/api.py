@@ -15,20 +15,24 @@ from mmkernels.ops.layer_mix.schema import MAX_LAYERS, OPS
 
 
 class _LayerMix(torch.autograd.Function):
+    """Arguments: the backend, then those of the op in the order of its schema, but the layers, whose number
+    varies, last."""
+
     @staticmethod
     def forward(
         ctx: Any,
         backend: str,
-        norm: bool,
-        eps: float,
-        lengths: Tensor | None,
         weights: Tensor,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
+        lengths: Tensor | None,
+        norm: bool,
+        eps: float,
         *layers: Tensor,
     ) -> Tensor:
-        out, stats = OPS[backend][0](list(layers), weights, norm_weight, norm_bias, lengths, norm, eps, True)
-        ctx.save_for_backward(weights, norm_weight, norm_bias, lengths, stats, *layers)
+        parameters = (weights, norm_weight, norm_bias, lengths)
+        out, stats = OPS[backend][0](list(layers), *parameters, norm, eps, True)
+        ctx.save_for_backward(*parameters, stats, *layers)
         ctx.backend, ctx.norm = backend, norm
         return out
 
@@ -36,9 +40,9 @@ class _LayerMix(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weights, norm_weight, norm_bias, lengths, stats, *layers = ctx.saved_tensors
-        _, _, _, _, need_weights, need_scale, need_shift, *need_layers = ctx.needs_input_grad
+        _, need_weights, need_gain, need_shift, _, _, _, *need_layers = ctx.needs_input_grad
         wanted = [index for index, needed in enumerate(need_layers) if needed]
-        d_weights, d_scale, d_shift, d_layers = OPS[ctx.backend][1](
+        d_weights, d_gain, d_shift, d_layers = OPS[ctx.backend][1](
             grad,
             layers,
             weights,
@@ -48,18 +52,17 @@ class _LayerMix(torch.autograd.Function):
             stats,
             ctx.norm,
             need_weights,
-            need_scale or need_shift,
+            need_gain or need_shift,
             wanted,
         )
-        gradients: list[Tensor | None] = [None] * len(layers)
-        for index, d_layer in zip(wanted, d_layers, strict=True):
-            gradients[index] = d_layer
+        by_layer: dict[int, Tensor] = dict(zip(wanted, d_layers, strict=True))
         return (
-            *(None, None, None, None),
+            None,
             d_weights if need_weights else None,
-            d_scale if need_scale else None,
+            d_gain if need_gain else None,
             d_shift if need_shift else None,
-            *gradients,
+            *(None, None, None),
+            *(by_layer.get(index) for index in range(len(layers))),
         )
 
 
@@ -76,26 +79,31 @@ def layer_mix(
 ) -> Tensor:
     """Weighted sum of layers, each normalised first if asked: ``sum_l weights[l] * N_l(layers[l])``.
 
-    The L layers are read where they lie and never stacked; with ``norm`` the statistics of a row and its part
-    of the sum come from one read. The extra memory is the output, and with gradients 8 bytes of statistics
-    per row and layer if ``norm``.
+    The L layers are read in place and never stacked; with ``norm`` one read of a row gives its statistics and
+    its part of the sum. The extra memory is the output; ``norm`` with gradients adds 8 bytes of statistics
+    per row and layer.
+
+    Equivalent to (``F`` is ``torch.nn.functional``; norm_weight and norm_bias of shape ``(D,)`` here)::
+
+        h = torch.stack(layers)  # (L, ..., D)
+        h = F.layer_norm(h, h.shape[-1:], norm_weight, norm_bias, eps) if norm else h
+        out = torch.tensordot(weights, h, dims=1)
 
     Args:
         layers: 1 to 64 tensors of one shape ``(..., D)``, dtype (float32, float16, bfloat16; on the CPU
             float64 too) and device, or one tensor whose first dimension counts layers. Any strides: a layer
             whose last dimension is not dense, or whose leading dimensions cannot be viewed as one, is copied
             once.
-        weights: ``(L,)``, used as given (apply softmax before, where wanted). Any floating dtype; the sum is
-            in float32 (float64 for float64), so float32 weights beside bfloat16 layers, as autocast produces
-            them, lose nothing.
+        weights: ``(L,)``, used as given (apply a softmax before, if you want one). Any floating dtype; the
+            sum is in float32 (float64 for float64), so float32 weights with bfloat16 layers, as autocast
+            produces them, lose no digits.
         norm: LayerNorm over D of every layer, with statistics in float32 (float64).
         eps: Added to the variance.
         norm_weight: ``(L, D)``, or ``(D,)`` for all layers: gain of the LayerNorm. Needs ``norm=True``.
         norm_bias: Its shift, of the same shapes.
         lengths: Integer tensor of shape ``layers[0].shape[:-2]``: valid frames of each ``(T, D)`` slice.
-            Later frames are neither read nor differentiated, and are zero in the result. On the CPU values
-            outside ``[0, T]`` are an error; on CUDA, where looking would wait for the device, they are
-            clamped.
+            Later frames are not read, get no gradient, and are zero in the result. Values outside ``[0, T]``
+            are an error on the CPU; on CUDA, where reading them would wait for the device, they are clamped.
         backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -107,7 +115,7 @@ def layer_mix(
 
     Raises:
         TypeError: A value of the wrong type or dtype.
-        ValueError: Shapes, devices or dtypes that do not go together, or a backend that cannot serve.
+        ValueError: Shapes, devices or dtypes that do not match, or a backend that cannot serve.
 
     Source: Eq. 1 of Yang et al., SUPERB (arXiv 2105.01051), and the linear fusion of frozen layers that HFF
     (arXiv 2211.02712) is compared with.
@@ -119,9 +127,9 @@ def layer_mix(
     first = _check_first(layers)
     shape = first.shape
     backend = _common.choose_backend("layer_mix", backend, first)
-    # In the usual call on the CPU the compiled op compares the tensors itself, at less cost: here they are
-    # looked at only if it refuses.
-    trusted = (
+    # The checks of 13 layers take a quarter of a small call's time. The compiled op compares the tensors too,
+    # so in the usual call on the CPU they run only for their message, after the op has refused.
+    op_checks = (
         backend == "native"
         and first.is_cpu
         and len(shape) == 3
@@ -130,9 +138,8 @@ def layer_mix(
         and getattr(weights, "dtype", None) == first.dtype
         and not torch.compiler.is_compiling()
     )
-    if not trusted:
-        _check_layers(layers)
-        _check_parameters(len(layers), first, weights, norm, norm_weight, norm_bias)
+    if not op_checks:
+        _check_tensors(layers, weights, norm, norm_weight, norm_bias)
     if lengths is not None:
         lengths = _check_lengths(lengths, first)
     if backend == "reference":
@@ -154,13 +161,12 @@ def layer_mix(
         lengths = lengths.reshape(-1)
     try:
         if _common.needs_gradient(weights, norm_weight, norm_bias, *layers):
-            out = _LayerMix.apply(backend, norm, eps, lengths, weights, norm_weight, norm_bias, *layers)
+            out = _LayerMix.apply(backend, weights, norm_weight, norm_bias, lengths, norm, eps, *layers)
         else:
             out, _ = OPS[backend][0](layers, weights, norm_weight, norm_bias, lengths, norm, eps, False)
     except (RuntimeError, AttributeError):
-        if trusted:
-            _check_layers(layers)
-            _check_parameters(len(layers), first, weights, norm, norm_weight, norm_bias)
+        if op_checks:
+            _check_tensors(layers, weights, norm, norm_weight, norm_bias)
         raise
     return out if len(shape) == 3 else out.reshape(shape)
 
@@ -178,35 +184,31 @@ def _check_first(layers: Sequence[Tensor]) -> Tensor:
     return first
 
 
-def _check_layers(layers: Sequence[Tensor]) -> None:
-    first = layers[0]
-    shape, dtype, device = first.shape, first.dtype, first.device
-    for index, layer in enumerate(layers):
-        _common.check_tensor("layer_mix", f"layers[{index}]", layer)
-        if layer.shape != shape or layer.dtype != dtype or layer.device != device:
-            raise ValueError(
-                "layer_mix: layers must share one shape, dtype and device; "
-                f"layers[0] is {tuple(shape)} {dtype} on {device}, "
-                f"layers[{index}] is {tuple(layer.shape)} {layer.dtype} on {layer.device}"
-            )
-
-
-def _check_parameters(
-    count: int,
-    first: Tensor,
+def _check_tensors(
+    layers: Sequence[Tensor],
     weights: Tensor,
     norm: bool,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
 ) -> None:
-    _common.check_parameter("layer_mix", "weights", weights, [(count,)], first.device)
+    op, count, first = "layer_mix", len(layers), layers[0]
+    shape, dtype, device = first.shape, first.dtype, first.device
+    for index, layer in enumerate(layers):
+        _common.check_tensor(op, f"layers[{index}]", layer)
+        if layer.shape != shape or layer.dtype != dtype or layer.device != device:
+            raise ValueError(
+                f"{op}: layers must share one shape, dtype and device; "
+                f"layers[0] is {tuple(shape)} {dtype} on {device}, "
+                f"layers[{index}] is {tuple(layer.shape)} {layer.dtype} on {layer.device}"
+            )
+    _common.check_parameter(op, "weights", weights, [(count,)], device)
     if norm_weight is None and norm_bias is None:
         return
     if not norm:
-        raise ValueError("layer_mix: norm_weight and norm_bias need norm=True")
-    shapes = [(count, first.shape[-1]), (first.shape[-1],)]
-    _common.check_parameter("layer_mix", "norm_weight", norm_weight, shapes, first.device)
-    _common.check_parameter("layer_mix", "norm_bias", norm_bias, shapes, first.device)
+        raise ValueError(f"{op}: norm_weight and norm_bias need norm=True")
+    shapes = [(count, shape[-1]), (shape[-1],)]
+    _common.check_parameter(op, "norm_weight", norm_weight, shapes, device)
+    _common.check_parameter(op, "norm_bias", norm_bias, shapes, device)
 
 
 def _check_lengths(lengths: Tensor, first: Tensor) -> Tensor:

@@ -1,5 +1,4 @@
-"""The definition of :func:`mmkernels.layer_mix` in plain torch, for any floating dtype. Optimised for
-reading."""
+"""The definition of :func:`mmkernels.layer_mix` in plain torch, written for reading."""
 
 from __future__ import annotations
 
@@ -21,6 +20,11 @@ def layer_mix(
     norm_bias: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Tensor:
+    """``sum_l weights[l] * N_l(layers[l])``, zero past ``lengths``.
+
+    The arguments are those of :func:`mmkernels.layer_mix`, unchecked. The result is computed in float32
+    (float64 for float64) and rounded once, to the layers' dtype. Differentiable any number of times.
+    """
     first = layers[0]
     accumulate = accumulate_dtype(first.dtype)
     weights = weights.to(accumulate)
@@ -31,7 +35,7 @@ def layer_mix(
         valid = (frame < lengths.unsqueeze(-1)).unsqueeze(-1)
     total = torch.zeros(first.shape, dtype=accumulate, device=first.device)
     for index, layer in enumerate(layers):
-        # Padding is replaced, not multiplied by zero: it may hold anything, NaN too.
+        # Padding may hold NaN, so it is replaced and not multiplied by zero.
         x = torch.where(valid, layer.to(accumulate), 0.0)
         if norm:
             x = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)

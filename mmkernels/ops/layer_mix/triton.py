@@ -1,13 +1,12 @@
 """Triton kernels of :func:`mmkernels.layer_mix`, and the functions behind its ``_triton`` ops.
 
-Layers are read in place through a table of addresses in device memory, which a small kernel writes from its
-launch arguments: nothing is stacked, copied from the host or waited for, and a CUDA graph can capture it.
-(Layers as a tuple of kernel arguments would need no table, but can only be unrolled over: 13 layers then take
-ten seconds to compile, 64 take minutes, and registers spill.)
+Layers are read in place through a table of addresses in device memory. A small kernel writes the table from
+its launch arguments: no layer is stacked, nothing is copied from the host, the host does not wait, and a CUDA
+graph can capture it. (A tuple of layers as kernel arguments needs no table, but the loop over it must be
+unrolled: 13 layers then take ten seconds to compile, 64 take minutes, and registers spill.)
 
-A program holds whole rows in registers and takes everything it needs from one read of each layer. Rows wider
-than ``WIDEST_HELD_ROW`` get their row sums from kernels of their own; the same kernels then work on pieces of
-rows.
+A program holds whole rows in registers and reads each layer once. Separate kernels compute the row sums of
+rows wider than ``WIDEST_HELD_ROW``; the same kernels then work on pieces of rows.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ from mmkernels.ops._triton import (
 WIDEST_HELD_ROW = 8192
 #: Elements of a tile per warp: 32 for each thread and tensor, so that several tensors fit in registers.
 WARP_ELEMENTS = 1024
-#: Columns of a tile that need not hold whole rows.
+#: Columns of a tile that holds pieces of rows.
 PIECE = 256
-#: Sums as wide as a row are kept by each chunk of rows, so there are few chunks, with many warps each.
+#: Each chunk of rows keeps sums as wide as a row, so there are few chunks, with many warps each.
 MOST_AFFINE_CHUNKS = 512
 AFFINE_WARPS = 8
 
@@ -53,7 +52,7 @@ class Tile:
 
 
 def tile_for(width: int, whole_rows: bool, least_warps: int = 1) -> Tile:
-    """One warp takes 1024 elements: where it holds whole rows, their sums need no barrier."""
+    """One warp takes 1024 elements; a warp that holds whole rows needs no barrier for their sums."""
     columns = triton.next_power_of_2(width)
     if not (whole_rows and width <= WIDEST_HELD_ROW):
         columns = min(columns, PIECE)
@@ -102,6 +101,7 @@ def layer_mix_fwd_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    """A tile of ``out``; with NORM the statistics of its rows are read or computed, and stored if wanted."""
     accumulate: tl.constexpr = weights.dtype.element_ty
     element: tl.constexpr = out.dtype.element_ty
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
@@ -116,7 +116,7 @@ def layer_mix_fwd_kernel(
     coming = load_layer(table, 0, batch, frame, column, inside, element, LAYERS, ALIGNMENT)
     for layer in range(LAYERS):
         x = coming.to(accumulate)
-        # Row sums wait for all of a row; meanwhile the next layer is under way (after the last, none).
+        # Load the next layer before the row sums, which wait for the whole row; after the last, load nothing.
         following = (layer + 1) % LAYERS
         more = inside & (following > 0)
         coming = load_layer(table, following, batch, frame, column, more, element, LAYERS, ALIGNMENT)
@@ -449,7 +449,7 @@ def layer_mix_bwd(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What both directions read, in the layout that the kernels take."""
+    """The operands of both directions, in the layout that the kernels take."""
 
     layers: tuple[Tensor, ...]
     weights: Tensor
@@ -498,7 +498,7 @@ class Inputs:
         )
 
     def alignment(self, d_layers: Iterable[Tensor] = ()) -> int:
-        """Bytes that the addresses of all rows are multiples of, 16 at most; it decides load width."""
+        """The alignment of all rows in bytes, 16 at most; it decides the width of loads."""
         tensors = (*self.layers, *d_layers)
         size = self.layers[0].element_size()
         addresses = [tensor.data_ptr() for tensor in tensors]
@@ -506,7 +506,7 @@ class Inputs:
         return math.gcd(16, *addresses, *steps)
 
     def mixed_bias(self) -> Tensor | None:
-        """What the shifts of all layers add to every valid frame."""
+        """The sum of the weighted shifts of all layers, which every valid frame gets."""
         return None if self.norm_bias is None else (self.weights[:, None] * self.norm_bias).sum(0)
 
     def row_dots(self, grad: Tensor, stats: Tensor, contribution: Tensor) -> Tensor:

@@ -14,53 +14,27 @@ from mmkernels.ops.layer_project.schema import OPS, OUTPUT_SUFFICES
 
 
 class _LayerProject(torch.autograd.Function):
+    """Arguments: the backend, then those of the op, in the order of its schema."""
+
     @staticmethod
-    def forward(
-        ctx: Any,
-        backend: str,
-        eps: float,
-        activation: int,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        norm_weight: Tensor | None,
-        norm_bias: Tensor | None,
-    ) -> Tensor:
-        y, preactivation, stats = OPS[backend][0](
-            x, weight, bias, norm_weight, norm_bias, eps, activation, True
-        )
+    def forward(ctx: Any, backend: str, *arguments: Any) -> Tensor:
+        y, preactivation, stats = OPS[backend][0](*arguments, True)
+        *tensors, _, activation = arguments
         value = y if activation in OUTPUT_SUFFICES else preactivation
-        ctx.save_for_backward(x, weight, bias, norm_weight, norm_bias, value, stats)
+        ctx.save_for_backward(*tensors, value, stats)
         ctx.backend, ctx.activation = backend, activation
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, norm_weight, norm_bias, value, stats = ctx.saved_tensors
-        need_x, need_weight, need_bias, need_scale, need_shift = ctx.needs_input_grad[3:]
-        dx, d_weight, d_bias, d_scale, d_shift = OPS[ctx.backend][1](
-            grad,
-            x,
-            weight,
-            bias,
-            norm_weight,
-            norm_bias,
-            value,
-            stats,
-            ctx.activation,
-            need_x,
-            need_weight,
-            need_scale or need_shift,
+        needed = ctx.needs_input_grad[1:6]
+        need_x, need_weight, _, need_gain, need_shift = needed
+        gradients = OPS[ctx.backend][1](
+            grad, *ctx.saved_tensors, ctx.activation, need_x, need_weight, need_gain or need_shift
         )
-        return (
-            *(None, None, None),
-            dx if need_x else None,
-            d_weight if need_weight else None,
-            d_bias if need_bias else None,
-            d_scale if need_scale else None,
-            d_shift if need_shift else None,
-        )
+        chosen = (d if need else None for d, need in zip(gradients, needed, strict=True))
+        return (None, *chosen, None, None)
 
 
 def layer_project(
@@ -74,18 +48,24 @@ def layer_project(
     activation: str = "relu",
     backend: str = "auto",
 ) -> Tensor:
-    """A projection of its own for each tap: ``y[n, l] = act(LN_l(x[n, l]) @ weight[l]^T + bias[l])``.
+    """One projection per tap: ``y[n, l] = act(LN_l(x[n, l]) @ weight[l]^T + bias[l])``.
 
-    One batched product over the taps, with the LayerNorm folded into it beforehand (no normalised copy of
-    ``x`` is made) and bias and activation applied to its result. The result lies so that ``y.view(N, L // 2,
-    2 * C_out)`` is the concatenation of neighbouring taps that HFF builds its tree from.
+    One batched product over the taps. The LayerNorm is folded into the weights before it, so that no
+    normalised copy of ``x`` is made; bias and activation are applied to its result. The result is contiguous:
+    ``y.view(N, L // 2, 2 * C_out)`` is the concatenation of neighbouring taps that HFF builds its tree from.
+
+    Equivalent to (``F`` is ``torch.nn.functional``)::
+
+        h = x if norm_weight is None else F.layer_norm(x, x.shape[-1:], eps=eps) * norm_weight + norm_bias
+        z = torch.einsum("nlc,loc->nlo", h, weight) + bias
+        out = ACTIVATIONS[activation](z)  # of mmkernels.activations
 
     Args:
         x: ``(N, L, C)``: N frames of L taps. float32, float16, bfloat16; on the CPU float64 too. Any strides;
             copied once where the last dimension is not dense.
-        weight: ``(L, C_out, C)``, one matrix for each tap, laid out as in ``torch.nn.Linear``. Like all
-            parameters of any floating
-            dtype: they are read in float32 (float64 for float64), the product runs in the dtype of ``x``.
+        weight: ``(L, C_out, C)``, one matrix for each tap, laid out as in ``torch.nn.Linear``. Parameters may
+            have any floating dtype: they are read in float32 (float64 for float64), and the product runs in
+            the dtype of ``x``.
         bias: ``(L, C_out)``.
         norm_weight: ``(L, C)``: gain of a LayerNorm over C before the product. Without it there is no
             LayerNorm.
@@ -105,8 +85,8 @@ def layer_project(
 
     Raises:
         TypeError: A value of the wrong type or dtype.
-        ValueError: Shapes or devices that do not go together, an activation that is not offered, or a backend
-            that cannot serve.
+        ValueError: Shapes or devices that do not match, an unknown activation, or a backend that cannot
+            serve.
 
     Source: the feature projectors of HFF (arXiv 2211.02712, section 3.2).
     """
@@ -121,12 +101,12 @@ def layer_project(
             x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation
         )
 
-    accumulate = _common.accumulate_dtype(x.dtype)
-    parameters = [p if p is None else p.to(accumulate) for p in (weight, bias, norm_weight, norm_bias)]
-    index = _common.ACTIVATION_CODES[activation]
-    if _common.needs_gradient(x, *parameters):
-        return _LayerProject.apply(backend, eps, index, x, *parameters)
-    y, _, _ = OPS[backend][0](x, *parameters, eps, index, False)
+    dtype = _common.accumulate_dtype(x.dtype)
+    tensors = (x, *(p if p is None else p.to(dtype) for p in (weight, bias, norm_weight, norm_bias)))
+    constants = (eps, _common.ACTIVATION_CODES[activation])
+    if _common.needs_gradient(*tensors):
+        return _LayerProject.apply(backend, *tensors, *constants)
+    y, _, _ = OPS[backend][0](*tensors, *constants, False)
     return y
 
 

@@ -1,5 +1,4 @@
-"""The definition of :func:`mmkernels.layer_project` in plain torch, for any floating dtype. Optimised for
-reading."""
+"""The definition of :func:`mmkernels.layer_project` in plain torch, written for reading."""
 
 from __future__ import annotations
 
@@ -21,6 +20,11 @@ def layer_project(
     eps: float = 1e-5,
     activation: str = "relu",
 ) -> Tensor:
+    """``y[n, l] = act(LN_l(x[n, l]) @ weight[l]^T + bias[l])``.
+
+    The arguments are those of :func:`mmkernels.layer_project`, unchecked. The result is computed in float32
+    (float64 for float64) and rounded once, to the dtype of ``x``. Differentiable any number of times.
+    """
     accumulate = accumulate_dtype(x.dtype)
     h = x.to(accumulate)
     if norm_weight is not None:
@@ -30,5 +34,5 @@ def layer_project(
     z = torch.einsum("nlc,loc->nlo", h, weight.to(accumulate))
     if bias is not None:
         z = z + bias.to(accumulate)
-    # einsum lays its result out as it computed it; callers view pairs of taps as one.
+    # The strides of einsum's result are not fixed, and callers view pairs of taps as one.
     return ACTIVATIONS[activation](z).to(x.dtype).contiguous()

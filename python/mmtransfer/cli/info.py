@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def info() -> None:
     """Print versions, devices, and which backend runs each kernel here."""
-    from mmkernels.info import collect, render
+    from mmkernels._info import collect, render
 
     print(render(collect()))
 

@@ -18,9 +18,9 @@ from mmkernels.patch.recogniser import Recogniser, Unsupported
 class S3prlFeaturizer(Recogniser):
     """A class named ``Featurizer`` with ``weights``, ``normalize`` and a method ``_weighted_sum``.
 
-    The method takes the layers, or the layers and their lengths (then it returns the first lengths as well).
-    It is replaced whole, so the layout is proven by behaviour: on random layers, with random weights, with
-    and without normalisation, method and replacement must agree.
+    The method takes the layers, or the layers and their lengths (then it also returns the first lengths). It
+    is replaced whole, so method and replacement are compared: they must agree on random layers and weights,
+    with and without normalisation.
     """
 
     what = "stacked weighted sum of Featurizer -> layer_mix"

@@ -1,13 +1,13 @@
-"""What this installation is, and which backend serves each op here: ``python -m mmkernels.info`` or
-:func:`mmkernels.info`."""
+"""Facts about this installation, and which backend serves each op on this machine.
+
+:func:`mmkernels.info` returns them, ``python -m mmkernels`` prints them.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
 import pkgutil
 import platform
-import sys
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,10 +39,10 @@ def _serving(device: str) -> dict[str, Any]:
 
 
 def collect() -> dict[str, Any]:
-    """Versions, build facts, devices, and for each op and device the backend that ``"auto"`` takes and why
-    not the others.
+    """Versions, build facts, devices, and for each op and device the backend that ``"auto"`` chooses and the
+    reasons against the others.
 
-    Unlike importing the package, asking for the name of a GPU starts CUDA where there is one.
+    This starts CUDA where there is a GPU, to read its name; importing the package does not.
     """
     module = _library.compiled_module()
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
@@ -78,17 +78,3 @@ def render(facts: dict[str, Any]) -> str:
             lines.append(f"{op} on {device}: {state['serves']}")
             lines += [f"    not {name}: {reason}" for name, reason in state["cannot"].items()]
     return "\n".join(lines)
-
-
-class _CallableModule(ModuleType):
-    """Importing this module binds ``mmkernels.info`` to it; the call that the name stands for keeps
-    working."""
-
-    def __call__(self) -> dict[str, Any]:
-        return collect()
-
-
-sys.modules[__name__].__class__ = _CallableModule
-
-if __name__ == "__main__":
-    print(render(collect()))

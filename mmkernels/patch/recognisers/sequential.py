@@ -12,12 +12,12 @@ from mmkernels.patch.recogniser import Recogniser, Unsupported
 
 
 class SequentialAdapter(Recogniser):
-    """The bottleneck alone, without residual: whoever calls the ``Sequential`` adds it."""
+    """The bottleneck without residual, which the caller of the ``Sequential`` adds."""
 
     what = "Sequential of down-projection, activation, up-projection -> adapter"
 
     def claims(self, module: nn.Module) -> bool:
-        return False  # Such a Sequential may be anything: only the user can say that it is an adapter.
+        return False  # Only the user knows that such a Sequential is an adapter.
 
     def check(self, module: nn.Module) -> None:
         cls = type(module)
@@ -43,7 +43,7 @@ class SequentialAdapter(Recogniser):
 
 
 def _intact_bottleneck(module: nn.Sequential) -> Bottleneck | None:
-    """Looked up on each call: layers may have been exchanged or hooked since."""
+    """The parts, or None. Looked up on each call: layers may be replaced or hooked after ``accelerate``."""
     try:
         bottleneck = find_bottleneck(module)
         check_intact(module.named_children())

@@ -1,12 +1,12 @@
 """Bottleneck adapters of the ``adapters`` library (AdapterHub).
 
-Its ``Adapter.forward`` returns the output, the hidden activation and the up-projected bottleneck, where the
-op has the first or the last alone. So the adapters themselves stay as they are, for hooks and other callers,
-and their only caller in the library is replaced: the lines of ``BottleneckLayer.compose_single`` that call an
-adapter and put the results into the layer's state. There the hidden activation is not used at all, and the
-up-projection is read by compositions alone. Where a ``Stack`` of names is active, which is what a single
-adapter is, one op computes the output with its residual and the state holds no up-projection; anywhere else
-(``Fuse``, ``Parallel``, ``Split``, ...) the op computes the up-projection, and the residual is added to it.
+Its ``Adapter.forward`` returns the output, the hidden activation and the up-projected bottleneck; the op
+returns the first or the last. So the adapters stay as they are, for hooks and other callers, and their only
+caller in the library is replaced: the lines of ``BottleneckLayer.compose_single`` that call an adapter and
+store the results in the layer's state. The hidden activation is not used there, and only compositions read
+the up-projection. If a ``Stack`` of names is active, as for a single adapter, one op computes the output with
+its residual, and the state holds no up-projection; else (``Fuse``, ``Parallel``, ``Split``, ...) the op
+computes the up-projection, and the residual is added to it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from mmkernels.patch.recogniser import Recogniser, Unsupported
 from mmkernels.patch.rewrite import Rewrite
 
 _LAYER_CLASSES = ("BottleneckLayer", "ComposableAdapterLayerBase")
-# What runs between compose_single and the end of a layer with a stack of adapters.
+# The methods that run between compose_single and the end of a layer with a stack of adapters.
 _LAYER_METHODS = ("bottleneck_layer_forward", "compose", "compose_stack", "pre_block")
 
 _verdicts: dict[tuple[object, ...], str | None] = {}
-"""Per class of adapter: None if its forward is the computation below, else what is wrong."""
+"""Per class of adapter: None if its forward is the computation below, else the difference."""
 
 
 class AdapterHubLayer(Recogniser):
@@ -71,7 +71,7 @@ class AdapterHubLayer(Recogniser):
 
 
 def _serves(adapter: Any, state: Any, output_gating: bool) -> bool:
-    """Whether the op serves this call. If not, the layer's own statements run."""
+    """Whether the op serves this call. If not, the layer's statements run."""
     if output_gating:
         return False
     try:
@@ -105,7 +105,7 @@ CALL_OF_ADAPTER = Rewrite(
 
 
 def _run(adapter: Any, x: Tensor, residual: Any, keep_up: bool) -> tuple[Tensor, Tensor | None]:
-    """Output and scaled up-projection of an adapter; None for the latter where it would cost a pass."""
+    """Output and scaled up-projection of an adapter; None for the latter if it would cost a pass."""
     bottleneck = find_bottleneck([*adapter.adapter_down, adapter.adapter_up])
     scaling = adapter.scaling
     learned = isinstance(scaling, Tensor)
@@ -122,7 +122,7 @@ def _stack_of_names(layer: Any) -> bool:
 
 
 def _bottleneck(adapter: Any) -> Bottleneck:
-    """The parts of a supported adapter, as it is now: it may have been changed since ``accelerate``."""
+    """The parts of a supported adapter. Looked up on each call: it may change after ``accelerate``."""
     owner = _owner(type(adapter), "forward")
     if owner not in ("Adapter", "ParallelAdapter"):
         raise Unsupported(f"its forward is overridden in {owner}")

@@ -1,0 +1,65 @@
+"""Values and gradients against the float64 reference, by the tolerance rule."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies
+from torch import Tensor
+
+from .base import OpTests
+from .running import backends, value_and_gradients
+from .spec import Call, Shape
+from .tolerance import check_against_reference
+
+
+class ValuesAndGradients(OpTests):
+    def test_values_and_gradients(self, case: str, device: str, backend: str, dtype: torch.dtype) -> None:
+        shape = self.spec.cases[case]
+        check_against_reference(self.spec, lambda seed: self.build(shape, dtype, device, seed), backend)
+
+
+class Gradcheck(OpTests):
+    def test_gradcheck(self, case: str) -> None:
+        call = self.build(self.spec.cases[case], torch.float64, "cpu").detached()
+        # In the order in which mapped() walks the arguments.
+        names = [name for name in call.arguments if name in call.differentiable]
+        leaves = [tensor for name in names for tensor in call.tensors(name)]
+        assert len(leaves) == len(call.leaves())
+
+        def run(*values: Tensor) -> Tensor:
+            order = iter(values)
+            swapped = call.mapped(lambda name, t: next(order) if name in call.differentiable else t)
+            return self.spec.function(**swapped.arguments)
+
+        assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+
+
+class WideParameters(OpTests):
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+    def test_wide_parameters(self, case: str, device: str, backend: str, dtype: torch.dtype) -> None:
+        """float32 parameters with half-precision activations, as autocast and master weights produce them."""
+
+        def mix(seed: int) -> Call:
+            call = self.build(self.spec.cases[case], torch.float32, device, seed)
+            return call.mapped(lambda name, t: t.to(dtype) if name in self.spec.activations else t)
+
+        check_against_reference(self.spec, mix, backend)
+        call = mix(0).detached()
+        grad = self.some_grad(call)
+        _, gradients = value_and_gradients(self.spec.function, call, grad, backend=backend)
+        assert [g.dtype for g in gradients] == [leaf.dtype for leaf in call.leaves()]
+
+
+class Fuzz(OpTests):
+    def test_fuzz(self, device: str, backend: str) -> None:
+        """Drawn shapes, dtypes and seeds."""
+        allowed = [dtype for dtype in self.dtypes if backend in backends(device, dtype)]
+
+        @hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+        @hypothesis.given(self.spec.shapes(), strategies.sampled_from(allowed), strategies.integers(0, 2**16))
+        def run(shape: Shape, dtype: torch.dtype, seed: int) -> None:
+            check_against_reference(self.spec, lambda s: self.build(shape, dtype, device, s), backend, seed)
+
+        run()

@@ -1,0 +1,111 @@
+"""The eager code under "Equivalent to" in the public docstrings runs, and gives the results of the op."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mmkernels
+import mmkernels.nn
+import mmkernels.patch
+from mmkernels.activations import ACTIVATIONS
+
+LAYERS = [torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(4)]
+X = torch.randn(5, 4, 8, dtype=torch.float64)
+
+
+def random(*size: int) -> Tensor:
+    return torch.randn(size, dtype=torch.float64)
+
+
+def equivalent(documented: object) -> str:
+    """The code block after "Equivalent to" in a docstring."""
+    _, _, rest = (inspect.getdoc(documented) or "").partition("Equivalent to")
+    lines = rest.partition("::\n")[2].lstrip("\n").splitlines()
+    end = next((i for i, line in enumerate(lines) if line and not line.startswith(" ")), len(lines))
+    return textwrap.dedent("\n".join(lines[:end])).strip()
+
+
+def run(documented: object, **names: Any) -> Any:
+    code = equivalent(documented)
+    assert 1 <= len(code.splitlines()) <= 4
+    scope = {"torch": torch, "F": nn.functional, "ACTIVATIONS": ACTIVATIONS, **names}
+    exec(code, scope)
+    return scope["out"]
+
+
+def of_module(module: nn.Module, *inputs: Any, **names: Any) -> tuple[Any, Any]:
+    """Results of a module with random parameters, and of the code in its docstring."""
+    module = module.double()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module(*inputs), run(type(module), module=module, **names)
+
+
+def adapter(**options: Any) -> tuple[Any, Any]:
+    arguments = {
+        **{"x": X, "down_weight": random(3, 8), "down_bias": random(3), "up_weight": random(8, 3)},
+        **{"up_bias": random(8), "residual": random(5, 4, 8), "norm_weight": None, "norm_bias": None},
+        **{"eps": 1e-5, "scale": 0.5, "activation": "gelu_tanh", **options},
+    }
+    return mmkernels.adapter(**arguments), run(mmkernels.adapter, **arguments)
+
+
+def layer_mix(**options: Any) -> tuple[Any, Any]:
+    arguments = {"layers": LAYERS, "weights": random(4), "norm": False, "eps": 1e-5}
+    arguments |= {"norm_weight": None, "norm_bias": None, **options}
+    return mmkernels.layer_mix(**arguments), run(mmkernels.layer_mix, **arguments)
+
+
+def layer_project(**options: Any) -> tuple[Any, Any]:
+    arguments = {"x": X, "weight": random(4, 3, 8), "bias": random(4, 3), "eps": 1e-5, "activation": "silu"}
+    arguments |= {"norm_weight": None, "norm_bias": None, **options}
+    return mmkernels.layer_project(**arguments), run(mmkernels.layer_project, **arguments)
+
+
+def featurizer() -> tuple[Any, Any]:
+    lengths = [torch.tensor([3, 2])] * 4
+    module = mmkernels.nn.Featurizer(4, hidden_size=8, downsample_rate=320)
+    return of_module(module, LAYERS, lengths, all_hs=LAYERS, all_lens=lengths)
+
+
+def accelerate() -> tuple[Any, Any]:
+    plain = nn.Module()
+    plain.adapter = nn.Sequential(nn.Linear(8, 3), nn.ReLU(), nn.Linear(3, 8)).double()
+    model = copy.deepcopy(plain)
+    assert mmkernels.accelerate(model, adapters=["adapter"]).replaced
+    torch.testing.assert_close(model.adapter(X), plain.adapter(X))
+    return model.adapter(X), run(mmkernels.patch.accelerate, model=model, x=X)
+
+
+CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "adapter": adapter,
+    "adapter_norm": lambda: adapter(norm_weight=random(8), norm_bias=random(8)),
+    "layer_mix": layer_mix,
+    "layer_mix_norm": lambda: layer_mix(norm=True, norm_weight=random(8), norm_bias=random(8)),
+    "layer_project": layer_project,
+    "layer_project_norm": lambda: layer_project(norm_weight=random(4, 8), norm_bias=random(4, 8)),
+    "Adapter": lambda: of_module(mmkernels.nn.Adapter(8, 3, activation="gelu", scale=0.5), X, x=X),
+    "LayerMix": lambda: of_module(mmkernels.nn.LayerMix(4), LAYERS, layers=LAYERS),
+    "LayerProject": lambda: of_module(mmkernels.nn.LayerProject(4, 8, 3), X, x=X),
+    "Featurizer": featurizer,
+    "accelerate": accelerate,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equivalent_code_gives_the_same_numbers(case: str) -> None:
+    found, expected = CASES[case]()
+    torch.testing.assert_close(found, expected)
+
+
+def test_every_public_name_has_equivalent_code() -> None:
+    functions = {*mmkernels.__all__} - {"__version__", "info"}
+    assert functions | {*mmkernels.nn.__all__} <= set(CASES)
