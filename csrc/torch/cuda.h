@@ -1,5 +1,5 @@
 // What the glue of the CUDA kernels needs beside glue.h: the current stream, the device guard, the check of a
-// launch, and where the kernels are registered. For the host SIMT runtime (MMK_SIMT, csrc/simt/README.md)
+// launch, and where the kernels are registered. For the host SIMT runtime (MMK_SIMT, tests/simt/README.md)
 // "device" memory is the CPU's, and the ops are in a namespace of their own, beside those of the CPU kernels.
 #pragma once
 

@@ -1,4 +1,4 @@
-"""Builds CUDA kernel files for the host SIMT runtime with g++, and loads them (csrc/simt/README.md)."""
+"""Builds CUDA kernel files for the host SIMT runtime with g++, and loads them (tests/simt/README.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
-RUNTIME = sorted((ROOT / "csrc" / "simt").glob("*.cpp"))
+RUNTIME = sorted((ROOT / "tests" / "simt").glob("*.cpp"))
+HEADERS = ("csrc/cuda", "csrc/include", "csrc/torch", "tests/gpu/driver", "tests/simt")
 ORDERS = (0, 1, 2, 3)
 """Thread orders that a test runs: by index, reversed, and two shuffles."""
 
@@ -77,7 +78,7 @@ def missing_tools() -> str | None:
 @functools.cache
 def _headers_digest(folders: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (ROOT / "csrc" / folder).rglob("*.*h")):
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.*h")):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -106,14 +107,14 @@ def _object(source: Path, flags: Sequence[str]) -> Path:
     include = cuda_include()
     if include is None:
         raise RuntimeError(missing_tools())
-    headers = _headers_digest(("simt",) if source in RUNTIME else ("simt", "cuda", "include", "torch"))
+    headers = _headers_digest(("tests/simt",) if source in RUNTIME else HEADERS)
     if _is_glue(source):
         flags = [*flags, *TORCH_FLAGS]
     digest = _digest(source.name, *flags, str(include), headers, source.read_bytes())
     target = BUILD / f"{source.stem}-{digest}.o"
     if target.exists():
         return target
-    folders = ["-I", "csrc", "-I", "csrc/include", "-isystem", str(include)]
+    folders = ["-I", "csrc", "-I", "csrc/include", "-I", "tests", "-isystem", str(include)]
     # A relative path, so that faults name the file the same on every machine.
     return _run(["g++", *flags, *folders, "-c", "-x", "c++", source.relative_to(ROOT)], target)
 
@@ -158,7 +159,7 @@ def compile_for_gpus(source: Path) -> Path:
     """Compiles a kernel file with nvcc for sm_80 and sm_90, warnings as errors, once per content."""
     targets = [flag for sm in (80, 90) for flag in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
     flags = ["-std=c++20", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", *targets]
-    digest = _digest(*flags, _headers_digest(("cuda", "include")), source.read_bytes())
+    digest = _digest(*flags, _headers_digest(("csrc/cuda", "csrc/include")), source.read_bytes())
     target = BUILD / f"{source.stem}-gpus-{digest}.o"
     if target.exists():
         return target

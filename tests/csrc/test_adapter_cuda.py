@@ -33,8 +33,8 @@ SOURCES = [
     "csrc/cuda/adapter_fold.cu",
     "csrc/cuda/layer_project.cu",
     "csrc/cuda/layer_project_backward.cu",
-    "tests/csrc/simt/adapter_shim.cpp",
-    "tests/csrc/simt/layer_project_shim.cpp",
+    "tests/csrc/adapter_shim.cpp",
+    "tests/csrc/layer_project_shim.cpp",
 ]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5

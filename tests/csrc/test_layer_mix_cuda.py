@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(
     simt_build.missing_tools() is not None, reason=str(simt_build.missing_tools())
 )
 
-SOURCES = ["csrc/cuda/layer_mix.cu", "csrc/cuda/layer_mix_backward.cu", "tests/csrc/simt/layer_mix_shim.cpp"]
+SOURCES = ["csrc/cuda/layer_mix.cu", "csrc/cuda/layer_mix_backward.cu", "tests/csrc/layer_mix_shim.cpp"]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
 

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
 SOURCES = [
     "csrc/cuda/layer_project.cu",
     "csrc/cuda/layer_project_backward.cu",
-    "tests/csrc/simt/layer_project_shim.cpp",
+    "tests/csrc/layer_project_shim.cpp",
 ]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5

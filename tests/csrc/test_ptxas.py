@@ -83,7 +83,7 @@ def parse(report: str) -> list[Usage]:
 
 def ptxas_report(source: Path, architecture: int) -> str:
     """What `nvcc -Xptxas -v` prints, kept under build/ptxas by the content of the sources."""
-    headers = simt_build._headers_digest(("cuda", "include"))
+    headers = simt_build._headers_digest(("csrc/cuda", "csrc/include"))
     digest = simt_build._digest(headers, source.read_bytes(), str(architecture))
     target = ROOT / "build" / "ptxas" / f"{source.stem}-{digest}.txt"
     if target.exists():

@@ -11,7 +11,7 @@ import pytest
 import simt_build
 from simt_build import ORDERS, Guarded, Library, SimtFault
 
-KERNELS = Path("tests/csrc/simt")
+KERNELS = Path("tests/simt/cases")
 SOURCES = sorted((simt_build.ROOT / KERNELS).glob("*.cu"))
 
 MISSING = simt_build.missing_tools()
@@ -271,7 +271,7 @@ def run_fault(name: str, order: int, mended: bool) -> np.ndarray:
 # What the runtime says itself, with the place where it is known.
 REPORTED = {
     "divergent_barrier": r"deadlock.*\n  40 threads from \(0, 0, 0\) on wait at __syncthreads, "
-    r"tests/csrc/simt/faults\.cu.*\n.*24 threads from \(40, 0, 0\) on wait at __syncthreads",
+    r"tests/simt/cases/faults\.cu.*\n.*24 threads from \(40, 0, 0\) on wait at __syncthreads",
     "lost_lanes": r"deadlock.*\n  62 threads from \(0, 0, 0\) on wait at __shfl_xor_sync mask 0xffffffff",
     "exited_lanes": r"shuffle: lane 0 reads lane 16, which takes no part \(present 0x0000ffff\)",
     "lane_not_in_mask": r"thread \(\d+, 0, 0\): __shfl_sync: mask 0x7fffffff leaves out the calling lane 31",

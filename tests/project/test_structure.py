@@ -117,6 +117,10 @@ def test_kernels_know_nothing_of_torch() -> None:
             assert "torch/" not in path.read_text(), path
 
 
+def test_csrc_holds_only_what_ships() -> None:
+    assert {path.name for path in (ROOT / "csrc").iterdir()} == {"cpu", "cuda", "include", "module.cpp", "torch"}
+
+
 def test_inline_ptx_and_launches_have_one_home() -> None:
     for path in (ROOT / "csrc/cuda").rglob("*.cu*"):
         text = path.read_text()

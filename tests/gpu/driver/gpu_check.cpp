@@ -1,4 +1,4 @@
-#include "tools/gpu_check.h"
+#include "gpu/driver/gpu_check.h"
 
 int main() {
   mmk::check::Report report;

@@ -1,5 +1,5 @@
 #include "mmkernels/adapter.h"
-#include "tools/gpu_check.h"
+#include "gpu/driver/gpu_check.h"
 
 namespace mmk::check {
 namespace {

@@ -1,7 +1,7 @@
 #include <memory>
 
 #include "mmkernels/layer_mix.h"
-#include "tools/gpu_check.h"
+#include "gpu/driver/gpu_check.h"
 
 namespace mmk::check {
 namespace {
