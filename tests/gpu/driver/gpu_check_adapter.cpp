@@ -1,5 +1,5 @@
-#include "mmkernels/adapter.h"
 #include "gpu/driver/gpu_check.h"
+#include "mmkernels/adapter.h"
 
 namespace mmk::check {
 namespace {

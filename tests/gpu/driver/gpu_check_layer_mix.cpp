@@ -1,7 +1,7 @@
 #include <memory>
 
-#include "mmkernels/layer_mix.h"
 #include "gpu/driver/gpu_check.h"
+#include "mmkernels/layer_mix.h"
 
 namespace mmk::check {
 namespace {

@@ -1,5 +1,5 @@
-#include "mmkernels/layer_project.h"
 #include "gpu/driver/gpu_check.h"
+#include "mmkernels/layer_project.h"
 
 namespace mmk::check {
 namespace {
