@@ -102,7 +102,7 @@ int adapter_backward(const int64_t* sizes, int64_t multiprocessors, int64_t shar
   return mmk::cuda::adapter_backward(dtype_of(sizes), args, tiles, nullptr);
 }
 
-// The step of layer_project between library products, with adapter's scale.
+// layer_project's step between library products, with the scale of adapter.
 int adapter_gradient(const int64_t* sizes, double scale, const void* grad, const void* hidden,
                      const void* stats, const void* folded_bias, void* scaled_grad, void* pull,
                      void* partial_bias) {
@@ -120,7 +120,7 @@ int adapter_gradient(const int64_t* sizes, double scale, const void* grad, const
   return mmk::cuda::layer_project_gradient(dtype_of(sizes), args, nullptr);
 }
 
-// chunks: of partial_bias
+// chunks: rows of partial_bias
 int adapter_unfold(const int64_t* sizes, int64_t chunks, const void* partial_bias, const void* weight,
                    const void* norm_weight, const void* norm_bias, void* d_weight, void* d_bias,
                    void* d_norm_weight, void* d_norm_bias, void* row_means) {

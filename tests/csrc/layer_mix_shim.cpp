@@ -42,7 +42,7 @@ extern "C" int layer_mix_forward(const int64_t* sizes, const void* const* layers
   return mmk::cuda::layer_mix_forward({p, out, stats, mixed_bias}, nullptr);
 }
 
-// need: weights, affine; d_layers: null where not wanted
+// need: weights, affine; d_layers: null if not needed
 extern "C" int layer_mix_backward(const int64_t* sizes, const void* const* layers, const int64_t* strides,
                                   const int64_t* lengths, const float* weights, const float* norm_weight,
                                   const float* norm_bias, const void* grad, const int64_t* grad_strides,

@@ -1,4 +1,4 @@
-// cp.async: the target is poisoned at the issue and gets its bytes at the wait.
+// cp.async: the issue poisons the target, the wait copies the bytes.
 #include <array>
 #include <cstring>
 #include <vector>
@@ -25,13 +25,13 @@ struct Queue {
 };
 std::vector<Queue> queues;  // one for each thread of the block
 
-// The hardware reads and writes at any time from the issue to the wait, so both count as accesses.
+// The hardware may read and write at any time from the issue to the wait, so both count as accesses.
 void record(const Copy& copy) {
   if (copy.source_bytes > 0) record_access(copy.source, copy.source_bytes, AccessKind::kRead, copy.site);
   record_access(copy.target, copy.bytes, AccessKind::kWrite, copy.site);
 }
 
-// Lands the copies of all groups before `group`.
+// Completes the copies of all groups before `group`.
 void land_before(int64_t group) {
   auto& copies = queues[thread_index()].copies;
   size_t landed = 0;

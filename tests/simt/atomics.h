@@ -1,4 +1,4 @@
-// Atomics and memory intrinsics. Threads are fibers of one OS thread, so plain accesses are atomic already.
+// Atomics and memory intrinsics. Threads are fibers of one OS thread, so plain accesses are already atomic.
 #pragma once
 
 #include <type_traits>

@@ -7,9 +7,9 @@ namespace mmk::simt {
 
 #ifdef MMK_SIMT_NATIVE_SWITCH
 
-// void mmk_simt_switch(void** save_stack_pointer, void* load_stack_pointer): the System V callee-saved
-// registers go on the old stack and come from the new one. Kernels leave MXCSR and the x87 control word
-// alone, so they are not saved.
+// void mmk_simt_switch(void** save_stack_pointer, void* load_stack_pointer): pushes the System V callee-saved
+// registers to the old stack and pops them from the new one. Kernels do not change MXCSR and the x87 control
+// word, so they are not saved.
 asm(R"(
 .text
 .p2align 4
@@ -38,7 +38,7 @@ extern "C" void mmk_simt_switch(void** save_stack_pointer, void* load_stack_poin
 
 void prepare(Context& context, void* stack, size_t bytes, void (*entry)()) {
   constexpr int kSavedRegisters = 6;
-  // entry starts as if called: its "return address" (null, which ends backtraces) at 8 bytes below a multiple
+  // entry starts as if called: its return address (null, which ends backtraces) is 8 bytes below a multiple
   // of 16.
   auto* top = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t{15});
   void** frame = top - 2 - kSavedRegisters;

@@ -1,5 +1,5 @@
-// Switching between stacks: x86-64 by hand (a few ns; ucontext's signal mask system calls cost 30 times
-// that), ucontext elsewhere.
+// Switches stacks: in assembly on x86-64 (a few ns; ucontext takes 30 times as long, for its system calls),
+// with ucontext elsewhere.
 #pragma once
 
 #include <cstddef>
@@ -20,7 +20,7 @@ struct Context {
 #endif
 };
 
-// Makes `context` run entry() on the given stack when it is first switched to; entry must not return.
+// The first switch to `context` will run entry() on the given stack; entry must not return.
 void prepare(Context& context, void* stack, size_t bytes, void (*entry)());
 // Saves the running context in `from` and continues `to`.
 void switch_context(Context& from, Context& to);

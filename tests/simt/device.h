@@ -1,4 +1,4 @@
-// CUDA C++ as g++ must see it: what nvcc has built in. Included by cuda/common/platform.cuh under MMK_SIMT.
+// Declares for g++ the CUDA C++ that nvcc has built in. cuda/common/platform.cuh includes it under MMK_SIMT.
 #pragma once
 
 #include <cuda_bf16.h>

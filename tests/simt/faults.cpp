@@ -1,4 +1,4 @@
-// Faults: what is told about them, and the way out of a kernel that has one.
+// Reports faults, and leaves a kernel that has one.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
@@ -17,7 +17,7 @@ std::string coordinates(const uint3& index) {
          ")";
 }
 
-// `culprit` names the thread, or says that it is not known.
+// `culprit` names the thread, or says that it is unknown.
 void record_fault(const std::string& culprit, const std::string& text) {
   machine.faulted = true;
   if (!machine.error.empty()) return;
@@ -43,7 +43,7 @@ std::string waiting_at(const Fiber& fiber) {
 
 }  // namespace
 
-// Tells where each group of threads is.
+// Reports where each group of threads waits.
 void report_deadlock() {
   struct Group {
     std::string waiting;
@@ -73,7 +73,7 @@ void report_deadlock() {
 }
 
 void fail(const char* format, ...) {
-  char text[2048];  // no heap: the stack of a thread with a fault is left as it is
+  char text[2048];  // no heap: the stack of a faulted thread is never unwound
   va_list arguments;
   va_start(arguments, format);
   std::vsnprintf(text, sizeof(text), format, arguments);

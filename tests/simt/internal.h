@@ -1,4 +1,4 @@
-// What the runtime's own files share with each other.
+// Shared by the files of the runtime.
 #pragma once
 
 #include <cstddef>
@@ -14,19 +14,19 @@
 
 namespace mmk::simt {
 
-// A fault that no one thread is known to have made.
+// Records a fault of a block whose thread is unknown.
 void block_fault(const std::string& text);
 
 // Index of the running thread in its block.
 unsigned thread_index();
 
-// The name of a function of this program or library, demangled, or its address.
+// The demangled name of a function of this program or library, or its address.
 std::string kernel_name(const void* function);
 
-// File and line of an instruction, and of the calls that were inlined to it.
+// File and line of an instruction, and of the calls that it was inlined into.
 std::string source_place(const void* instruction);
 
-// shared_memory.cpp. A block's memory is poisoned where it is first used; end_block faults on broken guard
+// shared_memory.cpp. The first use in a block poisons an array; end_block_shared faults on changed guard
 // bytes.
 void begin_grid_shared(size_t dynamic_bytes);
 void begin_block_shared();
@@ -36,7 +36,7 @@ bool is_shared(const void* address);
 // "shared array name, byte 12".
 std::string shared_place(const void* address);
 
-// async_copy.cpp. Copies that a thread has issued and not waited for.
+// async_copy.cpp. The copies that a thread issued and did not wait for.
 void begin_block_copies(unsigned threads);
 size_t pending_copies(unsigned thread);
 

@@ -1,4 +1,4 @@
-// The state of the one launch that runs at a time.
+// The state of the running launch; only one runs at a time.
 #pragma once
 
 #include <mutex>
@@ -33,7 +33,7 @@ struct Fiber {
   int64_t atomics;
 };
 
-// Sets of lanes.
+// A warp; the fields are lane masks.
 struct Warp {
   unsigned live;     // not exited
   unsigned waiting;  // at a collective
@@ -67,16 +67,16 @@ inline Warp& current_warp() {
   return machine.warps[machine.current / kWarpSize];
 }
 
-// scheduler.cpp: back to the scheduler, until this thread is resumed.
+// scheduler.cpp: returns to the scheduler until it resumes this thread.
 void suspend();
 
-// meeting_points.cpp: the others no longer wait for the current thread.
+// meeting_points.cpp: ends the current thread, so that others no longer wait for it.
 void exit_thread();
 
-// meeting_points.cpp, at each atomic.
+// meeting_points.cpp: called at each atomic.
 void count_atomic();
 
-// faults.cpp: no thread can go on.
+// faults.cpp: called when no thread can continue.
 void report_deadlock();
 
 }  // namespace mmk::simt

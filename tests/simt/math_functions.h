@@ -1,5 +1,5 @@
-// Device math functions that glibc lacks. The fast ones are as exact as the host makes them, so tolerances
-// that hold here must leave room for their error bounds in the CUDA C++ Programming Guide.
+// Device math functions that glibc lacks. The fast ones are more exact here than on a GPU: tolerances must
+// leave room for the error bounds in the CUDA C++ Programming Guide.
 #pragma once
 
 #include <bit>
@@ -27,7 +27,7 @@ using std::isinf;
 using std::isnan;
 using std::signbit;
 
-// clang-format off: a table, one function to a line
+// clang-format off: one function per line
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 inline double rsqrt(double x) { return 1.0 / std::sqrt(x); }
 inline float rsqrt(float x) { return rsqrtf(x); }

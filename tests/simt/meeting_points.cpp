@@ -1,4 +1,4 @@
-// Where threads meet: barriers of the block and collectives of a warp.
+// The points where threads meet: barriers of the block and collectives of a warp.
 #include <cstring>
 
 #include "simt/machine.h"
@@ -7,7 +7,7 @@
 namespace mmk::simt {
 namespace {
 
-// A thread that does more atomics than this without meeting others waits for something that never comes.
+// A thread with more atomics than this between meeting points waits for a value that never comes.
 constexpr int64_t kMaxAtomics = 4 << 20;
 constexpr int64_t kAtomicsPerYield = 64;
 
@@ -41,20 +41,20 @@ bool same_collective(const Fiber& a, const Fiber& b) {
   return a.mask == b.mask && std::strcmp(a.collective.name, b.collective.name) == 0;
 }
 
-// Completes the collective that `thread` waits at, if all live lanes of its mask are there.
+// Completes the collective at which `thread` waits, if all live lanes of its mask have arrived.
 void complete_collective_of(unsigned thread) {
   const Fiber& fiber = machine.fibers[thread];
   Warp& warp = machine.warps[thread / kWarpSize];
   const unsigned first = thread / kWarpSize * kWarpSize;
   const unsigned present = warp.live & fiber.mask;
   if (fiber.collective.aligned && present != 0xffffffffu) {
-    fail("%s needs all 32 lanes of the warp, live are 0x%08x", fiber.collective.name, present);
+    fail("%s needs all 32 lanes of the warp, only 0x%08x are live", fiber.collective.name, present);
   }
   if ((present & ~warp.waiting) != 0) return;
   void* frames[kWarpSize] = {};
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     if ((present >> lane & 1u) == 0) continue;
-    // Lanes at another collective may still come to this one; if they cannot, it is a deadlock.
+    // Lanes at another collective may still arrive here; if they cannot, it is a deadlock.
     if (!same_collective(fiber, machine.fibers[first + lane])) return;
     frames[lane] = machine.fibers[first + lane].frame;
   }
@@ -85,7 +85,7 @@ void warp_collective(const Collective& collective, unsigned mask, void* frame,
   Fiber& fiber = current_fiber();
   const unsigned lane = lane_index();
   if ((mask >> lane & 1u) == 0)
-    fail("%s: mask 0x%08x leaves out the calling lane %u", collective.name, mask, lane);
+    fail("%s: mask 0x%08x does not include the calling lane %u", collective.name, mask, lane);
   fiber.state = State::kAtCollective;
   fiber.collective = collective;
   fiber.mask = mask;
@@ -122,7 +122,7 @@ unsigned live_lanes() {
 void count_atomic() {
   Fiber& fiber = current_fiber();
   if (++fiber.atomics > kMaxAtomics)
-    fail("does atomics without end: a wait for a block that runs later, or a lost value");
+    fail("runs atomics without end: it waits for a later block or for a value that never comes");
   if (fiber.atomics % kAtomicsPerYield == 0) suspend();
 }
 

@@ -1,6 +1,6 @@
-// Finds races between the accesses that a compiler with -fsanitize=thread reports; the functions that it
-// calls are at the end, in place of the sanitizer's own. Time counts the events that order threads: an access
-// is ordered before what a thread does now if a barrier of both lies between.
+// Finds races between the accesses that g++ reports with -fsanitize=thread, through the functions at the end
+// of this file, which replace those of the sanitizer. Time counts the events that order threads: an access is
+// ordered before the current one if a barrier of both threads lies between.
 #ifdef MMK_SIMT_RACES
 
 #include "simt/races.h"
@@ -28,8 +28,8 @@ struct Event {
   AccessKind kind = AccessKind::kRead;
 };
 
-// Of many accesses it is enough to know the latest, and the latest by another lane of that warp, by another
-// warp of that block and by another block: any one thread can be no more than one of those.
+// Of many accesses it is enough to keep the latest, and the latest by another lane of its warp, by another
+// warp of its block and by another block. A thread made at most one of these four.
 struct History {
   Event latest;
   Event of_other_lane;
@@ -37,8 +37,7 @@ struct History {
   Event of_other_block;
 };
 
-// What was done to kCellBytes of memory. Of the writes the last is enough, since it is ordered after the ones
-// before it.
+// The accesses to kCellBytes of memory. The last write is enough: it is ordered after all earlier ones.
 struct Cell {
   Event write;
   History reads;
@@ -50,10 +49,11 @@ constexpr uintptr_t kPageBytes = 512;
 using Page = std::array<Cell, kPageBytes / kCellBytes>;
 
 struct WarpOrder {
-  Time known[kWarpSize][kWarpSize] = {};  // [lane][other]: until when the other's accesses are ordered before
+  Time known[kWarpSize][kWarpSize] =
+      {};  // [lane][other]: up to when accesses of other are ordered before lane
 };
 
-// The accesses of a block, and until when they are published: by a fence before the block's last atomic.
+// The accesses of a block up to `end` are published: a fence and then an atomic of the block followed them.
 struct Published {
   Time begin;
   Time end;
@@ -63,12 +63,12 @@ Time now = 0;
 Time previous_grid = 0;
 Time grid = 0;
 Time block = 0;
-Time barrier = 0;  // the last of the block
-Time fence = 0;    // the last of the block
+Time barrier = 0;  // the block's last
+Time fence = 0;    // the block's last
 bool overlapping = false;
-bool acquired = false;         // the block has done an atomic, so what others published is ordered before
+bool acquired = false;         // the block ran an atomic, so published accesses are ordered before
 bool silent = false;           // inside an atomic
-std::vector<bool> has_waited;  // thread by thread: for the grid before
+std::vector<bool> has_waited;  // per thread: for the previous grid
 std::vector<WarpOrder> warps;
 std::vector<Published> published;
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
@@ -83,7 +83,7 @@ bool is_published(Time time) {
   return later != published.begin() && time <= std::prev(later)->end;
 }
 
-// Whether the event happened before all that the current thread does now.
+// Whether the event is ordered before the current access of the current thread.
 bool ordered(const Event& event, bool shared) {
   if (event.time < block) {
     if (shared || event.time < previous_grid) return true;
@@ -103,15 +103,15 @@ const char* verb(AccessKind kind) {
 // Faults unless `earlier` is ordered before `event`, which the current thread does.
 void require_order(const Event& earlier, const Event& event, uintptr_t address, bool shared) {
   if (ordered(earlier, shared)) return;
-  static char text[2048];  // not on the heap: nothing on the stack of this thread is destroyed
+  static char text[2048];  // no heap: the stack of a faulted thread is never unwound
   const uint3& other = machine.fibers[earlier.thread].index;
   const char* of = earlier.time >= block  ? "of the same block"
                    : earlier.time >= grid ? "of another block"
-                                          : "of the grid before";
-  std::snprintf(text, sizeof(text), "race: %s at %s and, by thread (%u, %u, %u) %s, %s at %s; of %s",
-                verb(event.kind), source_place(event.site).c_str(), other.x, other.y, other.z, of,
-                verb(earlier.kind), source_place(earlier.site).c_str(),
-                shared ? shared_place(reinterpret_cast<const void*>(address)).c_str() : "global memory");
+                                          : "of the previous grid";
+  std::snprintf(text, sizeof(text), "race on %s: %s at %s, and %s at %s by thread (%u, %u, %u) %s",
+                shared ? shared_place(reinterpret_cast<const void*>(address)).c_str() : "global memory",
+                verb(event.kind), source_place(event.site).c_str(), verb(earlier.kind),
+                source_place(earlier.site).c_str(), other.x, other.y, other.z, of);
   fail("%s", text);
 }
 
@@ -191,7 +191,7 @@ void begin_grid_order(bool overlaps) {
 
 void begin_block_order() {
   block = barrier = ++now;
-  ++now;  // accesses are after the barrier with which a block begins
+  ++now;  // accesses come after the barrier that starts a block
   fence = 0;
   acquired = silent = false;
   has_waited.assign(machine.threads, false);
@@ -251,7 +251,7 @@ void wait_for_previous_grid() {
 
 }  // namespace mmk::simt
 
-// What g++ calls.
+// The functions that g++ calls.
 extern "C" {
 
 #define MMK_ACCESS(name, bytes, kind)                                                                   \

@@ -1,5 +1,5 @@
-// The race detector. In a build for it (MMK_SIMT_RACES) the compiler reports every access of a kernel, and
-// two accesses to the same memory are a fault if one writes and nothing orders them.
+// The race detector (MMK_SIMT_RACES). The compiler reports every access of a kernel; two accesses to the same
+// memory are a fault if one writes and nothing orders them.
 #pragma once
 
 #include <cstddef>
@@ -10,14 +10,14 @@ enum class AccessKind { kRead, kWrite, kAtomic };
 
 #ifdef MMK_SIMT_RACES
 
-// An access of the current thread, from the code at `site`.
+// Records an access of the current thread, made by the instruction at `site`.
 void record_access(const void* address, size_t bytes, AccessKind kind, const void* site);
 
-// What orders accesses. An overlapping grid may run while the one before it has not ended.
+// Events that order accesses. An overlapping grid may start before the previous one has ended.
 void begin_grid_order(bool overlapping);
 void begin_block_order();
-void order_block();                               // all threads of the block have met
-void order_lanes(unsigned warp, unsigned lanes);  // these have met at __syncwarp
+void order_block();                               // all threads of the block met
+void order_lanes(unsigned warp, unsigned lanes);  // these lanes met at __syncwarp
 
 #else
 

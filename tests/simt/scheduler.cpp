@@ -1,4 +1,4 @@
-// Runs the blocks of a grid in turn, the threads of a block as fibers that switch only where they meet.
+// Runs the blocks of a grid in turn, and the threads of a block as fibers that switch only at meeting points.
 #include <sys/mman.h>
 
 #include <cstdio>
@@ -23,7 +23,7 @@ Machine machine;
 void suspend() {
   Fiber& fiber = current_fiber();
 #ifdef MMK_SIMT_ASAN
-  // A null slot tells ASan that this stack is not coming back.
+  // A null slot tells ASan that this stack will not be used again.
   const bool last = machine.faulted || fiber.state == State::kExited;
   __sanitizer_start_switch_fiber(last ? nullptr : &fiber.fake_stack, machine.scheduler_stack,
                                  machine.scheduler_stack_bytes);
@@ -60,7 +60,7 @@ void fiber_main() {
 #endif
   machine.kernel.invoke(machine.kernel.arguments);
   if (const size_t copies = pending_copies(machine.current); copies != 0) {
-    fail("exits with %zu cp.async copies that it has not waited for", copies);
+    fail("exits without waiting for %zu cp.async copies", copies);
   }
   exit_thread();
   suspend();
@@ -84,7 +84,7 @@ void start_fibers() {
     fiber.state = State::kReady;
     fiber.atomics = 0;
 #ifdef MMK_SIMT_ASAN
-    __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // redzones of a thread that a fault left behind
+    __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // redzones that a faulted thread left
 #endif
     prepare(fiber.context, fiber.stack, kStackBytes, fiber_main);
   }
@@ -103,7 +103,7 @@ uint64_t next_random() {
   return value ^ value >> 31;
 }
 
-// 0..count-1 in the order that the seed asks for; a new shuffle each time.
+// Fills `order` with 0..count-1 in the order of the seed; shuffles differ from call to call.
 void set_order(std::vector<unsigned>& order, size_t count) {
   order.resize(count);
   for (size_t i = 0; i < count; ++i) order[i] = static_cast<unsigned>(machine.seed == 1 ? count - 1 - i : i);

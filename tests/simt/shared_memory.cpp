@@ -55,9 +55,9 @@ void require_capacity() {
   size_t dynamic = 0;
   for (const Array& array : arrays) (array.site == &kDynamicSite ? dynamic : fixed) += array.bytes;
   if (fixed > kMaxStaticSharedBytes)
-    fail("uses %zu bytes of static shared memory, 48 KB is the limit", fixed);
+    fail("uses %zu bytes of static shared memory; the limit is 48 KB", fixed);
   if (fixed + dynamic > kMaxSharedBytes)
-    fail("uses %zu bytes of shared memory, 227 KB is the limit", fixed + dynamic);
+    fail("uses %zu bytes of shared memory; the limit is 227 KB", fixed + dynamic);
 }
 
 bool guards_intact(const Array& array) {
@@ -108,7 +108,7 @@ void* static_shared(const void* site, const char* name, size_t bytes) {
 
 void* dynamic_shared() {
   if (arrays.empty() || arrays.front().site != &kDynamicSite)
-    fail("uses dynamic shared memory, launched with 0 bytes");
+    fail("uses dynamic shared memory, but was launched with 0 bytes");
   return arrays.front().data();
 }
 
@@ -146,7 +146,7 @@ std::string shared_place(const void* address) {
 
 void* aligned_access(const void* address, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
-    fail("access of %zu bytes at %p, which is not aligned to it", alignment, address);
+    fail("misaligned access of %zu bytes at %p", alignment, address);
   }
   return const_cast<void*>(address);
 }

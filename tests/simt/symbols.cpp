@@ -1,5 +1,5 @@
-// Names of kernels and places in their source, for messages. Kernels mostly lie in anonymous namespaces,
-// which dladdr cannot name, so the full symbol table of the file is read.
+// Names of kernels and places in their source, for messages. dladdr cannot name kernels in anonymous
+// namespaces, so this reads the full symbol table of the file.
 #include <cxxabi.h>
 #include <dlfcn.h>
 #include <elf.h>
@@ -70,7 +70,7 @@ std::string source_place(const void* instruction) {
   const std::string path =
       map->l_name[0] != '\0' ? map->l_name : std::filesystem::read_symlink("/proc/self/exe");
   char command[64];
-  // One back: a return address is that of the next instruction.
+  // Minus one: a return address points to the next instruction.
   std::snprintf(command, sizeof(command), "addr2line -s -i 0x%zx -e ",
                 static_cast<size_t>(reinterpret_cast<ElfW(Addr)>(instruction) - map->l_addr - 1));
   FILE* pipe = popen((command + ("'" + path + "' 2>&1")).c_str(), "r");

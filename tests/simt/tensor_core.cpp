@@ -24,7 +24,7 @@ void complete_ldmatrix(void* const (&frames)[kWarpSize], unsigned) {
     for (int row = 0; row < 8; ++row) {
       const auto& frame = *static_cast<const LoadFrame*>(frames[8 * tile + row]);
       if (reinterpret_cast<uintptr_t>(frame.row) % 16 != 0)
-        fail("ldmatrix: row %p is not aligned to 16", frame.row);
+        fail("ldmatrix: row %p is not 16-byte aligned", frame.row);
       require_shared(frame.row, 16, "ldmatrix");
       std::memcpy(matrix[row], frame.row, 16);
     }
@@ -93,7 +93,7 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 
 void ldmatrix(uint32_t* fragment, int tiles, bool transposed, const void* row,
               const std::source_location& where) {
-  // Each lane reads the row whose address it gives; those of the lanes beyond are not used.
+  // A lane reads the row at its address; addresses of lanes past the last tile are ignored.
   if (lane_index() < 8u * static_cast<unsigned>(tiles)) {
     record_access(row, 16, AccessKind::kRead, __builtin_return_address(0));
   }

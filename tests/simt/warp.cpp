@@ -33,7 +33,8 @@ void complete_shuffle(void* const (&frames)[kWarpSize], unsigned present) {
     auto& frame = *static_cast<ShuffleFrame*>(frames[lane]);
     const unsigned source = static_cast<unsigned>(frame.source) % kWarpSize;
     if ((present >> source & 1u) == 0) {
-      fail("shuffle: lane %u reads lane %u, which takes no part (present 0x%08x)", lane, source, present);
+      fail("shuffle: lane %u reads lane %u, which does not take part (present 0x%08x)", lane, source,
+           present);
     }
     frame.value = values[source];
   }

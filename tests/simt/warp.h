@@ -52,7 +52,7 @@ struct MatchFrame {
 };
 void complete_match(void* const (&frames)[kWarpSize], unsigned present);
 
-// A bit for each present lane whose predicate holds, and the lanes present.
+// The present lanes whose predicate holds, and all present lanes, as masks.
 struct Votes {
   unsigned set;
   unsigned present;

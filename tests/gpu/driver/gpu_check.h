@@ -1,6 +1,5 @@
-// Runs every kernel on small and odd problems against a double-precision host reference. Torch-free, so that
-// compute-sanitizer sees our kernels alone; built for the host SIMT runtime (MMK_SIMT) it is a test on the
-// CPU.
+// Checks every kernel on small and odd problems against a double-precision host reference. Without torch, so
+// that compute-sanitizer sees only our kernels. The host SIMT runtime (MMK_SIMT) runs it as a test on the CPU.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -48,7 +47,7 @@ const char* dtype_name() {
   return "float32";
 }
 
-// Distance of 1 to the next value of the type.
+// The distance from 1 to the next value of the type.
 template <class T>
 constexpr double epsilon() {
   if constexpr (std::is_same_v<T, __half>) return 1.0 / 1024;
@@ -92,7 +91,7 @@ class Random {
   std::mt19937_64 engine_;
 };
 
-// Device memory of the exact size, for the sanitizers' sake.
+// Device memory of the exact size, so that sanitizers find accesses past its end.
 template <class T>
 class DeviceArray {
  public:
@@ -151,7 +150,7 @@ class DeviceArray {
   size_t count_;
 };
 
-// The activations, and their derivatives by differences.
+// The activations; derivatives are taken by differences.
 inline double activate(Activation activation, double z) {
   switch (activation) {
     case Activation::kNone:

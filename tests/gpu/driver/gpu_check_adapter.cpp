@@ -14,12 +14,11 @@ struct Case {
   Activation activation;
   bool norm;
   Residual residual;
-  int64_t multiprocessors;  // that the plan is for: few of them have several tiles each
+  int64_t multiprocessors;  // of the plan; with few of them, blocks have several tiles
   int64_t gap;              // elements between rows of x, residual and gradient
 };
 
-// Inputs, and everything that the kernels compute from them, in double. Indices: r row, o hidden column, c
-// column.
+// Inputs and all results of the kernels, in double. Indices: r row, o hidden column, c column.
 template <class T>
 struct Problem {
   explicit Problem(const Case& given) : shape(given) {
@@ -78,7 +77,7 @@ struct Problem {
     stats.push_back(shape.norm ? 1 / std::sqrt(variance + kEps) : 1.0);
   }
 
-  // z and act(z), which the kernels round to T each.
+  // z and act(z); the kernels round both to T.
   void project(int64_t r) {
     Values row;
     for (int64_t o = 0; o < shape.bottleneck; ++o) {
@@ -135,7 +134,7 @@ struct Problem {
   }
 
   AdapterShape sizes() const { return {shape.rows, shape.width, shape.bottleneck}; }
-  // The plan that a call on `multiprocessors` of them makes, for the shared memory of the smallest GPU.
+  // The plan for `multiprocessors` with the shared memory of the smallest GPU.
   cuda::AdapterTiles tiles() const {
     constexpr int64_t kSharedLimit = 99 * 1024;
     return cuda::adapter_tiles(sizes(), shape.residual == Residual::kInput, shape.multiprocessors,
@@ -267,7 +266,7 @@ void check_forward(Report& report, const Problem<T>& problem, const Device<T>& d
   if (c.norm) report.compare(name + "stats", stats.values(), problem.stats, 1e-4);
 }
 
-// The sums over `chunks` rows of a table of partial sums.
+// Sums the first `chunks` rows of a table of partial sums.
 Values column_totals(const Values& partial, int64_t chunks, int64_t columns) {
   Values result(static_cast<size_t>(columns), 0.0);
   for (int64_t i = 0; i < chunks * columns; ++i) result[i % columns] += partial[i];
@@ -313,7 +312,7 @@ void check_backward(Report& report, const Problem<T>& problem, const Device<T>& 
   report.compare(name + "d_up_bias", d_up_bias.values(), problem.d_up_bias, 1e-5, root);
 }
 
-// The steps around library products, which are the reference's own here.
+// The steps around library products; the products here are those of the reference.
 template <class T, class Out>
 void check_steps(Report& report, const Problem<T>& problem, const Device<T>& device) {
   const Case& c = problem.shape;
@@ -379,7 +378,8 @@ void check_case(Report& report, const Case& c) {
   check_kernels<T, T>(report, problem);
 }
 
-// Both tiles, held and not, every padded bottleneck, ragged ones in every dimension, and what is not fused.
+// Both tile heights, held and not, every padded bottleneck, partial tiles in every dimension, and problems
+// that are not fused.
 constexpr Case kCases[] = {
     {1, 8, 8, Activation::kNone, true, Residual::kInput, 132, 0},
     {70, 200, 40, Activation::kGelu, true, Residual::kInput, 3, 8},

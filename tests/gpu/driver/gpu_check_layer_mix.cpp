@@ -12,10 +12,10 @@ struct Case {
   int64_t batch, frames, width;
   int layers;
   bool norm, affine, padded;
-  int64_t offset;  // elements that rows start behind an aligned address
+  int64_t offset;  // elements from an aligned address to the first row
 };
 
-// Inputs on both sides, rounded as the device sees them.
+// Inputs on host and device, rounded to the type of the device.
 template <class T>
 struct Problem {
   explicit Problem(const Case& c) : shape(c), rows(c.batch * c.frames), random(17) {
@@ -30,7 +30,7 @@ struct Problem {
     bias = rounded<float>(random.normal(c.affine ? c.layers * c.width : 0));
     grad = rounded<T>(random.normal(rows * c.width));
     for (int64_t b = 0; b < c.batch; ++b) {
-      // Beyond both ends: kernels clamp.
+      // Some are out of range: kernels clamp them.
       lengths.push_back(static_cast<double>(b % 3 == 0 ? c.frames + 5 : b % 3 == 1 ? -1 : c.frames / 2));
     }
   }

@@ -10,11 +10,10 @@ struct Case {
   int64_t rows, taps, inputs, outputs;
   Activation activation;
   bool norm;
-  int64_t offset;  // elements that x starts behind an aligned address
+  int64_t offset;  // elements from an aligned address to x
 };
 
-// Inputs, and everything that the kernels compute from them, in double. Indices: n row, l tap, o output, c
-// input.
+// Inputs and all results of the kernels, in double. Indices: n row, l tap, o output, c input.
 template <class T>
 struct Problem {
   explicit Problem(const Case& given) : shape(given) {
@@ -135,13 +134,13 @@ void check_forward(Report& report, const Problem<T>& problem, const Device<T>& d
     require(cuda::layer_project_stats(dtype, stats, nullptr), "stats");
     report.compare(name + "stats", device.stats.values(), problem.stats, 1e-5);
   }
-  // The library's product is the reference's own.
+  // Take the product of the reference in place of the library's.
   const DeviceArray<T> y(problem.product);
   const DeviceArray<T> preactivation(static_cast<int64_t>(problem.z.size()));
   const LayerProjectActivate activate_args = {problem.sizes(),           c.activation, device.stats.data(),
                                               device.folded_bias.data(), y.data(),     preactivation.data(),
                                               device.folded_sum.data()};
-  // Products that the library rounds to half precision bring an error that grows with the mean of x.
+  // Rounding the product to half precision causes an error that grows with the mean of x.
   double tolerance = 2 * epsilon<T>() + 1e-5;
   if (cuda::layer_project_fuses(dtype, problem.sizes(), device.input)) {
     const cuda::LayerProjectProduct product = {device.input, device.folded_weight.data(), activate_args};
@@ -168,7 +167,7 @@ void check_gradient(Report& report, const Problem<T>& problem, const Device<T>& 
     for (int64_t o = 0; o < c.outputs; ++o) {
       const int64_t place = i * c.outputs + o;
       const int64_t output = i % c.taps * c.outputs + o;
-      // relu's kernel is given the output.
+      // For relu the kernel reads the output.
       const double value = c.activation == Activation::kRelu ? activate(c.activation, z[place]) : z[place];
       const double dz = problem.grad[place] * slope(c.activation, value);
       d_bias[output] += dz;
@@ -204,7 +203,7 @@ void check_gradient(Report& report, const Problem<T>& problem, const Device<T>& 
     report.compare(name + "dx", device_dx.values(), dx, epsilon<T>() + 1e-4);
   }
 
-  // Any product will do: take the weight itself for dVc.
+  // Any dVc will do: take the weight.
   const DeviceArray<float> d_weight(problem.weight), device_d_bias(c.taps * c.outputs),
       row_means(c.taps * c.outputs);
   const DeviceArray<float> d_gain(static_cast<int64_t>(problem.gain.size()));
@@ -236,7 +235,7 @@ void check_gradient(Report& report, const Problem<T>& problem, const Device<T>& 
   report.compare(name + "d_norm_bias", d_shift.values(), expected_shift, 1e-4);
 }
 
-// Whole tiles and ragged ones in every dimension, both tile widths, one and two chunks of rows.
+// Whole and partial tiles in every dimension, both tile widths, one and two chunks of rows.
 constexpr Case kCases[] = {
     {1, 1, 8, 8, Activation::kNone, true, 0},      {130, 2, 200, 72, Activation::kGelu, true, 0},
     {128, 1, 64, 128, Activation::kRelu, true, 0}, {40, 2, 96, 136, Activation::kSilu, false, 0},

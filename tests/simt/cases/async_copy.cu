@@ -6,8 +6,8 @@ namespace {
 
 constexpr int kThreads = 32;
 
-// Thread t copies the words of its own Bytes twice: `whole` as they are, `filled` only where t < valid. Only
-// the second group is still in flight when the first is read.
+// Thread t copies its Bytes twice: all to `whole`, and to `filled` only if t < valid. Only the second group
+// is in flight when the first is read.
 template <int Bytes>
 __global__ void copy(const uint32_t* in, uint32_t* whole, uint32_t* filled, int valid) {
   constexpr int kWords = Bytes / 4;

@@ -6,7 +6,7 @@ namespace {
 
 enum class Shuffle : int64_t { kIndex, kUp, kDown, kXor };
 
-// All 32 lanes; a block of several warps, each with values of its own.
+// Shuffles of all 32 lanes, in a block of several warps with different values.
 __global__ void shuffle(const double* values, double* out, Shuffle kind, int argument, int width) {
   const unsigned thread = threadIdx.y * blockDim.x + threadIdx.x;
   const double value = values[thread];
@@ -18,7 +18,7 @@ __global__ void shuffle(const double* values, double* out, Shuffle kind, int arg
   out[thread] = result;
 }
 
-// The positive values of each block in their order, packed with ballots; counts[block] of them.
+// Packs the positive values of each block in order, with ballots; counts[block] is their number.
 __global__ void compact(const int* values, int* packed, int* counts, int size) {
   MMK_SHARED(int, warp_counts, 32);
   const int index = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
@@ -71,12 +71,12 @@ __global__ void extremes(const int* values, int* integers, float* floats, unsign
   atomicAdd(&doubles[0], 0.25);
 }
 
-// The place of each thread in the order that the runtime chose.
+// The position of each thread in the order that the runtime chose.
 __global__ void arrival(unsigned* counter, unsigned* place) {
   place[blockIdx.x * blockDim.x + threadIdx.x] = atomicAdd(counter, 1u);
 }
 
-// Threads may leave before the others meet: the `staying` first ones swap values with their neighbours.
+// Threads may exit before the others meet: the first `staying` swap values with their neighbours.
 template <bool WholeBlock>
 __global__ void early_exit(const double* values, double* out, int staying) {
   MMK_SHARED(double, tile, 64);

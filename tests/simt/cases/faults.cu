@@ -1,4 +1,4 @@
-// Planted faults, each with its mended twin: template parameter Mended.
+// Planted faults; with the template parameter Fixed, each is repaired.
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ptx.cuh"
 #include "cuda/common/reduce.cuh"
@@ -7,17 +7,17 @@ namespace {
 
 constexpr int kThreads = 64;
 
-// Reads what another thread has written before.
-template <bool Mended>
+// Reads a value that another thread wrote before.
+template <bool Fixed>
 __global__ void missing_barrier(const float* in, float* out) {
   MMK_SHARED(float, tile, kThreads);
   tile[threadIdx.x] = in[threadIdx.x];
-  if constexpr (Mended) __syncthreads();
+  if constexpr (Fixed) __syncthreads();
   out[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
 }
 
-// Overwrites what another thread has still to read; all memory is written, so no NaN shows.
-template <bool Mended>
+// Overwrites a value that another thread has yet to read. All memory is written, so no NaN shows.
+template <bool Fixed>
 __global__ void missing_second_barrier(const float* in, float* out) {
   MMK_SHARED(float, tile, kThreads);
   float sum = 0.0f;
@@ -25,25 +25,25 @@ __global__ void missing_second_barrier(const float* in, float* out) {
     tile[threadIdx.x] = in[threadIdx.x] * static_cast<float>(round + 1);
     __syncthreads();
     sum += tile[(threadIdx.x + 1) % kThreads];
-    if constexpr (Mended) __syncthreads();
+    if constexpr (Fixed) __syncthreads();
   }
   out[threadIdx.x] = sum;
 }
 
 // Lanes of one warp exchange through shared memory.
-template <bool Mended>
+template <bool Fixed>
 __global__ void missing_warp_barrier(const float* in, float* out) {
   MMK_SHARED(float, tile, kThreads);
   tile[threadIdx.x] = in[threadIdx.x];
-  if constexpr (Mended) __syncwarp();
+  if constexpr (Fixed) __syncwarp();
   out[threadIdx.x] = tile[threadIdx.x ^ 1];
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void divergent_barrier(const float* in, float* out) {
   MMK_SHARED(float, tile, kThreads);
   tile[threadIdx.x] = in[threadIdx.x];
-  if constexpr (Mended) {
+  if constexpr (Fixed) {
     __syncthreads();
     out[threadIdx.x] = tile[0];
   } else if (threadIdx.x < 40) {
@@ -55,97 +55,97 @@ __global__ void divergent_barrier(const float* in, float* out) {
   }
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void lost_lanes(const float* in, float* out) {
   float value = in[threadIdx.x];
-  if (Mended || threadIdx.x % 32 != 5) value += __shfl_xor_sync(mmk::kFullMask, value, 1);
+  if (Fixed || threadIdx.x % 32 != 5) value += __shfl_xor_sync(mmk::kFullMask, value, 1);
   __syncthreads();
   out[threadIdx.x] = value;
 }
 
-// The lanes from 48 on have left.
-template <bool Mended>
+// The lanes from 48 on have exited.
+template <bool Fixed>
 __global__ void exited_lanes(const float* in, float* out) {
-  if (threadIdx.x >= 48 && !Mended) return;
+  if (threadIdx.x >= 48 && !Fixed) return;
   out[threadIdx.x] = __shfl_xor_sync(mmk::kFullMask, in[threadIdx.x], 16);
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void lane_not_in_mask(const float* in, float* out) {
-  out[threadIdx.x] = __shfl_sync(Mended ? mmk::kFullMask : 0x7fffffffu, in[threadIdx.x], 0);
+  out[threadIdx.x] = __shfl_sync(Fixed ? mmk::kFullMask : 0x7fffffffu, in[threadIdx.x], 0);
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void unwritten_shared(const float* in, float* out) {
   MMK_SHARED(float, tile, kThreads);
-  if (Mended || threadIdx.x != 7) tile[threadIdx.x] = in[threadIdx.x];
+  if (Fixed || threadIdx.x != 7) tile[threadIdx.x] = in[threadIdx.x];
   __syncthreads();
   out[threadIdx.x] = tile[threadIdx.x];
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void past_static_shared(const float* in, float* out) {
   MMK_SHARED(float, tile, kThreads);
-  tile[threadIdx.x + (Mended ? 0 : 1)] = in[threadIdx.x];
+  tile[threadIdx.x + (Fixed ? 0 : 1)] = in[threadIdx.x];
   __syncthreads();
   out[threadIdx.x] = tile[threadIdx.x];
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void past_dynamic_shared(const float* in, float* out) {
   MMK_DYNAMIC_SMEM(float, tile);
-  tile[threadIdx.x + (Mended ? 0 : 1)] = in[threadIdx.x];
+  tile[threadIdx.x + (Fixed ? 0 : 1)] = in[threadIdx.x];
   __syncthreads();
   out[threadIdx.x] = tile[threadIdx.x];
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void past_global(const float* in, float* out) {
-  out[threadIdx.x + (Mended ? 0 : 1)] = in[threadIdx.x];
+  out[threadIdx.x + (Fixed ? 0 : 1)] = in[threadIdx.x];
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void copy_not_awaited(const float* in, float* out) {
   MMK_SHARED(float, tile, kThreads);
   mmk::cp_async<4>(&tile[threadIdx.x], in + threadIdx.x);
   mmk::cp_async_commit_group();
-  if constexpr (Mended) mmk::cp_async_wait_group<0>();
+  if constexpr (Fixed) mmk::cp_async_wait_group<0>();
   out[threadIdx.x] = tile[threadIdx.x];
   mmk::cp_async_wait_all();
 }
 
-// Waits for the group before the last, but reads the last.
-template <bool Mended>
+// Waits for the second to last group, but reads the last.
+template <bool Fixed>
 __global__ void wrong_group_awaited(const float* in, float* out) {
   MMK_SHARED(float, tile, 2, kThreads);
   for (int group = 0; group < 2; ++group) {
     mmk::cp_async<4>(&tile[group][threadIdx.x], in + threadIdx.x);
     mmk::cp_async_commit_group();
   }
-  mmk::cp_async_wait_group<Mended ? 0 : 1>();
+  mmk::cp_async_wait_group<Fixed ? 0 : 1>();
   out[threadIdx.x] = tile[1][threadIdx.x];
   mmk::cp_async_wait_all();
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void copy_left_behind(const float* in, float* out) {
   MMK_SHARED(float, tile, kThreads);
   mmk::cp_async<4>(&tile[threadIdx.x], in + threadIdx.x);
-  if constexpr (Mended) mmk::cp_async_wait_all();
+  if constexpr (Fixed) mmk::cp_async_wait_all();
   out[threadIdx.x] = in[threadIdx.x];
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void misaligned_copy(const float* in, float* out) {
   MMK_SHARED(float, tile, kThreads + 4);
   if (threadIdx.x == 3) {
-    mmk::cp_async<16>(&tile[Mended ? 0 : 1], in);
+    mmk::cp_async<16>(&tile[Fixed ? 0 : 1], in);
     mmk::cp_async_wait_all();
   }
   out[threadIdx.x] = in[threadIdx.x];
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void partial_warp_matrix(const float* in, float* out) {
   MMK_SHARED(uint16_t, tile, 8, 8);
   if (threadIdx.x < 8) {
@@ -153,16 +153,16 @@ __global__ void partial_warp_matrix(const float* in, float* out) {
   }
   __syncthreads();
   uint32_t fragment[1] = {};
-  if (Mended || threadIdx.x < 16) mmk::ldmatrix<1>(fragment, tile[threadIdx.x % 8]);
+  if (Fixed || threadIdx.x < 16) mmk::ldmatrix<1>(fragment, tile[threadIdx.x % 8]);
   out[threadIdx.x] = in[threadIdx.x] + static_cast<float>(fragment[0]);
 }
 
-template <bool Mended>
+template <bool Fixed>
 __global__ void endless_wait(const float* in, float* out) {
   MMK_SHARED(int, ready, 1);
   if (threadIdx.x == 0) ready[0] = 0;
   __syncthreads();
-  if (threadIdx.x == 1 && Mended) atomicExch(&ready[0], 1);
+  if (threadIdx.x == 1 && Fixed) atomicExch(&ready[0], 1);
   while (threadIdx.x == 0 && atomicAdd(&ready[0], 0) == 0) {
   }
   out[threadIdx.x] = in[threadIdx.x];
@@ -178,9 +178,9 @@ __global__ void nothing(const float*, float*) {}
 
 }  // namespace
 
-#define FAULT(name)                                                          \
-  extern "C" int name##_fault(const float* in, float* out, int64_t mended) { \
-    return run(mended != 0 ? name<true> : name<false>, in, out);             \
+#define FAULT(name)                                                         \
+  extern "C" int name##_fault(const float* in, float* out, int64_t fixed) { \
+    return run(fixed != 0 ? name<true> : name<false>, in, out);             \
   }
 
 FAULT(missing_barrier)
@@ -200,8 +200,8 @@ FAULT(misaligned_copy)
 FAULT(partial_warp_matrix)
 FAULT(endless_wait)
 
-extern "C" int past_dynamic_shared_fault(const float* in, float* out, int64_t mended) {
-  return run(mended != 0 ? past_dynamic_shared<true> : past_dynamic_shared<false>, in, out,
+extern "C" int past_dynamic_shared_fault(const float* in, float* out, int64_t fixed) {
+  return run(fixed != 0 ? past_dynamic_shared<true> : past_dynamic_shared<false>, in, out,
              kThreads * sizeof(float));
 }
 

@@ -1,4 +1,4 @@
-// What ldmatrix and mma.sync put where: one warp, registers written out lane by lane.
+// The lane layouts of ldmatrix and mma.sync: one warp writes out its registers lane by lane.
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ptx.cuh"
 

@@ -10,7 +10,7 @@ constexpr int kTile = 64;
 constexpr int kDepth = 16;
 constexpr int kThreads = 128;
 constexpr int kStages = 2;
-// 16 bytes of padding let the eight rows that ldmatrix reads at once fall into different banks.
+// 16 bytes of padding put the eight rows that ldmatrix reads at once into different banks.
 constexpr int kStrideA = kDepth + 8;
 constexpr int kStrideB = kTile + 8;
 
@@ -32,7 +32,7 @@ __device__ void load_stage(Stage<T>& stage, const T* a, const T* b, int64_t m, i
   mmk::cp_async<16>(&stage.b[line][column], b + (depth + line) * n + blockIdx.x * kTile + column);
 }
 
-// Each of the four warps has a 32x32 quarter of the tile: 2 x 4 mma tiles.
+// Each of the four warps computes a 32x32 quarter of the tile: 2 x 4 mma tiles.
 template <class T>
 __device__ void multiply_stage(const Stage<T>& stage, float (&sums)[2][4][4]) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
@@ -74,7 +74,7 @@ __device__ void store_tile(float* c, const float (&sums)[2][4][4], int64_t m, in
   }
 }
 
-// With !Waits the data is used while it may still be in flight.
+// With !Waits it reads data that may still be in flight.
 template <class T, bool Waits>
 __global__ void __launch_bounds__(kThreads) gemm(const T* __restrict__ a, const T* __restrict__ b,
                                                  float* __restrict__ c, int64_t m, int64_t n, int64_t k) {

@@ -1,4 +1,4 @@
-// Program for ASan and UBSan builds: runs one case by name on heap buffers of the exact size, in three thread
+// A program for ASan and UBSan: runs one case by name on heap buffers of the exact size, in three thread
 // orders.
 #include <cuda_bf16.h>
 
@@ -53,7 +53,7 @@ int run_case(const std::string& name) {
   if (name == "past_static_shared") return with_buffers(past_static_shared_fault, 64, false);
   if (name == "past_dynamic_shared") return with_buffers(past_dynamic_shared_fault, 64, false);
   if (name == "copy_past_global") return with_buffers(copy_not_awaited_fault, 63, true);
-  if (name == "after_faults") {  // a fault must leave nothing behind that the next launch trips over
+  if (name == "after_faults") {  // a fault must not disturb the next launch
     if (with_buffers(divergent_barrier_fault, 64, false) == 0) return 1;
     if (with_buffers(lost_lanes_fault, 64, false) == 0) return 1;
     mmk_simt_clear_error();
