@@ -1,5 +1,5 @@
-// Checks every kernel on small and odd problems against a double-precision host reference. Without torch, so
-// that compute-sanitizer sees only our kernels. The host SIMT runtime (MMK_SIMT) runs it as a test on the CPU.
+// Checks every kernel on small and odd problems against a double-precision host reference. Needs no torch, so
+// that compute-sanitizer sees only our kernels; the host SIMT runtime (MMK_SIMT) runs it on the CPU.
 #pragma once
 
 #include <cuda_bf16.h>
