@@ -13,12 +13,12 @@ extern "C" {
 int row_stats_float(const void* x, float* mean, float* largest, int64_t rows, int64_t columns);
 int gemm_bfloat16(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c, int64_t m, int64_t n, int64_t k);
 int compact_values(const int* values, int* packed, int* counts, int64_t size, int64_t blocks);
-int past_global_fault(const float* in, float* out, int64_t mended);
-int past_static_shared_fault(const float* in, float* out, int64_t mended);
-int past_dynamic_shared_fault(const float* in, float* out, int64_t mended);
-int copy_not_awaited_fault(const float* in, float* out, int64_t mended);
-int divergent_barrier_fault(const float* in, float* out, int64_t mended);
-int lost_lanes_fault(const float* in, float* out, int64_t mended);
+int past_global_fault(const float* in, float* out, int64_t fixed);
+int past_static_shared_fault(const float* in, float* out, int64_t fixed);
+int past_dynamic_shared_fault(const float* in, float* out, int64_t fixed);
+int copy_not_awaited_fault(const float* in, float* out, int64_t fixed);
+int divergent_barrier_fault(const float* in, float* out, int64_t fixed);
+int lost_lanes_fault(const float* in, float* out, int64_t fixed);
 }
 
 namespace {
@@ -41,10 +41,10 @@ int correct_kernels() {
 
 using FaultKernel = int (*)(const float*, float*, int64_t);
 
-int with_buffers(FaultKernel kernel, size_t in_size, bool mended) {
+int with_buffers(FaultKernel kernel, size_t in_size, bool fixed) {
   const std::vector<float> in(in_size, 1.0f);
   std::vector<float> out(64);
-  return kernel(in.data(), out.data(), mended);
+  return kernel(in.data(), out.data(), fixed);
 }
 
 int run_case(const std::string& name) {
