@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-SOURCES := $(shell find csrc/cpu csrc/cuda csrc/include csrc/torch cmake -type f) csrc/module.cpp CMakeLists.txt
+SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt
 
 .PHONY: help setup test demo bench gpu lint format clean
 

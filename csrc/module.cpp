@@ -1,5 +1,4 @@
-// mmkernels._C: what this build is and how kernels would be launched. No tensors pass through it; the ops do
-// not need it.
+// mmkernels._C: build facts, CPU features and launch plans. The ops work without it.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,5 +1,5 @@
-// Activations and their derivatives, of float or double. The float ones are branch-free, so that a loop over
-// them becomes vector code; double takes the library's functions.
+// Activations and their derivatives, for float and double. Those for float have no branches, so that the
+// compiler vectorises loops over them; those for double call the standard library.
 #pragma once
 
 #include <cmath>
@@ -14,10 +14,10 @@ MMK_INLINE double exponential(double x) {
   return std::exp(x);
 }
 
-// To 2 units in the last place: 2^n e^r with |r| <= log(2) / 2, and 1 + r + r^2 times a polynomial fitted
-// there.
+// e^x to 2 units in the last place: 2^n e^r with |r| <= log(2) / 2, and e^r as 1 + r + r^2 times a polynomial
+// fitted to that interval.
 MMK_INLINE float exponential(float x) {
-  // Adding it leaves the nearest integer in the lowest bits.
+  // Adding kRounder rounds to the nearest integer, in the lowest bits.
   constexpr float kRounder = 0x1.8p23f;
   const float shifted = x * 1.44269504f + kRounder;
   const float n = shifted - kRounder;
@@ -32,7 +32,7 @@ MMK_INLINE float exponential(float x) {
   return x > 88.37f ? to_float(0x7f800000u) : from_above;
 }
 
-// sigmoid(x) and sigmoid(-x), which 1 - sigmoid(x) would give with few digits where it is small.
+// sigmoid(x) and sigmoid(-x); 1 - sigmoid(x) would lose digits where sigmoid(-x) is small.
 template <class A>
 struct Sigmoid {
   A value, complement;
@@ -40,7 +40,7 @@ struct Sigmoid {
 
 template <class A>
 MMK_INLINE Sigmoid<A> sigmoid(A x) {
-  // Below, the value counts as 0; an infinite exponential times it would be NaN.
+  // Clamped: the exponential of -x would become infinite, and infinity times the value 0 is NaN.
   constexpr A kLeast = sizeof(A) == 4 ? A(-87) : A(-700);
   const A e = exponential(x < kLeast ? -kLeast : -x);
   const A value = A(1) / (A(1) + e);
@@ -58,8 +58,8 @@ MMK_INLINE Normal<double> normal(double z) {
           0.39894228040143267794 * std::exp(-0.5 * z * z)};
 }
 
-// For z <= 0 the distribution is exp(-z^2 / 2) / 2 times t p(t), p a polynomial in t = 1 / (1 + 0.35 |z| /
-// sqrt(2)) fitted to a relative error of 7e-9: unlike 1 + erf it loses no digits in the tail.
+// For z <= 0 the distribution is exp(-z^2 / 2) / 2 * t p(t), with t = 1 / (1 + 0.35 |z| / sqrt(2)) and p a
+// polynomial fitted to a relative error of 7e-9. Unlike 1 + erf it loses no digits in the tail.
 MMK_INLINE Normal<float> normal(float z) {
   const float magnitude = z < 0.0f ? -z : z;
   const float t = 1.0f / (1.0f + 0.35f * 0.707106781f * magnitude);
@@ -96,7 +96,7 @@ MMK_INLINE A activate(Activation activation, A z) {
   switch (activation) {
     case Activation::kNone:
       return z;
-    // Written so that NaN passes through.
+    // A comparison, not a maximum, which would drop a NaN.
     case Activation::kRelu:
       return z < A(0) ? A(0) : z;
     case Activation::kGelu:
@@ -109,7 +109,7 @@ MMK_INLINE A activate(Activation activation, A z) {
   return z;
 }
 
-// Derivative at z; for relu the output serves as well as z.
+// Derivative at z. For relu, z may also be the output.
 template <class A>
 MMK_INLINE A activation_slope(Activation activation, A z) {
   switch (activation) {

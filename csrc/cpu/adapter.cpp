@@ -16,15 +16,15 @@ MMK_INLINE const A* row_of(const AdapterRows& rows, int64_t index) {
   return at<A>(rows.data, index * rows.row_stride);
 }
 
-// Scratch of one thread, for a block of rows: a hidden layer and numbers of each row, and a tile of rows of
-// the second product, of which whole rows are then written: the hardware does not follow many rows in parts.
+// Scratch of one thread for a block of rows: hidden values, statistics of each row, and a tile of rows of the
+// second product. Whole rows are then written: the prefetcher cannot follow parts of many rows.
 template <class A>
 struct Block {
   int64_t stride, wide_stride;
   std::vector<A> hidden, wide;
   A mean[kAdapterBlock], rstd[kAdapterBlock], pull[kAdapterBlock];
 
-  // Rows are as long as whole panels and whole strips.
+  // Rows are padded to whole panels and whole strips.
   explicit Block(const AdapterShape& shape)
       : stride((panels<A>(shape.bottleneck) + 1) * kPanel<A>),
         wide_stride(panels<A>(shape.width) * kPanel<A>),
@@ -33,13 +33,13 @@ struct Block {
 
   MMK_INLINE A* row(int64_t r) { return hidden.data() + r * stride; }
 
-  // The hidden layer: rows times a packed weight.
+  // hidden = rows times a packed weight.
   MMK_INLINE void narrow_product(const A* of_rows, int64_t row_stride, int64_t rows,
                                  const Packed<A>& weight) {
     product<A>(of_rows, row_stride, rows, weight, hidden.data(), stride);
   }
 
-  // The hidden layer times a packed weight; calls finish(r, row r of the product).
+  // hidden times a packed weight; calls finish(r, row r of the product).
   template <class Finish>
   MMK_INLINE void wide_product(int64_t rows, const Packed<A>& weight, Finish&& finish) {
     for (int64_t first = 0; first < rows; first += kTileRows) {
@@ -86,7 +86,7 @@ MMK_INLINE void hidden_block(const AdapterForward& args, Block<A>& block, int64_
   });
 }
 
-// What is added to the second product. Zeros stand in for what is absent: the inner loop then has no branch.
+// Bias and residual, added to the second product. Zeros replace absent ones: the inner loop has no branch.
 template <class A>
 struct Addends {
   std::vector<A> bias, zeros;
@@ -136,8 +136,8 @@ MMK_INLINE void forward_rows(const AdapterForward& args, int64_t begin, int64_t 
 
 // ---- backward: gradients of rows
 
-// Leaves s in block.hidden, sums dz over the rows of each run, and lays a and s out for the gradients of the
-// weights.
+// Writes s to block.hidden, sums dz over the rows of each run, and stores a and s in strips for the gradients
+// of the weights.
 template <class A, Activation kActivation>
 MMK_INLINE void slope_block(const AdapterBackward& args, Block<A>& block, int64_t first, int64_t rows,
                             A* activated) {
@@ -231,10 +231,10 @@ MMK_INLINE void backward_runs(const AdapterBackward& args, int64_t begin, int64_
 
 // ---- backward: gradients of weights
 
-// Rows whose part of a panel, and of a strip, stay in the first-level cache.
+// Rows of a panel and of a strip that fit the L1 cache together.
 constexpr int64_t kSpan = 256;
 
-// sum_r hidden[r]^T rows[r], for a run of panels of the rows' columns: [panel][bottleneck, padded][kPanel].
+// sum_r hidden[r]^T rows[r] for a range of panels of columns, as [panel][padded bottleneck][kPanel].
 template <class A>
 struct OuterProduct {
   const A* hidden;  // in strips
@@ -261,7 +261,7 @@ struct OuterProduct {
   }
   MMK_INLINE int64_t columns(int64_t index) const { return std::min(kPanel<A>, width - index * kPanel<A>); }
 
-  // Brings columns of a panel, which lie a whole row apart, together, and sums them.
+  // Copies one panel of the rows, which lie row_stride apart, to dense memory, and sums its columns.
   MMK_INLINE void gather(int64_t index, int64_t first, int64_t count) {
     const A* source = row_of<A>(rows, first) + index * kPanel<A>;
     double* sums = column_sums.data() + (index - begin) * kPanel<A>;
@@ -285,13 +285,13 @@ struct OuterProduct {
     }
   }
 
-  // Adds rows [first, first + count), at most kSpan, to one panel.
+  // Adds the product of rows [first, first + count), at most kSpan, to one panel.
   MMK_INLINE void add(int64_t index, int64_t first, int64_t count) {
     gather(index, first, count);
     const int64_t ahead = count / std::max<int64_t>(strips(bottleneck), 1) + 1;
     const A* next = row_of<A>(rows, first) + (index + 1) * kPanel<A>;
     for (int64_t strip = 0; strip < strips(bottleneck); ++strip) {
-      // The next panel's columns, a line of each row, bit by bit: no hardware prefetcher would guess them.
+      // Prefetch part of the next panel, one line per row: no hardware prefetcher follows this pattern.
       if ((index + 1) * kPanel<A> < width) {
         for (int64_t r = strip * ahead; r < std::min(count, (strip + 1) * ahead); ++r) {
           prefetch(next + r * rows.row_stride);

@@ -41,7 +41,7 @@ MMK_INLINE void write_row(T* out, const acc_t<T>* acc, int64_t width) {
       [&](int64_t j) MMK_LAMBDA { out[j] = round_to<T>(acc[j]); });
 }
 
-// sum_l weights[l] * norm_bias[l]: the same for every row.
+// sum_l weights[l] * norm_bias[l], the same for every row.
 template <class A>
 MMK_INLINE void mix_bias(const LayerMixParams& p, A* bias) {
   const A* weights = static_cast<const A*>(p.weights);
@@ -53,17 +53,15 @@ MMK_INLINE void mix_bias(const LayerMixParams& p, A* bias) {
   }
 }
 
-// Layers whose rows are read side by side, each as a stream that the hardware prefetcher follows. Rows of
-// more would fall into the same sets of the first-level cache, where the width is a multiple of the page
-// size, and push each other out.
+// The most layers read in parallel, each a stream that the hardware prefetcher follows. With more, rows whose
+// width is a multiple of the page size would map to the same sets of the L1 cache and evict each other.
 constexpr int kSideBySide = 16;
-// Vectors of a row that are worked on before the next layer's.
+// Vectors of a row taken before those of the next layer.
 constexpr int kStep = 4;
-// Bytes from what is read to what is fetched.
+// Prefetch distance in bytes.
 constexpr int64_t kAhead = 1536;
 
-// What a few layers add to the sum of one row: acc[j] = start[j] + sum_l scale_l * gain_l[j] * (x_l[j] -
-// mean_l).
+// Adds a few layers to the sum of one row: acc[j] = start[j] + sum_l scale_l * gain_l[j] * (x_l[j] - mean_l).
 template <class T>
 struct Summed {
   acc_t<T>* acc;
@@ -74,8 +72,8 @@ struct Summed {
   const acc_t<T>* gain[kSideBySide];
 };
 
-// Sums over one row of a few layers, of x - shift and of its square: all that mean and variance need, from
-// one pass, if the shift is near the mean.
+// Sums of x - shift and of its square over one row of a few layers. With a shift near the mean, one pass
+// gives mean and variance.
 template <class T>
 struct Measured {
   const T* x[kSideBySide];
@@ -84,8 +82,8 @@ struct Measured {
   vec_t<acc_t<T>> square[kSideBySide];
 };
 
-// N vectors from column j on. With norm, the sum over one row and the measuring of the next are done
-// together: the arithmetic for the one hides behind the reading of the other.
+// Takes N vectors from column j on. With norm it sums one row and measures the next in the same loop, so that
+// the arithmetic of one hides behind the loads of the other.
 template <class T, int N, bool kNorm, bool kGain>
 MMK_INLINE void step_side_by_side(const Summed<T>& row, Measured<T>& next, int layers, int64_t j) {
   using A = acc_t<T>;
@@ -187,7 +185,7 @@ MMK_INLINE void measure(Measured<T>& measured, const LayerMixParams& p, Row row,
   for (int i = 0; i < count; ++i) {
     const T* x = layer_row<T>(p, first + i, row);
     measured.x[i] = x;
-    // Of a constant row exactly its value, so that the variance is exactly 0.
+    // Of a constant row this is exactly its value, so that its variance is exactly 0.
     measured.shift[i] =
         p.width < kLanes<A> ? convert(x[0]) : sum_lanes<A>(load(x)) / static_cast<A>(kLanes<A>);
     measured.sum[i] = measured.square[i] = vec_t<A>{};
@@ -203,12 +201,12 @@ MMK_INLINE void finish_moments(const Measured<T>& measured, int64_t width, doubl
     const A offset = inverse * sum_lanes<A>(measured.sum[i]);
     const A variance = inverse * sum_lanes<A>(measured.square[i]) - offset * offset;
     moments[i] = {measured.shift[i] + offset, A(1) / std::sqrt(variance + static_cast<A>(eps))};
-    // With a shift far from the mean, the difference has lost digits.
+    // With a shift far from the mean, the difference lost digits: take two passes.
     if (offset * offset > 8 * variance) moments[i] = cpu::moments(measured.x[i], measured.x[i], width, eps);
   }
 }
 
-// Sums `row`, whose statistics are known, and takes those of `next`.
+// Sums `row`, whose statistics are known, and computes those of `next`.
 template <class T, bool kGain>
 MMK_INLINE void forward_norm_row(const LayerMixParams& p, Row row, Row next, const acc_t<T>* bias,
                                  acc_t<T>* acc, const Moments<acc_t<T>>* of_row, Moments<acc_t<T>>* of_next) {
@@ -235,8 +233,8 @@ MMK_INLINE void write_stats(const LayerMixForward& args, int64_t r, const Moment
   }
 }
 
-// While one valid row is summed, the next one is measured. The first one's sum is of no use, nor is what is
-// measured beside the last one; but every row gets its statistics by the same additions.
+// Sums each valid row while it measures the next. The first sum and the last statistics are dropped;
+// computing them all the same gives every row its statistics by the same additions.
 template <class T, bool kGain>
 MMK_INLINE void forward_norm_rows(const LayerMixForward& args, int64_t begin, int64_t end, acc_t<T>* bias,
                                   acc_t<T>* row_sum) {
@@ -256,7 +254,7 @@ MMK_INLINE void forward_norm_rows(const LayerMixForward& args, int64_t begin, in
       write_stats<T>(args, r, nullptr);
       continue;
     }
-    // Where element and accumulator are one type, the output row itself accumulates.
+    // If the element is the accumulation type, accumulate in the output row itself.
     A* acc = row_sum;
     if constexpr (std::is_same_v<T, A>) {
       if (row.valid) acc = static_cast<A*>(args.out) + row_index * p.width;
@@ -305,7 +303,7 @@ MMK_INLINE void forward_rows(const LayerMixForward& args, int64_t begin, int64_t
   forward_norm_rows<T, true>(args, begin, end, bias, row_sum);
 }
 
-// scale_sum[j] += g[j] * (x[j] - mean) * rstd: the gradient of the LayerNorm gain, before the layer's weight.
+// scale_sum[j] += g[j] * (x[j] - mean) * rstd: the gradient of the LayerNorm gain without the layer's weight.
 template <class T>
 MMK_INLINE void add_scale_gradient(acc_t<T>* scale_sum, const acc_t<T>* g, const T* x, Moments<acc_t<T>> m,
                                    int64_t width) {
@@ -355,7 +353,7 @@ MMK_INLINE void zero_padding_gradients(const LayerMixBackward& args, int64_t r) 
   }
 }
 
-// What the dot products of one row with a few layers read.
+// Dot products of one row with a few layers: operands and sums.
 template <class T>
 struct Dotted {
   const T* x[kSideBySide];
@@ -422,8 +420,8 @@ MMK_INLINE void dot_layers(const LayerMixParams& p, Row row, const acc_t<T>* g,
 // Sums over the rows of one chunk.
 template <class T>
 struct ChunkSums {
-  double* dot;  // [layers]         grad . gain * normalised layer; in double, for a chunk may hold thousands
-                // of rows
+  // [layers] grad . gain * normalised layer; in double, since a chunk may have thousands of rows
+  double* dot;
   acc_t<T>* scale;     // [layers, width]  grad * normalised layer, or null
   acc_t<T>* gradient;  // [width]          grad, or null
 };
@@ -441,7 +439,7 @@ MMK_INLINE void backward_row(const LayerMixBackward& args, int64_t r, Row row, c
     moments[l] = {0, 1};
     if (p.norm) moments[l] = {stats[(r * p.layers + l) * 2], stats[(r * p.layers + l) * 2 + 1]};
   }
-  // With the sums for the gain at hand, those for the weights follow from them at the end of the chunk.
+  // If the gain needs its sums, write_dots computes those for the weights from them at the end of the chunk.
   if ((args.need_weights && sums.scale == nullptr) || (p.norm && any_gradient)) {
     dot_layers<T>(p, row, g, moments, dots);
   }
@@ -460,7 +458,7 @@ MMK_INLINE void backward_row(const LayerMixBackward& args, int64_t r, Row row, c
   }
 }
 
-// The chunk's part of d_weights: what the rows gave, or what the sums for gain and shift imply.
+// The chunk's part of d_weights, from the sums over rows or from the sums for gain and shift.
 template <class T>
 MMK_INLINE void write_dots(const LayerMixBackward& args, int64_t chunk, const ChunkSums<T>& sums) {
   using A = acc_t<T>;

@@ -85,7 +85,7 @@ MMK_INLINE void gradient_chunk(const LayerProjectGradient& args, int64_t tap, in
       scaled[j] = dz * rstd;
     }
     if (args.pull == nullptr) continue;
-    // Where relu has cut a value off, its gradient is zero, so that the output stands for z everywhere else.
+    // For relu, value is the output: it equals z except where dz is 0.
     const A sum = sum_over<A>(
         outputs, [&](int64_t j) MMK_LAMBDA { return load(scaled + j) * (load(value + j) - load(bias + j)); },
         [&](int64_t j) MMK_LAMBDA { return scaled[j] * (value[j] - bias[j]); });

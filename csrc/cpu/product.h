@@ -1,5 +1,5 @@
-// Matrix products of a few rows with a matrix that stays in cache, for products with a small dimension, which
-// the general BLAS does not serve well. Tiles of kTileRows x kPanel sums in registers.
+// Matrix products of a few rows with a matrix that stays in cache, for products with one small dimension,
+// where a general BLAS is slow. Tiles of kTileRows x kPanel sums stay in registers.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +17,7 @@ constexpr int64_t panels(int64_t columns) {
   return (columns + kPanel<A> - 1) / kPanel<A>;
 }
 
-// A matrix B (depth, columns) in panels of kPanel columns, each dense by rows; zero beyond the last column.
+// A matrix B (depth, columns) in panels of kPanel columns, each dense by rows; zero past the last column.
 template <class A>
 struct Packed {
   const A* data;
@@ -32,8 +32,8 @@ constexpr int64_t packed_size(int64_t depth, int64_t columns) {
   return panels<A>(columns) * kPanel<A> * depth;
 }
 
-// Writes panels [begin, end) of B, whose element (k, n) is factor * source[k * depth_stride + n *
-// column_stride].
+// Writes panels [begin, end) of B, whose element (k, n) is
+// factor * source[k * depth_stride + n * column_stride].
 template <class A>
 MMK_INLINE void pack(const A* source, int64_t depth_stride, int64_t column_stride, A factor,
                      const Packed<A>& layout, A* packed, int64_t begin, int64_t end) {
@@ -55,10 +55,10 @@ struct Tile {
   vec_t<A> sums[kTileRows][2];
 };
 
-// sums[i] = sum_k a[i][k] * panel[k]. Rows beyond the last are given as repetitions of it.
+// sums[i] = sum_k a[i][k] * panel[k]. Callers repeat the last row to fill a tile.
 template <class A>
 MMK_INLINE void multiply(Tile<A>& tile, const A* const (&a)[kTileRows], const A* panel, int64_t depth) {
-  // Sums by name: as an array the compiler would keep them in memory.
+  // Named sums: the compiler would keep an array in memory.
   const A *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
   vec_t<A> s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {};
   vec_t<A> s30 = {}, s31 = {}, s40 = {}, s41 = {}, s50 = {}, s51 = {};
@@ -81,8 +81,8 @@ MMK_INLINE void multiply(Tile<A>& tile, const A* const (&a)[kTileRows], const A*
   tile = {{{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}, {s40, s41}, {s50, s51}}};
 }
 
-// A matrix (rows, columns) in strips of kTileRows columns, each dense by rows, so that its transpose can be
-// the left factor of a product.
+// The number of strips of a matrix (rows, columns): kTileRows columns each, dense by rows, so that its
+// transpose can be the left factor of a product.
 constexpr int64_t strips(int64_t columns) {
   return (columns + kTileRows - 1) / kTileRows;
 }
@@ -112,8 +112,8 @@ MMK_INLINE void multiply_strip(Tile<A>& tile, const A* strip, const A* panel, in
   tile = {{{s00, s01}, {s10, s11}, {s20, s21}, {s30, s31}, {s40, s41}, {s50, s51}}};
 }
 
-// out = rows [0, rows) of a, row_stride apart, times B. Each panel serves all rows before the next one is
-// read. out has rows and columns for whole tiles; those beyond the last row and column hold nothing of use.
+// out = rows [0, rows) of a, row_stride apart, times B. All rows use a panel before the next one is read. out
+// has room for whole tiles; its contents past the last row and column are undefined.
 template <class A>
 MMK_INLINE void product(const A* a, int64_t row_stride, int64_t rows, const Packed<A>& b, A* out,
                         int64_t out_stride) {

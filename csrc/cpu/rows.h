@@ -1,4 +1,4 @@
-// Work on one row: loops over its vectors and its tail, and its mean and variance.
+// Loops over the vectors and the tail of a row, and its mean and variance.
 #pragma once
 
 #include <cmath>
@@ -15,7 +15,7 @@ MMK_INLINE void sweep(int64_t width, Main&& main, Tail&& tail) {
   for (; j < width; ++j) tail(j);
 }
 
-// Into the second-level cache: a row of every layer would not fit into the first.
+// Prefetches into the L2 cache: one row of every layer would not fit into L1.
 template <class T>
 MMK_INLINE void prefetch(const T* p) {
   __builtin_prefetch(p, 0, 2);
@@ -27,8 +27,8 @@ struct Moments {
   A rstd;
 };
 
-// Sum of main(j) over vectors and tail(j) over the rest, in four chains, so that additions need not wait for
-// each other. each(j) is called once for four vectors.
+// Sum of main(j) over vectors and tail(j) over the rest. Four independent sums hide the latency of additions.
+// each(j) is called once for four vectors.
 template <class A, class Main, class Tail, class Each>
 MMK_INLINE A sum_over(int64_t width, Main&& main, Tail&& tail, Each&& each) {
   constexpr int64_t kStep = 4 * kLanes<A>;
@@ -52,10 +52,9 @@ MMK_INLINE A sum_over(int64_t width, Main&& main, Tail&& tail) {
   return sum_over<A>(width, main, tail, [](int64_t) MMK_LAMBDA {});
 }
 
-// Two passes over the row: the second one reads it from the L1 cache, and no cancellation occurs for a large
-// mean. Each fetches one half of `next`, the row that will be read after x: rows may lie far apart, where the
-// hardware prefetcher does not see the next one coming, and asking for it bit by bit keeps the memory busy
-// without a burst.
+// Two passes over the row, so that a large mean does not cancel; the second reads it from the L1 cache. Each
+// pass prefetches one half of `next`, the row read after x: the hardware prefetcher cannot follow rows that
+// lie far apart, and spreading the requests keeps the memory busy without a burst.
 template <class T>
 MMK_INLINE Moments<acc_t<T>> moments(const T* x, const T* next, int64_t width, double eps) {
   using A = acc_t<T>;

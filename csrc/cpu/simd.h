@@ -1,6 +1,6 @@
-// 32-byte vectors by the compiler's vector extension; wider ones it splits badly where they are not native.
-// Functions marked MMK_MULTIARCH are compiled once per instruction set (SSE2, AVX2 + FMA, AVX-512) and chosen
-// when the library is loaded; everything they use must be inlined into them.
+// 32-byte vectors through the compiler's vector extension, which splits wider ones badly where they are not
+// native. Functions marked MMK_MULTIARCH are compiled once per instruction set (SSE2, AVX2 + FMA, AVX-512);
+// the loader chooses one. Everything they call must be inlined into them.
 #pragma once
 
 #include <cstdint>
@@ -69,8 +69,7 @@ MMK_INLINE float convert(BFloat16 value) {
   return to_float(static_cast<uint32_t>(value.bits) << 16);
 }
 MMK_INLINE float convert(Half value) {
-  // Exponent and mantissa move up by 13 bits and the bias is mended by a product, which also serves subnormal
-  // numbers.
+  // Shift exponent and mantissa up by 13 bits; a product corrects the bias, also of subnormal numbers.
   const uint32_t sign = static_cast<uint32_t>(value.bits & 0x8000u) << 16;
   const uint32_t magnitude = value.bits & 0x7fffu;
   const float scaled = to_float(magnitude << 13) * 0x1p112f;
@@ -101,7 +100,7 @@ MMK_INLINE Half round_to<Half>(float value) {
   const uint32_t bits = to_bits(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;
-  // Subnormal results: adding 0.5 lets the hardware round at the place of the last half-precision bit.
+  // Subnormal results: adding 0.5 makes the hardware round at the last half-precision bit.
   const uint32_t subnormal = to_bits(to_float(magnitude) + 0.5f) - to_bits(0.5f);
   const uint32_t normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
   const uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;
@@ -157,7 +156,7 @@ MMK_INLINE void dispatch(DType dtype, Body&& body) {
   }
 }
 
-// The same for ops that run in float or double, with half-precision tensors widened before.
+// The same for ops that run in float or double; their half-precision tensors are widened before.
 template <class Body>
 MMK_INLINE auto dispatch_wide(DType dtype, Body&& body) {
   if (dtype == DType::kFloat64) return body(double{});

@@ -6,11 +6,10 @@ namespace {
 
 // ---- LayerNorm statistics from the fragments of the first product
 
-// Sums of x - x[0] and of its square, for the four rows of a lane: what a row's first element is away from
-// its mean costs as many bits as it is standard deviations away, never more than the width has.
+// Sums of x - x[0] and of its square, for the four rows of a lane, so that a large mean does not cancel. The
+// variance loses about log2(1 + ((mean - x[0]) / std)^2) bits, and never more than log2(width).
 //
-// Two of the warps of the same rows share the columns, whatever the tile, so that what comes out for a row
-// does not depend on how many others there are.
+// Always two warps share the columns of a row: its statistics are then the same for every tile size.
 inline constexpr int kMomentWarps = 2;
 
 struct ShiftedSums {
@@ -42,8 +41,8 @@ MMK_DEVICE void start_sums(ShiftedSums& sums, const typename Tile::T* first_chun
   }
 }
 
-// Mean and 1 / standard deviation of the tile's rows into `moments`, and for `rows` of them into `stats`.
-// `scratch` is the exchange. All threads must call it; it ends with a barrier.
+// Writes mean and 1 / standard deviation of all rows of the tile to `moments`, and of the first `rows` to
+// `stats`. `scratch` may be the exchange. All threads must call it; it ends with a barrier.
 template <class Tile>
 MMK_DEVICE void finish_moments(const ShiftedSums& sums, int64_t width, float eps, float2* scratch,
                                float2* moments, float2* stats, int rows) {
@@ -70,7 +69,7 @@ MMK_DEVICE void finish_moments(const ShiftedSums& sums, int64_t width, float eps
     const float inverse = 1.0f / static_cast<float>(width);
     const float offset = total.x * inverse;
     const float variance = total.y * inverse - offset * offset;
-    // Written so that NaN passes through.
+    // A comparison, not fmaxf, which would drop a NaN.
     const float2 result = {moments[row].x + offset, rsqrtf((variance < 0.0f ? 0.0f : variance) + eps)};
     moments[row] = result;
     if (stats != nullptr && row < rows) stats[row] = result;
@@ -118,7 +117,7 @@ MMK_DEVICE void forward_hidden(const AdapterForward& args, const float2* moments
           T* target = static_cast<T*>(args.hidden) + (first_row + row) * args.shape.bottleneck + column;
           *reinterpret_cast<uint32_t*>(target) = pack<T>(low, high);
         }
-        // Not what an infinity in x makes of the columns that are there for padding alone.
+        // Zero the padding columns: an Inf in x would turn them into NaN.
         finished[i][h] =
             inside ? pack<T>(activate(args.activation, low), activate(args.activation, high)) : 0;
       }
@@ -127,7 +126,7 @@ MMK_DEVICE void forward_hidden(const AdapterForward& args, const float2* moments
   finish_hidden<Tile>(sums, words, finish);
 }
 
-// A step of the second product: `column` is its first one.
+// One step of the second product, for the columns of the output from `column` on.
 template <class Tile>
 MMK_DEVICE void forward_step(const AdapterForward& args, Residual residual, int64_t first_row, int rows,
                              int64_t column, const typename Tile::HiddenFragments& hidden,
@@ -135,7 +134,7 @@ MMK_DEVICE void forward_step(const AdapterForward& args, Residual residual, int6
   using T = typename Tile::T;
   const int64_t width = args.shape.width;
   const float scale = static_cast<float>(args.scale);
-  // Started before the product, which hides some of their way.
+  // Issue the loads before the product, which hides part of their latency.
   float2 addend[2][Tile::kChunkBlocks][2] = {};
   for_each_pair<Tile>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
     const int64_t index = (first_row + row) * args.residual.row_stride + c;
@@ -152,7 +151,7 @@ MMK_DEVICE void forward_step(const AdapterForward& args, Residual residual, int6
   for_each_pair<Tile>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
     float2 bias = {0.0f, 0.0f};
     if (args.up_bias != nullptr) {
-      // The caller's own memory, aligned to a float only.
+      // up_bias is the caller's tensor, aligned to 4 bytes only: no float2.
       const float* pair = static_cast<const float*>(args.up_bias) + c;
       bias = {__ldg(pair), __ldg(pair + 1)};
     }
@@ -227,7 +226,7 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
   }
 }
 
-// ---- elementwise steps around library products, a thread to each vector
+// ---- elementwise steps around library products: one thread per vector
 
 inline constexpr int kElementThreads = 256;
 inline constexpr int kFinishWidth = 4;  // 16 bytes of the product
@@ -293,10 +292,10 @@ constexpr int64_t fixed_bytes(int64_t tile_rows, int64_t bottleneck) {
 static_assert(fixed_bytes(128, 128) == AdapterTile<__half, 128, 128>::kFixedBytes);
 static_assert(fixed_bytes(64, 256) == AdapterTile<__half, 64, 256>::kFixedBytes);
 
-// The plan of a tile in so much shared memory; it asks for more than that where it does not fit.
+// The plan for one tile size. Where it does not fit, its shared_bytes exceeds shared_limit.
 AdapterTiles tiles_of(const AdapterShape& shape, int64_t tile_rows, bool held, int64_t shared_limit) {
   constexpr int64_t kLeastSlots = 3;     // weights arrive two steps ahead, so rows must too
-  constexpr int64_t kRingColumns = 384;  // of rows that are not held, where there is room
+  constexpr int64_t kRingColumns = 384;  // of a ring that does not hold the tile, if they fit
   AdapterTiles tiles = {};
   tiles.tile_rows = tile_rows;
   tiles.bottleneck = max(ceil_div<int64_t>(shape.bottleneck, 64), int64_t{1}) * 64;
@@ -304,7 +303,7 @@ AdapterTiles tiles_of(const AdapterShape& shape, int64_t tile_rows, bool held, i
   tiles.chunks = max(ceil_div(shape.width, tiles.chunk_columns), kLeastSlots);
   tiles.held = held;
   const int64_t slot_bytes = 2 * tile_rows * tiles.chunk_columns;
-  // Without the rows, the result needs a place of its own.
+  // A held tile is overwritten by the result, which otherwise needs one more slot.
   const int64_t other_bytes = fixed_bytes(tile_rows, tiles.bottleneck) + (held ? 0 : slot_bytes);
   const int64_t most = (shared_limit - other_bytes) / slot_bytes;
   tiles.slots = held ? tiles.chunks : max(kLeastSlots, min(most, kRingColumns / tiles.chunk_columns));
@@ -348,8 +347,7 @@ cudaError_t launch_finish(const AdapterFinish& args, int64_t vectors_per_row, di
 
 AdapterTiles adapter_tiles(const AdapterShape& shape, bool hold, int64_t multiprocessors,
                            int64_t shared_limit) {
-  // Every multiprocessor gets its share of the rows, in whole fragments, and of few rows as many as a warp
-  // has.
+  // Rows are shared out evenly, in whole fragments; a block has at least the 32 rows of one warp.
   constexpr int64_t kFragmentRows = 16;
   constexpr int64_t kLeastRows = 32;
   const int64_t share = ceil_div(ceil_div(shape.rows, multiprocessors), kFragmentRows) * kFragmentRows;

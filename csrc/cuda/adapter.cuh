@@ -1,44 +1,11 @@
-// What the forward and the backward kernel of adapter share. Both are two products around an activation,
+// Shared by the forward and the backward kernel of adapter: two products around an activation,
 //   forward   out = residual + scale * (act(x Vc^T ...) U^T + c)
 //   backward  dx  = (g U * act' ...) Vc - pull * (x - mean) + g
-// and differ in what is streamed (x, or g), in which weight comes first, and in what is done in between.
 //
-// The plan, by bytes. At rows R, width D and bottleneck d = 64, x and out are 2 R D elements of device
-// memory, and the weights, 2 D d for each tile of rows, come from L2: with 128 rows to a tile as many as x
-// alone, with 64 twice that, which L2 cannot deliver in the time that the memory needs. So a tile has 128
-// rows wherever it can be held in shared memory (227 KB on sm_90: up to D = 768), else 64 rows (up to
-// D = 1,280 for d = 128; 163 KB on sm_80: D = 1,024), and where that does not fit either, 128 rows that are
-// not held: the second product's addend is then read again. With one block of 8 warps to a multiprocessor,
-// memory is kept busy by the ring: while the second product gives up the columns of a tile one chunk after
-// another, the same columns of the next tile are on their way into them. A block has one run of rows, so
-// that all blocks end together.
-//
-//   shared memory, D = 768, d = 64:  12 slots of 128 x 64 of x   196,608 bytes
-//                                    3 stages of 64 x 64 weights  24,576
-//                                    128 x 32 hidden values        8,192
-//                                    mean and 1 / deviation        1,024
-//
-// What that costs at R = 38,848, D = 768, d = 64 on an H200 (132 multiprocessors, 4.8 TB/s), worked out and
-// not measured. There are 128 blocks of 304 rows, in tiles of 128, 128 and 48 rows; in the last one half of
-// the warps have none, and idle.
-//
-//   device memory  2 R D elements = 119 MB, 64 FLOP to a byte         28 us at 90 % of peak
-//   L2             these and 75 MB of weights                         5.2 TB/s, if done in 37 us
-//   tensor cores   4 R D d = 7.6 GFLOP                                13 us at what mma.sync reaches
-//   shared memory  2.2 MB for a tile of 128 rows: copies in, both     24 us at 128 bytes a clock
-//                  factors of each product, the result in and out
-//
-// So 75 % of a copy's bandwidth, 37 us, leaves 9 us for what does not overlap: the first product of a tile,
-// during which no slot becomes free, the first tile's way in, and the last one's way out. Occupancy is one
-// block, 8 of 64 warps. Folding the weights is one launch in front, which overlaps the first loads from sm_90
-// on. The backward kernel moves 3 R D elements (g, x, dx; with no LayerNorm not x), 45 us, and the two
-// library products behind it 2 R D, 28 us; half of the bandwidth, counted on 5 R D elements, is 139 us.
-//
-// Where shared memory is short the ring shrinks, down to three slots: any plan fits 99 KB, that of sm_86.
-//
-// Warps are 4 x 2 over a tile of 128 rows, 2 x 4 over one of 64: each has 32 rows. The hidden values cross
-// between the warps of the same rows through shared memory, 32 columns at a time, and stay in registers as
-// the factor of the second product. All tiles in shared memory are swizzled rather than padded.
+// One block per multiprocessor takes a contiguous range of rows tile by tile. A ring in shared memory streams
+// chunks of the tile, three stages hold the weights, and hidden values stay in registers between the
+// products. Where shared memory holds the whole tile, the second product adds it without reading it again.
+// docs/design/adapter-cuda.md has the argument: bytes moved, tile sizes, estimated times.
 #pragma once
 
 #include "cuda/common/activation.cuh"
@@ -52,10 +19,11 @@
 namespace mmk::cuda {
 
 inline constexpr int kAdapterThreads = 256;
-inline constexpr int64_t kAdapterTallBottleneck = 128;  // with more, 128 rows do not fit the registers
-inline constexpr int kAdapterExchange = 32;             // hidden columns that cross between warps at a time
+inline constexpr int64_t kAdapterTallBottleneck =
+    128;                                     // tiles of 128 rows with more do not fit the registers
+inline constexpr int kAdapterExchange = 32;  // hidden columns that warps exchange at a time
 
-// Columns of a chunk: about as many multiplications between two barriers for every bottleneck.
+// Columns of a chunk. Wide bottlenecks get narrow chunks, which keeps the work between two barriers similar.
 constexpr int adapter_chunk_columns(int64_t tile_rows, int64_t bottleneck) {
   return tile_rows * bottleneck <= 128 * 64 ? 64 : 32;
 }
@@ -69,28 +37,27 @@ struct AdapterTile {
   static constexpr int kStages = 3;  // of weights
   static constexpr int kRowWarps = kRows / 32;
   static constexpr int kColumnWarps = kAdapterThreads / kWarpSize / kRowWarps;
-  // Of one warp: blocks of 8 columns of the hidden values, and of a chunk.
+  // Blocks of 8 columns per warp, of the hidden values and of a chunk.
   static constexpr int kHiddenBlocks = kBottleneck / 8 / kColumnWarps;
   static constexpr int kChunkBlocks = kChunk / 8 / kColumnWarps;
   static constexpr int kSlotElements = kRows * kChunk;
   static constexpr int kStageElements = kBottleneck * kChunk;
   static constexpr int kExchangeElements = kRows * kAdapterExchange;
-  // All but the slots.
+  // Shared memory without the slots.
   static constexpr int kFixedBytes =
       kRows * static_cast<int>(sizeof(float2)) + 2 * (kStages * kStageElements + kExchangeElements);
   static_assert(kBottleneck % 64 == 0 && kChunkBlocks >= 1, "whole blocks for every warp");
 
   using HiddenSums = float[2][kHiddenBlocks][4];
-  using HiddenWords = uint32_t[2][kHiddenBlocks][2];         // the same in T, two to a word
-  using HiddenFragments = uint32_t[2][kBottleneck / 16][4];  // of all columns
+  using HiddenWords = uint32_t[2][kHiddenBlocks][2];         // HiddenSums rounded to T, two per word
+  using HiddenFragments = uint32_t[2][kBottleneck / 16][4];  // hidden values of all columns
   using ChunkSums = float[2][kChunkBlocks][4];
 
   MMK_DEVICE static int row_warp() { return warp_index() / kColumnWarps; }
   MMK_DEVICE static int column_warp() { return warp_index() % kColumnWarps; }
-  // Place in the tile of this lane's element of fragment i, half h.
+  // Row of the tile that this lane holds in half h of fragment i.
   MMK_DEVICE static int row(int i, int h) { return row_warp() * 32 + i * 16 + h * 8 + lane_index() / 4; }
-  // Whether this warp has any of a tile's first `rows` rows: in the last tile of a block half of them may
-  // not.
+  // Whether this warp has any of the tile's first `rows` rows: a block's last tile may leave warps idle.
   MMK_DEVICE static bool live(int rows) { return row_warp() * 32 < rows; }
   MMK_DEVICE static int hidden_column(int block) {
     return (column_warp() * kHiddenBlocks + block) * 8 + lane_index() % 4 * 2;
@@ -98,7 +65,8 @@ struct AdapterTile {
   MMK_DEVICE static int chunk_block(int j) { return column_warp() * kChunkBlocks + j; }
 };
 
-// Index of 8 elements in a tile of kVectors times 8 columns. Eight rows at one column lie in different banks.
+// Index of a vector of 8 elements in a tile of 8 * kVectors columns. The swizzle puts the same vector of
+// eight neighbouring rows into different banks.
 template <int kVectors>
 MMK_DEVICE int swizzled(int row, int vector) {
   constexpr int kMask = (kVectors < 8 ? kVectors : 8) - 1;
@@ -120,8 +88,8 @@ MMK_DEVICE float2 unpack(uint32_t word) {
 
 // ---- the stream of chunks and weights through shared memory
 
-// The steps of a block: for each tile the chunks of the first product, then, where there is one, those of the
-// second. Weights arrive kStages - 1 steps ahead, chunks of rows as early as there are free slots.
+// The steps of a block: for each tile the chunks of the first product, then those of the second, if `second`.
+// Weights are fetched kStages - 1 steps ahead, chunks of rows as soon as a slot is free.
 template <class Tile, bool kBackward>
 class AdapterStream {
  public:
@@ -145,7 +113,7 @@ class AdapterStream {
         free_slots_(slot_count_),
         chunks_left_(static_cast<int>(tiles.tiles_per_block) * chunks_),
         weights_left_(static_cast<int>(tiles.tiles_per_block) * steps_) {
-    // The weights are what the kernel before this one folds; rows need not wait for it.
+    // The previous kernel writes the folded weights; rows need not wait for it.
     fetch_rows();
     grid_dependency_wait();
     fetch_weights();
@@ -154,7 +122,7 @@ class AdapterStream {
     for (int i = 1; i < Tile::kStages - 1; ++i) fetch();
   }
 
-  // Rows of a tile: the first one, and how many there are (none in a tile behind the end).
+  // The first row of a tile and its number of rows, 0 for a tile past the end.
   MMK_DEVICE int64_t first_row(int tile) const { return begin_ + static_cast<int64_t>(tile) * Tile::kRows; }
   MMK_DEVICE int rows(int tile) const {
     const int64_t left = end_ - first_row(tile);
@@ -162,7 +130,8 @@ class AdapterStream {
   }
   MMK_DEVICE bool held() const { return held_; }
 
-  // Waits for what the next step needs, ends the last one for all warps, and starts copies for later ones.
+  // Moves all warps to the next step: waits for its data, frees the slot of the step before, starts copies
+  // for later steps. It contains a barrier.
   MMK_DEVICE void next() {
     cp_async_wait_group<Tile::kStages - 2>();
     __syncthreads();
@@ -177,16 +146,17 @@ class AdapterStream {
     fetch();
   }
 
-  // [kRows][kChunk] of the current step of the first product.
+  // The chunk [kRows][kChunk] of the current step of the first product.
   MMK_DEVICE const T* chunk() const { return slots_ + read_slot_ * Tile::kSlotElements; }
-  // Where the current step of the second product finds its chunk, if held, and leaves its result.
+  // The slot where the current step of the second product leaves its result. If held, it has the chunk of the
+  // input in the same columns.
   MMK_DEVICE T* place() const {
     return slots_ + (held_ ? step_ - chunks_ : slot_count_) * Tile::kSlotElements;
   }
   MMK_DEVICE const T* weights() const { return stage(stage_); }
 
  private:
-  static constexpr int kBurst = 3;  // chunks started in a step
+  static constexpr int kBurst = 3;  // the most chunks fetched in one step
 
   MMK_DEVICE static int wrapped(int value, int count) { return value == count ? 0 : value; }
 
@@ -230,14 +200,14 @@ class AdapterStream {
     }
   }
 
-  // kTileRows x kColumns from (row, column) on; zero from end_row and end_column on.
+  // Copies kTileRows x kColumns from (row, column) on; zero from end_row and end_column on.
   template <int kTileRows, int kColumns>
   MMK_DEVICE static void copy(T* tile, const T* data, int64_t stride, int64_t row, int64_t end_row,
                               int64_t column, int64_t end_column) {
     constexpr int kVectors = kColumns / 8;
     const int thread = static_cast<int>(threadIdx.x);
     if constexpr (kAdapterThreads % kVectors == 0) {
-      // The rows of a thread are swizzled alike, so that places and sources are constant steps apart.
+      // All rows of a thread have the same swizzle, so that targets and sources have constant strides.
       constexpr int kStep = kAdapterThreads / kVectors;
       static_assert(kStep % 8 == 0 && kTileRows % kStep == 0, "whole periods of the swizzle");
       row += thread / kVectors;
@@ -252,7 +222,7 @@ class AdapterStream {
       }
     } else {
       constexpr int kCount = kTileRows * kVectors;
-      static_assert(kCount % kAdapterThreads == 0, "as many vectors for every thread");
+      static_assert(kCount % kAdapterThreads == 0, "the same number of vectors for every thread");
 #pragma unroll
       for (int index = thread; index < kCount; index += kAdapterThreads) {
         const int r = index / kVectors;
@@ -279,10 +249,10 @@ class AdapterStream {
   int free_slots_, chunks_left_, weights_left_;
 };
 
-// The parts of shared memory in front of the stream's.
+// The shared memory before that of the stream.
 template <class Tile>
 struct AdapterShared {
-  float2* rows;                // [kRows] what an epilogue needs of each row
+  float2* rows;                // [kRows] two numbers per row: (mean, rstd) or (mean, pull)
   typename Tile::T* exchange;  // [kRows][kAdapterExchange]
   MMK_DEVICE explicit AdapterShared(unsigned char* buffer)
       : rows(reinterpret_cast<float2*>(buffer)),
@@ -291,8 +261,8 @@ struct AdapterShared {
 
 // ---- products
 
-// The place `vector` times 8 columns to the right of one whose own vector is 0 or 1: swizzling is an
-// exclusive or, so that a lane's place in a tile is worked out once, and the way from there is a constant.
+// The address `vector` vectors to the right of `place`, whose vector is 0 or 1. The swizzle is an exclusive
+// or, so a lane computes its place once and reaches the others by constants.
 template <int kVectors, class T>
 MMK_DEVICE const T* moved(const T* place, int vector) {
   constexpr int kLine = kVectors < 8 ? kVectors : 8;
@@ -300,15 +270,14 @@ MMK_DEVICE const T* moved(const T* place, int vector) {
   return reinterpret_cast<const T*>(address) + vector / kLine * kLine * 8;
 }
 
-// This lane's place for fragments of 16 rows and 16 columns of a tile of kVectors times 8 columns.
+// This lane's address for ldmatrix of 16 x 16 fragments from `row` on, in a tile of 8 * kVectors columns.
 template <int kVectors, class T>
 MMK_DEVICE const T* rows_place(const T* tile, int row) {
   return tile + swizzled<kVectors>(row + lane_index() % 16, lane_index() / 16);
 }
 
-// The second factor's fragments of 16 inner times 8 columns, kCount at a time, from block `column` of 8
-// columns on. The tile is [columns][inner], or where kTransposed [inner][columns], of kVectors times 8 to a
-// row.
+// Loads kCount fragments (16 inner x 8 columns) of the right factor, from block `column` of 8 columns on. The
+// tile is [columns][inner], or [inner][columns] if kTransposed; its rows have 8 * kVectors elements.
 template <bool kTransposed, int kVectors, int kCount, class T>
 class ColumnFragments {
  public:
@@ -347,7 +316,7 @@ class ColumnFragments {
   const T* places_[kTransposed ? kPairs : 1];
 };
 
-// Adds the product of a chunk of rows with a stage of weights; body(i, inner, a) sees the fragments of rows.
+// sums += chunk of rows times stage of weights; calls body(i, inner, a) for each fragment a of the rows.
 template <class Tile, bool kTransposed, class Body>
 MMK_DEVICE void first_product(typename Tile::HiddenSums& sums, const typename Tile::T* chunk,
                               const typename Tile::T* weights, Body&& body) {
@@ -394,9 +363,9 @@ MMK_DEVICE void second_product(typename Tile::ChunkSums& sums, const typename Ti
 
 // ---- between the products
 
-// Turns sums into words, body(block, rows 0 to 15, rows 16 to 31, words) for each block of 8 columns; it
-// finds in words what was there before. The loop is not unrolled, so that the activations' code exists once:
-// the arrays move past index 0 instead.
+// Calls body(block, sums of rows 0 to 15, sums of rows 16 to 31, words) for each block of 8 columns, to
+// replace the old words by new ones. Not unrolled, so that the code of the activations exists once: the loop
+// shifts the arrays by one block instead of indexing them, which keeps them in registers.
 template <class Tile, class Body>
 MMK_DEVICE void finish_hidden(typename Tile::HiddenSums& sums, typename Tile::HiddenWords& words,
                               Body&& body) {
@@ -420,8 +389,8 @@ MMK_DEVICE void finish_hidden(typename Tile::HiddenSums& sums, typename Tile::Hi
   }
 }
 
-// Gives every warp the hidden values of its rows in all columns. Ends with a barrier; before it, no thread
-// may still use the exchange.
+// Gives every warp the hidden values of its rows in all columns. Needs a barrier after the last use of the
+// exchange, and ends with one.
 template <class Tile>
 MMK_DEVICE void exchange_hidden(typename Tile::T* exchange, const typename Tile::HiddenWords& words,
                                 typename Tile::HiddenFragments& fragments) {
@@ -456,9 +425,9 @@ MMK_DEVICE void exchange_hidden(typename Tile::T* exchange, const typename Tile:
   }
 }
 
-// ---- the result of a step of the second product
+// ---- writing the result of a step of the second product
 
-// body(i, j, h, row of the tile, column of the matrix) for each pair of elements of this lane that exists.
+// Calls body(i, j, h, row of the tile, column of the matrix) for this lane's pairs inside the matrix.
 template <class Tile, class Body>
 MMK_DEVICE void for_each_pair(int rows, int64_t column, int64_t width, Body&& body) {
 #pragma unroll
@@ -475,14 +444,14 @@ MMK_DEVICE void for_each_pair(int rows, int64_t column, int64_t width, Body&& bo
   }
 }
 
-// The pair of this lane in a chunk in shared memory.
+// This lane's pair of elements in a chunk in shared memory.
 template <class Tile>
 MMK_DEVICE uint32_t& chunk_pair(typename Tile::T* chunk, int i, int j, int h) {
   auto* vector = chunk + swizzled<Tile::kChunk / 8>(Tile::row(i, h), Tile::chunk_block(j));
   return reinterpret_cast<uint32_t*>(vector)[lane_index() % 4];
 }
 
-// Writes this warp's part of a chunk, whole vectors, from shared to device memory.
+// Writes this warp's part of a chunk from shared to device memory, in coalesced 16-byte stores.
 template <class Tile>
 MMK_DEVICE void write_chunk(typename Tile::T* out, const typename Tile::T* chunk, int64_t first_row, int rows,
                             int64_t column, int64_t width) {
@@ -502,7 +471,7 @@ MMK_DEVICE void write_chunk(typename Tile::T* out, const typename Tile::T* chunk
 
 // ---- launching
 
-// Calls body(AdapterTile) with the tile of a plan.
+// Calls body(AdapterTile) with the tile type of a plan.
 template <class T, class Body>
 cudaError_t dispatch_adapter_tile(const AdapterTiles& tiles, Body&& body) {
   const bool tall = tiles.tile_rows == 128;

@@ -4,13 +4,13 @@
 namespace mmk::cuda {
 namespace {
 
-// ---- sums of g over the rows of a chunk, as a product with ones
+// ---- column sums of a chunk of g, as a product with ones
 
 template <class Tile>
 MMK_DEVICE void sum_columns(const typename Tile::T* chunk, float* partial, int64_t column, int64_t width) {
   using T = typename Tile::T;
   constexpr int kVectors = Tile::kChunk / 8;
-  constexpr int kParts = kAdapterThreads / kWarpSize / kVectors;  // of the rows, a warp to each
+  constexpr int kParts = kAdapterThreads / kWarpSize / kVectors;  // of the rows, one warp each
   constexpr int kPartRows = Tile::kRows / kParts;
   static_assert(kPartRows % 32 == 0, "whole fragments");
   const int block = warp_index() % kVectors;
@@ -27,15 +27,14 @@ MMK_DEVICE void sum_columns(const typename Tile::T* chunk, float* partial, int64
     mma_m16n8k16<T>(sums, ones, first);
     mma_m16n8k16<T>(sums, ones, second);
   }
-  const int64_t c = column + block * 8 + lane_index() * 2;  // of the first four lanes
+  const int64_t c = column + block * 8 + lane_index() * 2;  // the first four lanes hold the sums
   if (lane_index() >= 4 || c >= width) return;
   *reinterpret_cast<float2*>(partial + part * width + c) = {sums[0], sums[1]};
 }
 
 // ---- from the first product to the gradients at z
 
-// A row's pull is summed over quarters of the hidden columns, whatever the tile, so that it does not depend
-// on how many rows there are.
+// Always sum a row's pull over four parts of the hidden columns: it is then the same for every tile size.
 inline constexpr int kPullParts = 4;
 
 template <class Tile>
@@ -44,7 +43,7 @@ struct GradientScratch {
   array_t<float, kPullParts, Tile::kRows> pull;
 };
 
-// The saved z of the lane's places; zero beyond the rows and columns.
+// Loads this lane's elements of the saved z; zero beyond the last row and column.
 template <class Tile>
 MMK_DEVICE void load_hidden(const AdapterBackward& args, int64_t first_row, int rows,
                             typename Tile::HiddenWords& words) {
@@ -67,7 +66,8 @@ MMK_DEVICE void load_hidden(const AdapterBackward& args, int64_t first_row, int 
   }
 }
 
-// words: in z, out s. Writes s and scale * act(z), and leaves sums over rows and columns in scratch.
+// Turns z in `words` into s. Writes s and scale * act(z) to device memory, and to scratch the sums of dz over
+// rows and of pull over columns.
 template <class Tile>
 MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, int rows,
                                 typename Tile::HiddenSums& sums, typename Tile::HiddenWords& words,
@@ -112,7 +112,7 @@ MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, 
         const float pulled = low * (z.x - bias.x) + high * (z.y - bias.y);
 #pragma unroll
         for (int part = 0; part < kParts; ++part) {
-          // Not a branch, of which the compiler would make an array in memory.
+          // A select instead of a branch, which would move the array to local memory.
           pull[part][i][h] += block / (Tile::kHiddenBlocks / kParts) == part ? pulled : 0.0f;
         }
         finished[i][h] = pack<T>(low * rstd[i][h], high * rstd[i][h]);
@@ -152,8 +152,8 @@ MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, 
   }
 }
 
-// Adds up what the warps have left in scratch: the bias gradient's part of this tile, and mean and pull of
-// each row. All threads must call it; it begins and ends with a barrier.
+// Adds the warps' sums in scratch: writes the tile's part of the bias gradient, and (mean, pull) of each row
+// to row_values. All threads must call it; it begins and ends with a barrier.
 template <class Tile>
 MMK_DEVICE void finish_sums(const AdapterBackward& args, const GradientScratch<Tile>& scratch, int64_t tile,
                             int64_t first_row, int rows, float2* row_values) {
@@ -178,7 +178,7 @@ MMK_DEVICE void finish_sums(const AdapterBackward& args, const GradientScratch<T
 
 // ---- the second product
 
-// A step of it: `column` is its first one.
+// One step, for the columns of dx from `column` on.
 template <class Tile>
 MMK_DEVICE void gradient_step(const AdapterBackward& args, bool held, const float2* row_values,
                               int64_t first_row, int rows, int64_t column,
@@ -187,7 +187,7 @@ MMK_DEVICE void gradient_step(const AdapterBackward& args, bool held, const floa
   using T = typename Tile::T;
   const int64_t width = args.shape.width;
   const bool norm = args.stats != nullptr;
-  // Started before the product, which hides some of their way.
+  // Issue the loads before the product, which hides part of their latency.
   uint32_t x[2][Tile::kChunkBlocks][2] = {};
   uint32_t grad[2][Tile::kChunkBlocks][2] = {};
   for_each_pair<Tile>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
@@ -271,7 +271,7 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
 
 inline constexpr int kSumThreads = 256;
 
-// A block to kSumThreads columns of a chunk of rows.
+// One block sums kSumThreads columns over a chunk of rows.
 template <class T>
 __global__ void __launch_bounds__(kSumThreads)
     column_sums(const __grid_constant__ AdapterColumnSums args, int64_t blocks_across) {
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kSumThreads)
   const int64_t column = static_cast<int64_t>(blockIdx.x) % blocks_across * kSumThreads + threadIdx.x;
   if (column >= args.shape.width) return;
   const int64_t end = min((chunk + 1) * kAdapterSumRows, args.shape.rows);
-  constexpr int kSums = 4;  // side by side: loads overlap, and each sum is of fewer rows
+  constexpr int kSums = 4;  // independent sums: their loads overlap, and each has fewer terms
   float sums[kSums] = {};
   for (int64_t first = chunk * kAdapterSumRows; first < end; first += kSums) {
 #pragma unroll
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(kSumThreads)
       (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// A block to 32 columns.
+// One block per 32 columns.
 __global__ void __launch_bounds__(kSumThreads) up_bias(const __grid_constant__ AdapterUpBias args) {
   constexpr int kWarps = kSumThreads / kWarpSize;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane_index();

@@ -6,11 +6,11 @@
 namespace mmk::cuda {
 namespace {
 
-// Few enough registers that a block of the kernel behind it fits beside it.
+// Small blocks leave registers for a block of the next kernel, which can then start early.
 inline constexpr int kFoldThreads = 128;
 inline constexpr int kFoldWidth = 4;
 
-// One row of V: Vc, b' and s.
+// Folds one row of V: writes its row of Vc, its b' and its folded_sum.
 template <class T, bool kAligned>
 MMK_DEVICE void fold_row(const AdapterFold& args, int64_t index) {
   constexpr int kStep = kFoldThreads * kFoldWidth;
@@ -19,7 +19,7 @@ MMK_DEVICE void fold_row(const AdapterFold& args, int64_t index) {
   const float* weight = static_cast<const float*>(args.parameters.down_weight) + index * width;
   const float* gain = static_cast<const float*>(args.parameters.norm_weight);
   const float* shift = static_cast<const float*>(args.parameters.norm_bias);
-  float sums[2] = {};  // of V gamma and V beta
+  float sums[2] = {};  // over the row, of V gamma and V beta
   for (int64_t column = first; gain != nullptr && column < width; column += kStep) {
     const auto v = load_columns<kAligned, kFoldWidth>(weight, column, width);
     const auto factor = load_columns<kAligned, kFoldWidth>(gain, column, width);
@@ -36,7 +36,8 @@ MMK_DEVICE void fold_row(const AdapterFold& args, int64_t index) {
     const float* bias = static_cast<const float*>(args.parameters.down_bias);
     static_cast<float*>(args.folded_bias)[index] = (bias == nullptr ? 0.0f : bias[index]) + sums[1];
   }
-  if (args.folded_weight == nullptr && args.folded_sum == nullptr) return;  // either is null where empty
+  // Nothing left to write; with width 0 folded_weight is null, and folded_sum still has to be written.
+  if (args.folded_weight == nullptr && args.folded_sum == nullptr) return;
   const float mean = gain == nullptr ? 0.0f : sums[0] / static_cast<float>(width);
   float total = 0.0f;
   for (int64_t column = first; column < width; column += kStep) {
@@ -58,7 +59,7 @@ MMK_DEVICE void fold_row(const AdapterFold& args, int64_t index) {
   if (threadIdx.x == 0) static_cast<float*>(args.folded_sum)[index] = total;
 }
 
-// A block to each row of V, and behind them one to each piece of U.
+// One block per row of V; the blocks after them convert one piece of U each.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kFoldThreads) fold_weights(const __grid_constant__ AdapterFold args) {
   grid_dependency_launch();

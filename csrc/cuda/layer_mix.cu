@@ -4,9 +4,9 @@
 namespace mmk::cuda {
 namespace {
 
-// ---- forward without norm: a thread to each vector of the output
+// ---- forward without norm: one thread per vector of the output
 
-// Adds `count` layers from `first` on; their loads are issued before the first one is used.
+// Adds kCount layers from `first` on; all loads are issued before the first is used, to hide their latency.
 template <class T, bool kAligned, int kCount>
 MMK_DEVICE void add_layers(Vec<float, kVectorWidth<T>>& sum, const LayerMixParams& p, int first,
                            const MixRow& row, int64_t column) {
@@ -31,8 +31,7 @@ MMK_DEVICE void add_layers(Vec<float, kVectorWidth<T>>& sum, const LayerMixParam
   }
 }
 
-// Three blocks to a multiprocessor let the compiler keep the eight loads together; with more it spreads them
-// out.
+// With three blocks per multiprocessor the compiler keeps the eight loads together; with more it does not.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kPlainThreads, 3)
     mix_plain(const __grid_constant__ LayerMixForward args, int64_t vectors_per_row) {
@@ -61,9 +60,9 @@ __global__ void __launch_bounds__(kPlainThreads, 3)
   store_columns<kAligned>(out, column, p.width, from_accumulator<T>(sum));
 }
 
-// ---- forward with norm: a warp or a block to each row, which stays in registers
+// ---- forward with norm: one warp or block per row, which stays in registers
 
-// sum_l weights[l] * norm_bias[l]: the same for every row, where the weighted sum starts from.
+// sum_l weights[l] * norm_bias[l], the same for every row: the initial value of the weighted sum.
 __global__ void __launch_bounds__(kPlainThreads) mix_bias(const __grid_constant__ LayerMixForward args) {
   const LayerMixParams& p = args.mix;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kPlainThreads + threadIdx.x;
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(kPlainThreads) mix_bias(const __grid_constant_
   static_cast<float*>(args.mixed_bias)[column] = sum;
 }
 
-// sum += scale * gain * x, gain left out where null.
+// sum += scale * gain * x; a null gain is 1.
 template <class Shape>
 MMK_DEVICE void add_scaled(typename Shape::Part& sum, const typename Shape::Part& x, float scale,
                            const float* gain, int width) {
@@ -140,7 +139,7 @@ __global__ void __launch_bounds__(kRowBlockThreads, 3)
   }
 }
 
-// ---- forward with norm, rows too wide for the registers: three passes, the later ones from the L2 cache
+// ---- forward with norm, rows too wide for the registers: three passes, the later ones hit the L2 cache
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kWideThreads) mix_norm_wide(const __grid_constant__ LayerMixForward args) {

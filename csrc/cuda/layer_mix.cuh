@@ -1,4 +1,4 @@
-// What the forward and the backward kernels of layer_mix share.
+// Shared by the forward and the backward kernels of layer_mix.
 #pragma once
 
 #include "cuda/common/dispatch.cuh"
@@ -9,7 +9,7 @@
 
 namespace mmk::cuda {
 
-inline constexpr int kPlainThreads = 256;  // blocks of the kernels with a thread to each vector
+inline constexpr int kPlainThreads = 256;  // of a block of the kernels with one thread per vector
 
 struct MixRow {
   int64_t batch;
@@ -17,7 +17,7 @@ struct MixRow {
   bool valid;
 };
 
-// The comparison clamps lengths: negative ones leave no frame, too large ones all.
+// Clamps lengths: with a negative one no frame is valid, with too large a one all are.
 MMK_DEVICE bool is_valid(const LayerMixParams& p, int64_t batch, int64_t frame) {
   return p.lengths == nullptr || frame < p.lengths[batch];
 }

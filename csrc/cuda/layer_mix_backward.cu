@@ -13,7 +13,7 @@ MMK_DEVICE const T* grad_row(const LayerMixBackward& args, int64_t batch, int64_
 constexpr int kSumThreads = 128;
 constexpr int kSumWarps = kSumThreads / kWarpSize;
 
-// Position of a warp in the rows of its chunk, without a division for each.
+// Position of a warp in the rows of its chunk; advancing needs no division.
 struct RowCursor {
   int64_t row;
   int64_t batch;
@@ -32,12 +32,12 @@ struct RowCursor {
   }
 };
 
-// Shared memory of sum_rows: two stages of a vector for each layer of a group and for grad, and of a group's
-// moments.
+// Shared memory of sum_rows: two stages, each with a vector per thread of every layer of a group and of grad,
+// and with the group's moments per warp.
 constexpr int kSumBytes = 2 * ((kLayerMixGroup + 1) * kSumThreads * 16 +
                                kSumWarps * kLayerMixGroup * static_cast<int>(sizeof(float2)));
 
-// What a thread sums over rows, for its columns: grad * normalised layer (grad * layer without norm), and
+// A thread's sums over rows, for its columns: of grad * normalised layer (grad * layer without norm), and of
 // grad.
 template <int kWidth>
 struct ColumnSums {
@@ -45,9 +45,8 @@ struct ColumnSums {
   Vec<float, kWidth> shift;
 };
 
-// The layers and columns of a block, and the shared memory through which rows reach its threads: one row of a
-// warp is in flight while another is added. A thread reads back what it copied itself, and moments that lanes
-// of its warp copied.
+// The layers and columns of a block, and the shared memory that prefetches its rows: a warp adds one row
+// while the next is in flight. A thread reads its own copies, and moments that its warp copied.
 template <class T, bool kAligned, bool kNorm>
 struct RowTiles {
   static constexpr int kWidth = kVectorWidth<T>;
@@ -77,7 +76,7 @@ struct RowTiles {
     }
   }
 
-  // Starts the copies of the next row with frames, if there is one before `end`.
+  // Starts the copies of the next valid row before `end`; false if there is none.
   MMK_DEVICE bool fetch(int stage, RowCursor& at, int64_t end) const {
     const LayerMixParams& p = args.mix;
     while (at.row < end && !is_valid(p, at.batch, at.frame)) at.advance(kSumWarps, p.frames);
@@ -117,7 +116,7 @@ struct RowTiles {
   }
 };
 
-// What the columns of a thread give to d_weights[layer].
+// The contribution of a thread's columns to d_weights[layer].
 template <bool kAligned, int kWidth>
 MMK_DEVICE float dot_columns(const LayerMixParams& p, int layer, const Vec<float, kWidth>& scale,
                              const Vec<float, kWidth>& shift, int64_t column) {
@@ -137,7 +136,7 @@ MMK_DEVICE float dot_columns(const LayerMixParams& p, int layer, const Vec<float
   return dot;
 }
 
-// Writes the sums of the block's warps, added in order. All threads must call it.
+// Adds the sums of the block's warps in order and writes the total. All threads must call it.
 template <int kWidth>
 MMK_DEVICE void store_column_sums(float* partial, const Vec<float, kWidth>& value, int64_t first_column,
                                   int64_t width) {
@@ -179,7 +178,7 @@ __global__ void __launch_bounds__(kSumThreads, 4)
   bool more = tiles.fetch(0, at, end);
   for (int stage = 0; more; stage ^= 1) {
     cp_async_wait_all();
-    __syncwarp();  // also: all lanes are done with the other stage
+    __syncwarp();  // for the moments, and so that no lane still reads the other stage
     more = tiles.fetch(stage ^ 1, at, end);
     tiles.add(stage, sums);
   }
@@ -222,7 +221,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   if (threadIdx.x == 0) static_cast<float*>(args.d_weights)[blockIdx.x] = static_cast<float>(sum);
 }
 
-// The sum over the partials of the column that a lane points at.
+// Sums a column over the partials; each lane has its own column.
 MMK_DEVICE double sum_partials(const float* column, int64_t partials, int64_t stride, bool inside) {
   constexpr int kWarps = kReduceThreads / kWarpSize;
   MMK_SHARED(double, sums, kWarps, kWarpSize);
@@ -255,7 +254,7 @@ __global__ void __launch_bounds__(kReduceThreads)
   static_cast<float*>(args.d_norm_bias)[index] = static_cast<float>(weight * d_bias);
 }
 
-// ---- gradients of the layers without norm: weights[l] * grad, a thread to each vector; no layer is read
+// ---- gradients of the layers without norm: weights[l] * grad, one thread per vector; no layer is read
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kPlainThreads)
@@ -283,9 +282,9 @@ __global__ void __launch_bounds__(kPlainThreads)
   }
 }
 
-// ---- gradients of the layers with norm: a warp or a block to each row, whose grad stays in registers
+// ---- gradients of the layers with norm: one warp or block per row, whose grad stays in registers
 
-// d_layer = weight * rstd * (g - mean(g) - xhat * mean(g xhat)), g = grad * gain, as
+// d_layer = weight * rstd * (g - mean(g) - xhat * mean(g xhat)), g = grad * gain, written as
 // scale * (g - offset - slope * (x - mean)).
 struct GradientForm {
   float scale;
@@ -311,8 +310,8 @@ MMK_DEVICE float dot_parameter(const typename Shape::Part& part, const float* pa
   return sum[0];
 }
 
-// Writes the gradient of one layer's row (null: not wanted); x is spent. Returns what the row gives to
-// d_weights, less the part of the bias.
+// Writes the gradient of one row of a layer, unless d_layer is null, and overwrites x. Returns the row's
+// contribution to d_weights, without that of the bias.
 template <class Shape>
 MMK_DEVICE float layer_gradient(typename Shape::Element* d_layer, typename Shape::Part& x,
                                 const typename Shape::Part& grad, float2 moments, float weight,
@@ -363,7 +362,7 @@ MMK_DEVICE void zero_gradients(const LayerMixBackward& args, int64_t row) {
   }
 }
 
-// One row: all gradients that are wanted, and with need_dots the sums for d_weights, added to dots.
+// Computes the needed gradients of one row and, with need_dots, adds its contributions to d_weights to dots.
 template <class Shape>
 MMK_DEVICE void row_gradients(const LayerMixBackward& args, int64_t index, const MixRow& row, bool need_dots,
                               RowRing<Shape>& ring, float* dots) {
@@ -431,7 +430,7 @@ __global__ void __launch_bounds__(kRowBlockThreads, Shape::kElements > 32 ? 2 : 
   }
 }
 
-// ---- the same for rows too wide for the registers: rows are read twice, the second time from the L2 cache
+// ---- gradients with norm of rows too wide for the registers: read twice, the second time from the L2 cache
 
 template <class T, bool kAligned>
 struct WideGradient {
@@ -459,7 +458,7 @@ struct WideGradient {
     return value;
   }
 
-  // The sums over the row of g (x - mean), of g, and of grad * bias.
+  // Sums g (x - mean), g, and grad * bias over the row.
   MMK_DEVICE void sum(float (&sums)[3]) const {
     for_each_vector<kWideThreads, kAligned>(x, width, [&](int64_t column, const Columns& value) {
       const Columns scaled = scaled_grad(column);

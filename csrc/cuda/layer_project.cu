@@ -8,7 +8,7 @@
 namespace mmk::cuda {
 namespace {
 
-// ---- folding the LayerNorm into the weight: a warp to each row of it
+// ---- folding the LayerNorm into the weight: one warp per row of the weight
 
 constexpr int kFoldWidth = 4;
 
@@ -24,8 +24,7 @@ MMK_DEVICE float dot_row(const float* a, const float* b, int64_t size) {
   return warp_sum(sum);
 }
 
-// folded = weight * gain - mean(weight * gain), or weight where gain is null; returns the sum of what was
-// written.
+// folded = weight * gain - mean(weight * gain), or weight if gain is null. Returns the sum after rounding.
 template <class T, bool kAligned>
 MMK_DEVICE float fold_row(T* folded, const float* weight, const float* gain, int64_t size) {
   const float mean =
@@ -141,8 +140,8 @@ __global__ void __launch_bounds__(kProjectThreads)
   finish_columns<T, kAligned>(args, index, index % args.shape.taps, column, value);
 }
 
-// The product on the tensor cores, one tile of one tap to a block, and the rest while the tile is in shared
-// memory.
+// The product on the tensor cores, one tile of one tap per block. Statistics, bias and activation are applied
+// while the tile is in shared memory.
 template <class T, int kRows, int kColumns>
 __global__ void __launch_bounds__(TileProduct<T, kRows, kColumns>::kThreads, 2)
     project(const __grid_constant__ LayerProjectProduct args,

@@ -1,4 +1,4 @@
-// What the forward and the backward kernels of layer_project share.
+// Shared by the forward and the backward kernels of layer_project.
 #pragma once
 
 #include "cuda/common/launch.cuh"
@@ -28,7 +28,7 @@ bool rows_aligned(const LayerProjectInput& x, int64_t inputs) {
          x.tap_stride % kVectorWidth<T> == 0;
 }
 
-// The grid of kernels with a thread to each vector of (rows, width); false where no GPU takes it.
+// The grid of kernels with one thread per vector of (rows, width); false if no GPU accepts it.
 template <class T>
 bool vector_grid(int64_t rows, int64_t width, int64_t* vectors_per_row, dim3* grid) {
   *vectors_per_row = ceil_div<int64_t>(width, kVectorWidth<T>);

@@ -5,7 +5,7 @@
 namespace mmk::cuda {
 namespace {
 
-// ---- gradient at z, scaled for the products; its sums over rows (for the bias) and over outputs (for x)
+// ---- gradient at z, scaled for the products, and its sums over rows (for the bias) and outputs (for x)
 
 // A block's rows: one chunk of one tap.
 struct ChunkRows {
@@ -17,8 +17,8 @@ struct ChunkRows {
   MMK_DEVICE int64_t index(int row) const { return (begin + row) * taps + tap; }
 };
 
-// The block's columns [column, column + kWidth) of all its rows: writes g, returns the sums of dz, adds the
-// rows' pull.
+// Takes columns [column, column + kWidth) of all rows of the block: writes g, returns the sums of dz, and
+// adds to each row's pull.
 template <class T, bool kAligned>
 MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const LayerProjectGradient& args,
                                                         const ChunkRows& rows, int64_t column, float* pulls) {
@@ -45,8 +45,7 @@ MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const LayerProjectGradie
       const float dz = scale * grad[i] * activation_slope(args.activation, value[i]);
       sums[i] += dz;
       scaled[i] = dz * rstd;
-      // Where relu has cut a value off, its gradient is zero, so that the output stands for z everywhere
-      // else.
+      // For relu, value is the output: it equals z except where dz is 0.
       pull += scaled[i] * (value[i] - bias[i]);
     }
     if (args.scaled_grad != nullptr) {
@@ -73,7 +72,7 @@ __global__ void __launch_bounds__(kProjectThreads)
                           static_cast<int64_t>(blockIdx.x) % shape.taps, shape.taps};
   MMK_SHARED(float, pulls, kLayerProjectChunk);
   MMK_SHARED(float, columns, kProjectWarps, kColumns);
-  // The first lane of a warp owns the entries of the warp's rows.
+  // Lane 0 of a warp alone reads and writes the pulls of the warp's rows.
   for (int row = warp_index(); lane_index() == 0 && row < rows.count; row += kProjectWarps) pulls[row] = 0.0f;
 
   float* partial = static_cast<float*>(args.partial_bias) + (chunk * shape.taps + rows.tap) * shape.outputs;
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kProjectThreads)
   }
 }
 
-// ---- gradient of x: dx -= pull * (x - mean), a thread to each vector
+// ---- gradient of x: dx -= pull * (x - mean), one thread per vector
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kProjectThreads)
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(kProjectThreads)
 
 // ---- from the folded weight's gradient to those of the parameters
 
-// A warp to each row of the weight: its bias gradient, and the mean of its row of dVc.
+// One warp per row of the weight: its bias gradient, and the mean of its row of dVc.
 __global__ void __launch_bounds__(kProjectThreads)
     unfold_rows(const __grid_constant__ LayerProjectUnfold args) {
   const int64_t rows = args.shape.taps * args.shape.outputs;
@@ -146,7 +145,7 @@ __global__ void __launch_bounds__(kProjectThreads)
   }
 }
 
-// A block to 32 columns of a tap: dW in place, and the sums over outputs.
+// One block per 32 columns of a tap: turns dVc into dW in place, and sums over outputs.
 __global__ void __launch_bounds__(kProjectThreads)
     unfold_columns(const __grid_constant__ LayerProjectUnfold args, int64_t blocks_per_tap) {
   const LayerProjectShape& shape = args.shape;

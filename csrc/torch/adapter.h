@@ -1,4 +1,4 @@
-// The part of adapter's glue that its CPU and CUDA kernels share: checks and views. The schema is in
+// Checks and views that the CPU and the CUDA glue of adapter share. The schema is in
 // mmkernels/ops/adapter/schema.py.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace mmk::glue {
 
-// (rows, width) with a dense last dimension: the tensor itself, or one copy of it.
+// A tensor (rows, width) with a dense last dimension: the tensor itself, or a copy.
 inline Tensor dense_rows(const Tensor& tensor) {
   return tensor.stride(1) == 1 || tensor.size(1) <= 1 ? tensor : torch::stable::contiguous(tensor);
 }
@@ -20,8 +20,8 @@ inline AdapterRows rows_of(const OptionalTensor& tensor) {
   return tensor.has_value() ? rows_of(*tensor) : AdapterRows{nullptr, 0};
 }
 
-// Tensors that a call reads, kept alive for its duration. Parameters are contiguous and of the accumulation
-// type of x. The backward pass has no up_bias.
+// The inputs of a call, kept alive for its duration. Parameters are contiguous and have the accumulation type
+// of x. The backward pass has no up_bias.
 struct AdapterInputs {
   Tensor x, down_weight, up_weight;
   OptionalTensor down_bias, up_bias, norm_weight, norm_bias;
@@ -55,7 +55,7 @@ struct AdapterInputs {
             data_or_null(up_bias),        data_or_null(norm_weight), data_or_null(norm_bias)};
   }
 
-  // What the result is added to: x, another tensor of x's type or of the accumulation type, or nothing.
+  // The tensor that the adapter adds to: x, another tensor of x's type or of the accumulation type, or none.
   OptionalTensor residual(const OptionalTensor& given, bool add_input) const {
     STD_TORCH_CHECK(!add_input || !given.has_value(), "residual: expected None where x is the residual");
     if (add_input) return x;

@@ -5,7 +5,7 @@
 namespace mmk::glue {
 namespace {
 
-// A thread is worth its start for about 32,000 elements.
+// Starting a thread pays off from about 32,000 elements on.
 int64_t grain(int64_t width) {
   return 1 + 32768 / (width + 1);
 }
@@ -19,7 +19,7 @@ OptionalTensor widened(const OptionalTensor& tensor, ScalarType wide) {
   return widened(*tensor, wide);
 }
 
-// The tensors of a call in the type that the kernels run in: half precision is widened.
+// The tensors of a call in the type that the kernels compute in: half precision is widened.
 struct Wide {
   ScalarType type;
   DType dtype;
@@ -31,8 +31,8 @@ struct Wide {
         x(widened(inputs.x, type)) {}
 };
 
-// factor times a matrix (depth, columns), whose element (k, n) is source[k * depth_stride + n *
-// column_stride], laid out for the products.
+// Packs factor times a matrix (depth, columns), whose element (k, n) is
+// source[k * depth_stride + n * column_stride].
 Tensor packed(const Wide& wide, const Tensor& source, int64_t depth, int64_t columns, int64_t depth_stride,
               int64_t column_stride, double factor = 1.0) {
   const Tensor result = new_empty(wide.x, {cpu::adapter_packed_size(wide.dtype, depth, columns)}, wide.type);
@@ -125,7 +125,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     return new_empty(wide.x, sizes, wide.type);
   };
 
-  // The gain's gradient comes out of the product's, so the product is needed for either.
+  // The gradients of weight and gain both follow from that of the folded weight.
   const bool need_product = need_down || need_norm;
   const int64_t runs = cpu::adapter_runs(rows);
   const Tensor dx = empty({need_x ? rows : 0, width});

@@ -6,7 +6,7 @@
 namespace mmk::glue {
 namespace {
 
-// Vc, b' and s of the down-projection, and U, the weights of x's type.
+// The down-projection with the LayerNorm folded in (Vc, b', folded_sum), and U; both weights have x's type.
 struct Folded {
   Tensor down, bias, sum, up;
 };
@@ -30,7 +30,7 @@ Folded folded(const AdapterInputs& inputs, CudaStream stream) {
   return result;
 }
 
-// out = a b of matrices, into the type of out
+// out = a b of matrices, in the type of out
 void product(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::unsqueeze;
   const Tensor batch = unsqueeze(out, 0);
@@ -52,7 +52,7 @@ struct Result {
   Tensor out, hidden, stats;
 };
 
-// Library products and a kernel behind each: float32, and what the fused kernel does not take.
+// Library products with a kernel after each, for float32 and problems that the fused kernel rejects.
 void forward_by_products(const AdapterInputs& inputs, const Folded& weights, const OptionalTensor& residual,
                          double scale, double eps, Activation activation, const Result& result,
                          CudaStream stream) {
@@ -148,7 +148,7 @@ struct BackwardCall {
   CudaStream stream;
 };
 
-// What the row-wise part of the backward pass leaves; empty where not asked for.
+// Results of the row-wise part of the backward pass; empty if not needed.
 struct RowGradients {
   Tensor dx, activated, scaled_grad, partial_bias, partial_up_bias;
   int64_t bias_chunks, up_bias_chunks;
@@ -308,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const AdapterInputs inputs(given_x, down_weight, down_bias, up_weight, std::nullopt, norm_weight,
                              norm_bias);
   STD_TORCH_CHECK(inputs.norm() || !need_norm, "need_norm: expected False without norm_weight");
-  // The gain's gradient comes out of the down-projection's.
+  // The gradient of the gain follows from that of the folded down-projection.
   const BackwardCall call = {inputs,
                              inputs.grad(given_grad),
                              inputs.hidden(given_hidden),
@@ -320,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                              need_down || need_norm,
                              need_up,
                              scope.stream()};
-  // Means and deviations are read in pairs.
+  // The kernels read (mean, rstd) as float2.
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data_or_null(call.stats)) % 8 == 0,
                   "stats: expected 8-byte alignment");
   const bool fuses =

@@ -1,4 +1,4 @@
-// Products from torch's own BLAS. Factors may be strided views, which cost no copies.
+// Products from torch's BLAS. Factors may be strided views; they are not copied.
 #pragma once
 
 #include <array>
@@ -15,8 +15,7 @@ inline void bmm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The same into a float32 `out`, without rounding the sums of half-precision factors in between. torch has it
-// for CUDA only.
+// The same with a float32 `out`: sums of half-precision factors are not rounded. torch has it for CUDA only.
 inline void bmm_float_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   if (a.scalar_type() == ScalarType::Float) return bmm_out(out, a, b);

@@ -1,6 +1,6 @@
-// What the glue of the CUDA kernels needs beside glue.h: the current stream, the device guard, the check of a
-// launch, and where the kernels are registered. For the host SIMT runtime (MMK_SIMT, csrc/simt/README.md)
-// "device" memory is the CPU's, and the ops are in a namespace of their own, beside those of the CPU kernels.
+// For the glue of the CUDA kernels: the current stream, the device guard, the check of a launch, and the
+// registration of the ops. With the host SIMT runtime (MMK_SIMT, tests/simt/README.md) the tensors are on the
+// CPU, and the ops are mmkernels_simt::..., so that they do not replace those of the CPU kernels.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,14 +15,13 @@
 #define MMK_CUDA_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(mmkernels, CUDA, m)
 #endif
 
-// Declared by torch only where it is built for CUDA. Weak, so that the library loads into CPU-only builds
-// too; there it is null.
+// Only CUDA builds of torch have it. Weak, so that CPU-only builds load the library too; there it is null.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device,
                                                                                    void** stream);
 
 namespace mmk::glue {
 
-// Makes the device of `tensor` current for its lifetime, and gives torch's current stream on it.
+// Makes the device of `tensor` current during its lifetime; stream() is torch's current stream there.
 #ifdef MMK_SIMT
 class CudaScope {
  public:
@@ -48,7 +47,7 @@ class CudaScope {
 };
 #endif
 
-// `status` is what a launcher of mmk::cuda returned.
+// Throws unless `status`, from a launcher of mmk::cuda, is cudaSuccess.
 inline void check_launch(int status, const char* kernel) {
   STD_TORCH_CHECK(status == cudaSuccess, kernel,
                   ": CUDA launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(status)));

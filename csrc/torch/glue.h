@@ -1,4 +1,4 @@
-// What the glue of every op needs from the libtorch stable ABI: dtypes, checks, allocation, optional tensors.
+// Helpers for the glue of every op, on the libtorch stable ABI: dtypes, checks, allocation, optional tensors.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -35,13 +35,13 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
   }
 }
 
-// Type of weights, statistics and sums that go with elements of this type.
+// The type of weights, statistics and sums for elements of `dtype`.
 inline ScalarType accumulate_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Contiguous, on the device of `like`. Through the C shim, which allocates without the dispatcher:
-// torch::stable::new_empty takes longer than a small kernel.
+// A contiguous tensor on the device of `like`. The C shim allocates without the dispatcher, unlike
+// torch::stable::new_empty, which takes longer than a small kernel.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   constexpr size_t kMostDimensions = 4;
   const size_t dimensions = sizes.size();
@@ -85,8 +85,7 @@ inline Tensor checked(const Tensor& tensor, std::initializer_list<int64_t> sizes
   check_shape(tensor, sizes, name);
   check_same_device(tensor, like, name);
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": unexpected dtype");
-  // A copy or not, torch::stable::contiguous goes through the dispatcher, which costs as much as a small
-  // kernel.
+  // torch::stable::contiguous always goes through the dispatcher, which costs as much as a small kernel.
   return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
 }
 

@@ -1,5 +1,5 @@
-// The part of layer_mix's glue that its CPU and CUDA kernels share: checks, strides, outputs. The schema is
-// in mmkernels/ops/layer_mix/schema.py.
+// Checks, strides and outputs that the CPU and the CUDA glue of layer_mix share. The schema is in
+// mmkernels/ops/layer_mix/schema.py.
 #pragma once
 
 #include <tuple>
@@ -10,7 +10,7 @@
 
 namespace mmk::glue {
 
-// Tensors that a call reads, kept alive for its duration, and the parameters that point into them.
+// The inputs of a call, kept alive for its duration, and the kernel parameters that point into them.
 struct LayerMixInputs {
   std::vector<Tensor> layers;
   Tensor weights;
@@ -48,7 +48,7 @@ struct LayerMixInputs {
   }
 
  private:
-  // Runs once a layer, and each question to a tensor is a call: sizes and strides are asked for as a whole.
+  // Runs once per layer, and every query of a tensor is a call: it queries all sizes and all strides at once.
   void add_layer(const Tensor& layer, const Tensor& first, size_t l) {
     if (l > 0) {
       STD_TORCH_CHECK(layer.sizes() == first.sizes(), "layers: expected one shape for all");
@@ -81,10 +81,10 @@ inline LayerMixForward layer_mix_forward_args(const LayerMixInputs& inputs, Laye
           outputs.stats.numel() == 0 ? nullptr : outputs.stats.mutable_data_ptr()};
 }
 
-// Gradients and the partial sums behind them; what is not asked for has no elements.
+// Gradients and their partial sums; those not needed have no elements.
 struct LayerMixGradients {
   Tensor grad, stats, d_weights, d_norm_weight, d_norm_bias, partial_dot, partial_scale, partial_shift;
-  // Each of its own memory: freed one by one, and small enough to be taken from memory that was freed before.
+  // Separate allocations: each can be freed alone, and is small enough to reuse freed memory.
   std::vector<Tensor> d_layers;
   LayerMixBackward args;
 

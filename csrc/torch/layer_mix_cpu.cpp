@@ -11,7 +11,7 @@ std::tuple<Tensor, Tensor> forward(const std::vector<Tensor>& layers, const Tens
   const LayerMixForward args = layer_mix_forward_args(inputs, outputs);
   const LayerMixParams& p = inputs.params;
   if (p.width > 0) {
-    // A thread is worth its start for about 32,000 elements.
+    // Starting a thread pays off from about 32,000 elements on.
     const int64_t grain = 1 + 32768 / (p.layers * p.width);
     torch::stable::parallel_for(0, p.batch * p.frames, grain, [&](int64_t begin, int64_t end) {
       cpu::layer_mix_forward(args, begin, end);

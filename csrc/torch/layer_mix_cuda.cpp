@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
       p.dtype, p.batch * p.frames, p.width, p.layers, norm, need_weights, need_affine, !wanted.empty());
   const LayerMixGradients gradients(inputs, grad, stats, need_weights, need_affine, wanted, plan.dot_partials,
                                     plan.affine_partials);
-  // Means and deviations are read in pairs.
+  // The kernels read (mean, rstd) as float2.
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(gradients.args.stats) % 8 == 0,
                   "stats: expected 8-byte alignment");
   check_launch(cuda::layer_mix_backward(gradients.args, scope.stream()), "layer_mix_bwd");

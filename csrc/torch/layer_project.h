@@ -1,4 +1,4 @@
-// The part of layer_project's glue that its CPU and CUDA kernels share: checks and views. The schema is in
+// Checks and views that the CPU and the CUDA glue of layer_project share. The schema is in
 // mmkernels/ops/layer_project/schema.py.
 #pragma once
 
@@ -9,7 +9,7 @@
 
 namespace mmk::glue {
 
-// Tensors that a call reads, kept alive for its duration. Parameters are of the accumulation type of x.
+// The inputs of a call, kept alive for its duration. Parameters have the accumulation type of x.
 struct LayerProjectInputs {
   Tensor x, weight;
   OptionalTensor bias, norm_weight, norm_bias;

@@ -10,13 +10,12 @@ Tensor widened(const Tensor& tensor, ScalarType wide) {
   return tensor.scalar_type() == wide ? tensor : torch::stable::to(tensor, wide);
 }
 
-// A thread is worth its start for about 32,000 elements.
+// Starting a thread pays off from about 32,000 elements on.
 int64_t grain(int64_t width) {
   return 1 + 32768 / (width + 1);
 }
 
-// The folded parameters, if they are needed, and the dtype that the kernels and products run in: half
-// precision is widened.
+// The folded parameters, if needed, and the type to compute in: half precision is widened.
 struct Folded {
   ScalarType type;
   DType dtype;
@@ -46,16 +45,15 @@ Folded fold(const LayerProjectInputs& inputs, bool needed) {
   return folded;
 }
 
-// Rows that are worked on at once, so that they are still in cache for what follows their product.
+// Rows processed together, so that their product is still in cache for the next step.
 constexpr int64_t kBlock = 1024;
 
-// Taps that are worked on at once: a batch of products keeps all threads busy better than one product after
-// the other.
+// Taps processed together: a batch of products keeps all threads busy, single products do not.
 int64_t tap_group() {
   return std::max<int64_t>(1, torch::stable::get_num_threads());
 }
 
-// Matrices (taps, rows, width) of some taps and rows of a tensor (N, L, width).
+// A view (taps, rows, width) of some taps and rows of a tensor (N, L, width).
 Tensor matrices(Tensor tensor, int64_t tap, int64_t taps, int64_t start, int64_t rows) {
   Tensor of_taps = torch::stable::narrow(tensor, 1, tap, taps);
   return torch::stable::transpose(torch::stable::narrow(of_taps, 0, start, rows), 0, 1);
@@ -69,7 +67,7 @@ Tensor transposed(const Tensor& tensor) {
   return torch::stable::transpose(tensor, 1, 2);
 }
 
-// Room for the product of one block of one group of taps, dense as the batched product wants it.
+// Dense memory for the batched product of one block of rows and one group of taps.
 class Scratch {
  public:
   Scratch(const Tensor& like, int64_t width) : like_(like), width_(width) {}
@@ -100,7 +98,7 @@ void for_each_block(int64_t rows, Body&& body) {
   for (int64_t start = 0; start < rows; start += kBlock) body(start, std::min(kBlock, rows - start));
 }
 
-// Calls body(tap, its matrix in a dense tensor (taps, rows, width)) for each tap of a group.
+// Calls body(tap, data of its matrix) for each tap of a group; `dense` is (taps, rows, width).
 template <class Body>
 void for_each_matrix(const Tensor& dense, int64_t first_tap, Body&& body) {
   for (int64_t i = 0; i < dense.size(0); ++i) {
@@ -165,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   OptionalTensor stats;
   if (inputs.norm()) stats = checked(given_stats, {rows, taps, 2}, folded.type, given_x, "stats");
 
-  // The gain's gradient comes out of the product's, so the product is needed for either.
+  // The gradients of weight and gain both follow from that of the folded weight.
   const bool need_product = need_weight || (need_norm && inputs.norm());
   const bool pull_rows = need_x && inputs.norm();
   const int64_t chunks = layer_project_chunks(rows);

@@ -6,11 +6,11 @@ namespace mmk::glue {
 namespace {
 
 void check_pairs(const void* stats) {
-  // Means and deviations are read in pairs.
+  // The kernels read (mean, rstd) as float2.
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(stats) % 8 == 0, "stats: expected 8-byte alignment");
 }
 
-// Vc of x's type, b' and s.
+// The folded parameters: Vc in x's type, b' and folded_sum.
 struct Folded {
   Tensor weight, bias, sum;
 };
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   if (inputs.norm()) stats = checked(given_stats, {rows, taps, 2}, ScalarType::Float, x, "stats");
   check_pairs(data_or_null(stats));
 
-  // The gain's gradient comes out of the product's, so the product is needed for either.
+  // The gradients of weight and gain both follow from that of the folded weight.
   const bool need_product = need_weight || (need_norm && inputs.norm());
   const bool need_pull = need_x && inputs.norm();
   const int64_t chunks = layer_project_chunks(rows);

@@ -1,4 +1,4 @@
-"""Builds CUDA kernel files for the host SIMT runtime with g++, and loads them (csrc/simt/README.md)."""
+"""Builds CUDA kernel files for the host SIMT runtime with g++, and loads them (tests/simt/README.md)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
-RUNTIME = sorted((ROOT / "csrc" / "simt").glob("*.cpp"))
+RUNTIME = sorted((ROOT / "tests" / "simt").glob("*.cpp"))
+HEADERS = ("csrc/cuda", "csrc/include", "csrc/torch", "tests/gpu/driver", "tests/simt")
 ORDERS = (0, 1, 2, 3)
 """Thread orders that a test runs: by index, reversed, and two shuffles."""
 
@@ -34,10 +35,10 @@ SANITIZE_FLAGS = [
     "-fno-sanitize-recover=undefined",
     "-fno-omit-frame-pointer",
 ]
-# The calls that g++ inserts for ThreadSanitizer go to the runtime's own race detector.
+# The runtime's race detector defines the functions that g++ calls for ThreadSanitizer.
 RACE_DEFINE = "-DMMK_SIMT_RACES"
 RACE_FLAGS = ["-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
-# As CMake compiles the glue.
+# The flags with which CMake compiles the glue.
 TORCH = Path(torch.__file__).parent
 TORCH_FLAGS = [
     *("-fvisibility=hidden", "-DTORCH_TARGET_VERSION=0x020b000000000000"),
@@ -53,10 +54,10 @@ class SimtFault(RuntimeError):
 
 @functools.cache
 def cuda_include() -> Path | None:
-    """The folder of the CUDA headers: nvcc's, or the copy that Triton brings; None where there is neither."""
+    """The folder of the CUDA headers: nvcc's, or Triton's copy, or None."""
     folders: list[Path] = []
     if nvcc := shutil.which("nvcc"):
-        # A dry run names the folder even where nvcc on PATH is a script that calls the real one.
+        # A dry run names the folder even if nvcc on PATH is a script that calls the real one.
         command = [nvcc, "--dryrun", "-c", "-x", "cu", os.devnull]
         listing = subprocess.run(command, capture_output=True, text=True).stderr.splitlines()
         folders += [Path(line.split("TOP=")[1]).resolve() / "include" for line in listing if "TOP=" in line]
@@ -77,7 +78,7 @@ def missing_tools() -> str | None:
 @functools.cache
 def _headers_digest(folders: tuple[str, ...]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(path for folder in folders for path in (ROOT / "csrc" / folder).rglob("*.*h")):
+    for path in sorted(path for folder in folders for path in (ROOT / folder).rglob("*.*h")):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
@@ -90,7 +91,7 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def _run(command: Sequence[str | Path], target: Path) -> Path:
-    """Runs a compiler that writes `target`, atomically: two processes may build the same file at once."""
+    """Runs a compiler; writes `target` atomically, since two processes may build the same file at once."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         scratch = Path(folder) / target.name
@@ -106,15 +107,15 @@ def _object(source: Path, flags: Sequence[str]) -> Path:
     include = cuda_include()
     if include is None:
         raise RuntimeError(missing_tools())
-    headers = _headers_digest(("simt",) if source in RUNTIME else ("simt", "cuda", "include", "torch"))
+    headers = _headers_digest(("tests/simt",) if source in RUNTIME else HEADERS)
     if _is_glue(source):
         flags = [*flags, *TORCH_FLAGS]
     digest = _digest(source.name, *flags, str(include), headers, source.read_bytes())
     target = BUILD / f"{source.stem}-{digest}.o"
     if target.exists():
         return target
-    folders = ["-I", "csrc", "-I", "csrc/include", "-isystem", str(include)]
-    # A relative path, so that faults name the file the same on every machine.
+    folders = ["-I", "csrc", "-I", "csrc/include", "-I", "tests", "-isystem", str(include)]
+    # A relative path, so that faults name the same file on every machine.
     return _run(["g++", *flags, *folders, "-c", "-x", "c++", source.relative_to(ROOT)], target)
 
 
@@ -128,7 +129,7 @@ def build(
 ) -> Path:
     """Compiles `sources` (relative to the repository) with the runtime into one file under build/simt.
 
-    Nothing is compiled again before its content, or that of a header, changes. The file is a shared library
+    A file is compiled again only after it or a header has changed. The file is a shared library
     for `load`, or with `sanitize` a program for `run_program`, with ASan and UBSan; then one of the sources
     has `main`. With `races`, races between threads are faults. Glue (csrc/torch) is
     compiled and linked with torch. `defines` are preprocessor definitions such as "WIDTH=4".
@@ -136,7 +137,7 @@ def build(
     flags = [*CXX_FLAGS, *(SANITIZE_FLAGS if sanitize else []), *(f"-D{define}" for define in defines)]
     flags += [RACE_DEFINE] if races else []
     paths = [*(ROOT / source for source in sources), *RUNTIME]
-    # Accesses of the glue and of the runtime are not a kernel's.
+    # Watch the accesses of kernels only, not those of glue and runtime.
     watched = {path for path in paths if races and path not in RUNTIME and not _is_glue(path)}
     work = [(path, [*flags, *(RACE_FLAGS if path in watched else [])]) for path in paths]
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:
@@ -144,7 +145,7 @@ def build(
     target = BUILD / f"{name}-{_digest(*(file.name for file in objects))}{'' if sanitize else '.so'}"
     if target.exists():
         return target
-    # -Bsymbolic: each library has its own runtime, whatever else the process has loaded.
+    # -Bsymbolic: each library calls its own copy of the runtime.
     link = SANITIZE_FLAGS if sanitize else ["-shared", "-Wl,-Bsymbolic"]
     libraries = TORCH_LINK_FLAGS if any(map(_is_glue, paths)) else []
     return _run(["g++", *link, *objects, *libraries], target)
@@ -158,7 +159,7 @@ def compile_for_gpus(source: Path) -> Path:
     """Compiles a kernel file with nvcc for sm_80 and sm_90, warnings as errors, once per content."""
     targets = [flag for sm in (80, 90) for flag in ("-gencode", f"arch=compute_{sm},code=sm_{sm}")]
     flags = ["-std=c++20", "-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra", *targets]
-    digest = _digest(*flags, _headers_digest(("cuda", "include")), source.read_bytes())
+    digest = _digest(*flags, _headers_digest(("csrc/cuda", "csrc/include")), source.read_bytes())
     target = BUILD / f"{source.stem}-gpus-{digest}.o"
     if target.exists():
         return target
@@ -183,7 +184,7 @@ class Library:
         return message.decode()
 
     def check(self, status: int) -> None:
-        """Raises SimtFault if a launch failed, also where the launcher lost the status."""
+        """Raises SimtFault if a launch failed, even if the launcher dropped the status."""
         message = self.last_error()
         self.functions.mmk_simt_clear_error()
         if status != 0 or message:
@@ -214,7 +215,7 @@ def load(path: Path) -> Library:
 
 
 def run_program(path: Path, *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """Runs a program of `build(..., sanitize=True)`; status nonzero where a sanitizer finds something."""
+    """Runs a program of `build(..., sanitize=True)`; the status is nonzero if a sanitizer finds a fault."""
     command = [str(path), *arguments]
     environment = {**os.environ, **SANITIZE_ENVIRONMENT}
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
@@ -224,7 +225,7 @@ GUARD_BYTES = 256
 
 
 class Guarded:
-    """An array between guard bytes. Its bytes start as 0xFF (NaN): what a kernel leaves unwritten shows."""
+    """An array between guard bytes. Its bytes start as 0xFF (NaN), which shows elements left unwritten."""
 
     def __init__(self, shape: int | tuple[int, ...], dtype: npt.DTypeLike) -> None:
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
@@ -252,7 +253,7 @@ class Guarded:
 
 
 def same_in_all_orders(compute: Callable[[int], np.ndarray], orders: Sequence[int] = ORDERS) -> np.ndarray:
-    """Returns compute(order), after checking that its bytes are the same for all: races make them differ."""
+    """Returns compute(order), after checking that all orders give the same bytes: races make them differ."""
     results = [compute(order) for order in orders]
     for order, result in zip(orders[1:], results[1:], strict=True):
         if result.tobytes() != results[0].tobytes():

@@ -16,7 +16,7 @@ HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 class GuardedTensors:
-    """Allocates tensors between guard bytes: NaN until written, and `check` finds writes beside them."""
+    """Allocates tensors between guard bytes: NaN until written; `check` finds writes past their ends."""
 
     def __init__(self) -> None:
         self._guards: list[Guarded] = []
@@ -29,7 +29,7 @@ class GuardedTensors:
         return torch.from_numpy(guard.array).view(dtype).reshape(tuple(shape))
 
     def of(self, values: Tensor, offset: int = 0) -> Tensor:
-        """A copy whose first element lies `offset` elements behind a 256-byte boundary."""
+        """A copy whose first element is `offset` elements past a 256-byte boundary."""
         flat = self.empty((values.numel() + offset,), values.dtype)[offset:]
         return flat.reshape(values.shape).copy_(values)
 

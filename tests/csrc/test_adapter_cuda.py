@@ -34,20 +34,20 @@ SOURCES = [
     "csrc/cuda/adapter_fold.cu",
     "csrc/cuda/layer_project.cu",
     "csrc/cuda/layer_project_backward.cu",
-    "tests/csrc/simt/adapter_shim.cpp",
-    "tests/csrc/simt/layer_project_shim.cpp",
+    "tests/csrc/adapter_shim.cpp",
+    "tests/csrc/layer_project_shim.cpp",
 ]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
 CHUNK = 256  # rows of a partial sum around library products
 #: Most shared memory of a block.
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
-MULTIPROCESSORS = 3  # so that blocks have several tiles
+MULTIPROCESSORS = 3  # few, so that blocks have several tiles
 
 
 @dataclass
 class Problem:
-    """Inputs of one call: rows of x and of the gradient `gap` elements apart, `offset` elements behind an
+    """Inputs of one call: rows of x and of the gradient `gap` elements apart, `offset` elements past an
     aligned address. residual: "none", "x", "same" (of x's dtype), or "float". shared: bytes of a block."""
 
     dtype: torch.dtype
@@ -78,7 +78,7 @@ class Problem:
         self.down = self.memory.of(random(bottleneck, width) / max(width, 1) ** 0.5)
         self.up = self.memory.of(random(width, bottleneck) / max(bottleneck, 1) ** 0.5)
         self.down_bias = self.memory.of(random(bottleneck)) if self.bias else None
-        # Aligned to a float alone.
+        # Aligned to 4 bytes only.
         self.up_bias = self.memory.of(random(width), 1) if self.bias else None
         self.gain = self.memory.of(1 + 0.1 * random(width)) if self.norm else None
         self.shift = self.memory.of(random(width)) if self.norm and self.bias else None
@@ -101,7 +101,7 @@ class Problem:
         return self.memory.of(values)
 
     def product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-        """What the library computes of a @ b."""
+        """a @ b as the library computes it."""
         return self.of((a.double() @ b.double()).to(dtype))
 
     @property
@@ -183,7 +183,7 @@ def rows_of(tensor: Tensor | None) -> tuple[ctypes.c_void_p, int]:
 
 
 def library_sizes(problem: Problem) -> np.ndarray:
-    """Sizes of the steps that layer_project lends: one tap."""
+    """Sizes for the steps of layer_project: one tap."""
     dtype, rows, width, bottleneck, activation = problem.sizes
     return integers(dtype, rows, 1, width, bottleneck, activation)
 
@@ -262,7 +262,7 @@ def check_forward(kernels: simt_build.Library, problem: Problem, *, fused: bool 
     exact, _ = problem.reference(torch.float64)
     eager, _ = problem.reference(problem.dtype)
     assert found.out.dtype == eager.dtype
-    # The hidden values are rounded to the type of x, wherever the result may be wider.
+    # Hidden values are rounded to the type of x, even if the result is wider.
     assert_close_to_reference(found.out, exact, eager, problem.dtype)
     if problem.norm and problem.x.numel() > 0:
         x = problem.x.double()
@@ -293,8 +293,8 @@ def test_folded_weights(
     assert torch.equal(found.up, problem.up.to(dtype))
 
 
-# Whole tiles and ragged ones in every dimension, every padded bottleneck, few rows and several tiles a block,
-# a last tile with idle warps, and widths that are not held.
+# Whole and partial tiles in every dimension, every padded bottleneck, few rows and several tiles per block, a
+# last tile with idle warps, and widths that are not held.
 FUSED_SHAPES = [
     (1, 8, 8),
     (64, 192, 64),
@@ -316,7 +316,7 @@ def test_fused_forward(kernels: simt_build.Library, dtype: torch.dtype, shape: t
     check_forward(kernels, Problem(dtype, shape), fused=True)
 
 
-# The widest rows, and plans that only smaller GPUs need: rings of few slots, of every tile.
+# The widest rows, and the plans of smaller GPUs: rings of few slots, for every tile size.
 NARROW_SHAPES = [(300, 768, 64), (70, 520, 128), (300, 520, 128), (40, 200, 192), (40, 200, 256)]
 
 
@@ -365,7 +365,7 @@ def test_activations(
 ) -> None:
     problem = Problem(dtype, shape, activation, norm=False)
     check_forward(kernels, problem)
-    # Not relu in half precision: rounding moves values across its step.
+    # Not relu in half precision: rounding may change the sign of z.
     if activation != "relu" or dtype == torch.float32:
         check_backward(kernels, problem)
 
@@ -452,7 +452,7 @@ ALL = frozenset({"x", "down", "up", "norm"})
 
 @dataclass(frozen=True)
 class Rows:
-    """What the row-wise part of the backward pass leaves; None where not asked for."""
+    """Results of the row-wise part of the backward pass; None if not needed."""
 
     dx: Tensor | None
     activated: Tensor | None
@@ -471,7 +471,7 @@ def backward(
     order: int = 2,
     fused: bool | None = None,
 ) -> dict[str, Tensor]:
-    """Gradients by name; `fused` is what is expected."""
+    """Gradients by name; with `fused`, checks whether the fused kernels run."""
     saved = forward(kernels, problem)
     takes = bool(need - {"up"}) and fuses(kernels, problem, problem.grad, problem.x, saved.hidden)
     assert fused is None or takes == fused
@@ -692,7 +692,7 @@ def test_results_are_the_same_in_all_thread_orders(
 
 @pytest.mark.parametrize("bottleneck", [64, 128])
 def test_a_row_does_not_depend_on_the_others(kernels: simt_build.Library, bottleneck: int) -> None:
-    # Tiles of 128 rows, and for the first ones alone of 64.
+    # Tiles of 128 rows, and of 64 for the first rows alone.
     many, few = (Problem(torch.float16, (rows, 136, bottleneck)) for rows in (300, 50))
     for name in ("x", "grad"):
         getattr(few, name).copy_(getattr(many, name)[:50])
@@ -740,7 +740,7 @@ def plan(
 
 @dataclass(frozen=True)
 class Size:
-    """A problem of which only the sizes matter."""
+    """A problem for plans: only its sizes matter."""
 
     sizes: np.ndarray
     shared: int

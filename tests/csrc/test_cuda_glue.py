@@ -1,7 +1,7 @@
-"""The torch ops of the CUDA kernels, glue and all, on CPU tensors.
+"""The torch ops of the CUDA kernels, including their glue, on CPU tensors.
 
-csrc/torch/*_cuda.cpp and the kernels behind it, compiled for the host SIMT runtime, take the place of the CPU
-kernels under mmkernels' functions.
+csrc/torch/*_cuda.cpp and its kernels, compiled for the host SIMT runtime, replace the CPU kernels behind the
+functions of mmkernels.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SOURCES = sorted(
     for folder, pattern in (("cuda", "*.cu"), ("torch", "*_cuda.cpp"))
     for path in (simt_build.ROOT / "csrc" / folder).glob(pattern)
 )
-# CUDA kernels take no float64, and the device does not change what these look at.
+# CUDA kernels have no float64, and these tests do not depend on the device.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ELSEWHERE = (Gradcheck, Opcheck, Compile, BackendNames)
 
@@ -78,13 +78,13 @@ def _cuda_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setitem(module.OPS, "native", (forward.default, backward.default))
     kernels.set_order(2)
     yield
-    # A fault fails the op with the same message; what is left belongs to this test alone.
+    # A fault fails the op with the same message; the next test must not see it.
     kernels.functions.mmk_simt_clear_error()
 
 
 def on_the_cpu(spec: OpSpec) -> type:
     products = [("cpu", backend) for device, backend in spec.library_products if device == "cuda"]
-    # Cases of many rows take minutes here; the kernels' own tests have their sizes.
+    # Cases of many rows take minutes here; the tests of the kernels have such sizes.
     cases = {name: case for name, case in spec.cases.items() if name != "many_rows"}
     return op_tests(dataclasses.replace(spec, library_products=products, cases=cases), DTYPES, ELSEWHERE)
 
@@ -93,7 +93,7 @@ def test_every_op_is_here() -> None:
     assert set(SCHEMAS) == {path.parent.name for path in simt_build.ROOT.glob("mmkernels/ops/*/schema.py")}
 
 
-# Of the fused kernel, and of library products with kernels behind them.
+# For the fused kernel, and for library products with kernels after them.
 each_path = pytest.mark.parametrize(("width", "bottleneck"), [(64, 24), (33, 17)], ids=["fused", "products"])
 each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 
@@ -102,7 +102,7 @@ each_half = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], id
 @pytest.mark.parametrize("norm", [False, True])
 @each_path
 def test_an_adapter_adds_its_input(width: int, bottleneck: int, norm: bool, dtype: torch.dtype) -> None:
-    """Where the residual is x, the op reads it once and its gradient goes to dx."""
+    """If the residual is x, the op reads it once and adds its gradient to dx."""
 
     def added(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda x, residual, **arguments: function(x=x, residual=x, **arguments)
@@ -124,7 +124,7 @@ def test_an_adapter_adds_its_input(width: int, bottleneck: int, norm: bool, dtyp
 @each_half
 @each_path
 def test_a_large_mean_of_an_adapter(width: int, bottleneck: int, dtype: torch.dtype) -> None:
-    """The mean must not be multiplied with what rounding leaves of centred weights."""
+    """The mean must not be multiplied with the rounding error of centred weights."""
     shape = {"N": (70,), "D": width, "d": bottleneck, "norm": True, "activation": "none"}
 
     def make(seed: int) -> Call:

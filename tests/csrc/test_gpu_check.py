@@ -1,4 +1,4 @@
-"""The torch-free check of all CUDA kernels (csrc/tools), run on the CPU under AddressSanitizer and UBSan."""
+"""The torch-free check of all CUDA kernels (tests/gpu/driver), run on the CPU under ASan and UBSan."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import simt_build
 
 SOURCES = sorted(
     path.relative_to(simt_build.ROOT)
-    for folder, pattern in (("cuda", "*.cu"), ("tools", "gpu_check*.cpp"))
-    for path in (simt_build.ROOT / "csrc" / folder).glob(pattern)
+    for pattern in ("csrc/cuda/*.cu", "tests/gpu/driver/*.cpp")
+    for path in simt_build.ROOT.glob(pattern)
 )
 
 

@@ -22,14 +22,14 @@ pytestmark = pytest.mark.skipif(
     simt_build.missing_tools() is not None, reason=str(simt_build.missing_tools())
 )
 
-SOURCES = ["csrc/cuda/layer_mix.cu", "csrc/cuda/layer_mix_backward.cu", "tests/csrc/simt/layer_mix_shim.cpp"]
+SOURCES = ["csrc/cuda/layer_mix.cu", "csrc/cuda/layer_mix_backward.cu", "tests/csrc/layer_mix_shim.cpp"]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
 
 
 @dataclass
 class Problem:
-    """Inputs of one call: rows `gap` elements apart, `offset` elements behind an aligned address."""
+    """Inputs of one call: rows `gap` elements apart, `offset` elements past an aligned address."""
 
     dtype: torch.dtype
     shape: tuple[int, int, int]
@@ -131,7 +131,7 @@ def test_forward_without_norm(
     check_forward(kernels, Problem(dtype, shape, layers))
 
 
-# One width for each row shape: a warp with 1 to 5 vectors, a block, too wide for registers; and ragged ones.
+# One width for each row shape: a warp with 1 to 5 vectors, a block, too wide for registers; partial vectors.
 NORM_WIDTHS = [8, 256, 264, 760, 1024, 1280, 1288, 4096, 4104, 1, 33, 511, 513, 4099]
 
 
@@ -267,7 +267,7 @@ def check_backward(
     _, eager = problem.reference(problem.dtype, grads=True)
     parameters = 3 if problem.affine else 1
     if weights:
-        # A handful of sums of terms that cancel: their error scales with the terms.
+        # Few sums, whose terms cancel: their error scales with the terms.
         terms = problem.grad.double().nan_to_num().norm() * problem.grad[..., 0].numel() ** 0.5
         terms *= problem.shape[2] ** 0.5 * (2 if problem.affine else 1)
         assert (found.weights - exact[0]).abs().max() <= 4 * torch.finfo(torch.float32).eps * terms
@@ -297,7 +297,7 @@ def test_backward_with_norm(
     check_backward(kernels, Problem(dtype, (1, 3, width), 3, norm=True, affine=affine))
 
 
-# Which gradients are asked for decides which kernels run, and which of them brings d_weights.
+# The needed gradients decide which kernels run, and which of them computes d_weights.
 NEEDS = [
     (True, False, ()),
     (True, True, ()),
@@ -385,7 +385,7 @@ def test_backward_sums_cover_everything_once(dtype: str, rows: int, width: int, 
     assert _C is not None
     plan = _C.layer_mix_sums(dtype, rows, width, layers)
     chunks, slices, groups = plan["chunks"], plan["slices"], plan["groups"]
-    # The last part begins inside, and parts that begin where the one before ends reach the end.
+    # The parts are contiguous and the last one starts inside, so they cover all.
     if width > 0 and rows > 0:
         assert (chunks - 1) * plan["rows_per_chunk"] < rows <= chunks * plan["rows_per_chunk"]
     assert slices == 0 or (slices - 1) * plan["slice_columns"] < width <= slices * plan["slice_columns"]
@@ -394,7 +394,7 @@ def test_backward_sums_cover_everything_once(dtype: str, rows: int, width: int, 
     assert bounds[-1] == layers
     assert all(0 < end - begin <= 8 for begin, end in itertools.pairwise(bounds))
     assert plan["blocks"] == chunks * slices * groups
-    # A GPU takes 2^31 - 1 blocks; a tensor that needed more would not fit its memory.
+    # A GPU accepts 2^31 - 1 blocks; a tensor that needs more would not fit its memory.
     assert plan["blocks"] < 2**31 or rows * width > 2**37
-    # The partial sums stay small beside the layers.
+    # The partial sums stay small compared with the layers.
     assert chunks * width * layers * 4 <= 2 * 2**24 + rows * width // 4 + 4 * width * layers

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 SOURCES = [
     "csrc/cuda/layer_project.cu",
     "csrc/cuda/layer_project_backward.cu",
-    "tests/csrc/simt/layer_project_shim.cpp",
+    "tests/csrc/layer_project_shim.cpp",
 ]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
@@ -38,7 +38,7 @@ CHUNK = 256
 
 @dataclass
 class Problem:
-    """Inputs of one call: rows `gap` elements apart, `offset` elements behind an aligned address."""
+    """Inputs of one call: rows `gap` elements apart, `offset` elements past an aligned address."""
 
     dtype: torch.dtype
     shape: tuple[int, int, int]
@@ -148,7 +148,7 @@ def check_forward(kernels: simt_build.Library, problem: Problem, *, fused: bool 
     assert_close_to_reference(found.y, exact, eager, problem.dtype)
 
 
-# Whole tiles and ragged ones in every dimension, both tile widths, fewer and more steps than pipeline stages.
+# Whole and partial tiles in every dimension, both tile widths, fewer and more steps than pipeline stages.
 FUSED_SHAPES = [
     ((1, 1, 8), 8),
     ((128, 1, 32), 128),
@@ -258,7 +258,7 @@ def check_backward(
             assert_close_to_reference(value, exact[name], eager[name], problem.dtype, name)
 
 
-# Rows of one and of two chunks, outputs of one and of two column tiles, ragged rows.
+# Rows of one and of two chunks, outputs of one and of two column tiles, partial vectors.
 BACKWARD_SHAPES = [((5, 2, 33), 7), ((9, 3, 64), 24), ((300, 1, 8), 16), ((2, 1, 40), 264)]
 
 
@@ -268,7 +268,7 @@ BACKWARD_SHAPES = [((5, 2, 33), 7), ((9, 3, 64), 24), ((300, 1, 8), 16), ((2, 1,
 def test_backward(
     kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int], outputs: int, norm: bool
 ) -> None:
-    # Not relu in half precision: rounding moves values across its step.
+    # Not relu in half precision: rounding may change the sign of z.
     activation = "relu" if dtype == torch.float32 else "silu"
     check_backward(kernels, Problem(dtype, shape, outputs, activation, norm=norm))
 
@@ -318,5 +318,5 @@ def test_tiles_cover_the_result_once(rows: int, taps: int, outputs: int) -> None
     ]:
         assert (count - 1) * tile < size <= count * tile or (size == 0 and count == 0)
     assert tiles["blocks"] == tiles["row_tiles"] * tiles["output_tiles"] * taps
-    # A GPU takes 2^31 - 1 blocks; a result that needed more would not fit its memory.
+    # A GPU accepts 2^31 - 1 blocks; a result that needs more would not fit its memory.
     assert tiles["blocks"] < 2**31 or rows * taps * outputs > 2**36

@@ -1,4 +1,4 @@
-"""What ptxas says of every kernel, for sm_80 and sm_90: no local memory, and registers within a bound."""
+"""ptxas reports for every kernel, for sm_80 and sm_90: no local memory, and registers within a bound."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ROOT = simt_build.ROOT
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = (80, 90)
 
-#: Most registers of any instance of a kernel. More would cost resident warps, and with them bytes in flight:
-#: 168 leave 3 blocks of 128 threads to a multiprocessor, 128 leave 4, or 2 of 256.
+#: The most registers of any instance of a kernel. More would cost resident warps and thus bytes in flight:
+#: 168 allow 3 blocks of 128 threads per multiprocessor, 128 allow 4, or 2 of 256.
 MOST_REGISTERS = {
-    "adapt": 255,  # one block of 256 threads to a multiprocessor, by its shared memory
+    "adapt": 255,  # its shared memory allows one block of 256 threads per multiprocessor
     "adapt_backward": 255,
     "fold_weights": 48,
     "activate_hidden": 32,
@@ -35,7 +35,7 @@ MOST_REGISTERS = {
     "reduce_dots": 40,
     "reduce_affine": 40,
     "gradients_plain": 40,
-    "gradients_norm": 224,  # of rows of 1,280 columns; with 168 they would spill
+    "gradients_norm": 224,  # for rows of 1,280 columns, which would spill with 168
     "gradients_norm_wide": 72,
     "fold": 56,
     "row_moments": 72,
@@ -60,7 +60,7 @@ class Usage:
 
 
 def kernel_name(mangled: str) -> str:
-    """The function of an Itanium-mangled entry: the last name before the template arguments or parameters."""
+    """The function of an Itanium-mangled entry: the last name before template arguments or parameters."""
     position, name = mangled.index("N") + 1, ""
     while match := re.match(r"(\d+)", mangled[position:]):
         start = position + len(match[1])
@@ -75,15 +75,15 @@ def parse(report: str) -> list[Usage]:
         stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill", entry)
         registers = re.search(r"Used (\d+) registers", entry)
         if mangled is None or stack is None or registers is None:
-            raise ValueError(f"ptxas reports in a form that this test does not know: {entry}")
+            raise ValueError(f"ptxas reports in an unknown form: {entry}")
         spilled = int(stack[2]) + int(stack[3])
         found.append(Usage(kernel_name(mangled[1]), int(registers[1]), int(stack[1]), spilled))
     return found
 
 
 def ptxas_report(source: Path, architecture: int) -> str:
-    """What `nvcc -Xptxas -v` prints, kept under build/ptxas by the content of the sources."""
-    headers = simt_build._headers_digest(("cuda", "include"))
+    """The output of `nvcc -Xptxas -v`, cached in build/ptxas by the content of the sources."""
+    headers = simt_build._headers_digest(("csrc/cuda", "csrc/include"))
     digest = simt_build._digest(headers, source.read_bytes(), str(architecture))
     target = ROOT / "build" / "ptxas" / f"{source.stem}-{digest}.txt"
     if target.exists():

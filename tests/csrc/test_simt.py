@@ -11,7 +11,7 @@ import pytest
 import simt_build
 from simt_build import ORDERS, Guarded, Library, SimtFault
 
-KERNELS = Path("tests/csrc/simt")
+KERNELS = Path("tests/simt/cases")
 SOURCES = sorted((simt_build.ROOT / KERNELS).glob("*.cu"))
 
 MISSING = simt_build.missing_tools()
@@ -135,7 +135,7 @@ def test_barriers_do_not_wait_for_threads_that_have_exited(
 
 @needs_headers
 def test_shuffles_follow_the_ptx_definition(rng: np.random.Generator) -> None:
-    """PTX ISA, shfl.sync: source lane and predicate from segment mask and clamp; own value where false."""
+    """PTX ISA, shfl.sync: source lane and predicate from segment mask and clamp; no change if false."""
     values = rng.standard_normal(64)
     library = open_library("collectives")
     for kind, name in enumerate(["idx", "up", "down", "bfly"]):
@@ -257,35 +257,35 @@ def test_mma_layout(rng: np.random.Generator, dtype: str) -> None:
 # ---- planted faults ---------------------------------------------------------------------------------------
 
 
-def run_fault(name: str, order: int, mended: bool) -> np.ndarray:
-    """Runs one kernel of faults.cu; raises SimtFault where the runtime or the guards find something."""
+def run_fault(name: str, order: int, fixed: bool) -> np.ndarray:
+    """Runs one kernel of faults.cu; raises SimtFault if the runtime or the guards find a fault."""
     values = Guarded.of(np.linspace(1, 2, 64).astype(np.float32))
     out = Guarded(64, np.float32)
     open_library("faults", races=False).call(
-        f"{name}_fault", values.array, out.array, int(mended), order=order
+        f"{name}_fault", values.array, out.array, int(fixed), order=order
     )
     out.check()
     return out.array
 
 
-# What the runtime says itself, with the place where it is known.
+# Faults that the runtime reports, with the place if it is known.
 REPORTED = {
     "divergent_barrier": r"deadlock.*\n  40 threads from \(0, 0, 0\) on wait at __syncthreads, "
-    r"tests/csrc/simt/faults\.cu.*\n.*24 threads from \(40, 0, 0\) on wait at __syncthreads",
+    r"tests/simt/cases/faults\.cu.*\n.*24 threads from \(40, 0, 0\) on wait at __syncthreads",
     "lost_lanes": r"deadlock.*\n  62 threads from \(0, 0, 0\) on wait at __shfl_xor_sync mask 0xffffffff",
-    "exited_lanes": r"shuffle: lane 0 reads lane 16, which takes no part \(present 0x0000ffff\)",
-    "lane_not_in_mask": r"thread \(\d+, 0, 0\): __shfl_sync: mask 0x7fffffff leaves out the calling lane 31",
+    "exited_lanes": r"shuffle: lane 0 reads lane 16, which does not take part \(present 0x0000ffff\)",
+    "lane_not_in_mask": r"\(\d+, 0, 0\): __shfl_sync: mask 0x7fffffff does not include the calling lane 31",
     "past_static_shared": r"wrote outside the bounds of shared array tile",
     "past_dynamic_shared": r"wrote outside the bounds of shared array dynamic shared memory",
     "past_global": r"wrote 4 bytes after an array",
-    "copy_left_behind": r"exits with 1 cp\.async copies that it has not waited for",
-    "misaligned_copy": r"thread \(3, 0, 0\): access of 16 bytes at \S+, which is not aligned",
-    "partial_warp_matrix": r"ldmatrix needs all 32 lanes of the warp, live are 0x[0-9a-f]{8}",
+    "copy_left_behind": r"exits without waiting for 1 cp\.async copies",
+    "misaligned_copy": r"thread \(3, 0, 0\): misaligned access of 16 bytes at \S+",
+    "partial_warp_matrix": r"ldmatrix needs all 32 lanes of the warp, only 0x[0-9a-f]{8} are live",
     "endless_wait": r"atomics without end",
 }
-# What shows as a difference between thread orders.
+# Faults that make results differ between thread orders.
 RACES = ["missing_barrier", "missing_second_barrier", "missing_warp_barrier"]
-# What shows as NaN in the output of every thread order.
+# Faults that give NaN in every thread order.
 POISONED = ["unwritten_shared", "copy_not_awaited", "wrong_group_awaited", "missing_barrier"]
 
 
@@ -294,7 +294,7 @@ POISONED = ["unwritten_shared", "copy_not_awaited", "wrong_group_awaited", "miss
 @pytest.mark.parametrize("name", REPORTED)
 def test_reported_faults(name: str, order: int) -> None:
     with pytest.raises(SimtFault, match=REPORTED[name]) as caught:
-        run_fault(name, order, mended=False)
+        run_fault(name, order, fixed=False)
     if name != "past_global":
         message = str(caught.value)
         assert message.startswith(f"kernel void (anonymous namespace)::{name}<false>(")
@@ -305,20 +305,20 @@ def test_reported_faults(name: str, order: int) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("name", POISONED)
 def test_poison_shows(name: str, order: int) -> None:
-    assert np.isnan(run_fault(name, order, mended=False)).any()
+    assert np.isnan(run_fault(name, order, fixed=False)).any()
 
 
 @needs_headers
 @pytest.mark.parametrize("name", RACES)
 def test_missing_barriers_make_results_depend_on_the_order(name: str) -> None:
     with pytest.raises(SimtFault, match="a barrier is missing"):
-        simt_build.same_in_all_orders(lambda order: run_fault(name, order, mended=False))
+        simt_build.same_in_all_orders(lambda order: run_fault(name, order, fixed=False))
 
 
 @needs_headers
 @pytest.mark.parametrize("name", sorted({*REPORTED, *POISONED, *RACES}))
-def test_mended_twins_pass(name: str) -> None:
-    out = simt_build.same_in_all_orders(lambda order: run_fault(name, order, mended=True))
+def test_fixed_twins_pass(name: str) -> None:
+    out = simt_build.same_in_all_orders(lambda order: run_fault(name, order, fixed=True))
     assert np.isfinite(out).all()
 
 
@@ -358,23 +358,23 @@ def test_largest_geometry_runs() -> None:
 def test_faults_leave_nothing_behind() -> None:
     library = open_library("faults", races=False)
     with pytest.raises(SimtFault):
-        run_fault("divergent_barrier", 0, mended=False)
+        run_fault("divergent_barrier", 0, fixed=False)
     assert library.last_error() == ""
-    assert np.isfinite(run_fault("divergent_barrier", 0, mended=True)).all()
+    assert np.isfinite(run_fault("divergent_barrier", 0, fixed=True)).all()
 
 
-# ---- planted races, in the build that finds them -----------------------------------------------------------
+# ---- planted races, in the build with the race detector ----------------------------------------------------
 
 
-def run_race(name: str, order: int, mended: bool) -> np.ndarray:
+def run_race(name: str, order: int, fixed: bool) -> np.ndarray:
     values, scratch = np.linspace(1, 2, 64).astype(np.float32), np.zeros(129, np.float32)
     out = Guarded(128, np.float32)
-    open_library("races").call(f"{name}_race", values, out.array, scratch, int(mended), order=order)
+    open_library("races").call(f"{name}_race", values, out.array, scratch, int(fixed), order=order)
     out.check()
     return out.array
 
 
-# The places of the two accesses, either of which may come first, and whose memory it is.
+# The places of the two accesses, either of which may come first, and the memory.
 COPY = r"ptx\.cuh:\d+ in races\.cu:\d+"
 PLACE = r"races\.cu:\d+"
 FOUND = {
@@ -396,7 +396,7 @@ OTHERS = {
     "blocks_write_the_same": "of another block",
     "read_of_another_block": "of another block",
     "ticket_without_fence": "of another block",
-    "read_before_grid_dependency": "of the grid before",
+    "read_before_grid_dependency": "of the previous grid",
 }
 
 
@@ -406,15 +406,15 @@ OTHERS = {
 def test_races_are_found(name: str, order: int) -> None:
     one, other, memory = FOUND[name]
     of = OTHERS.get(name, "of the same block")
-    pairs = "|".join(f"{a}.* {of}, {b}.*" for a, b in ((one, other), (other, one)))
-    with pytest.raises(SimtFault, match=f"race: ({pairs}); of {memory}"):
-        run_race(name, order, mended=False)
+    pairs = "|".join(f"{a}.*, and {b}.* by thread .* {of}" for a, b in ((one, other), (other, one)))
+    with pytest.raises(SimtFault, match=f"race on {memory}.*: ({pairs})"):
+        run_race(name, order, fixed=False)
 
 
 @needs_headers
 @pytest.mark.parametrize("name", FOUND)
-def test_mended_races_are_none(name: str) -> None:
-    out = simt_build.same_in_all_orders(lambda order: run_race(name, order, mended=True))
+def test_fixed_races_are_none(name: str) -> None:
+    out = simt_build.same_in_all_orders(lambda order: run_race(name, order, fixed=True))
     assert np.isfinite(out).all()
 
 

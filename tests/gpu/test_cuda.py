@@ -1,5 +1,4 @@
-"""What only a GPU can show: streams, graphs, no hidden synchronisation, sizes beyond 32 bits. Run by `make
-gpu`."""
+"""Tests that need a GPU (`make gpu`): streams, graphs, no hidden synchronisation, sizes beyond 32 bits."""
 
 from __future__ import annotations
 
@@ -92,7 +91,7 @@ def test_side_stream(op: str, backend: str) -> None:
 @each
 @each_backend
 def test_graph_capture(op: str, backend: str) -> None:
-    """Forward and backward are capturable, and a replay reads what is in memory then."""
+    """Forward and backward can be captured, and a replay reads the current contents of memory."""
     step, parameter = STEPS[op](backend)
     for _ in range(2):
         step()

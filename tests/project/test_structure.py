@@ -94,6 +94,11 @@ def test_kernels_know_nothing_of_torch() -> None:
             assert "torch/" not in path.read_text(), path
 
 
+def test_csrc_holds_only_what_ships() -> None:
+    shipped = {"cpu", "cuda", "include", "module.cpp", "torch"}
+    assert {path.name for path in (ROOT / "csrc").iterdir()} == shipped
+
+
 def test_inline_ptx_and_launches_have_one_home() -> None:
     for path in (ROOT / "csrc/cuda").rglob("*.cu*"):
         text = path.read_text()

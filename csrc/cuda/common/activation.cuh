@@ -15,7 +15,7 @@ MMK_DEVICE float activate(Activation activation, float z) {
   switch (activation) {
     case Activation::kNone:
       break;
-    // Written so that NaN passes through.
+    // A comparison, not fmaxf, which would drop a NaN.
     case Activation::kRelu:
       return z < 0.0f ? 0.0f : z;
     case Activation::kGelu:
@@ -28,7 +28,7 @@ MMK_DEVICE float activate(Activation activation, float z) {
   return z;
 }
 
-// Derivative at z; for relu the output serves as well as z.
+// Derivative at z. For relu, z may also be the output.
 MMK_DEVICE float activation_slope(Activation activation, float z) {
   switch (activation) {
     case Activation::kNone:

@@ -1,4 +1,4 @@
-// From a run-time dtype to an element type.
+// Turns a run-time dtype into an element type.
 #pragma once
 
 #include "cuda/common/platform.cuh"

@@ -1,4 +1,4 @@
-// The only way to start a kernel: one place for the shared memory opt-in, the error, and the host runtime.
+// The only way to start a kernel: handles the shared memory opt-in, the error, and the host SIMT runtime.
 #pragma once
 
 #include "cuda/common/platform.cuh"
@@ -10,7 +10,7 @@ MMK_HOST_DEVICE constexpr Integer ceil_div(Integer dividend, Integer divisor) {
   return (dividend + divisor - 1) / divisor;
 }
 
-// Dynamic shared memory that needs no opt-in, on every architecture.
+// Every architecture gives this much dynamic shared memory without opt-in.
 inline constexpr size_t kDefaultSharedMemory = 48 * 1024;
 
 namespace detail {
@@ -45,7 +45,7 @@ cudaError_t launch(bool overlapping, void (*kernel)(Params...), dim3 grid, dim3 
 
 }  // namespace detail
 
-// Facts of the current device that launch plans use.
+// An attribute of the current device, for launch plans.
 inline cudaError_t device_attribute(cudaDeviceAttr attribute, int* value) {
   int device = 0;
   const cudaError_t error = cudaGetDevice(&device);
@@ -56,23 +56,23 @@ inline cudaError_t multiprocessor_count(int* count) {
   return device_attribute(cudaDevAttrMultiProcessorCount, count);
 }
 
-// Shared memory that one block may use after the opt-in that launch() does, in bytes.
+// The most shared memory of one block, in bytes; launch() does the opt-in for it.
 inline cudaError_t shared_memory_limit(int* bytes) {
   return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, bytes);
 }
 
-// Starts kernel<<<grid, block, dynamic_smem_bytes, stream>>>(args...) and returns the launch's own error: it
-// neither reads nor clears the error of an earlier call. A grid with a zero extent is an error: return before
-// launching. On the host runtime it returns when the kernel has ended, with nonzero if a fault was found.
+// Starts kernel<<<grid, block, dynamic_smem_bytes, stream>>>(args...) and returns the error of this launch;
+// it neither reads nor clears that of an earlier call. A grid with a zero extent is an error: callers return
+// before launching. The host SIMT runtime runs the kernel to its end and returns an error for a fault.
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_smem_bytes,
                    cudaStream_t stream, Args&&... args) {
   return detail::launch(false, kernel, grid, block, dynamic_smem_bytes, stream, static_cast<Args&&>(args)...);
 }
 
-// As launch, behind a launch() of the same stream whose kernel calls grid_dependency_launch(): this one may
-// start before that one has ended (from sm_90 on), and calls grid_dependency_wait() in every block before it
-// reads what that one writes. What still earlier kernels wrote is there from the start.
+// As launch, right after a launch() on the same stream whose kernel calls grid_dependency_launch(). From
+// sm_90 on this kernel may start before that one has ended: every block must call grid_dependency_wait()
+// before it reads what that kernel writes. The results of earlier kernels are visible from the start.
 template <class... Params, class... Args>
 cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_smem_bytes,
                                cudaStream_t stream, Args&&... args) {

@@ -17,7 +17,7 @@ MMK_DEVICE void for_each_element(int width, Body&& body) {
   }
 }
 
-// Centres a row and gives its moments, by two passes over the registers; those of an empty row are finite.
+// Subtracts the mean from a row in registers, and returns its moments, which are finite for an empty row.
 template <class Shape>
 MMK_DEVICE float2 centre(typename Shape::Part& x, int width, float eps) {
   const float inverse = 1.0f / static_cast<float>(max(width, 1));
@@ -38,7 +38,7 @@ MMK_DEVICE float2 centre(typename Shape::Part& x, int width, float eps) {
   return {mean, rsqrtf(square[0] * inverse + eps)};
 }
 
-// The same of a row too wide for the registers; the second pass reads it from a cache.
+// The moments of a row too wide for the registers; the second pass reads it from a cache.
 template <class T, bool kAligned>
 MMK_DEVICE float2 wide_moments(const T* row, int64_t width, float eps) {
   constexpr int kWidth = kVectorWidth<T>;

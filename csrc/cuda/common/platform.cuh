@@ -1,4 +1,4 @@
-// What a kernel file may use, for both compilers: nvcc, and g++ with MMK_SIMT (csrc/simt/README.md).
+// The CUDA headers for nvcc, or their emulation for g++ with MMK_SIMT (tests/simt/README.md).
 #pragma once
 
 #ifdef MMK_SIMT

@@ -1,5 +1,4 @@
-// Inline PTX, and nowhere else. Under MMK_SIMT each function is emulated, with the lane layout of the PTX
-// ISA.
+// The only file with inline PTX. MMK_SIMT emulates each function, with the lane layout of the PTX ISA.
 #pragma once
 
 #include "cuda/common/platform.cuh"
@@ -8,9 +7,9 @@ namespace mmk {
 
 // ---- cp.async: copies from global to shared memory that land at the wait ---------------------------------
 
-// Copies Bytes (4, 8 or 16) from global to shared memory, both aligned to Bytes. 16-byte copies skip L1
-// (.cg), as only they can; smaller ones are .ca. The data is there for this thread after cp_async_wait_group,
-// for others after the barrier that follows it.
+// Copies Bytes (4, 8 or 16) from global to shared memory, both aligned to Bytes. Copies of 16 bytes bypass L1
+// (.cg); smaller ones cannot (.ca). This thread may read the data after cp_async_wait_group, other threads
+// after a barrier that follows it.
 template <int Bytes>
 MMK_DEVICE void cp_async(void* shared, const void* global) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -27,7 +26,7 @@ MMK_DEVICE void cp_async(void* shared, const void* global) {
 #endif
 }
 
-// As cp_async; where !valid writes zeros and does not read `global` (which must still be aligned).
+// As cp_async, but if !valid it writes zeros and does not read `global` (which must still be aligned).
 template <int Bytes>
 MMK_DEVICE void cp_async_zfill(void* shared, const void* global, bool valid) {
   static_assert(Bytes == 4 || Bytes == 8 || Bytes == 16, "cp.async copies 4, 8 or 16 bytes");
@@ -57,7 +56,7 @@ MMK_DEVICE void cp_async_commit_group() {
 #endif
 }
 
-// Waits until at most Pending of this thread's latest groups are still in flight.
+// Waits until at most the latest Pending groups of this thread are in flight.
 template <int Pending>
 MMK_DEVICE void cp_async_wait_group() {
 #ifdef MMK_SIMT
@@ -79,7 +78,7 @@ MMK_DEVICE void cp_async_wait_all() {
 // ---- ldmatrix: 8x8 tiles of 16-bit elements from shared memory to mma fragments --------------------------
 
 // Loads Tiles (1, 2 or 4) 8x8 tiles. Lane 8 * i + r gives the address of row r of tile i (16 bytes, 16-byte
-// aligned); the addresses of lanes >= 8 * Tiles are not used, but must be valid. Lane l gets in fragment[i]
+// aligned); the addresses of lanes >= 8 * Tiles are not read, but must be valid. fragment[i] of lane l gets
 // the elements (row l / 4, columns 2 * (l % 4) and + 1) of tile i, or of its transpose. All 32 lanes must
 // call it.
 template <int Tiles, bool Transposed = false>
@@ -159,17 +158,17 @@ MMK_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4
 #endif
 }
 
-// ---- programmatic dependent launch: a kernel that starts while the one before it still runs ---------------
+// ---- programmatic dependent launch: a kernel starts while the one before it still runs --------------------
 
-// Lets a kernel behind this one on the stream start early, if it was launched by launch_overlapping; all
-// blocks must call it or end. Without effect before sm_90.
+// Lets the next kernel of the stream start early, if launch_overlapping launches it; it starts when all
+// blocks have called this or ended. No effect before sm_90.
 MMK_DEVICE void grid_dependency_launch() {
 #if !defined(MMK_SIMT) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;\n" ::: "memory");
 #endif
 }
 
-// Waits until the kernel before this one has ended and its writes are visible.
+// Waits until the previous kernel has ended and its writes are visible.
 MMK_DEVICE void grid_dependency_wait() {
 #if defined(MMK_SIMT)
   simt::wait_for_previous_grid();
@@ -178,9 +177,9 @@ MMK_DEVICE void grid_dependency_wait() {
 #endif
 }
 
-// ---- streaming access: data used once should not push reused data out of the caches ----------------------
+// ---- streaming access: data used once should not evict reused data from the caches -----------------------
 
-// Read-only data of 16 bytes that no thread writes during the kernel; keeps it out of L1.
+// Loads 16 bytes that no thread writes during the kernel, without allocating them in L1.
 MMK_DEVICE uint4 load_streaming_16(const void* global) {
 #ifdef MMK_SIMT
   return *static_cast<const uint4*>(simt::aligned_access(global, 16));
@@ -193,8 +192,7 @@ MMK_DEVICE uint4 load_streaming_16(const void* global) {
 #endif
 }
 
-// Stores 16 bytes in one access; the compiler may split a plain store of a vector that was put together in
-// registers.
+// Stores 16 bytes in one access; the compiler may split a plain store of a vector assembled in registers.
 MMK_DEVICE void store_global_16(void* global, uint4 value) {
 #ifdef MMK_SIMT
   *static_cast<uint4*>(simt::aligned_access(global, 16)) = value;
@@ -205,7 +203,7 @@ MMK_DEVICE void store_global_16(void* global, uint4 value) {
 #endif
 }
 
-// Stores 16 bytes marked first to be evicted (.cs).
+// Stores 16 bytes, marked to be evicted first (.cs).
 MMK_DEVICE void store_streaming_16(void* global, uint4 value) {
 #ifdef MMK_SIMT
   *static_cast<uint4*>(simt::aligned_access(global, 16)) = value;

@@ -1,5 +1,5 @@
-// Reductions of a warp and of a block. The order of the operations is fixed, so results are the same bit for
-// bit on every run, and every participating thread gets the same value.
+// Reductions over a warp and over a block. The order of the operations is fixed: every run gives the same
+// bits, and all participating threads get the same value.
 #pragma once
 
 #include "cuda/common/platform.cuh"
@@ -20,7 +20,7 @@ struct Sum {
   }
 };
 
-// NaN wins, as in torch.amax (fmaxf would drop it).
+// Propagates NaN as torch.amax does; fmaxf would drop it.
 struct Max {
   template <class T>
   MMK_DEVICE T operator()(T a, T b) const {
@@ -50,8 +50,8 @@ MMK_DEVICE T warp_max(T value) {
   return warp_reduce<Lanes>(value, Max());
 }
 
-// Combines Count values of each of the Threads threads of a one-dimensional block, each on its own. All
-// threads must call it. It begins with no barrier and ends with one, so that it can be called again at once.
+// Reduces each of Count values over the Threads threads of a one-dimensional block. All threads must call it.
+// It ends with a barrier and needs none before, so that calls can follow each other.
 template <int Threads, int Count, class T, class Combine>
 MMK_DEVICE void block_reduce(T (&values)[Count], Combine combine) {
   static_assert(Threads % kWarpSize == 0 && Threads <= 1024, "whole warps");
@@ -83,7 +83,7 @@ MMK_DEVICE T block_sum(T value) {
   return values[0];
 }
 
-// Several sums for the two barriers of one.
+// Several sums that share the two barriers of one.
 template <int Threads, int Count, class T>
 MMK_DEVICE void block_sums(T (&values)[Count]) {
   block_reduce<Threads>(values, Sum());

@@ -1,4 +1,4 @@
-// Rows that are held in registers, and the ring in shared memory by which they get there.
+// Rows in registers, and the ring in shared memory that prefetches them.
 #pragma once
 
 #include "cuda/common/launch.cuh"
@@ -9,7 +9,7 @@ namespace mmk {
 
 inline constexpr int kRowBlockThreads = 128;
 
-// kVectors vectors in each of kRowThreads threads (32, or the whole block) hold a row.
+// A row in registers: kVectors vectors in each of kRowThreads threads (a warp or the whole block).
 template <class T, int kRowThreads, int kVectors, bool kAligned>
 struct RowShape {
   using Element = T;
@@ -29,8 +29,8 @@ struct RowShape {
   }
 };
 
-// Rows on their way to the registers: kStages - 1 are in flight while one is worked on. A thread reads back
-// only what it copied itself, so no barrier is needed.
+// Prefetches rows: kStages - 1 are in flight while the kernel processes one. A thread reads back only its own
+// copies, so no barrier is needed.
 template <class Shape>
 class RowRing {
  public:
@@ -41,7 +41,7 @@ class RowRing {
 
   MMK_DEVICE explicit RowRing(T* buffer) : buffer_(buffer) {}
 
-  // Starts the copy of the next row; null is no row, but takes its turn.
+  // Starts the copy of the next row. Null copies nothing, but takes a stage all the same.
   MMK_DEVICE void push(const T* row, int width) {
     if (row != nullptr) {
 #pragma unroll
@@ -59,7 +59,7 @@ class RowRing {
     head_ = head_ + 1 == kStages ? 0 : head_ + 1;
   }
 
-  // The oldest row, when kInFlight rows have been pushed since it was.
+  // Waits for the oldest row and loads it. At least kInFlight rows must have been pushed, it included.
   MMK_DEVICE void peek(typename Shape::Part& part) const {
     cp_async_wait_group<kInFlight - 1>();
 #pragma unroll
@@ -70,7 +70,7 @@ class RowRing {
 
   MMK_DEVICE void pop() { tail_ = tail_ + 1 == kStages ? 0 : tail_ + 1; }
 
-  // Forgets what has been pushed and not popped.
+  // Drops all rows that were pushed and not popped.
   MMK_DEVICE void drain() { tail_ = head_; }
 
  private:
@@ -84,8 +84,8 @@ class RowRing {
   int tail_ = 0;
 };
 
-// Calls body(RowShape) with the narrowest shape that holds a row, or wide() where none does. Unaligned rows
-// have few shapes: they are rare, and each shape costs compile time.
+// Calls body(RowShape) with the narrowest shape that fits a row, or wide() if none does. Unaligned rows have
+// few shapes: they are rare, and each shape costs compile time.
 template <class T, bool kAligned, class Body, class Wide>
 cudaError_t dispatch_row_shape(int64_t width, Body&& body, Wide&& wide) {
   constexpr int kPer8 = 8 / kVectorWidth<T>;

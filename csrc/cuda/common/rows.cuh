@@ -1,5 +1,4 @@
-// Rows of any width and alignment: a thread owns runs of Width neighbouring columns, one 16-byte access where
-// Aligned holds.
+// Rows of any width and alignment. A thread takes Width columns at a time, in one 16-byte access if Aligned.
 #pragma once
 
 #include "cuda/common/reduce.cuh"
@@ -7,8 +6,8 @@
 
 namespace mmk {
 
-// Columns [column, column + Width) of a row; zero beyond its end. Aligned promises that the row starts on a
-// vector and holds whole vectors only. Every order of additions is the same with and without it.
+// Loads columns [column, column + Width) of a row; zero past its end. Aligned promises that the row starts at
+// a vector boundary and consists of whole vectors. It does not change the order of additions.
 template <bool Aligned, int Width, class T>
 MMK_DEVICE Vec<T, Width> load_columns(const T* row, int64_t column, int64_t columns) {
   Vec<T, Width> value = {};
@@ -44,7 +43,7 @@ MMK_DEVICE void store_columns(T* row, int64_t column, int64_t columns, const Vec
   }
 }
 
-// Calls body(column, values) for all of a row, spread over the Threads threads of a block.
+// Calls body(column, values) for the vectors of a row, distributed over the Threads threads of a block.
 template <int Threads, bool Aligned, class T, class Body>
 MMK_DEVICE void for_each_vector(const T* row, int64_t columns, Body&& body) {
   constexpr int kWidth = kVectorWidth<T>;
@@ -54,7 +53,7 @@ MMK_DEVICE void for_each_vector(const T* row, int64_t columns, Body&& body) {
   }
 }
 
-inline constexpr int kWideThreads = 256;  // of a block that works on one row too wide for the registers
+inline constexpr int kWideThreads = 256;  // of a block that takes one row too wide for the registers
 
 // Sums over the Threads threads that share a row: a warp, or a block of that many threads.
 template <int Threads, int Count>
@@ -67,7 +66,7 @@ MMK_DEVICE void row_sums(float (&values)[Count]) {
   }
 }
 
-// The one-dimensional grid of so many blocks; false where no GPU takes it.
+// Makes a one-dimensional grid; false if there are no blocks or more than a GPU accepts.
 inline bool make_grid(int64_t blocks, dim3* grid) {
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
   if (blocks < 1 || blocks > kMostBlocks) return false;

@@ -1,5 +1,5 @@
-// Tile of a matrix product on the tensor cores: A (rows, k) times the transpose of B (columns, k), both with
-// dense k.
+// One tile of a matrix product on the tensor cores: A (rows, k) times the transpose of B (columns, k), both
+// dense along k.
 #pragma once
 
 #include "cuda/common/ptx.cuh"
@@ -8,7 +8,7 @@
 
 namespace mmk {
 
-// A matrix of 16-bit elements in global memory. Rows start on 16 bytes; `inner` is a multiple of 8.
+// A matrix of 16-bit elements in global memory. Rows are 16-byte aligned; `inner` is a multiple of 8.
 template <class T>
 struct MatrixView {
   const T* data;
@@ -17,18 +17,18 @@ struct MatrixView {
   int64_t inner;
 };
 
-// kRows x kColumns of the product by 8 warps. T is __half or __nv_bfloat16, sums are float.
+// Eight warps compute kRows x kColumns of the product. T is __half or __nv_bfloat16, sums are float.
 template <class T, int kRows, int kColumns>
 class TileProduct {
  public:
   static constexpr int kThreads = 256;
-  static constexpr int kResultStride = kColumns + 8;  // floats; keeps warps' stores free of bank conflicts
+  static constexpr int kResultStride = kColumns + 8;  // floats; avoids bank conflicts in a warp's stores
 
  private:
-  static constexpr int kInner = 32;  // of one stage
+  static constexpr int kInner = 32;  // of a stage
   static constexpr int kStages = 4;
-  static constexpr int kStride =
-      kInner + 8;  // ldmatrix reads 8 rows at a time: 80 bytes apart they share no bank
+  // ldmatrix reads 8 rows at a time: 80 bytes apart they share no bank.
+  static constexpr int kStride = kInner + 8;
   static constexpr int kStageElements = (kRows + kColumns) * kStride;
   static constexpr int kWarpsAcross = kColumns / 32;
   static constexpr int kWarpRows = kRows / (kThreads / kWarpSize / kWarpsAcross);
@@ -41,9 +41,9 @@ class TileProduct {
   static constexpr int kResultBytes = kRows * kResultStride * static_cast<int>(sizeof(float));
   static constexpr int kBytes = kPipelineBytes > kResultBytes ? kPipelineBytes : kResultBytes;
 
-  // Computes rows from first_row and columns from first_column on, zero beyond the matrices, into buffer
-  // (kBytes of shared memory) as float [kRows][kResultStride]. All threads must call it; it ends with a
-  // barrier.
+  // Computes rows from first_row and columns from first_column on, zero past the matrices, and writes them to
+  // buffer (kBytes of shared memory) as float [kRows][kResultStride]. All threads must call it; it ends with
+  // a barrier.
   MMK_DEVICE static void run(void* buffer, const MatrixView<T>& a, int64_t first_row, const MatrixView<T>& b,
                              int64_t first_column) {
     T* stages = static_cast<T*>(buffer);
@@ -60,7 +60,7 @@ class TileProduct {
     for (int step = 0; step < kStages - 1; ++step) fetch(step);
     for (int step = 0; step < count; ++step) {
       cp_async_wait_group<kStages - 2>();
-      __syncthreads();  // all see this stage, and are done with the one before, which is filled next
+      __syncthreads();  // makes this stage visible, and frees the one before, which is filled next
       fetch(step + kStages - 1);
       multiply(sums, stages + step % kStages * kStageElements);
     }

@@ -1,4 +1,4 @@
-// Vectors of elements that move in accesses of up to 16 bytes, and conversion to and from accumulators.
+// Vectors of elements with accesses of up to 16 bytes, and conversion to and from accumulators.
 #pragma once
 
 #include <type_traits>
@@ -8,7 +8,7 @@
 
 namespace mmk {
 
-// Statistics and sums are kept in float, for double in double.
+// Statistics and sums are float, or double for double.
 template <class T>
 using accumulator_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -48,7 +48,7 @@ struct alignas(Width * sizeof(T) < 16 ? Width * sizeof(T) : 16) Vec {
   MMK_HOST_DEVICE const T& operator[](int index) const { return data[index]; }
 };
 
-// May every row of `stride` elements that starts at `pointer` be read in vectors of `width` elements?
+// Whether all rows, `stride` elements apart from `pointer` on, can be read in vectors of `width` elements.
 template <class T>
 MMK_HOST_DEVICE bool is_vector_aligned(const T* pointer, int64_t stride, int width) {
   return reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) == 0 && stride % width == 0;
@@ -79,7 +79,7 @@ struct Word<16> {
   using Type = uint4;
 };
 
-// The widest access for a vector, and how many of them make it up.
+// The widest access for a vector, and the number of accesses that a vector takes.
 template <class T, int Width>
 struct Access {
   static constexpr int kBytes = Width * static_cast<int>(sizeof(T));
@@ -100,7 +100,7 @@ struct Access {
 
 }  // namespace detail
 
-// Width elements from an address aligned to min(16, Width * sizeof(T)); global or shared memory.
+// Loads Width elements from global or shared memory, from an address aligned to min(16, Width * sizeof(T)).
 template <int Width, class T>
 MMK_DEVICE Vec<T, Width> load(const T* pointer) {
   using Access = detail::Access<T, Width>;
@@ -121,8 +121,8 @@ MMK_DEVICE void store(T* pointer, const Vec<T, Width>& value) {
   for (int i = 0; i < Access::kCount; ++i) target[i] = source[i];
 }
 
-// As load, for global memory read once by the whole grid and written by nobody during the kernel: bypasses
-// L1. Accesses of less than 16 bytes are ordinary loads.
+// As load, bypassing L1, for global memory that the grid reads once and no thread writes during the kernel.
+// Accesses of less than 16 bytes are ordinary loads.
 template <int Width, class T>
 MMK_DEVICE Vec<T, Width> load_streaming(const T* pointer) {
   using Access = detail::Access<T, Width>;
@@ -152,7 +152,7 @@ MMK_DEVICE void store_streaming(T* pointer, const Vec<T, Width>& value) {
   }
 }
 
-// Converts all elements, two at a time where the hardware has an instruction for it.
+// Converts all elements, in pairs if the hardware has an instruction for it.
 template <class T, int Width>
 MMK_DEVICE Vec<accumulator_t<T>, Width> to_accumulator(const Vec<T, Width>& value) {
   Vec<accumulator_t<T>, Width> result;

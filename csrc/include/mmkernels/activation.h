@@ -7,8 +7,7 @@ namespace mmk {
 
 enum class Activation : int32_t { kNone, kRelu, kGelu, kGeluTanh, kSilu };
 
-// relu and none have a derivative that the output alone determines; the others need the value before the
-// activation.
+// The derivatives of relu and none follow from the output; the others need the value before the activation.
 constexpr bool needs_preactivation(Activation activation) {
   return activation != Activation::kNone && activation != Activation::kRelu;
 }

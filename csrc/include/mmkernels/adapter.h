@@ -8,10 +8,25 @@
 //   s = dz * rstd,  dVc = s^T x,  dW = dVc - mean(dVc),  dV = dW * gamma + db' beta^T,
 //   dgamma = sum_o dW * V,  dbeta = V^T db',
 //   dx = s Vc - pull * (x - mean) [+ g where x is the residual],  pull = rstd^2 / width * sum_o dz (z - b').
-// Without norm_weight, Vc is V, rstd is 1, and mean and pull drop out.
+// Without norm_weight, Vc is V, rstd is 1, and the terms with mean and pull vanish.
 //
-// Saved for the backward pass: x, z (rounded to the type of x) and, with LayerNorm, mean and rstd of each
-// row.
+// The forward pass saves x, z (rounded to the type of x) and, with LayerNorm, mean and rstd of each row.
+//
+// Short names of the algebra:
+//   Vc     down-projection with the LayerNorm gain folded in and every row centred ("folded_weight")
+//   b'     its bias with the LayerNorm bias folded in ("hidden_bias" or "folded_bias")
+//   z, a   hidden values before and after the activation
+//   s      gradient at z times rstd, the left factor of dVc and dx ("scaled", "scaled_grad")
+//   pull   factor of a row's x - mean in dx: the part of the LayerNorm's gradient that comes from the
+//   variance
+// of the CPU kernels:
+//   run    kAdapterRun consecutive rows, whose bias gradients one thread sums in order
+//   panel  kPanel columns of a packed right factor, dense by rows (cpu/product.h)
+//   strip  kTileRows columns of a transposed left factor, dense by rows (cpu/product.h)
+// of the CUDA kernels:
+//   tile   rows that a block takes through both products at a time
+//   chunk  columns of a tile that one step reads; it lies in a slot of the ring in shared memory
+//   held   the ring keeps the whole tile, so that the second product can add it without reading it again
 #pragma once
 
 #include <cstdint>
@@ -28,13 +43,13 @@ struct AdapterShape {
   int64_t bottleneck;
 };
 
-// (rows, width) by the stride of its rows; the last one is 1.
+// A matrix (rows, width) with a dense last dimension.
 struct AdapterRows {
   const void* data;
   int64_t row_stride;
 };
 
-// Of the accumulation type of x, contiguous; null where absent. The LayerNorm is there iff norm_weight is.
+// Contiguous, of the accumulation type of x; null where absent. norm_weight turns the LayerNorm on.
 struct AdapterParameters {
   const void* down_weight;  // [bottleneck, width]
   const void* down_bias;    // [bottleneck]
@@ -46,18 +61,18 @@ struct AdapterParameters {
 
 namespace cpu {
 
-// Rows that are worked on at once, so that they stay in cache; a multiple of the products' tile.
+// Rows processed together, so that they stay in cache; a multiple of the products' tile.
 constexpr int64_t kAdapterBlock = 48;
 
-// Rows that have a sum of their own for the bias' gradient, and that stay with one thread in the backward
-// pass: the sums do not depend on the threads. A divisor of kAdapterBlock.
+// Rows with one partial sum of the bias gradient. One thread takes a whole run, so that the sums do not
+// depend on the number of threads. A divisor of kAdapterBlock.
 constexpr int64_t kAdapterRun = 12;
 
 constexpr int64_t adapter_runs(int64_t rows) {
   return (rows + kAdapterRun - 1) / kAdapterRun;
 }
 
-// factor times a matrix (depth, columns), laid out for the products; see cpu/product.h.
+// Packs factor times a matrix (depth, columns) into panels; see cpu/product.h.
 struct AdapterPack {
   const void* source;  // element (k, n) is source[k * depth_stride + n * column_stride]
   int64_t depth_stride, column_stride;
@@ -99,7 +114,7 @@ struct AdapterBackward {
   void* partial_hidden_bias;  // [runs, bottleneck] sums of dz over the rows of a run
 };
 
-// Every column of x or g has its sums over the rows in one piece, in order: they do not depend on the
+// One thread sums a column of x or g over all rows, in order, so that the sums do not depend on the number of
 // threads.
 struct AdapterWeightGradients {
   AdapterShape shape;
@@ -113,8 +128,8 @@ struct AdapterWeightGradients {
   void* d_up_bias;  // [width], null with d_up
 };
 
-// dtype is kFloat32 or kFloat64; ranges are of panels of columns, of rows, of runs, and of panels of x's
-// columns.
+// dtype is kFloat32 or kFloat64. [begin, end) counts panels in adapter_pack, rows in adapter_forward, runs in
+// adapter_backward, and panels of x's columns in adapter_weight_gradients.
 int64_t adapter_panels(DType dtype, int64_t columns);
 int64_t adapter_packed_size(DType dtype, int64_t depth, int64_t columns);
 int64_t adapter_strips_size(int64_t rows, int64_t columns);
@@ -129,9 +144,8 @@ namespace cuda {
 
 constexpr int64_t kAdapterMostBottleneck = 256;
 
-// How the fused kernels cut up the rows: one block to a multiprocessor, each with a run of rows of its own,
-// which it works off tile by tile. A tile comes in chunks of columns, through a ring of slots in shared
-// memory; where it is held, the ring takes a whole tile, and the second product finds it there again.
+// How the fused kernels split the rows. Each multiprocessor runs one block, which takes a contiguous range of
+// rows tile by tile. A tile arrives in chunks of columns through a ring of slots in shared memory.
 struct AdapterTiles {
   int64_t tile_rows;
   int64_t bottleneck;  // padded
@@ -149,25 +163,25 @@ struct AdapterTiles {
   constexpr int64_t column_sums() const { return tiles() * (64 / chunk_columns); }
 };
 
-// hold: the second product wants the rows that the first one has read. The plan for a device of so many
-// multiprocessors with so much shared memory to a block.
+// The plan for a device with this many multiprocessors and `shared_limit` bytes of shared memory per block.
+// hold: the second product adds the rows that the first one reads.
 AdapterTiles adapter_tiles(const AdapterShape& shape, bool hold, int64_t multiprocessors,
                            int64_t shared_limit);
 // The plan for the current device; a cudaError_t.
 int adapter_tiles(const AdapterShape& shape, bool hold, AdapterTiles* tiles);
 
-// The parameters as the kernels read them, in one launch. Vc is rounded to the type of x, so that its rows
-// sum to s rather than 0, which z = rstd * (x Vc^T - mean(x) s^T) + b' makes up for.
+// Folds the parameters in one launch. Vc is rounded to the type of x, so its rows sum to folded_sum instead
+// of 0; z = rstd * (x Vc^T - mean(x) folded_sum^T) + b' corrects for that.
 struct AdapterFold {
   AdapterShape shape;
   AdapterParameters parameters;  // up_bias is not read
-  void* folded_weight;           // [bottleneck, width]  Vc, of x's type; null where V serves
+  void* folded_weight;           // [bottleneck, width]  Vc, of x's type; null where the kernels read V itself
   void* folded_bias;             // [bottleneck]         b'
-  void* folded_sum;              // [bottleneck]         s; null without norm
-  void* up_weight;               // [width, bottleneck]  U, of x's type; null where U serves
+  void* folded_sum;              // [bottleneck]         sums of the rows of Vc; null without norm
+  void* up_weight;               // [width, bottleneck]  U, of x's type; null where the kernels read U itself
 };
 
-// The result in one kernel, from what adapter_fold has made.
+// The whole forward pass in one kernel, with the parameters that adapter_fold wrote.
 struct AdapterForward {
   AdapterShape shape;
   Activation activation;
@@ -179,7 +193,7 @@ struct AdapterForward {
   DType out_type;           // that of x, or float
   const void* down_weight;  // [bottleneck, width]  Vc
   const void* folded_bias;  // [bottleneck]         b'
-  const void* folded_sum;   // [bottleneck]         s; null without norm
+  const void* folded_sum;   // [bottleneck]         null without norm
   const void* up_weight;    // [width, bottleneck]
   const void* up_bias;      // [width], float; null for none
   void* out;                // [rows, width]
@@ -187,14 +201,14 @@ struct AdapterForward {
   void* stats;              // [rows, 2] or null
 };
 
-// All of the backward pass but the products that sum over rows, in one kernel. What is null is not computed.
+// The backward pass in one kernel, except for the products that sum over rows. Null outputs are not computed.
 struct AdapterBackward {
   AdapterShape shape;
   Activation activation;
   double scale;
   AdapterRows grad;
   AdapterRows x;            // read for pull only
-  bool add_input;           // dx gets g added
+  bool add_input;           // adds g to dx
   const void* down_weight;  // [bottleneck, width]  Vc
   const void* folded_bias;  // [bottleneck]         b', for pull
   const void* up_weight;    // [width, bottleneck]
@@ -207,7 +221,7 @@ struct AdapterBackward {
   void* partial_up_bias;    // [column_sums, width] sums of g over the rows of a part of a tile
 };
 
-// Steps around library products, for what the fused kernels do not take.
+// Steps around library products, for problems that the fused kernels do not support.
 
 // activated = scale * act(hidden)
 struct AdapterActivate {
@@ -241,7 +255,7 @@ struct AdapterColumnSums {
   void* partial;  // [ceil(rows / kAdapterSumRows), width]
 };
 
-// d_up_bias = scale * the sum of the partial sums, in order
+// d_up_bias = scale * sum of the partial sums, in a fixed order
 struct AdapterUpBias {
   int64_t width;
   int64_t chunks;
@@ -250,8 +264,8 @@ struct AdapterUpBias {
   void* d_up_bias;      // [width]
 };
 
-// Whether the fused kernels take a problem whose rows have been checked by adapter_rows_fuse: half precision,
-// whole 16-byte vectors, a bottleneck of at most kAdapterMostBottleneck.
+// Whether the fused kernels support a problem: half precision, dimensions of whole 16-byte vectors, and a
+// bottleneck of at most kAdapterMostBottleneck. adapter_rows_fuse checks the alignment of rows.
 bool adapter_fuses(DType dtype, const AdapterShape& shape);
 bool adapter_rows_fuse(const AdapterRows& rows);
 

@@ -1,7 +1,7 @@
-// layer_mix: out[b, t] = sum_l weights[l] * N_l(layer_l[b, t]), N_l the identity or a LayerNorm of its own.
+// layer_mix: out[b, t] = sum_l weights[l] * N_l(layer_l[b, t]), N_l the identity or the LayerNorm of layer l.
 //
-// Rows are the pairs (b, t); layers are read where they lie, through one pointer and two strides each. Frames
-// from lengths[b] on are padding: never read, and written as zero.
+// Rows are the pairs (b, t). Layers are read in place, through one pointer and two strides each. Frames from
+// lengths[b] on are padding: never read, and written as zero.
 #pragma once
 
 #include <cstdint>
@@ -41,12 +41,12 @@ struct LayerMixForward {
 
 struct LayerMixBackward {
   LayerMixParams mix;
-  const void* grad;  // [batch, frames, width] by the two strides
+  const void* grad;  // [batch, frames, width] with the two strides below
   int64_t grad_batch_stride;
   int64_t grad_frame_stride;
   const void* stats;                  // as the forward pass saved it; null without norm
-  void* d_layer[kLayerMixMaxLayers];  // contiguous [batch, frames, width] each, or null where not asked for
-  bool need_weights;                  // sums below are written only where asked for
+  void* d_layer[kLayerMixMaxLayers];  // contiguous [batch, frames, width] each, or null if not needed
+  bool need_weights;                  // the sums below are written only if needed
   bool need_affine;
   void* partial_dot;    // [chunks, layers]         sum over rows of grad . N_l(layer)
   void* partial_scale;  // [chunks, layers, width]  sum over rows of grad * normalised layer
@@ -56,15 +56,15 @@ struct LayerMixBackward {
   void* d_norm_bias;    // [layers, width]
 };
 
-// Backward sums run over chunks of rows whose size depends on the problem alone, never on the number of
-// threads, and chunks are added in order: results are the same bit for bit on every run.
+// The backward pass sums rows in chunks and adds the chunks in order. Their size depends on the problem
+// alone, not on the number of threads, so that every run gives the same bits.
 struct LayerMixChunks {
   int64_t rows_per_chunk;
   int64_t chunks;
 };
 
 constexpr LayerMixChunks layer_mix_chunks(int64_t rows, bool need_affine) {
-  // Partial sums of the affine parameters are wide, so there may be only a few of them.
+  // Partial sums of the affine parameters are wide: few chunks bound their memory.
   const int64_t most_chunks = need_affine ? 32 : 256;
   const int64_t least_rows = 16;
   int64_t rows_per_chunk = (rows + most_chunks - 1) / most_chunks;
@@ -85,12 +85,12 @@ void layer_mix_reduce(const LayerMixBackward& args);
 
 namespace cuda {
 
-// Most layers whose gradient sums a block keeps in registers, and lanes that share a slice of columns.
+// The most layers whose gradient sums fit a block's registers, and the lanes that share a slice of columns.
 constexpr int32_t kLayerMixGroup = 8;
 constexpr int64_t kLayerMixLanes = 32;
 
 // Backward sums over rows: a block adds the rows of one chunk, for one slice of columns and one group of
-// layers. As on the CPU it depends on the problem alone, so that results do not depend on the GPU.
+// layers. As on the CPU the plan depends on the problem alone, so that results do not depend on the GPU.
 struct LayerMixSums {
   int64_t rows_per_chunk;
   int64_t chunks;
@@ -103,8 +103,7 @@ struct LayerMixSums {
 
 constexpr LayerMixSums layer_mix_sums(DType dtype, int64_t rows, int64_t width, int32_t layers) {
   const auto ceil_div = [](int64_t a, int64_t b) { return a / b + (a % b != 0); };
-  // About as many blocks as fill the largest GPUs a few times; it also bounds the partial sums, to some 16
-  // MB.
+  // Fills the largest GPUs a few times, and bounds the partial sums to some 16 MB.
   const int64_t wanted_blocks = 2048;
   const int64_t least_rows = 16;
   LayerMixSums plan = {};
@@ -123,7 +122,7 @@ constexpr LayerMixSums layer_mix_sums(DType dtype, int64_t rows, int64_t width, 
 struct LayerMixBackwardPlan {
   bool sums;           // the sums over rows, by LayerMixSums
   bool gradients;      // the gradients of layers
-  bool gradients_dot;  // they bring the sums for d_weights along, since they read the layers anyway
+  bool gradients_dot;  // the same kernel computes the sums for d_weights: it reads the layers anyway
   LayerMixSums sum_plan;
   int64_t rows_per_block;  // of the gradients
   int64_t gradient_blocks;
@@ -141,7 +140,7 @@ constexpr LayerMixBackwardPlan layer_mix_backward_plan(DType dtype, int64_t rows
   plan.gradients_dot = need_weights && !need_affine && need_layers && norm;
   plan.sums = need_affine || (need_weights && !plan.gradients_dot);
   plan.sum_plan = layer_mix_sums(dtype, rows, width, layers);
-  // Whole turns of the four rows that a block works on at a time.
+  // A multiple of the four rows that a block processes at a time.
   plan.rows_per_block = ((rows + wanted_blocks - 1) / wanted_blocks + 3) / 4 * 4;
   plan.gradient_blocks = rows == 0 || width == 0 ? 0 : (rows + plan.rows_per_block - 1) / plan.rows_per_block;
   plan.dot_partials = !need_weights        ? 0

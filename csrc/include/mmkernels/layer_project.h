@@ -2,20 +2,19 @@
 //
 // The LayerNorm is folded into the product. With V = W * gamma and its rows centred, Vc = V - mean_c(V),
 //   LN(x) W^T + b = rstd * (x Vc^T) + b',   b' = b + W beta,
-// exactly, since (x - mean(x) 1) V^T = x Vc^T. So x itself feeds the product, and no normalised copy exists.
+// exactly, since (x - mean(x) 1) V^T = x Vc^T. The product reads x itself, and no normalised copy is stored.
 // Backwards, with g = dL/dz * rstd for the value z before the activation, dVc = g^T x, and
 //   dV = dVc - mean_c(dVc),  dW = dV * gamma + db' beta^T,  dgamma = sum_o dV * W,  dbeta = W^T db',
 //   dx = g Vc - pull * (x - mean),  pull = rstd^2 / C * sum_o dz * (z - b').
-// The gain's gradient thus needs no gradient of x. Without norm_weight, Vc is W, and rstd and pull drop out.
+// The gradient of the gain thus needs no gradient of x. Without norm_weight, Vc is W, rstd is 1 and pull 0.
+// `pull` is the factor of a row's x - mean in dx: the part of the gradient that comes from the variance.
 //
-// On CUDA x may be of half precision, and Vc is rounded to its type. Its rows then sum to s instead of 0, and
-// a large mean of x would carry that into the result, so s is kept and z = rstd * (x Vc^T - mean(x) s^T) +
-// b'.
+// On CUDA Vc is rounded to the type of x. Its rows then sum to folded_sum instead of 0, which a large mean of
+// x would multiply, so z = rstd * (x Vc^T - mean(x) folded_sum^T) + b'.
 //
-// The products come from the BLAS of the device, save the forward one of half precision on CUDA; the
-// functions here do everything around them. Tensors are contiguous unless strides are given; types are float
-// or double (CPU) for parameters, statistics and sums; on CUDA x, y, z, their gradients and Vc are of x's
-// type.
+// The device's BLAS computes the products, except for the forward product in half precision on CUDA; the
+// functions here do everything around them. Tensors without strides are contiguous. Parameters, statistics
+// and sums are float, or double on the CPU; on CUDA x, y, z, their gradients and Vc have the type of x.
 #pragma once
 
 #include <cstdint>
@@ -33,7 +32,7 @@ struct LayerProjectShape {
   int64_t outputs;  // C_out
 };
 
-// x (N, L, C) by two strides, the last one being 1.
+// x (N, L, C) with two strides and a dense last dimension.
 struct LayerProjectInput {
   const void* data;
   int64_t row_stride;
@@ -48,7 +47,7 @@ struct LayerProjectFold {
   const void* norm_bias;       // [L, C] or null
   void* folded_weight;         // [L, C_out, C]  Vc
   void* folded_bias;           // [L, C_out]     b'
-  void* folded_sum = nullptr;  // [L, C_out] CUDA: s; null without norm_weight
+  void* folded_sum = nullptr;  // [L, C_out] CUDA: sums of the rows of Vc; null without norm_weight
 };
 
 struct LayerProjectStats {
@@ -78,7 +77,7 @@ struct LayerProjectGradient {
   void* scaled_grad;        // g: [N, C_out] of one tap; on CUDA [N, L, C_out]
   void* pull;               // [N, L] or null
   void* partial_bias;       // [chunks, L, C_out] sums of dz over the rows of a chunk
-  double scale = 1.0;       // CUDA: of grad
+  double scale = 1.0;       // CUDA: multiplies grad
 };
 
 struct LayerProjectInputGradient {
@@ -96,14 +95,14 @@ struct LayerProjectUnfold {
   const void* weight;        // [L, C_out, C]
   const void* norm_weight;   // null without norm
   const void* norm_bias;
-  void* d_weight;             // [L, C_out, C] in: dVc, out: dW; null where not asked for
+  void* d_weight;             // [L, C_out, C] in: dVc, out: dW; null if not needed
   void* d_bias;               // [L, C_out]
   void* d_norm_weight;        // [L, C] or null
   void* d_norm_bias;          // [L, C] or null
   void* row_means = nullptr;  // CUDA: scratch [L, C_out]
 };
 
-// Sums over rows run over chunks of this many rows, added in order.
+// Rows are summed in chunks of this many, and the chunks are added in order.
 constexpr int64_t kLayerProjectChunk = 256;
 
 constexpr int64_t layer_project_chunks(int64_t rows) {
@@ -112,17 +111,16 @@ constexpr int64_t layer_project_chunks(int64_t rows) {
 
 namespace cpu {
 
-// dtype is kFloat32 or kFloat64. Ranges are of L * C_out, of rows of one tap, of chunks of one tap, or of
-// taps.
+// dtype is kFloat32 or kFloat64. [begin, end) counts rows of the weight (L * C_out) in fold, taps in unfold,
+// chunks of one tap in gradient, and rows of one tap elsewhere.
 void layer_project_fold(DType dtype, const LayerProjectFold& args, int64_t begin, int64_t end);
 void layer_project_stats(DType dtype, const LayerProjectStats& args, int64_t tap, int64_t begin, int64_t end);
-// product: x Vc^T of the tap's rows from `first` on; y is only written.
+// product: x Vc^T of the tap's rows from `first` on; y is written, not read.
 void layer_project_activate(DType dtype, const LayerProjectActivate& args, int64_t tap, const void* product,
                             int64_t first, int64_t begin, int64_t end);
 void layer_project_gradient(DType dtype, const LayerProjectGradient& args, int64_t tap, int64_t begin,
                             int64_t end);
-// product: g Vc of the tap's rows from `first` on; dx is only written. Without norm it is a copy of the
-// product.
+// product: g Vc of the tap's rows from `first` on; dx is written, not read. Without norm dx is the product.
 void layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& args, int64_t tap,
                                   const void* product, int64_t first, int64_t begin, int64_t end);
 void layer_project_unfold(DType dtype, const LayerProjectUnfold& args, int64_t begin, int64_t end);
@@ -149,7 +147,7 @@ constexpr LayerProjectTiles layer_project_tiles(const LayerProjectShape& shape) 
   return tiles;
 }
 
-// y = act(z) from x itself, in one kernel.
+// y = act(z) directly from x, in one kernel.
 struct LayerProjectProduct {
   LayerProjectInput x;
   const void* folded_weight;  // [L, C_out, C]
@@ -159,7 +157,7 @@ struct LayerProjectProduct {
 // Launchers run on the current device and return a cudaError_t. dtype, that of x, is float, half or bfloat16.
 int layer_project_fold(DType dtype, const LayerProjectFold& args, CudaStream stream);
 int layer_project_stats(DType dtype, const LayerProjectStats& args, CudaStream stream);
-// Whether layer_project_product takes this problem: half precision, at least one input, rows of whole 16-byte
+// Whether layer_project_product supports a problem: half precision, at least one input, rows of whole 16-byte
 // vectors.
 bool layer_project_fuses(DType dtype, const LayerProjectShape& shape, const LayerProjectInput& x);
 int layer_project_product(DType dtype, const LayerProjectProduct& args, CudaStream stream);

@@ -1,0 +1,108 @@
+// The interface of the runtime for the emulated intrinsics and launch.cuh. Kernels do not use it directly.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <source_location>
+#include <tuple>
+
+namespace mmk::simt {
+
+inline constexpr unsigned kWarpSize = 32;
+inline constexpr size_t kMaxStaticSharedBytes = 48 * 1024;
+inline constexpr size_t kMaxSharedBytes = 227 * 1024;  // static and dynamic, on sm_90
+
+// A kernel with its arguments: `invoke(arguments)` runs it once, as the current thread.
+struct Kernel {
+  const void* function;
+  void (*invoke)(const void* arguments);
+  const void* arguments;
+};
+
+// Runs the blocks one after the other, every thread of a block as a fiber. Returns cudaSuccess,
+// cudaErrorInvalidConfiguration for a geometry that no GPU accepts, or cudaErrorLaunchFailure for a fault in
+// the kernel. An overlapping grid may start before the previous one has ended.
+cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_smem_bytes,
+                     bool overlapping);
+
+template <class... Params, class... Args>
+cudaError_t launch(bool overlapping, void (*kernel)(Params...), dim3 grid, dim3 block,
+                   size_t dynamic_smem_bytes, cudaStream_t, Args&&... args) {
+  struct Bound {
+    void (*kernel)(Params...);
+    std::tuple<Params...> args;
+  };
+  const Bound bound{kernel, {static_cast<Args&&>(args)...}};
+  const auto invoke = [](const void* arguments) {
+    const Bound& bound = *static_cast<const Bound*>(arguments);
+    std::apply(bound.kernel, bound.args);
+  };
+  return run_grid({reinterpret_cast<const void*>(kernel), invoke, &bound}, grid, block, dynamic_smem_bytes,
+                  overlapping);
+}
+
+// Ends the launch with a fault; the message also names the kernel and the current thread.
+[[noreturn, gnu::format(printf, 1, 2)]] void fail(const char* format, ...);
+
+// ---- shared memory ---------------------------------------------------------------------------------------
+
+// The storage of one MMK_SHARED in this block, identified by the address `site`; 0xFF bytes at the start.
+void* static_shared(const void* site, const char* name, size_t bytes);
+void* dynamic_shared();
+// Faults unless [address, address + bytes) lies in one shared array of this block.
+void require_shared(const void* address, size_t bytes, const char* what);
+// Returns the address; faults unless it is a multiple of `alignment`.
+void* aligned_access(const void* address, size_t alignment);
+
+// ---- meeting points --------------------------------------------------------------------------------------
+
+struct BarrierResult {
+  int count;  // threads with a nonzero predicate
+  int threads;
+};
+// Waits until all live threads of the block have arrived at this place in the source.
+BarrierResult block_barrier(int predicate, const std::source_location& where);
+
+// A warp collective. Every lane brings a frame on its stack. The last lane of `mask` to arrive calls
+// complete(frames, present) for all; frames[lane] is null for lanes that are not present.
+struct Collective {
+  const char* name;
+  void (*complete)(void* const (&frames)[kWarpSize], unsigned present);
+  bool aligned;                // .sync.aligned: all 32 lanes of the warp must be there
+  bool orders_memory = false;  // only __syncwarp does
+};
+void warp_collective(const Collective& collective, unsigned mask, void* frame,
+                     const std::source_location& where);
+
+unsigned lane_index();
+// Lanes of the current warp that have not exited.
+unsigned live_lanes();
+// Around each atomic: lets other threads run now and then, and faults on a wait that seems endless.
+void begin_atomic(void* address, size_t bytes);
+void end_atomic();
+void threadfence();
+
+// ---- programmatic dependent launch ----------------------------------------------------------------------
+
+// In an overlapping grid, a thread may touch memory that the previous grid writes only after a thread of its
+// block has called this.
+void wait_for_previous_grid();
+
+// ---- cp.async --------------------------------------------------------------------------------------------
+
+void cp_async(void* shared, const void* global, int bytes, int source_bytes);
+void cp_async_commit_group();
+void cp_async_wait_group(int pending);
+void cp_async_wait_all();
+
+}  // namespace mmk::simt
+
+extern "C" {
+// The order in which threads and blocks run: 0 by index, 1 reversed, others shuffled with that seed.
+void mmk_simt_set_order(uint64_t seed);
+// The first fault since the last mmk_simt_clear_error, or "".
+const char* mmk_simt_last_error();
+void mmk_simt_clear_error();
+}

@@ -1,0 +1,154 @@
+// The shared memory of the running block: one array for each MMK_SHARED and one for the dynamic part, each
+// between guard bytes.
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "simt/internal.h"
+
+namespace mmk::simt {
+namespace {
+
+constexpr size_t kGuardBytes = 128;  // a multiple of the arrays' alignment
+constexpr unsigned char kGuard = 0x5a;
+constexpr unsigned char kPoison = 0xff;
+const char kDynamicSite = 0;
+
+struct Array {
+  const void* site;
+  std::string name;
+  size_t bytes;
+  unsigned char* memory;  // guard, data, guard
+  bool used;              // by this block
+
+  unsigned char* data() const { return memory + kGuardBytes; }
+};
+std::vector<Array> arrays;
+
+void set_guards_readable([[maybe_unused]] const Array& array, [[maybe_unused]] bool readable) {
+#ifdef MMK_SIMT_ASAN
+  const auto change = readable ? __asan_unpoison_memory_region : __asan_poison_memory_region;
+  change(array.memory, kGuardBytes);
+  change(array.data() + array.bytes, kGuardBytes);
+#endif
+}
+
+Array& new_array(const void* site, const char* name, size_t bytes) {
+  void* memory = nullptr;
+  if (posix_memalign(&memory, kGuardBytes, bytes + 2 * kGuardBytes) != 0) std::abort();
+  std::memset(memory, kGuard, bytes + 2 * kGuardBytes);
+  arrays.push_back({site, name, bytes, static_cast<unsigned char*>(memory), false});
+  set_guards_readable(arrays.back(), false);
+  return arrays.back();
+}
+
+Array& find_array(const void* site, const char* name, size_t bytes) {
+  for (Array& array : arrays) {
+    if (array.site == site) return array;
+  }
+  return new_array(site, name, bytes);
+}
+
+void require_capacity() {
+  size_t fixed = 0;
+  size_t dynamic = 0;
+  for (const Array& array : arrays) (array.site == &kDynamicSite ? dynamic : fixed) += array.bytes;
+  if (fixed > kMaxStaticSharedBytes)
+    fail("uses %zu bytes of static shared memory; the limit is 48 KB", fixed);
+  if (fixed + dynamic > kMaxSharedBytes)
+    fail("uses %zu bytes of shared memory; the limit is 227 KB", fixed + dynamic);
+}
+
+bool guards_intact(const Array& array) {
+  for (size_t i = 0; i < kGuardBytes; ++i) {
+    if (array.memory[i] != kGuard || array.data()[array.bytes + i] != kGuard) return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void begin_grid_shared(size_t dynamic_bytes) {
+  if (dynamic_bytes > 0) new_array(&kDynamicSite, "dynamic shared memory", dynamic_bytes);
+}
+
+void begin_block_shared() {
+  for (Array& array : arrays) {
+    array.used = array.site == &kDynamicSite;
+    if (array.used) std::memset(array.data(), kPoison, array.bytes);
+  }
+}
+
+void end_block_shared() {
+  for (const Array& array : arrays) {
+    set_guards_readable(array, true);
+    if (!guards_intact(array)) block_fault("wrote outside the bounds of shared array " + array.name);
+    set_guards_readable(array, false);
+  }
+}
+
+void end_grid_shared() {
+  for (const Array& array : arrays) {
+    set_guards_readable(array, true);
+    std::free(array.memory);
+  }
+  arrays.clear();
+}
+
+void* static_shared(const void* site, const char* name, size_t bytes) {
+  Array& array = find_array(site, name, bytes);
+  if (!array.used) {
+    array.used = true;
+    std::memset(array.data(), kPoison, array.bytes);
+    require_capacity();
+  }
+  return array.data();
+}
+
+void* dynamic_shared() {
+  if (arrays.empty() || arrays.front().site != &kDynamicSite)
+    fail("uses dynamic shared memory, but was launched with 0 bytes");
+  return arrays.front().data();
+}
+
+void require_shared(const void* address, size_t bytes, const char* what) {
+  const auto* first = static_cast<const unsigned char*>(address);
+  for (const Array& array : arrays) {
+    if (first >= array.data() && first + bytes <= array.data() + array.bytes) return;
+  }
+  fail("%s: %zu bytes at %p are not in the shared memory of the block", what, bytes, address);
+}
+
+namespace {
+
+const Array* array_of(const void* address) {
+  const auto* byte = static_cast<const unsigned char*>(address);
+  for (const Array& array : arrays) {
+    if (byte >= array.data() && byte < array.data() + array.bytes) return &array;
+  }
+  return nullptr;
+}
+
+}  // namespace
+
+bool is_shared(const void* address) {
+  return array_of(address) != nullptr;
+}
+
+std::string shared_place(const void* address) {
+  const Array* array = array_of(address);
+  if (array == nullptr) return "no shared memory";
+  const auto byte = static_cast<const unsigned char*>(address) - array->data();
+  return (array->site == &kDynamicSite ? "" : "shared array ") + array->name + ", byte " +
+         std::to_string(byte);
+}
+
+void* aligned_access(const void* address, size_t alignment) {
+  if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
+    fail("misaligned access of %zu bytes at %p", alignment, address);
+  }
+  return const_cast<void*>(address);
+}
+
+}  // namespace mmk::simt
