@@ -42,17 +42,11 @@ def save(model: nn.Module, folder: str | Path) -> None:
         FileExistsError: the folder has files of these names that are not a checkpoint of this package.
     """
     folder = Path(folder)
-    config = {"format": FORMAT, "mmkernels_version": mmkernels.__version__}
-    if isinstance(model, AdaptedModel):
-        config |= _describe_adapted(model)
-        tensors = model.trained_tensors()
-    else:
-        prepared = get_prepared(model)
-        config |= _describe_prepared(model, prepared)
-        tensors = prepared.trained_tensors()
+    own = model if isinstance(model, AdaptedModel) else get_prepared(model)
+    config = {"format": FORMAT, "mmkernels_version": mmkernels.__version__, **_describe(own)}
     _refuse_foreign_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in own.trained_tensors().items()}
     text = json.dumps(config, indent=2) + "\n"
     replace_file(folder / WEIGHTS, lambda path: save_file(ready, path, metadata={"format": "pt"}))
     replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
@@ -109,7 +103,7 @@ def load_prepared(model: nn.Module, folder: str | Path, **options: Any) -> Prepa
         raise ValueError(f"{folder} was saved from an AdaptedModel; load it by load(folder, model)")
     if is_prepared(model):
         prepared = get_prepared(model)
-        _check_same(_describe_prepared(model, prepared), config, folder)
+        _check_same(_describe(prepared), config, folder)
         _copy_strictly(prepared.trained_tensors(), tensors, folder)
         return prepared
     method = registry.find(config["method"], **config["options"])
@@ -122,26 +116,18 @@ def load_prepared(model: nn.Module, folder: str | Path, **options: Any) -> Prepa
     return prepared
 
 
-def _describe_adapted(model: AdaptedModel) -> dict[str, Any]:
+def _describe(model: AdaptedModel | Prepared) -> dict[str, Any]:
+    """All that is needed to build the trained part again."""
+    config: dict[str, Any] = {"method": model.method.name, "options": model.method.options()}
+    if isinstance(model, Prepared):
+        return {**config, "head": model.head, "base_model": _describe_base(model.edit.encoder)}
     encoder, task = model.encoder, model.task
+    # A dtype only where the user chose one.
+    dtype = str(encoder.dtype).removeprefix("torch.") if encoder.dtype_given else None
     return {
-        "method": model.method.name,
-        "options": model.method.options(),
+        **config,
         "task": None if task is None else {"name": task.name, "options": task.options()},
-        "base_model": {
-            **_describe_base(encoder.parts),
-            # Only where the user chose one.
-            "dtype": str(encoder.dtype).removeprefix("torch.") if encoder.dtype_given else None,
-        },
-    }
-
-
-def _describe_prepared(model: nn.Module, prepared: Prepared) -> dict[str, Any]:
-    return {
-        "method": prepared.method.name,
-        "options": prepared.method.options(),
-        "head": prepared.head,
-        "base_model": _describe_base(prepared.edit.encoder),
+        "base_model": {**_describe_base(encoder.parts), "dtype": dtype},
     }
 
 
@@ -163,12 +149,12 @@ def _check_base(encoder: Encoder, base: Mapping[str, Any], folder: str | Path) -
 
 
 def _check_same(own: Mapping[str, Any], saved: Mapping[str, Any], folder: str | Path) -> None:
-    flat = [
-        {"method": config["method"], "head": config["head"]}
-        | {name: value for part in config["options"].values() for name, value in part.items()}
-        for config in (own, json.loads(json.dumps(saved)))
-    ]
-    mine, theirs = json.loads(json.dumps(flat[0])), flat[1]
+    def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+        options = {name: value for part in config["options"].values() for name, value in part.items()}
+        # As JSON has it: lists for tuples.
+        return json.loads(json.dumps({"method": config["method"], "head": config["head"], **options}))
+
+    mine, theirs = flat(own), flat(saved)
     differences = [
         f"{name} {theirs.get(name)!r}, not {mine.get(name)!r}"
         for name in {**mine, **theirs}

@@ -188,112 +188,40 @@ def to_html(comparison: Comparison) -> str:
     """The whole page: no script, no link to another file."""
     template = importlib.resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    methods = comparison.methods
     return environment.from_string(template).render(
+        comparison=comparison,
+        task=comparison.task,
+        metric=comparison.task["metric"]["title"].lower(),
         title=headline(comparison),
-        synthetic=comparison.task["synthetic"],
-        note=comparison.task["note"],
         header=header(comparison),
-        # Columns under each heading of the upper line.
-        groups=((5, ""), (3, "Training step, ms"), (2, "Its peak memory, MiB")),
         parts=[
-            (_part_title(comparison, methods[0]), [table_row(method) for method in methods])
-            for methods in in_parts(comparison.methods)
+            (_part_title(comparison, part[0]), [table_row(method) for method in part])
+            for part in in_parts(methods)
         ],
         caption=caption(comparison),
         figures=figures.draw(comparison),
-        reading=_reading(comparison),
-        methods=[(method.title, method.about, _options(method)) for method in comparison.methods],
-        facts=_facts(comparison),
+        best=_sampling_error(comparison),
+        losses=[(method.title, statistics.fmean(run.loss for run in method.runs)) for method in methods],
+        tuned=any(method.through_encoder for method in methods),
+        methods=[(method.title, method.about, _options(method)) for method in methods],
+        runs=sorted({(m.through_encoder, len(m.runs), m.epochs, m.batch_size) for m in methods}),
         date=datetime.date.today().isoformat(),
     )
 
 
-def _reading(comparison: Comparison) -> list[str]:
-    """How to judge the numbers."""
-    task, settings = comparison.task, comparison.settings
-    metric = task["metric"]["title"].lower()
-    choose = max if task["metric"]["higher_is_better"] else min
+def _sampling_error(comparison: Comparison) -> tuple[float, float]:
+    """The best score, and how much another draw of as many test clips would move it (one standard error)."""
+    choose = max if comparison.task["metric"]["higher_is_better"] else min
     best = choose(method.score for method in comparison.methods)
-    error = (max(best * (1 - best), 0) / task["test_clips"]) ** 0.5
-    lines = [
-        f"Another draw of {task['test_clips']} test clips would move a clip-wise {metric} of "
-        f"{best:.0%} by about {100 * error:.1f} points (one binomial standard error); differences "
-        "below that, or below the seeds' spread, are no evidence.",
-        "Epochs, batches, rates and seeds were fixed beforehand; the test clips were used once, at the end.",
-    ]
-    frozen = [method for method in comparison.methods if not method.through_encoder]
-    tuned = [method for method in comparison.methods if method.through_encoder]
-    if frozen and settings["cached_features"] and comparison.feature_seconds is not None:
-        share = task["train_clips"] / (task["train_clips"] + task["test_clips"])
-        lines.append(
-            "A frozen encoder ran once over all clips, and training read its features: seconds per "
-            "epoch hold no encoder time, and no augmentation of the audio was possible. With the "
-            f"encoder in the loop an epoch would take about {comparison.feature_seconds * share:.1f} s "
-            "more."
-        )
-    if tuned:
-        lines.append(
-            "Methods that train through the encoder begin with the readout and head that were trained "
-            "on the frozen one, and train on from there. Every step runs the encoder forwards and, "
-            "down to the lowest trained parameter, backwards, without dropout and augmentation."
-        )
-    if any(method.step.eager for method in comparison.methods):
-        lines.append(
-            "Eager is the method as published, in plain PyTorch, with the same weights; the rest of "
-            "the encoder is transformers' on both sides. The two were checked against each other "
-            "(logits and gradients) and then timed in turn, on the same batch."
-        )
-    losses = ", ".join(
-        f"{method.title} {statistics.fmean(run.loss for run in method.runs):.2f}"
-        for method in comparison.methods
-    )
-    lines.append(
-        f"Training loss of the last epoch, mean over seeds: {losses}. A small loss with a poor "
-        f"{metric} means that the method overfits its training clips."
-    )
-    return lines
+    return best, (max(best * (1 - best), 0) / comparison.task["test_clips"]) ** 0.5
 
 
 def _options(method: MethodResult) -> str:
-    """The options that were set or that decide on sizes, part by part."""
-    given = {
-        name: value for part in method.options.values() for name, value in part.items() if value is not None
-    }
-    chosen = [f"{name} {value}" for name, value in given.items()]
-    return ", ".join([f"learning rate {method.learning_rate:g}", *chosen])
-
-
-def _facts(comparison: Comparison) -> dict[str, str]:
-    task, settings, machine = comparison.task, comparison.settings, comparison.machine
-    encoder = f"{task['model_type']}, {task['layers']} layers, width {task['hidden_size']}"
-    epochs = dict.fromkeys(
-        f"{method.epochs}, {method.batch_size} clips"
-        + (" through the encoder" if method.through_encoder else "")
-        for method in comparison.methods
-    )
-    seeds = dict.fromkeys(", ".join(str(run.seed) for run in method.runs) for method in comparison.methods)
-    packages = ("mmkernels", "torch", "transformers", "accelerate", "python")
-    facts = {
-        "Data": f"{task['data']}{' (synthetic)' if task['synthetic'] else ''}; {task['classes']} classes",
-        "Training clips": f"{task['train_clips']} ({task['train_seconds']:.0f} s)",
-        "Test clips": f"{task['test_clips']} ({task['test_seconds']:.0f} s)",
-        "Cropped at": f"{task['max_seconds']:g} s",
-        "Encoder": f"{task['model']} ({encoder})",
-        "Task": task["name"],
-        "Optimiser": f"AdamW, weight decay {settings['weight_decay']:g} on matrices; warm-up over a tenth of "
-        "the steps, then linear decay",
-        "Epochs, batch": "; ".join(epochs)
-        + (f" on each of {machine['processes']} processes" if machine["processes"] > 1 else ""),
-        "Precision": "bfloat16 autocast" if settings["bf16"] else "float32",
-        "Seeds": "; ".join(seeds),
-        "Features, inputs": "cached" if settings["cached_inputs"] else "computed in every step",
-        "Device": f"{machine['device']}, {machine['threads']} CPU threads",
-        "Versions": ", ".join(f"{name} {machine[name]}" for name in packages),
-        "Whole comparison": f"{comparison.total_seconds:.0f} s",
-    }
-    if comparison.feature_seconds is not None:
-        facts["Whole comparison"] += f", {comparison.feature_seconds:.0f} s of these for the features"
-    return facts
+    """Rate and options, but for those left to the method."""
+    options = {name: value for part in method.options.values() for name, value in part.items()}
+    given = {"learning rate": f"{method.learning_rate:g}", **options}
+    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
 
 
 def _number(value: float | None, digits: int) -> str:
