@@ -15,7 +15,7 @@ help:
 	@echo "make lint    ruff, mypy, clang-format, and a build with warnings as errors"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 
-# torch comes first and alone: everything after it is built against, or resolved beside, the torch that is there.
+# torch comes first and alone: all other packages are built against it, or resolved next to it.
 $(VENV)/.torch: constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 	  { echo "mmkernels needs Python 3.10 or later; choose one with: make PYTHON=python3.11 ..."; exit 1; }
@@ -24,7 +24,7 @@ $(VENV)/.torch: constraints.txt
 	@echo "Installing torch into $(VENV) (minutes the first time)"
 	@$(PIP) torch numpy
 	@$(PIP) "scikit-build-core>=0.11" "pybind11>=2.13" ninja "cmake>=3.24"
-	@# A CUDA build of torch brings the Triton that it was made with; beside a CPU build the tests need one all the same.
+	@# A CUDA build of torch brings its Triton; with a CPU build the tests need one too.
 	@$(BIN)/python -c "import triton" 2>/dev/null || $(PIP) triton==3.6.0
 	@touch $@
 
@@ -35,7 +35,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
 
 setup: $(VENV)/.installed
 
-# Triton's interpreter has to be chosen before Triton is imported, hence a process of its own.
+# Triton's interpreter has to be chosen before Triton is imported, hence a second process.
 test: setup
 	$(BIN)/python -m pytest
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/test_interpreter.py

@@ -1,4 +1,4 @@
-"""The one interface of the methods: what is edited inside an encoder, and how its layers are read out."""
+"""The one interface of the methods: an edit inside an encoder, and a readout of its layers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def option(
         default: None where the method chooses.
         choices: the values allowed, if there are few.
         least: the smallest value allowed.
-        runtime: the option says how the method is computed and not what is trained; checkpoints leave it out.
+        runtime: the option changes the computation and not the parameters; checkpoints leave it out.
     """
     return field(default=default, metadata={"choices": tuple(choices), "least": least, "runtime": runtime})
 
@@ -114,14 +114,14 @@ class Method:
         return LastLayer(encoder.hidden_size)
 
     def edit(self, encoder: Encoder) -> Edit:
-        """What is changed and trained inside the encoder, done and reversible.
+        """Change and train parts of the encoder, reversibly.
 
         Everything is checked before anything is touched: ValueError, or ImportError for a missing package.
         """
         return Edit.nothing(encoder)
 
     def parameter_groups(self, model: AdaptedModel) -> dict[str, Group]:
-        """Parameters with rates of their own, by the name of the group; the run's rate is for all others."""
+        """Parameters whose rate is not the run's, by the name of the group."""
         return {}
 
     def baseline(self, model: AdaptedModel) -> AdaptedModel | None:
@@ -136,7 +136,7 @@ class Method:
         return twin if ours else None
 
     def insights(self, model: AdaptedModel) -> dict[str, dict[str, float]]:
-        """What the trained model tells of itself, a figure each: `{"layer weight": {"layer 0": 0.08}}`."""
+        """Figures of the trained model: `{"layer weight": {"layer 0": 0.08}}`."""
         return {}
 
     def parts(self) -> tuple[Method, ...]:
@@ -144,7 +144,7 @@ class Method:
         return (self,)
 
     def options(self) -> dict[str, dict[str, Any]]:
-        """What a checkpoint says: of each part the fields that decide what is trained."""
+        """The fields of each part that decide which parameters there are, for a checkpoint."""
         return {part.name: _saved_fields(part) for part in self.parts()}
 
     def about(self) -> str:

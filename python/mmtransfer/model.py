@@ -23,7 +23,7 @@ from mmtransfer.tasks.base import Task
 
 @dataclass
 class AdaptedOutput(ModelOutput):
-    """What a call gives.
+    """The output of a call.
 
     Attributes:
         loss: scalar, if there were labels.
@@ -116,7 +116,7 @@ class AdaptedModel(nn.Module):
             input_values, input_features, input_ids, pixel_values: the encoder's main input, by its name.
             attention_mask: `(B, S)`, right-padded, along the main input's time axis; it wins over `lengths`.
             lengths: `(B,)`, valid positions of the main input; with `features`, their frames per utterance.
-            labels: what the task's loss takes.
+            labels: the second argument of the task's loss.
             features: `(N, L, C)` valid frames of all utterances, as `extract` gives them; the encoder is not
                 run, so stored features train no edit.
 
@@ -147,7 +147,7 @@ class AdaptedModel(nn.Module):
         return AdaptedOutput(loss=loss, logits=logits, lengths=taps.lengths)
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """All that training changes, by name: what a checkpoint holds."""
+        """All tensors that training changes, by name, for a checkpoint."""
         edited = {id(parameter) for parameter in self.encoder.edit.parameters}
         tensors: dict[str, torch.Tensor] = {
             name: parameter for name, parameter in self.named_parameters() if id(parameter) in edited

@@ -1,6 +1,4 @@
-"""Prepare a model for its own training code: freeze it, and edit and train what a method says in its
-encoder.
-"""
+"""Prepare a model for its own training code: freeze it, and edit its encoder by a method."""
 
 from __future__ import annotations
 
@@ -22,7 +20,7 @@ _RECORD = "_mmtransfer_prepared"
 
 @dataclass
 class Prepared:
-    """What `prepare` did to a model; `print` shows the counts.
+    """The record of `prepare`; `print` shows the counts.
 
     Attributes:
         method: the method with its options.
@@ -42,7 +40,7 @@ class Prepared:
     def revert(self) -> None:
         """Give the model its forwards and `requires_grad` flags back; the method's parameters are dropped.
 
-        The head, and frozen weights that the method trained, keep what they have learned.
+        The head, and weights of the model that the method trained, keep their values.
         """
         model = self.edit.encoder.root
         if model.__dict__.get(_RECORD) is not self:
@@ -75,7 +73,7 @@ def prepare(
     description: ModelDescription | None = None,
     **options: Any,
 ) -> Prepared:
-    """Freeze `model` in place, except for what the edit of `method` trains in its encoder, and for its head.
+    """Freeze `model` in place, except for its head, and edit and train its encoder by `method`.
 
     For training code that exists: the model keeps its class, its `forward` and its head. New parameters are
     children of the layers (`...adapter_mlp.*`, `...prompt`), float32 (float64 in a float64 model). Layers
@@ -141,7 +139,7 @@ def is_prepared(model: nn.Module) -> bool:
 
 
 def get_prepared(model: nn.Module) -> Prepared:
-    """What `prepare` returned for this model.
+    """The record that `prepare` returned for this model.
 
     Raises:
         ValueError: the model is not prepared.

@@ -96,7 +96,7 @@ class AAT(AdapterMethod):
         edit.override(projection, rewrite.SerialRewritten(projection, adapter))
 
     def _adapt_mlp(self, edit: Edit, encoder: Encoder, layer: nn.Module, rewritten: bool) -> None:
-        # The MLP's output is what the M adapter is added to.
+        # The M adapter is added to the MLP's output.
         adapter = self.add(edit, encoder, layer, "adapter_mlp", residual=False)
         first, second = (layer.get_submodule(path) for path in encoder.description.layer_mlp)
         last = self.recompute != "none"

@@ -1,10 +1,10 @@
-"""The adapters of AAT inside the products of the frozen layers beside them; equal, not approximate.
+"""The adapters of AAT inside the products of the frozen layers next to them; equal, not approximate.
 
 M adapter: where the MLP has the same activation, `[W2 | s V2] act([W1 ; V1] h + [b1 ; c1]) + (b2 + s c2)` is
 the MLP and the adapter in two products instead of four. S adapter: its hidden layer is a linear function of
-what the output projection takes, so `[W_o ; V1 W_o]` gives both at once.
+the output projection's input, so `[W_o ; V1 W_o]` gives both at once.
 
-The stacked weights are made anew in each call, in the dtype of the product; where autocast would cast the
+The stacked weights are made in each call, in the dtype of the product; where autocast would cast the
 weights that is a copy it makes too, elsewhere it is extra work. Gradients are computed for the adapter's part
 only (and for a frozen part that was thawed).
 """
@@ -56,7 +56,7 @@ class EntryRewritten:
 
 
 class ExitRewritten:
-    """The second linear layer of an MLP with the up-projection of its M adapter beside its own columns.
+    """The second linear layer of an MLP with the up-projection of its M adapter as further columns.
 
     With `product_last` the two are separate products, the frozen one after all that is kept for the backward
     pass, where recomputing stops.

@@ -1,4 +1,4 @@
-"""What adaptation methods are compared with: the head alone, full fine-tuning, and other edits of few
+"""Baselines of adaptation methods: the head alone, full fine-tuning, and other edits of few
 parameters.
 """
 

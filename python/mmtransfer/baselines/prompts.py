@@ -34,7 +34,7 @@ class Prompted:
 def _widen_mask(mask: torch.Tensor | None, count: int) -> torch.Tensor | None:
     """A mask `(B, N)` of valid tokens or `(B, H, 1 or N, N)` of visible keys, `count` visible ones in front.
 
-    The new queries see what the first one sees: the masks of encoders are the same for all queries.
+    The new queries see the keys of the first one: the masks of encoders are the same for all queries.
     """
     if mask is None:
         return None

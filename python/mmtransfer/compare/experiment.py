@@ -1,4 +1,4 @@
-"""What a comparison runs on: a pretrained model, labelled recordings and the feature extractor between
+"""The subject of a comparison: a pretrained model, labelled recordings and the feature extractor between
 them.
 """
 
@@ -25,7 +25,7 @@ class Experiment:
         extractor: the model's feature extractor.
         recordings: with a train and a test part.
         max_seconds: clips are cropped to this.
-        note: one or two sentences on what is learned from whom, for reports.
+        note: one or two sentences on the data, for reports.
     """
 
     model: nn.Module

@@ -1,4 +1,4 @@
-"""What a comparison finds: plain data, from which reports and figures are made."""
+"""The results of a comparison: plain data, from which reports and figures are made."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Run:
         score: on the test clips, by the task's metric.
         scores: all of the task's figures.
         loss: on the training clips, mean of the last epoch.
-        insights: what the trained model tells of itself, see `Method.insights`.
+        insights: figures of the trained model, see `Method.insights`.
     """
 
     seed: int
@@ -35,7 +35,7 @@ class MethodResult:
     """All runs of one method, and the cost of its training step.
 
     Attributes:
-        about: what the method is, in a sentence, and its paper.
+        about: the method in a sentence, and its paper.
         through_encoder: whether the encoder runs in every step, and gradients enter it.
         options: of the method, as a checkpoint has them.
         epochs, batch_size: of every run.

@@ -115,7 +115,7 @@ class _Session:
         self.trained: dict[tuple[str, int], AdaptedModel] = {}
 
     def prepare(self) -> None:
-        """Cache what the methods read in every epoch, if that is wanted."""
+        """Cache the features and inputs that every epoch reads, if that is wanted."""
         if not self.settings.cache:
             return
         began = time.perf_counter()
@@ -272,7 +272,7 @@ class _Session:
         return features, features.collate
 
     def _measure(self, method: Method, model: AdaptedModel) -> StepComparison:
-        """A training step on the first clips, what is cached of them already there."""
+        """A training step on the first clips, with their features or inputs in memory."""
         examples, collate = self._examples("train", model)
         count = min(self._training(method)[0].batch_size, len(self.clips["train"]))
         batch = collate([examples[index] for index in range(count)])

@@ -1,4 +1,4 @@
-"""What a comparison is given; imports no torch, so that it becomes flags and help at once."""
+"""The settings of a comparison; imports no torch, so that flags and help appear at once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mmtransfer.training.settings import Training
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSettings:
-    """What to compare and how. A value of None leaves the choice to each method.
+    """The methods and their training. None leaves the choice to each method.
 
     Attributes:
         methods: names of methods and pairs ("a+b"); none for those that the papers' folders propose.
         options: of the methods, by field; one goes to every method that has it, and must have an owner. Those
             under the name of a method are for that method alone.
-        task: what the models are trained for.
+        task: the purpose that the models are trained for.
         seeds: each method on the frozen encoder is trained with seeds 0, 1, ..., so many times.
         epochs, batch_size: on the frozen encoder.
         tuning_seeds, tuning_epochs, tuning_batch_size: the same for methods that train through the encoder.

@@ -142,7 +142,7 @@ def _interleave(steps: Sequence[Callable[[], None]]) -> list[list[float]]:
 
 
 def _memory(step: Step) -> float:
-    """Peak MiB of a few steps above what is in use without them: activations, gradients, optimiser state."""
+    """Peak MiB of a few steps beyond the memory in use before: activations, gradients, optimiser state."""
     step.reset()
     gc.collect()
 

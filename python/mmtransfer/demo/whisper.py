@@ -94,7 +94,7 @@ def whisper_tiny_en(cache: str | Path | None = None) -> Path:
 def convert(file: CTranslate2File, **config: Any) -> WhisperModel:
     """The transformers model, fp32 and in eval mode, that a CTranslate2 WhisperSpec file describes.
 
-    Sizes come from the file; `config` adds what it does not hold, such as token ids. Every parameter of the
+    Sizes come from the file; `config` adds the rest, such as token ids. Every parameter of the
     model is assigned exactly once and every weight of the file is used. DataError if the two do not match.
     """
     if file.spec != "WhisperSpec":

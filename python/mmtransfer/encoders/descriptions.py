@@ -1,4 +1,4 @@
-"""Where things are inside the encoders of transformers: one table, data only.
+"""Paths of the parts of transformers' encoders: one table, data only.
 
 `encoders.Encoder` reads it. Paths are dotted attribute paths. tests/methods/test_encoders.py builds a tiny
 model of every type and checks the table against transformers 5.17; a new model type needs an entry here and
@@ -39,7 +39,7 @@ class ModelDescription:
         layer_mlp: the two linear layers of the (last, where there are two) feed-forward block, in order.
         activation: config attribute that names the activation between the two.
         calls_projections: whether those four are called as modules; elsewhere their weights go into a
-            function, and what the last one makes is the (first) result of `layer_attention`.
+            function, and the last one's output is the (first) result of `layer_attention`.
         attention_alone_mixes: whether the tokens of a layer, dimension 1 of its input, meet in its attention
             only, so that others can be put in front of them; False too where time comes before the batch.
         shares_position_bias: whether layers take a bias over pairs of positions from the layer before.

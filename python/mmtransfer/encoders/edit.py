@@ -18,7 +18,7 @@ _MARK = "_mmtransfer_edit"
 
 
 class Edit:
-    """What a method changes in an encoder, and which parameters it trains there.
+    """Changes of an encoder by one method, and the parameters that it trains there.
 
     As a context manager it freezes the model, lets the body make its changes, and takes all of them back if
     the body raises:
@@ -28,7 +28,7 @@ class Edit:
                 scale = edit.add(layer, "scale", nn.Parameter(torch.ones(1)))
                 edit.override(layer, Scaled(layer.forward, scale))
 
-    What takes the place of a `forward` should be an object and not a closure: a deep copy of the model then
+    A replacement of a `forward` should be an object and not a closure: a deep copy of the model then
     refers to the modules of the copy.
 
     Args:
@@ -124,7 +124,7 @@ class Edit:
     def revert(self) -> None:
         """Take everything back: forwards, children, `requires_grad` flags; added parameters are dropped.
 
-        Weights of the model that were trained keep what they learned.
+        Trained weights of the model keep their values.
         """
         for module, name, value in reversed(self._attributes):
             module.__dict__.pop(name, None)

@@ -1,4 +1,4 @@
-"""Where things are in one encoder: its layers, width, final norm, and the frames that it makes of its
+"""The parts of one encoder: its layers, width, final norm, and the frames that it makes of its
 input.
 """
 

@@ -50,7 +50,7 @@ class TappedEncoder(nn.Module):
 
     Attributes:
         parts: the `Encoder`, whose `layers` are those up to the last tap.
-        edit: what is changed and trained in it; empty at first.
+        edit: the changes and trained parameters in it; empty at first.
 
     Raises:
         TypeError, ValueError: no such model type, tap or dtype; a repeated tap; weights on the meta device; a
@@ -200,7 +200,7 @@ class TappedEncoder(nn.Module):
 
 
 class _TapPoint:
-    """Where one tap is read: the input or the output of a module, at `depth` in the order of execution."""
+    """The place of one tap: the input or the output of a module, at `depth` in the order of execution."""
 
     def __init__(self, slot: int, depth: int, module: nn.Module, *, takes_input: bool = False) -> None:
         self.slot, self.depth, self.module, self.takes_input = slot, depth, module, takes_input

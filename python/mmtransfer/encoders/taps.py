@@ -1,4 +1,4 @@
-"""The valid frames of several encoder layers, packed: what the encoder writes and the fusion reads."""
+"""The valid frames of several encoder layers, packed; the encoder writes them, a readout reads them."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ def encode_short(encoder: Any, mel: torch.Tensor, lengths: torch.Tensor | None) 
     """
     valid = None if lengths is None else torch.arange(mel.shape[2], device=mel.device) < lengths.unsqueeze(1)
     hidden = F.gelu(encoder.conv1(_zero_padding(mel, valid)))
-    # The second convolution must see past the end what it sees alone: zeros, not the first one's bias.
+    # Past the end the second convolution must see zeros, as it does alone, and not the first one's bias.
     hidden = F.gelu(encoder.conv2(_zero_padding(hidden, valid))).transpose(1, 2)
     hidden = hidden + encoder.embed_positions.weight[: hidden.shape[1]]
     mask = None

@@ -83,7 +83,7 @@ class HFFb(Fusion):
 
     While more than 3 features are left, each goes through its own projection to C/2 and neighbouring pairs
     are concatenated to C again: 12 -> 6 -> 3. An odd count leaves its last, topmost, feature unprojected for
-    the next level: 7 -> 4 -> 2. What is left is concatenated and projected by three linear layers.
+    the next level: 7 -> 4 -> 2. The rest is concatenated and projected by three linear layers.
 
     With C = 1024 and 12 taps: 18 projections, 12,270,464 parameters, 12,233,600 without norms.
 

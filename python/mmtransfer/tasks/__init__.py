@@ -1,4 +1,4 @@
-"""Tasks: what a model is trained for. A task brings head, loss, collation and metric."""
+"""Tasks: head, loss, collation and metric."""
 
 from __future__ import annotations
 

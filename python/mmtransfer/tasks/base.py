@@ -31,7 +31,7 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class Task(abc.ABC):
-    """What a model is trained for; its fields are all that a checkpoint needs to build its head again.
+    """The purpose of a model; its fields are all that a checkpoint needs to build its head again.
 
     Attributes:
         name: on the command line, in checkpoints and reports.
@@ -63,7 +63,7 @@ class Task(abc.ABC):
         """Figures of a test set by name, that of `metric` among them."""
 
     def target(self, clip: Clip) -> Any:
-        """What is to be predicted of a clip."""
+        """The target of a clip."""
         return clip.label
 
     def collate(self, targets: Sequence[Any]) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What training reads in every epoch, made once: features of a frozen encoder, or inputs of a trained one."""
+"""Stored inputs of training: features of a frozen encoder, or inputs of a trained one."""
 
 from __future__ import annotations
 
@@ -210,7 +210,7 @@ def cache_inputs(
 
 
 def _relative_size(clip: Clip, collate: EncoderCollator) -> float:
-    """What the number of a clip's frames is proportional to."""
+    """A number that a clip's frames are proportional to."""
     if collate.fixed:
         return 1.0
     most = collate.collator.max_seconds

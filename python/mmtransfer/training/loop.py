@@ -45,7 +45,7 @@ def train(
     *,
     on_epoch: OnEpoch | None = None,
 ) -> TrainResult:
-    """Train in place what of `model` asks for gradients, on items that `collate` makes batches of.
+    """Train the parameters of `model` that ask for gradients, on batches that `collate` makes of examples.
 
     The same settings and seed give the same weights on the same machine, given a model built after
     `transformers.set_seed(settings.seed)`.
@@ -83,7 +83,7 @@ def predict(
 
 
 def main_device(cpu: bool) -> torch.device:
-    """Where the work is done: this process's CUDA device unless there is none or `cpu` is asked for."""
+    """The device of the work: this process's CUDA device unless there is none or `cpu` is asked for."""
     if cpu or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -15,11 +15,11 @@ _T = TypeVar("_T")
 def peak_memory(call: Callable[[], object], device: str) -> int:
     """Most bytes that torch's allocator held at once during one call beyond what it held before.
 
-    What the call returns counts. The size of the process is no measure of this: it also depends on what the
-    C library kept of memory freed earlier.
+    The call's result counts. The size of the process is no measure of this: it also depends on freed
+    memory that the C library kept.
 
     Args:
-        call: what to run.
+        call: the function to run.
         device: type of the device whose memory counts, `"cpu"` or `"cuda"`.
     """
     if device == "cuda":
@@ -35,7 +35,7 @@ def peak_memory(call: Callable[[], object], device: str) -> int:
 
 
 def allocations(call: Callable[[], _T]) -> tuple[_T, list[int]]:
-    """What a call returns, and what torch's allocators gave (bytes) and took back (negative) during it.
+    """The result of a call, and the bytes that torch's allocators gave (positive) and took back during it.
 
     Memory that was allocated before the call and is freed in it does not appear.
     """
