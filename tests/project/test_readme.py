@@ -1,17 +1,18 @@
-"""What README.md tells users to type exists and runs."""
+"""README.md: its commands exist, its examples run, and its figures are those of the committed records."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from mmtransfer.cli import app
+from mmtransfer import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -32,8 +33,8 @@ def commands(program: str) -> list[str]:
     return sorted({line for line in cut if re.match(rf"{program}\b", line)})
 
 
-def test_two_commands_come_first() -> None:
-    assert blocks("bash")[0].split("\n") == ["make demo", "make test", ""]
+def test_a_newcomer_finds_the_two_commands() -> None:
+    assert "make demo\nmake test\n" in blocks("bash")
 
 
 @pytest.mark.parametrize("command", commands("make"))
@@ -49,13 +50,15 @@ def test_make_targets_exist(command: str) -> None:
 
 
 @pytest.mark.parametrize("command", commands("mmtransfer"))
-def test_mmtransfer_options_exist(command: str) -> None:
+def test_mmtransfer_options_exist(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = shlex.split(command)[1:]
-    listed = CliRunner().invoke(app, [*words[:1], "--help"], env={"COLUMNS": "200"})
-    assert listed.exit_code == 0
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words[:1], "--help"])
+    assert stopped.value.code == 0
+    listed = capsys.readouterr().out
     for word in words:
-        if word.startswith("--"):
-            assert word in listed.output, word
+        if word.startswith("--") and word != "--help":
+            assert word in listed, word
 
 
 @pytest.mark.parametrize("command", [c for c in commands("python") if " -m " in c])
@@ -64,11 +67,31 @@ def test_python_modules_run(command: str) -> None:
     assert subprocess.run(words, cwd=ROOT, capture_output=True, check=False).returncode == 0
 
 
-def test_first_example_runs() -> None:
-    names: dict[str, object] = {}
-    exec(blocks("python")[0], names)
-    assert tuple(names["mixed"].shape) == (8, 400, 768)  # type: ignore[attr-defined]
-    assert tuple(names["pairs"].shape) == (3000, 6, 1024)  # type: ignore[attr-defined]
+def test_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """In one namespace, in their order; comments behind `print` are its output."""
+    names: dict[str, Any] = {}
+    for block in blocks("python"):
+        exec(block, names)
+        printed = capsys.readouterr().out
+        for line in re.findall(r"^# (.*)$", block, re.MULTILINE):
+            assert line in printed
+    assert tuple(names["mixed"].shape) == (8, 400, 768)
+    assert tuple(names["pairs"].shape) == (3000, 6, 1024)
+
+
+def test_figures_are_those_of_the_records() -> None:
+    (path,) = (ROOT / "benches/results").glob("*.json")
+    command = [sys.executable, "-m", "benches", "--report", str(path), "--markdown", "--quick"]
+    printed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert path.name in README
+    for line in printed.splitlines():
+        if line.startswith("|"):
+            assert line in README
+    record = json.loads((ROOT / "docs/demo.json").read_text())
+    for method in record["methods"]:
+        row = next(line for line in README.splitlines() if line.startswith(f"| `{method['name']}` |"))
+        assert f" {100 * method['score']:.1f}" in row
+        assert f" {method['trainable_parameters']:,} " in row
 
 
 @pytest.mark.parametrize("block", blocks("python"))

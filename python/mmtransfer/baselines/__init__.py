@@ -1,6 +1,4 @@
-"""Baselines of adaptation methods: the head alone, full fine-tuning, and other edits of few
-parameters.
-"""
+"""Baselines: the head alone, full fine-tuning, and other edits of few parameters."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The subject of a comparison: a pretrained model, labelled recordings and the feature extractor between
-them.
-"""
+"""The subject of a comparison: a pretrained model, its feature extractor, and labelled recordings."""
 
 from __future__ import annotations
 

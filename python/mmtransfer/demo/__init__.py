@@ -1,6 +1,4 @@
-"""The demo's downloads from package registries: Whisper, recordings, a
-text model.
-"""
+"""The demo's downloads from package registries: Whisper, recordings, a text model."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""The parts of one encoder: its layers, width, final norm, and the frames that it makes of its
-input.
-"""
+"""The parts of one encoder: its layers, width and final norm, and the number of frames that it makes."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Kept:
 
 
 class Recomputed:
-    """A layer that is computed again in the backward pass, except for tensors that the policy keeps (None: none)."""
+    """A layer that is computed again in the backward pass, but for tensors that the policy keeps."""
 
     def __init__(self, inner: Forward, policy: Policy | None) -> None:
         self.inner = inner
