@@ -39,8 +39,8 @@ def test_every_kernel_file_is_an_op(folder: str, suffix: str) -> None:
         assert any(path.stem == op or path.stem.startswith(f"{op}_") for op in op_names()), path.name
 
 
-# Forbidden imports of a folder: the arrows of the design point from kernels to ops, to modules and patches, to
-# methods.
+# Forbidden imports of a folder: the arrows of the design point from kernels to ops, to modules and patches,
+# to methods.
 FORBIDDEN = {
     "mmkernels/ops": ("mmkernels.nn", "mmkernels.patch", "transformers"),
     "mmkernels/nn": ("mmkernels.patch", "transformers"),
