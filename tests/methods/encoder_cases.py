@@ -1,4 +1,4 @@
-"""What the tests of HFF's encoders share: variants of the tiny models, ragged lengths, a log of operators."""
+"""Shared by the tests of encoders: variants of the tiny models, ragged lengths, a log of operators."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import torch
 from tiny_encoders import BASE_VARIANT, TINY, make_input
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmtransfer.encoders import descriptions as models
+from mmtransfer.encoders import DESCRIPTIONS
 
 ALL_TAPS = ("embeddings", 0, 1, 2, 3)
-MASKED = [name for name, row in models.MODELS.items() if row.takes_mask]
+MASKED = [name for name, row in DESCRIPTIONS.items() if row.takes_mask]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in TINY] + [
     (name, BASE_VARIANT) for name in ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 ]
@@ -19,7 +19,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in TINY] + [
 
 def ragged_lengths(model_type: str) -> torch.Tensor:
     """Lengths for the default input: full, odd, short."""
-    size = make_input(model_type).shape[models.MODELS[model_type].time_dim]
+    size = make_input(model_type).shape[DESCRIPTIONS[model_type].time_dim]
     return torch.tensor([size, size - size // 3, size // 2 + 1])
 
 
