@@ -57,13 +57,21 @@ class Edit:
     def nothing(cls, encoder: Encoder) -> Edit:
         """Freeze the model and change nothing: its features can be computed once and stored."""
         edit = cls(encoder, "nothing")
-        encoder.root.requires_grad_(False)
-        return edit
+        try:
+            encoder.root.requires_grad_(False)
+            return edit
+        except BaseException:
+            edit.revert()
+            raise
 
     def __enter__(self) -> Edit:
-        self.note(self.encoder.model, _MARK)
-        self.encoder.model.__dict__[_MARK] = self.name
-        self.encoder.root.requires_grad_(False)
+        try:
+            self.note(self.encoder.model, _MARK)
+            self.encoder.model.__dict__[_MARK] = self.name
+            self.encoder.root.requires_grad_(False)
+        except BaseException:
+            self.revert()
+            raise
         return self
 
     def __exit__(
@@ -72,9 +80,13 @@ class Edit:
         if kind is not None:
             self.revert()
             return
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        self._freeze_inputs()
+        try:
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+            self._freeze_inputs()
+        except BaseException:
+            self.revert()
+            raise
 
     @property
     def is_empty(self) -> bool:
@@ -92,9 +104,9 @@ class Edit:
         """
         if hasattr(owner, name):
             raise ValueError(f"a layer of the model has an attribute {name!r} already")
-        setattr(owner, name, value)
         self._added.append((owner, name))
         self._changed = True
+        setattr(owner, name, value)
         self.train([value] if isinstance(value, nn.Parameter) else value.parameters())
         return value
 
@@ -131,7 +143,9 @@ class Edit:
             if value:
                 module.__dict__[name] = value[0]
         for owner, name in self._added:
-            delattr(owner, name)
+            # It is listed before it is there.
+            if hasattr(owner, name):
+                delattr(owner, name)
         for owner, name, module in self._replaced:
             setattr(owner, name, module)
         for parameter, flag in self._flags:
