@@ -46,7 +46,7 @@ class Edit:
         check_unedited(encoder.root)
         self.encoder, self.name = encoder, name
         self.parameters: list[nn.Parameter] = []
-        self._changed = False
+        self._changed = self._in_force = False
         # The last item is a list of the value that the attribute had, empty where there was none.
         self._attributes: list[tuple[nn.Module, str, list[Any]]] = []
         self._added: list[tuple[nn.Module, str]] = []
@@ -68,6 +68,7 @@ class Edit:
         try:
             self.note(self.encoder.model, _MARK)
             self.encoder.model.__dict__[_MARK] = self.name
+            self._in_force = True
             self.encoder.root.requires_grad_(False)
         except BaseException:
             self.revert()
@@ -92,6 +93,14 @@ class Edit:
     def is_empty(self) -> bool:
         """Whether the encoder computes as before and nothing in it is trained."""
         return not (self._changed or self.parameters)
+
+    def check_alone(self) -> None:
+        """Raise a ValueError if another edit of the encoder is in force."""
+        if not self._in_force and (name := self.encoder.model.__dict__.get(_MARK)) is not None:
+            raise ValueError(
+                f"the encoder has been edited elsewhere, by method {name!r}; revert that first, or edit a copy "
+                "of the model"
+            )
 
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
         """Have these parameters of the model trained."""
@@ -150,7 +159,7 @@ class Edit:
             setattr(owner, name, module)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        self.parameters, self._changed = [], False
+        self.parameters, self._changed, self._in_force = [], False, False
         self._attributes, self._added, self._replaced = [], [], []
 
     def _freeze_inputs(self) -> None:
