@@ -74,12 +74,20 @@ class TappedEncoder(nn.Module):
         self.dtype_given = dtype is not None
         if dtype is not None:
             self.model.to(dtype)
-        self.edit = Edit.nothing(self.parts)
+        self._freeze = self.edit = Edit.nothing(self.parts)
         self.eval()
 
     def train(self, mode: bool = True) -> TappedEncoder:
         """Stay in eval mode for either argument: dropout and layer drop would change the features."""
         return super().train(False)
+
+    def revert(self) -> None:
+        """Take the edit back, and give the weights the `requires_grad` flags that they had before tapping.
+
+        The model keeps its dtype and stays in eval mode.
+        """
+        self.edit.revert()
+        self._freeze.revert()
 
     @property
     def dtype(self) -> torch.dtype:
