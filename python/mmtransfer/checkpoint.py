@@ -20,6 +20,7 @@ from transformers import AutoModel
 
 import mmkernels
 from mmtransfer import registry
+from mmtransfer.encoders.edit import untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.model import AdaptedModel
 from mmtransfer.preparation import Prepared, get_prepared, is_prepared, prepare
@@ -62,8 +63,8 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: another kind of checkpoint, an unknown method or task, a model of another type or size (it
-            is untouched), or weights that do not fit, each named.
+        ValueError: another kind of checkpoint, an unknown method or task, a model of another type or size, or
+            weights that do not fit, each named. The model is untouched.
     """
     config, tensors = _read(folder)
     if "task" not in config:
@@ -77,12 +78,13 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
     method = registry.find(registry.find(config["method"], **config["options"]), **runtime)
     task = config["task"] and find_task(config["task"]["name"])(**config["task"]["options"])
     dtype = None if base["dtype"] is None else getattr(torch, base["dtype"])
-    adapted = AdaptedModel(model, method, task, dtype=dtype)
-    try:
-        _copy_strictly(adapted.trained_tensors(), tensors, folder)
-    except BaseException:
-        adapted.revert()
-        raise
+    with untouched_on_error(model):
+        adapted = AdaptedModel(model, method, task, dtype=dtype)
+        try:
+            _copy_strictly(adapted.trained_tensors(), tensors, folder)
+        except BaseException:
+            adapted.revert()
+            raise
     return adapted.eval()
 
 

@@ -173,8 +173,8 @@ class AdaptedModel(nn.Module):
         return copy.deepcopy(self, {id(self.encoder): self.encoder} if self.edit_is_empty else {})
 
     def revert(self) -> None:
-        """Give the encoder back as it was, but for weights that were trained in place."""
-        self.encoder.edit.revert()
+        """Give the encoder back as it was, but for its dtype, eval mode, and weights trained in place."""
+        self.encoder.revert()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """`checkpoint.save` of this model."""

@@ -1,4 +1,6 @@
-"""What the tests of HFF's encoders share: variants of the tiny models, ragged lengths, a log of operators."""
+"""Shared by the tests of encoders: variants of the tiny models, ragged lengths, the state of a model, a log
+of operators.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +8,13 @@ from typing import Any
 
 import torch
 from tiny_encoders import BASE_VARIANT, TINY, make_input
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmtransfer.encoders import descriptions as models
+from mmtransfer.encoders import DESCRIPTIONS, Encoder
 
 ALL_TAPS = ("embeddings", 0, 1, 2, 3)
-MASKED = [name for name, row in models.MODELS.items() if row.takes_mask]
+MASKED = [name for name, row in DESCRIPTIONS.items() if row.takes_mask]
 VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in TINY] + [
     (name, BASE_VARIANT) for name in ("wav2vec2", "hubert", "wavlm", "unispeech", "unispeech-sat")
 ]
@@ -19,12 +22,38 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in TINY] + [
 
 def ragged_lengths(model_type: str) -> torch.Tensor:
     """Lengths for the default input: full, odd, short."""
-    size = make_input(model_type).shape[models.MODELS[model_type].time_dim]
+    size = make_input(model_type).shape[DESCRIPTIONS[model_type].time_dim]
     return torch.tensor([size, size - size // 3, size // 2 + 1])
 
 
 def length_mask(lengths: torch.Tensor) -> torch.Tensor:
     return (torch.arange(int(lengths.max())) < lengths.unsqueeze(1)).long()
+
+
+def model_state(model: nn.Module) -> dict[str, Any]:
+    """All that an edit could change: objects by identity, tensors by their place, type and bits."""
+    found: dict[str, Any] = {"config": model.config.to_dict()}
+    for name, module in model.named_modules():
+        found[name] = {
+            key: [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else id(value)
+            for key, value in module.__dict__.items()
+        }
+        found[name]["module"] = id(module), type(module), module.training
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        bits = tensor.detach().contiguous().flatten().view(torch.uint8)
+        found[f"tensor {name}"] = (
+            tensor.data_ptr(),
+            tensor.dtype,
+            tensor.requires_grad,
+            bytes(bits.numpy()),
+        )
+    return found
+
+
+def run(model: nn.Module) -> torch.Tensor:
+    encoder = Encoder(model)
+    with torch.no_grad():
+        return encoder.model(make_input(encoder.description.model_type)).last_hidden_state
 
 
 class OpLog(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Tiny random models of every type in `mmtransfer.models.MODELS`, and inputs for them."""
+"""Tiny random models of every type in `mmtransfer.encoders.DESCRIPTIONS`, and inputs for them."""
 
 from __future__ import annotations
 

@@ -46,7 +46,7 @@ class Edit:
         check_unedited(encoder.root)
         self.encoder, self.name = encoder, name
         self.parameters: list[nn.Parameter] = []
-        self._changed = False
+        self._changed = self._in_force = False
         # The last item is a list of the value that the attribute had, empty where there was none.
         self._attributes: list[tuple[nn.Module, str, list[Any]]] = []
         self._added: list[tuple[nn.Module, str]] = []
@@ -57,13 +57,22 @@ class Edit:
     def nothing(cls, encoder: Encoder) -> Edit:
         """Freeze the model and change nothing: its features can be computed once and stored."""
         edit = cls(encoder, "nothing")
-        encoder.root.requires_grad_(False)
-        return edit
+        try:
+            encoder.root.requires_grad_(False)
+            return edit
+        except BaseException:
+            edit.revert()
+            raise
 
     def __enter__(self) -> Edit:
-        self.note(self.encoder.model, _MARK)
-        self.encoder.model.__dict__[_MARK] = self.name
-        self.encoder.root.requires_grad_(False)
+        try:
+            self.note(self.encoder.model, _MARK)
+            self.encoder.model.__dict__[_MARK] = self.name
+            self._in_force = True
+            self.encoder.root.requires_grad_(False)
+        except BaseException:
+            self.revert()
+            raise
         return self
 
     def __exit__(
@@ -72,14 +81,26 @@ class Edit:
         if kind is not None:
             self.revert()
             return
-        for parameter in self.parameters:
-            parameter.requires_grad_(True)
-        self._freeze_inputs()
+        try:
+            for parameter in self.parameters:
+                parameter.requires_grad_(True)
+            self._freeze_inputs()
+        except BaseException:
+            self.revert()
+            raise
 
     @property
     def is_empty(self) -> bool:
         """Whether the encoder computes as before and nothing in it is trained."""
         return not (self._changed or self.parameters)
+
+    def check_alone(self) -> None:
+        """Raise a ValueError if another edit of the encoder is in force."""
+        if not self._in_force and (name := self.encoder.model.__dict__.get(_MARK)) is not None:
+            raise ValueError(
+                f"the encoder has been edited elsewhere, by method {name!r}; revert that first, or edit a copy "
+                "of the model"
+            )
 
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
         """Have these parameters of the model trained."""
@@ -92,9 +113,9 @@ class Edit:
         """
         if hasattr(owner, name):
             raise ValueError(f"a layer of the model has an attribute {name!r} already")
-        setattr(owner, name, value)
         self._added.append((owner, name))
         self._changed = True
+        setattr(owner, name, value)
         self.train([value] if isinstance(value, nn.Parameter) else value.parameters())
         return value
 
@@ -131,12 +152,14 @@ class Edit:
             if value:
                 module.__dict__[name] = value[0]
         for owner, name in self._added:
-            delattr(owner, name)
+            # It is listed before it is there.
+            if hasattr(owner, name):
+                delattr(owner, name)
         for owner, name, module in self._replaced:
             setattr(owner, name, module)
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
-        self.parameters, self._changed = [], False
+        self.parameters, self._changed, self._in_force = [], False, False
         self._attributes, self._added, self._replaced = [], [], []
 
     def _freeze_inputs(self) -> None:

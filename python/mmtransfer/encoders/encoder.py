@@ -118,7 +118,7 @@ class Encoder:
             indices = tuple(range(len(self.layers)))
         else:
             indices = resolve_layers(name, layers, self.num_layers)
-        if not indices:
+        if not self.layers:
             raise ValueError(
                 "the readout taps the embeddings only: there is no layer that an edit could change"
             )

@@ -30,7 +30,8 @@ class TappedEncoder(nn.Module):
     spectrogram transformer, and the layer's own output in the models without a final norm.
 
     The encoder's weights are frozen in place, so the model passed in is frozen too. Nothing else is changed:
-    several tapped encoders may share one model. While `edit` is empty no graph is recorded; afterwards
+    several tapped encoders may share one model. An edit is for one of them; the others refuse to run while it
+    is in force, as their features would be those of the edited model. While `edit` is empty no graph is recorded; afterwards
     gradients reach the parameters that the edit trains, and layers below the lowest of them record no graph.
     Autocast of the caller applies, unless `dtype` is given. The encoder runs eagerly: under `torch.compile`
     it is a graph break.
@@ -73,12 +74,20 @@ class TappedEncoder(nn.Module):
         self.dtype_given = dtype is not None
         if dtype is not None:
             self.model.to(dtype)
-        self.edit = Edit.nothing(self.parts)
+        self._freeze = self.edit = Edit.nothing(self.parts)
         self.eval()
 
     def train(self, mode: bool = True) -> TappedEncoder:
         """Stay in eval mode for either argument: dropout and layer drop would change the features."""
         return super().train(False)
+
+    def revert(self) -> None:
+        """Take the edit back, and give the weights the `requires_grad` flags that they had before tapping.
+
+        The model keeps its dtype and stays in eval mode.
+        """
+        self.edit.revert()
+        self._freeze.revert()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -109,6 +118,7 @@ class TappedEncoder(nn.Module):
 
         The audio spectrogram transformer has a fixed input, all of whose frames count: it ignores both.
         """
+        self.edit.check_alone()
         inputs = self._main_input(inputs, named_input)
         counts = self._input_lengths(inputs, lengths, attention_mask)
         recorder = _Recorder(len(self.taps), None if counts is None else self.parts.frame_lengths(counts))

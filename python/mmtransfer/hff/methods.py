@@ -55,9 +55,11 @@ class FusionMethod(Method):
     def baseline(self, model: AdaptedModel) -> AdaptedModel | None:
         twin = model.copy()
         own: fusions.Fusion = model.readout
-        twin.readout = self.twin(own.taps, own.dim, **self.fusion_options(model.encoder.parts))
+        readout = self.twin(own.taps, own.dim, **self.fusion_options(model.encoder.parts))
+        readout.load_state_dict(own.state_dict())
+        weight = next(own.parameters())
+        twin.readout = readout.to(weight.device, weight.dtype).train(own.training)
         twin.readout.out_dim = own.out_dim
-        twin.readout.load_state_dict(own.state_dict())
         return twin
 
     def fusion_options(self, encoder: Encoder) -> dict[str, Any]:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModel, WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
-from mmtransfer.data import DataError, whisper
+from mmtransfer.data import DataError
+from mmtransfer.demo import whisper
 from mmtransfer.demo.ctranslate2 import read_ctranslate2
 
 

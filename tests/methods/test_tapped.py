@@ -1,4 +1,4 @@
-"""FrozenEncoder against `output_hidden_states`, and Taps."""
+"""TappedEncoder, without an edit, against `output_hidden_states`; its inputs, modes and hooks."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import torch
 from encoder_cases import ALL_TAPS, MASKED, VARIANTS, OpLog, length_mask, ragged_lengths
 from tiny_encoders import BASE_VARIANT, TINY, make_input
 
-from mmtransfer.encoders import descriptions as models
-from mmtransfer.hff import FrozenEncoder, Taps
+from mmtransfer.encoders import DESCRIPTIONS, Encoder, TappedEncoder
 
 
 def hidden_states(encoder, inputs, mask=None):
@@ -27,8 +26,8 @@ def hidden_states(encoder, inputs, mask=None):
 def test_taps_are_the_hidden_states(model_type, changes):
     model = TINY[model_type].build(**changes)
     inputs = make_input(model_type)
-    expected = hidden_states(models.find_encoder(model), inputs)
-    taps = FrozenEncoder(model, ALL_TAPS)(inputs)
+    expected = hidden_states(Encoder(model).model, inputs)
+    taps = TappedEncoder(model, ALL_TAPS)(inputs)
     assert taps.features.shape == (taps.lengths.sum(), 5, 16)
     for slot, state in enumerate(expected):
         torch.testing.assert_close(taps.scatter(taps.features[:, slot]), state, rtol=0, atol=0)
@@ -38,10 +37,10 @@ def test_taps_are_the_hidden_states(model_type, changes):
 @pytest.mark.parametrize("model_type", MASKED)
 def test_padded_frames_are_dropped(model_type):
     model, lengths = TINY[model_type].build(), ragged_lengths(model_type)
-    encoder, inputs = models.find_encoder(model), make_input(model_type)
+    encoder, inputs = Encoder(model).model, make_input(model_type)
     expected = hidden_states(encoder, inputs, length_mask(lengths))
-    taps = FrozenEncoder(model, ALL_TAPS)(inputs, lengths)
-    assert taps.lengths.tolist() == models.frame_lengths(encoder, lengths).tolist()
+    taps = TappedEncoder(model, ALL_TAPS)(inputs, lengths)
+    assert taps.lengths.tolist() == Encoder(model).frame_lengths(lengths).tolist()
     assert taps.features.shape[0] == taps.lengths.sum() < expected[0].shape[:2].numel()
     for slot, state in enumerate(expected):
         for row, length in enumerate(taps.lengths.tolist()):
@@ -53,7 +52,7 @@ def test_padded_frames_are_dropped(model_type):
 def test_slots_follow_the_order_asked_for(taps):
     model, inputs = TINY["wav2vec2"].build(), make_input("wav2vec2")
     states = hidden_states(model, inputs)
-    features = FrozenEncoder(model, taps)(inputs).features
+    features = TappedEncoder(model, taps)(inputs).features
     for slot, tap in enumerate(taps):
         state = states[0] if tap == "embeddings" else states[1:][tap]
         assert torch.equal(features[:, slot], state.flatten(0, 1))
@@ -63,13 +62,13 @@ def test_slots_follow_the_order_asked_for(taps):
 @pytest.mark.parametrize(("taps", "ran"), [((1, 0), [0, 1]), (("embeddings",), []), ((-1,), [0, 1, 2, 3])])
 def test_nothing_runs_after_the_last_tap(model_type, taps, ran):
     model = TINY[model_type].build(head=True)
-    frozen = FrozenEncoder(model, taps)
+    frozen = TappedEncoder(model, taps)
     calls = []
-    for index, layer in enumerate(models.get_layers(frozen.encoder)):
+    for index, layer in enumerate(frozen.parts.all_layers):
         # The attention is the first thing in a layer that computes.
         attention = layer.get_submodule(frozen.description.layer_attention)
         attention.register_forward_pre_hook(lambda *_, index=index: calls.append(index))
-    norm = models.get_final_norm(frozen.encoder)
+    norm = frozen.parts.final_norm
     if norm is not None:
         norm.register_forward_pre_hook(lambda *_: calls.append("norm"))
     model.register_forward_pre_hook(lambda *_: calls.append("head"))
@@ -81,7 +80,7 @@ def test_nothing_runs_after_the_last_tap(model_type, taps, ran):
 @pytest.mark.parametrize("model_type", MASKED)
 def test_an_utterance_alone_and_in_a_padded_batch(model_type):
     """Equal where the table says that the model permits it, and only there."""
-    frozen = FrozenEncoder(TINY[model_type].build(), ALL_TAPS)
+    frozen = TappedEncoder(TINY[model_type].build(), ALL_TAPS)
     lengths, inputs = ragged_lengths(model_type), make_input(model_type)
     together = frozen(inputs, lengths).split()
     alone = [frozen(inputs[row : row + 1, :length]).features for row, length in enumerate(lengths.tolist())]
@@ -93,9 +92,9 @@ def test_an_utterance_alone_and_in_a_padded_batch(model_type):
         assert worst < 2e-5
 
 
-@pytest.mark.parametrize("model_type", [n for n in MASKED if models.MODELS[n].padding != "leaks"])
+@pytest.mark.parametrize("model_type", [n for n in MASKED if DESCRIPTIONS[n].padding != "leaks"])
 def test_what_is_in_the_padding_does_not_matter(model_type):
-    frozen, lengths = FrozenEncoder(TINY[model_type].build(), (0, 3)), ragged_lengths(model_type)
+    frozen, lengths = TappedEncoder(TINY[model_type].build(), (0, 3)), ragged_lengths(model_type)
     clean, dirty = make_input(model_type), make_input(model_type)
     for row, length in enumerate(lengths.tolist()):
         dirty[row, length:] = 7
@@ -103,7 +102,7 @@ def test_what_is_in_the_padding_does_not_matter(model_type):
 
 
 def test_group_norm_stem_sees_the_padding():
-    frozen = FrozenEncoder(TINY["wav2vec2"].build(**BASE_VARIANT), (3,))
+    frozen = TappedEncoder(TINY["wav2vec2"].build(**BASE_VARIANT), (3,))
     inputs, lengths = make_input("wav2vec2"), ragged_lengths("wav2vec2")
     short = frozen(inputs[2:, : lengths[2]]).features
     assert not torch.allclose(frozen(inputs, lengths).split()[2], short, atol=1e-3)
@@ -111,7 +110,7 @@ def test_group_norm_stem_sees_the_padding():
 
 def test_spectrogram_transformer_ignores_lengths():
     frozen, inputs = (
-        FrozenEncoder(TINY["audio-spectrogram-transformer"].build(), (1,)),
+        TappedEncoder(TINY["audio-spectrogram-transformer"].build(), (1,)),
         make_input("audio-spectrogram-transformer"),
     )
     plain = frozen(inputs)
@@ -133,7 +132,7 @@ class TestWhisper:
         inputs = make_input("whisper", size=26)
         expected = hidden_states(small.encoder, inputs)
         before = model.encoder.embed_positions.weight.clone()
-        taps = FrozenEncoder(model, ALL_TAPS)(inputs)
+        taps = TappedEncoder(model, ALL_TAPS)(inputs)
         for slot, state in enumerate(expected):
             torch.testing.assert_close(taps.scatter(taps.features[:, slot]), state)
         assert torch.equal(model.encoder.embed_positions.weight, before)
@@ -143,7 +142,7 @@ class TestWhisper:
     def test_short_inputs_mask_padding(self, attention):
         model = TINY["whisper"].build()
         model.set_attn_implementation(attention)
-        frozen = FrozenEncoder(model, ALL_TAPS)
+        frozen = TappedEncoder(model, ALL_TAPS)
         inputs, lengths = make_input("whisper", size=40), [40, 27, 14]
         for row, length in enumerate(lengths):
             inputs[row, :, length:] = 50.0
@@ -156,20 +155,20 @@ class TestWhisper:
     def test_full_window_attends_to_padding_and_drops_it(self):
         model, inputs = TINY["whisper"].build(), make_input("whisper")
         states = hidden_states(model.encoder, inputs)
-        taps = FrozenEncoder(model, (0, 3))(inputs, torch.tensor([60, 31, 4]))
+        taps = TappedEncoder(model, (0, 3))(inputs, torch.tensor([60, 31, 4]))
         assert taps.lengths.tolist() == [30, 16, 2]
         for row, utterance in enumerate(taps.split()):
             assert torch.equal(utterance[:, 1], states[4][row, : len(utterance)])
 
     def test_too_long(self):
         with pytest.raises(ValueError, match="expects the mel input features to be of length 60"):
-            FrozenEncoder(TINY["whisper"].build(), (0,))(make_input("whisper", size=62))
+            TappedEncoder(TINY["whisper"].build(), (0,))(make_input("whisper", size=62))
 
 
 class TestFrozen:
     def test_no_graph_and_no_gradient(self):
         model = TINY["wav2vec2"].build()
-        frozen = FrozenEncoder(model, (1, 3))
+        frozen = TappedEncoder(model, (1, 3))
         assert not any(parameter.requires_grad for parameter in model.parameters())
         # Someone may thaw it by accident: still no graph.
         model.requires_grad_(True)
@@ -183,18 +182,18 @@ class TestFrozen:
     @pytest.mark.parametrize("model_type", ["wav2vec2", "wav2vec2-bert", "whisper", "bert"])
     def test_always_in_eval_mode(self, model_type):
         model, inputs = TINY[model_type].build(), make_input(model_type)
-        expected = FrozenEncoder(model, (0, 3))(inputs).features
-        parent = torch.nn.ModuleDict({"encoder": FrozenEncoder(model, (0, 3))})
+        expected = TappedEncoder(model, (0, 3))(inputs).features
+        parent = torch.nn.ModuleDict({"encoder": TappedEncoder(model, (0, 3))})
         parent.train()
         assert parent.training
         assert not any(module.training for module in parent["encoder"].modules())
         model.train()
         assert torch.equal(parent["encoder"](inputs).features, expected)
-        assert not models.find_encoder(model).training
+        assert not Encoder(model).model.training
 
     def test_dtype_casts_the_encoder_and_ignores_autocast(self):
         model, inputs = TINY["wav2vec2"].build(), make_input("wav2vec2")
-        frozen = FrozenEncoder(model, ("embeddings", 0, 3), dtype=torch.bfloat16)
+        frozen = TappedEncoder(model, ("embeddings", 0, 3), dtype=torch.bfloat16)
         assert frozen.dtype == torch.bfloat16
         plain = frozen(inputs).features
         assert plain.dtype == torch.bfloat16
@@ -202,7 +201,7 @@ class TestFrozen:
             assert torch.equal(frozen(inputs).features, plain)
 
     def test_autocast_of_the_caller_applies_without_dtype(self):
-        frozen = FrozenEncoder(TINY["wav2vec2"].build(), ALL_TAPS)
+        frozen = TappedEncoder(TINY["wav2vec2"].build(), ALL_TAPS)
         inputs, lengths = make_input("wav2vec2"), ragged_lengths("wav2vec2")
         exact = frozen(inputs, lengths).features
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -214,9 +213,9 @@ class TestFrozen:
 class TestMechanism:
     def test_taps_are_written_in_place(self):
         """One tensor of the buffer's size is made, and the layers are selected straight into it."""
-        frozen = FrozenEncoder(TINY["wav2vec2"].build(), (0, 2, 3))
+        frozen = TappedEncoder(TINY["wav2vec2"].build(), (0, 2, 3))
         inputs, lengths = make_input("wav2vec2"), ragged_lengths("wav2vec2")
-        frames = int(models.frame_lengths(frozen.encoder, lengths).sum())
+        frames = int(frozen.parts.frame_lengths(lengths).sum())
         with OpLog() as log:
             features = frozen(inputs, lengths).features
         assert features.is_contiguous()
@@ -226,9 +225,9 @@ class TestMechanism:
 
     def test_hooks_go_away_even_after_an_error(self):
         model = TINY["wav2vec2"].build()
-        frozen = FrozenEncoder(model, (0, 3))
+        frozen = TappedEncoder(model, (0, 3))
         inputs = make_input("wav2vec2")
-        hooks = [layer._forward_hooks for layer in models.get_layers(frozen.encoder)]
+        hooks = [layer._forward_hooks for layer in frozen.parts.all_layers]
         before = [dict(hook) for hook in hooks]
         expected = frozen(inputs).features
         assert [dict(hook) for hook in hooks] == before
@@ -236,7 +235,7 @@ class TestMechanism:
         def fail(*_):
             raise KeyError("broken layer")
 
-        handle = models.get_layers(frozen.encoder)[2].register_forward_hook(fail)
+        handle = frozen.parts.all_layers[2].register_forward_hook(fail)
         with pytest.raises(KeyError, match="broken layer"):
             frozen(inputs)
         handle.remove()
@@ -246,7 +245,7 @@ class TestMechanism:
 
     def test_threads_share_a_model(self):
         model = TINY["wav2vec2"].build()
-        encoders = [FrozenEncoder(model, taps) for taps in [(0, 3), (3,), (1, 2), (2, 0)]]
+        encoders = [TappedEncoder(model, taps) for taps in [(0, 3), (3,), (1, 2), (2, 0)]]
         inputs = [make_input("wav2vec2", batch=1 + i, size=90 + 30 * i) for i in range(4)]
         expected = [frozen(x).features for frozen, x in zip(encoders, inputs, strict=True)]
         results: list[list[bool]] = [[] for _ in encoders]
@@ -263,14 +262,14 @@ class TestMechanism:
         assert results == [[True] * 10] * 4
 
     def test_works_inside_a_compiled_function(self):
-        frozen, inputs = FrozenEncoder(TINY["wav2vec2"].build(), (1,)), make_input("wav2vec2")
+        frozen, inputs = TappedEncoder(TINY["wav2vec2"].build(), (1,)), make_input("wav2vec2")
         compiled = torch.compile(lambda x: 2 * frozen(x).features, backend="eager")
         assert torch.equal(compiled(inputs), 2 * frozen(inputs).features)
 
 
 class TestInputs:
     def test_mask_is_lengths(self):
-        frozen, lengths = FrozenEncoder(TINY["hubert"].build(), (3,)), ragged_lengths("hubert")
+        frozen, lengths = TappedEncoder(TINY["hubert"].build(), (3,)), ragged_lengths("hubert")
         inputs = make_input("hubert")
         by_mask = frozen(input_values=inputs, attention_mask=length_mask(lengths))
         by_lengths = frozen(inputs, lengths.to(torch.int32))
@@ -282,7 +281,7 @@ class TestInputs:
 
     @pytest.mark.parametrize("model_type", ["wav2vec2", "wav2vec2-bert", "bert", "whisper"])
     def test_utterances_without_a_frame(self, model_type):
-        frozen = FrozenEncoder(TINY[model_type].build(), (0, 3))
+        frozen = TappedEncoder(TINY[model_type].build(), (0, 3))
         size = 40 if model_type == "whisper" else None
         inputs = make_input(model_type, size=size)
         full = inputs.shape[frozen.description.time_dim]
@@ -295,8 +294,8 @@ class TestInputs:
 
     def test_one_short_frame_beside_too_short_ones(self):
         """transformers' own frame mask indexes out of range for these lengths."""
-        frozen = FrozenEncoder(TINY["wav2vec2"].build(), (3,))
-        least = models.minimum_length(frozen.encoder)
+        frozen = TappedEncoder(TINY["wav2vec2"].build(), (3,))
+        least = frozen.parts.minimum_length
         taps = frozen(make_input("wav2vec2", size=least), torch.tensor([least, least - 1, 1]))
         assert taps.lengths.tolist() == [1, 0, 0]
 
@@ -323,7 +322,7 @@ class TestInputs:
         inputs = make_input("wav2vec2")
         arguments = {key: inputs if isinstance(value, str) else value for key, value in arguments.items()}
         with pytest.raises(ValueError, match=message):
-            FrozenEncoder(TINY["wav2vec2"].build(), (0,))(**arguments)
+            TappedEncoder(TINY["wav2vec2"].build(), (0,))(**arguments)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -335,70 +334,30 @@ class TestInputs:
     )
     def test_type_errors(self, arguments, message):
         with pytest.raises(TypeError, match=message):
-            FrozenEncoder(TINY["wav2vec2"].build(), (0,))(**arguments)
+            TappedEncoder(TINY["wav2vec2"].build(), (0,))(**arguments)
 
 
 class TestConstruction:
     @pytest.mark.parametrize("taps", [(4,), (-5,), (True,), (1.0,), ("last",), ()])
     def test_unknown_taps(self, taps):
         with pytest.raises(ValueError, match=r"layer indices in \[-4, 3\] or 'embeddings'"):
-            FrozenEncoder(TINY["bert"].build(), taps)
+            TappedEncoder(TINY["bert"].build(), taps)
 
     @pytest.mark.parametrize("taps", [(1, 1), (3, -1), ("embeddings", "embeddings")])
     def test_repeated_taps(self, taps):
         with pytest.raises(ValueError, match="distinct"):
-            FrozenEncoder(TINY["bert"].build(), taps)
+            TappedEncoder(TINY["bert"].build(), taps)
 
     def test_meta_device(self):
         with pytest.raises(ValueError, match="meta device"):
-            FrozenEncoder(TINY["bert"].build().to("meta"), (0,))
+            TappedEncoder(TINY["bert"].build().to("meta"), (0,))
 
     def test_dtype(self):
         with pytest.raises(ValueError, match="floating dtype"):
-            FrozenEncoder(TINY["bert"].build(), (0,), dtype=torch.int8)
+            TappedEncoder(TINY["bert"].build(), (0,), dtype=torch.int8)
 
     def test_models_without_a_row(self):
         model = TINY["bert"].build()
         model.config.model_type = "sew"
-        with pytest.raises(ValueError, match="add a ModelDescription row"):
-            FrozenEncoder(model, (0,))
-
-
-class TestTaps:
-    def test_round_trip(self):
-        lengths = torch.tensor([3, 0, 5])
-        features = torch.randn(8, 2, 4)
-        taps = Taps.pack(features, lengths)
-        assert taps.steps == 5
-        padded = taps.scatter(features[:, 1])
-        assert padded.shape == (3, 5, 4)
-        for row, length in enumerate(lengths.tolist()):
-            assert torch.equal(padded[row, :length], taps.split()[row][:, 1])
-            assert padded[row, length:].count_nonzero() == 0
-        again = Taps.pack(torch.cat(taps.split()[::-1]), lengths.flip(0))
-        assert torch.equal(again.scatter(again.features[:, 1]), padded.flip(0))
-
-    def test_scatter_has_a_gradient(self):
-        taps = Taps.pack(torch.zeros(4, 1, 2), torch.tensor([1, 3]))
-        y = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(taps.scatter, (y,))
-
-    def test_full_batches_need_no_index(self):
-        taps = Taps.pack(torch.zeros(4, 1, 2), torch.tensor([2, 2]))
-        assert taps.index is None
-        assert taps.scatter(torch.ones(4, 3)).shape == (2, 2, 3)
-
-    def test_to(self):
-        taps = Taps.pack(torch.zeros(4, 1, 2), torch.tensor([1, 3])).to(torch.bfloat16)
-        assert taps.features.dtype == torch.bfloat16
-        assert taps.lengths.dtype == taps.index.dtype == torch.int64
-
-    def test_errors(self):
-        with pytest.raises(ValueError, match="sum to the 4 frames"):
-            Taps.pack(torch.zeros(4, 1, 2), torch.tensor([1, 2]))
-        with pytest.raises(ValueError, match=">= 0"):
-            Taps.pack(torch.zeros(4, 1, 2), torch.tensor([5, -1]))
-        with pytest.raises(ValueError, match=r"\(N, L, C\)"):
-            Taps.pack(torch.zeros(4, 2), torch.tensor([4]))
-        with pytest.raises(ValueError, match=r"\(4, C_out\)"):
-            Taps.pack(torch.zeros(4, 1, 2), torch.tensor([4])).scatter(torch.zeros(3, 2))
+        with pytest.raises(ValueError, match="pass a ModelDescription"):
+            TappedEncoder(model, (0,))

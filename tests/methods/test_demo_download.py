@@ -16,8 +16,9 @@ import torch
 from audio_files import write_clip
 from transformers import WhisperModel
 
-from mmtransfer.data import DataError, download, italian, italian_prompts, minilm, whisper
+from mmtransfer.data import DataError
 from mmtransfer.data.features import Collator
+from mmtransfer.demo import download, italian, italian_prompts, minilm, whisper
 
 
 def finished(returncode: int = 0, stderr: str = "") -> subprocess.CompletedProcess[str]:
