@@ -115,8 +115,8 @@ def prepare(
     base = {id(parameter) for parameter in model.parameters()}
     edit = found.edit(encoder)
     if edit.is_empty:
-        # An empty edit leaves no mark and no flag, as several may share an encoder; a model in its own training
-        # code must be marked, and must record no graph below its head.
+        # An empty edit leaves no mark and no flag, as several may share an encoder. A model in its own
+        # training code must be marked, and must record no graph below its head.
         edit.revert()
         with Edit(encoder, found.name) as edit:
             pass
