@@ -116,7 +116,7 @@ def test_no_graph_below_a_head():
     mmtransfer.prepare(model, "head")
     assert graphs_of(model, lambda model: model(make_input("wav2vec2"))) == [False] * 4
     mmtransfer.revert(model)
-    assert graphs_of(model, lambda model: model(make_input("wav2vec2")))[4:] == [True] * 4
+    assert graphs_of(model, lambda model: model(make_input("wav2vec2"))) == [True] * 4
 
 
 class TestErrors:
