@@ -331,7 +331,7 @@ def find_methods(settings: CompareSettings) -> list[Method]:
 
 
 def find_start(method: Method) -> Method:
-    """The method that `starts_from` names; in a pair it is the readout, with the options that it has there."""
+    """The method that `starts_from` names; in a pair the readout, with the options that it has there."""
     for part in method.parts():
         if part.name == method.starts_from:
             return part
