@@ -20,8 +20,10 @@ from transformers import AutoModel
 
 import mmkernels
 from mmtransfer import registry
+from mmtransfer.encoders.descriptions import ModelDescription
 from mmtransfer.encoders.edit import untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.method import Method
 from mmtransfer.model import AdaptedModel
 from mmtransfer.preparation import Prepared, get_prepared, is_prepared, prepare
 from mmtransfer.tasks import find_task
@@ -67,18 +69,19 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
             weights that do not fit, each named. The model is untouched.
     """
     config, tensors = _read(folder)
-    if "task" not in config:
+    if "head" in config:
         raise ValueError(f"{folder} was saved from a prepared model; load it by load_prepared(model, folder)")
+    _check_whole(config, "task", folder)
     base = config["base_model"]
     if model is None:
         if not base["name_or_path"]:
             raise ValueError(f"{folder} was saved from an unnamed encoder; pass it as model")
         model = AutoModel.from_pretrained(base["name_or_path"])
     _check_base(Encoder(model), base, folder)
-    method = registry.find(registry.find(config["method"], **config["options"]), **runtime)
+    method = _find_method(config, runtime)
     task = config["task"] and find_task(config["task"]["name"])(**config["task"]["options"])
     dtype = None if base["dtype"] is None else getattr(torch, base["dtype"])
-    with untouched_on_error(model):
+    with untouched_on_error(Encoder(model).model):
         adapted = AdaptedModel(model, method, task, dtype=dtype)
         try:
             _copy_strictly(adapted.trained_tensors(), tensors, folder)
@@ -88,12 +91,15 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
     return adapted.eval()
 
 
-def load_prepared(model: nn.Module, folder: str | Path, **options: Any) -> Prepared:
+def load_prepared(
+    model: nn.Module, folder: str | Path, *, description: ModelDescription | None = None, **runtime: Any
+) -> Prepared:
     """Load what `save` wrote from a prepared model into the same model, prepared or not.
 
     Args:
         model: prepared here as the folder says, unless it is prepared already.
-        options: for a model that is not: runtime options of the method, and `description`, as for `prepare`.
+        description: as for `prepare`.
+        runtime: for a model that is not prepared: options of the method that say how it is computed.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -101,15 +107,18 @@ def load_prepared(model: nn.Module, folder: str | Path, **options: Any) -> Prepa
             each named. The model is untouched.
     """
     config, tensors = _read(folder)
-    if "head" not in config:
+    if "task" in config:
         raise ValueError(f"{folder} was saved from an AdaptedModel; load it by load(folder, model)")
+    _check_whole(config, "head", folder)
     if is_prepared(model):
         prepared = get_prepared(model)
+        _check_base(prepared.edit.encoder, config["base_model"], folder)
         _check_same(_describe(prepared), config, folder)
         _copy_strictly(prepared.trained_tensors(), tensors, folder)
         return prepared
-    method = registry.find(config["method"], **config["options"])
-    prepared = prepare(model, method, head=config["head"], **options)
+    _check_base(Encoder(model, description), config["base_model"], folder)
+    method = _find_method(config, runtime)
+    prepared = prepare(model, method, head=config["head"], description=description)
     try:
         _copy_strictly(prepared.trained_tensors(), tensors, folder)
     except BaseException:
@@ -142,6 +151,42 @@ def _describe_base(encoder: Encoder) -> dict[str, Any]:
         "hidden_size": encoder.hidden_size,
         "num_layers": encoder.num_layers,
     }
+
+
+def _check_whole(config: Mapping[str, Any], kind: str, folder: str | Path) -> None:
+    """ValueError unless a configuration has all that loading reads; a file that was edited may lack some."""
+    base = ["hidden_size", "model_type", "name_or_path", "num_layers"]
+    task, head = config.get("task"), config.get("head", [])
+    whole = (
+        config.keys() >= {"method", "options", kind, "base_model"}
+        and isinstance(config["method"], str)
+        and _has_parts(config["options"])
+        and isinstance(config["base_model"], dict)
+        and config["base_model"].keys() >= {*base, *(["dtype"] if kind == "task" else [])}
+        and isinstance(head, list)
+        and (task is None or (isinstance(task, dict) and task.keys() >= {"name", "options"}))
+    )
+    if not whole:
+        raise ValueError(
+            f"the configuration in {folder} must have method, options by part, {kind} and base_model with "
+            f"{', '.join(base)}"
+        )
+
+
+def _has_parts(options: Any) -> bool:
+    return isinstance(options, dict) and all(isinstance(part, dict) for part in options.values())
+
+
+def _find_method(config: Mapping[str, Any], runtime: Mapping[str, Any]) -> Method:
+    """The method of a configuration. ValueError for an option that would change what was trained."""
+    saved = registry.find(config["method"], **config["options"])
+    found = registry.find(saved, **runtime)
+    if found.options() != saved.options():
+        raise ValueError(
+            f"a checkpoint says how its method was trained; loading may set how it is computed "
+            f"(backend, rewrite, recompute), got {', '.join(runtime)}"
+        )
+    return found
 
 
 def _check_base(encoder: Encoder, base: Mapping[str, Any], folder: str | Path) -> None:

@@ -110,6 +110,12 @@ def prepare(
     heads = _find_heads(encoder, head)
     base = {id(parameter) for parameter in model.parameters()}
     edit = found.edit(encoder)
+    if edit.is_empty:
+        # An empty edit leaves no mark and no flag, as several may share an encoder. A model in its own
+        # training code must be marked, and must record no graph below its head.
+        edit.revert()
+        with Edit(encoder, found.name) as edit:
+            pass
     inside = {id(parameter) for parameter in encoder.model.parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) in base - inside and any(_is_inside(name, each) for each in heads):

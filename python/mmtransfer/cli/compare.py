@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import tyro
-import yaml
 
 from mmtransfer.compare.settings import CompareSettings
+
+from . import values
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -71,7 +73,11 @@ def compare(
     source: Input,
     settings: CompareSettings,
     result: Result,
-    set_: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="[METHOD.]FIELD=VALUE")] = (),
+    set_: Annotated[
+        tuple[tuple[str, ...], ...],
+        tyro.conf.UseAppendAction,
+        tyro.conf.arg(name="set", metavar="[METHOD.]FIELD=VALUE ..."),
+    ] = (),
 ) -> None:
     """Train and measure ways to adapt a speech encoder: fusions of its layers, adapters, fine-tuning.
 
@@ -82,7 +88,7 @@ def compare(
     Args:
         set_: options of the methods, such as bottleneck=64; METHOD.bottleneck=64 is for one method alone.
     """
-    options = _parse_options(set_)
+    options = _parse_options(text for texts in set_ for text in texts)
     from mmtransfer.compare.tables import MODELS_NAME, check_output
     from mmtransfer.data import DataError
 
@@ -98,19 +104,28 @@ def compare(
         _fail(str(error))
 
 
-def _parse_options(given: tuple[str, ...]) -> dict[str, Any]:
-    """`field=value` and `method.field=value`, with values as YAML reads them."""
+def _parse_options(given: Iterable[str]) -> dict[str, Any]:
+    """`field=value` and `method.field=value`; of several values of one field the last counts."""
     options: dict[str, Any] = {}
     for text in given:
         key, equals, value = text.partition("=")
         if not (key and equals):
             _fail(f"--set takes field=value, got {text!r}", 2)
+        try:
+            parsed = values.parse(value)
+        except ValueError as error:
+            _fail(f"--set {text!r} has no value that YAML can read ({error})", 2)
         method, dot, field = key.rpartition(".")
-        parsed = yaml.safe_load(value)
-        if dot:
-            options.setdefault(method, {})[field] = parsed
-        else:
-            options[field] = parsed
+        if not dot:
+            # All that a recipe sets for one method, which is added to.
+            earlier = options.get(key)
+            if isinstance(parsed, dict) and isinstance(earlier, dict):
+                parsed = {**earlier, **parsed}
+            options[key] = parsed
+            continue
+        if not isinstance(options.setdefault(method, {}), dict):
+            _fail(f"--set takes {method!r} for a method in {text!r} and for a field elsewhere", 2)
+        options[method][field] = parsed
     return options
 
 

@@ -93,7 +93,7 @@ class _Session:
             self.task = find_task(settings.task).of(self.recordings)
             self.methods = find_methods(settings)
             # Those that the methods start from are trained too.
-            starts = [registry.find(each.starts_from) for each in self.methods if each.starts_from]
+            starts = [find_start(each) for each in self.methods if each.starts_from]
         except ValueError as error:
             raise DataError(str(error)) from error
         known = {each.name: each for each in self.methods}
@@ -328,6 +328,14 @@ def find_methods(settings: CompareSettings) -> list[Method]:
         for index in owners:
             found[index] = registry.find(found[index], **{key: value})
     return found
+
+
+def find_start(method: Method) -> Method:
+    """The method that `starts_from` names; in a pair the readout, with the options that it has there."""
+    for part in method.parts():
+        if part.name == method.starts_from:
+            return part
+    return registry.find(method.starts_from or "")
 
 
 @torch.no_grad()

@@ -49,12 +49,13 @@ class CompareSettings:
     save: tyro.conf.Suppress[Path | None] = None
 
     def __post_init__(self) -> None:
-        for name in ("seeds", "tuning_seeds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        # The ranges of the others are those of Training.
+        counts = ("seeds", "epochs", "batch_size")
+        for name in (*counts, *(f"tuning_{count}" for count in counts)):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        # Training checks the rate.
         self.training(Training(), frozen=True)
-        self.training(Training(), frozen=False)
 
     def training(self, method: Training, *, frozen: bool) -> Training:
         """A method's training with the values given here."""

@@ -1,7 +1,7 @@
 """Layers that keep less for the backward pass, and compute the rest again when it comes.
 
 Bytes per token and channel that a block of AAT^MS (768 wide, GELU, pre-norm) keeps under bf16 autocast with a
-float32 residual stream, as tests/methods/test_aat_memory.py measures them:
+float32 residual stream, as tests/methods/test_recompute.py measures them:
 
 - `none`: 29 with the kernels of `mmkernels.adapter`, 28 rewritten (the paper's way: 30).
 - `selective`: 12, the block's input 4, queries, keys and values 6, the attention's result 2. Recomputed:

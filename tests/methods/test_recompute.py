@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from aat_models import build, encode, gradients, prepared
+from prepared_models import build, encode, gradients, layers_of, prepared
 from tiny_encoders import TINY
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -15,9 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import ASTConfig, ASTModel
 
+import mmtransfer
 from mmkernels._library import load_errors
-from mmtransfer import aat
-from mmtransfer.encoders import descriptions as models
 
 WIDTH = 768
 
@@ -119,7 +118,7 @@ def bytes_of_a_block(model: nn.Module, tokens: int) -> tuple[int, int]:
         saved[storage._cdata] = storage.nbytes()
         return tensor
 
-    first, second = models.get_layers(model)
+    first, second = layers_of(model)
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         x = first(torch.randn(1, tokens, WIDTH))
         live = LiveStorages()
@@ -153,7 +152,7 @@ def test_bytes_of_what_it_is_compared_with(blocks):
     assert saved == pytest.approx(36 + 2 * 2, abs=0.1)
     assert held == pytest.approx(36 + 2 * 2, abs=0.1)
     blocks.requires_grad_(False)
-    for layer in models.get_layers(blocks):
+    for layer in layers_of(blocks):
         serial, parallel = EagerAdapter(), EagerAdapter()
         layer.attention.o_proj.register_forward_hook(lambda _m, _a, y, adapter=serial: y + adapter(y))
         layer.mlp.register_forward_hook(lambda _m, args, y, adapter=parallel: y + adapter(args[0]))
@@ -166,7 +165,7 @@ def test_bytes_of_what_it_is_compared_with(blocks):
 @pytest.mark.parametrize("rewrite", [False, True])
 @pytest.mark.parametrize(("recompute", "most"), [("none", 29.5), ("selective", 14), ("full", 14)])
 def test_bytes_of_a_block(blocks, recompute, most, rewrite):
-    aat.prepare(blocks, backend="native", recompute=recompute, rewrite=rewrite)
+    mmtransfer.prepare(blocks, "aat-ms", backend="native", recompute=recompute, rewrite=rewrite)
     saved, held = bytes_per_token_and_channel(blocks)
     exact = {"none": 28.0 if rewrite else 29.0, "selective": 12.0, "full": 4.0}[recompute]
     assert held == pytest.approx(exact, abs=0.2)

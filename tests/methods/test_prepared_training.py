@@ -7,13 +7,12 @@ import pickle
 
 import pytest
 import torch
-from aat_models import build, encode, gradients, perturb, prepared, weigh
+from prepared_models import build, encode, gradients, layers_of, perturb, prepared, weigh
 from tiny_encoders import TINY, make_input
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from mmtransfer import aat
-from mmtransfer.encoders import descriptions as models
+import mmtransfer
 
 AST = "audio-spectrogram-transformer"
 RUNTIMES = (
@@ -36,7 +35,7 @@ def break_off(model: nn.Module) -> None:
     def fail(*_):
         raise KeyboardInterrupt
 
-    hook = models.get_layers(model)[1].get_submodule("fc2").register_forward_pre_hook(fail)
+    hook = layers_of(model)[1].get_submodule("fc2").register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
         encode(model)
     hook.remove()
@@ -53,9 +52,9 @@ def test_a_deep_copy_is_a_model_of_its_own(runtime, broken):
     perturb(other)
     assert torch.equal(encode(model), expected)
     assert not torch.allclose(encode(other), expected, atol=1e-3)
-    aat.revert(other)
+    mmtransfer.revert(other)
     assert torch.equal(encode(model), expected)
-    assert not hasattr(models.get_layers(other)[0], "adapter_mlp")
+    assert not hasattr(layers_of(other)[0], "adapter_mlp")
     assert torch.equal(encode(other), encode(build("whisper")))
 
 
@@ -63,7 +62,7 @@ def test_pickled(runtime):
     model = prepared(build(AST), **runtime)
     other = pickle.loads(pickle.dumps(model))
     assert_same_gradients(gradients(other), gradients(model))
-    aat.revert(other)
+    mmtransfer.revert(other)
     assert torch.equal(encode(other), encode(build(AST)))
 
 
@@ -83,7 +82,7 @@ def assert_same_gradients(found, wanted):
 @pytest.mark.parametrize("options", [{}, {"rewrite": True}])
 def test_compiles_without_graph_breaks(options):
     model = prepared(build("audio-spectrogram-transformer"), **options)
-    layer = models.get_layers(model)[1]
+    layer = layers_of(model)[1]
     x = torch.randn(2, 7, 16, dtype=torch.float64)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
@@ -100,13 +99,13 @@ class Clips(torch.utils.data.Dataset):
         return {"input_values": self.inputs[index], "labels": index % 2}
 
 
-@pytest.mark.parametrize("method", ["aat_ms", "prompt", "lora", "full"])
+@pytest.mark.parametrize("method", ["aat-ms", "prompt", "lora", "full"])
 @pytest.mark.parametrize(
     "options", [{}, {"bf16": True, "gradient_checkpointing": True}], ids=["plain", "bf16"]
 )
 def test_trainer(tmp_path, method, options):
     model = TINY[AST].build(head=True)
-    names = aat.prepare(model, method).trainable
+    names = mmtransfer.prepare(model, method).trainable
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     settings = TrainingArguments(
         tmp_path,
@@ -125,15 +124,16 @@ def test_trainer(tmp_path, method, options):
         assert torch.equal(parameter, before[name]) != (name in names) or "k_proj.bias" in name, name
 
 
-@pytest.mark.parametrize("method", ["aat_ms", "houlsby", "prompt", "bitfit", "partial"])
+@pytest.mark.parametrize("method", ["aat-ms", "houlsby", "prompt", "bitfit", "partial"])
 def test_autocast(method):
-    exact = prepared(build(AST), method, backend="auto")
+    options = {"backend": "auto"} if method in ("aat-ms", "houlsby") else {}
+    exact = prepared(build(AST), method, **options)
     model = copy.deepcopy(exact).float()
     wanted = gradients(exact)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(make_input(AST)).last_hidden_state
     weigh(output).backward()
-    for name in aat.get_prepared(model).trainable:
+    for name in mmtransfer.get_prepared(model).trainable:
         gradient = model.get_parameter(name).grad
         assert gradient.dtype == torch.float32
         if wanted[name].norm() > 1e-3:

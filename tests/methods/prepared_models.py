@@ -1,4 +1,4 @@
-"""Tiny models for the tests of `mmtransfer.aat`, with adapters that are not zero."""
+"""Tiny models that are prepared with a method, with new parameters that are not zero."""
 
 from __future__ import annotations
 
@@ -9,18 +9,23 @@ import torch
 from tiny_encoders import TINY, make_input
 from torch import nn
 
-from mmtransfer import aat
-from mmtransfer.encoders import descriptions as models
+import mmtransfer
+from mmtransfer import registry
+from mmtransfer.encoders import Encoder, describe
 
 
 def build(model_type: str, **changes: Any) -> nn.Module:
     """A float64 encoder of this type in eval mode."""
-    return models.find_encoder(TINY[model_type].build(**changes)).double().eval()
+    return Encoder(TINY[model_type].build(**changes)).model.double().eval()
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    return Encoder(model).all_layers
 
 
 def encode(encoder: nn.Module, inputs: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
     if inputs is None:
-        inputs = make_input(models.describe(encoder).model_type)
+        inputs = make_input(describe(encoder).model_type)
     if inputs.is_floating_point():
         inputs = inputs.double()
     return encoder(inputs, **kwargs).last_hidden_state
@@ -30,18 +35,30 @@ def perturb(model: nn.Module) -> None:
     """Give all new parameters values that show; the up-projections start at zero."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for name in aat.get_prepared(model).trainable:
+        for name in mmtransfer.get_prepared(model).trainable:
             parameter = model.get_parameter(name)
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def prepared(model: nn.Module, method: str = "aat_ms", **options: Any) -> nn.Module:
+def exactly(method: str) -> dict[str, str]:
+    """The option that computes a method in float64, for methods that have it."""
+    return {"backend": "reference"} if registry.has_option(registry.find(method), "backend") else {}
+
+
+def prepared(model: nn.Module, method: str = "aat-ms", **options: Any) -> nn.Module:
     """A prepared, perturbed copy; two of one model and method have the same parameters."""
     model = copy.deepcopy(model)
     torch.manual_seed(4)
-    aat.prepare(model, method, **{"backend": "reference", **options})
+    mmtransfer.prepare(model, method, **{**exactly(method), **options})
     perturb(model)
     return model
+
+
+def rewritten(model: nn.Module) -> tuple[str, ...]:
+    """The adapters of AAT that a prepared model computes inside the frozen products."""
+    found = mmtransfer.get_prepared(model)
+    method: Any = found.method
+    return method.rewritten(found.edit.encoder, found.edit.encoder.layers) if method.rewrite else ()
 
 
 def weigh(output: torch.Tensor) -> torch.Tensor:
