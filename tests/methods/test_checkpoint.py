@@ -50,7 +50,7 @@ def test_a_folder_has_the_trainable_part_and_no_more(saved):
     assert config["head"] == ["classifier"]
     assert config["base_model"]["model_type"] == AST
     assert config["options"] == {
-        "aat-ms": {"layers": None, "bottleneck": 3, "ratio": 0.25, "activation": "gelu", "scale": 0.5}
+        "aat-ms": {"layers": None, "bottleneck": 3, "activation": "gelu", "scale": 0.5}
     }
 
 
@@ -75,7 +75,7 @@ def test_loading_into_a_fresh_model(saved, runtime):
         ("hff-adapters", {"layers": [1, 2], "bottleneck": 5}),
         ("lora", {"layers": [1, 2], "rank": 2}),
         ("partial", {"layers": [1, 2]}),
-        ("aat-s", {"layers": [-1], "ratio": 0.5}),
+        ("aat-s", {"layers": [-1], "bottleneck": 8}),
         ("bitfit", {}),
         ("head", {}),
         ("full", {}),

@@ -16,16 +16,17 @@ from example_methods import LearntMerge
 from tiny_encoders import TINY
 from torch import nn
 
-from mmkernels.nn import Adapter
 from mmtransfer import registry
 from mmtransfer.encoders import Edit, Encoder
-from mmtransfer.encoders.adapters import add_adapter, append_adapter
 from mmtransfer.encoders.edit import untouched_on_error
-from mmtransfer.method import EditMethod
+from mmtransfer.method import AdapterMethod, EditMethod
 
 MODELS = ("wav2vec2", "whisper", "bert")
 EDITS = [name for name, each in registry.methods().items() if issubclass(each, EditMethod)]
 AT_WIDTH_16 = {"hff-adapters": {"bottleneck": 4}, "prompt": {"prompt_tokens": 2}, "lora": {"rank": 2}}
+
+ADAPTERS = registry.find("houlsby", bottleneck=4)
+assert isinstance(ADAPTERS, AdapterMethod)
 
 
 def find(name: str, **options: Any) -> Any:
@@ -173,13 +174,13 @@ class TestChanges:
         layer = encoder.layers[0].eval()
         with Edit(encoder, "some") as edit:
             assert edit.place(layer) == {"device": torch.device("cpu"), "dtype": placed}
-            adapter = add_adapter(edit, layer, "extra", Adapter(16, 4))
+            adapter = ADAPTERS.add(edit, encoder, layer, "extra")
         assert {parameter.dtype for parameter in adapter.parameters()} == {placed}
         assert not adapter.training
         encoder.layers[1].train()
         edit.revert()
         with Edit(encoder, "some") as edit:
-            append_adapter(edit, encoder.layers[1], "extra", encoder.layers[1], Adapter(16, 4))
+            ADAPTERS.append(edit, encoder, encoder.layers[1], "extra", encoder.layers[1])
         assert encoder.layers[1].extra.training
 
     def test_frozen_parts_ask_for_no_gradient_of_their_input(self):
