@@ -113,5 +113,7 @@ class FrameLabels(Task):
 
     def score(self, predictions: Sequence[Any], targets: Sequence[Any]) -> dict[str, float]:
         frames = sum(map(len, predictions))
-        wrong = sum(label != target for each, target in zip(predictions, targets, strict=True) for label in each)
+        wrong = sum(
+            label != target for each, target in zip(predictions, targets, strict=True) for label in each
+        )
         return {"frame_error": wrong / frames, "frames": frames}
