@@ -15,7 +15,7 @@ QUICK = ("--epochs", "1", "--seeds", "1", "--batch-size", "8", "--tuning-epochs"
 
 @dataclass
 class Result:
-    """What a run printed, and its exit status."""
+    """The output of a run, and its exit status."""
 
     code: int
     stdout: str

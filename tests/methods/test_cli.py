@@ -1,4 +1,4 @@
-"""The command line from end to end, and what it says when something is wrong."""
+"""The command line from end to end, and its messages when something is wrong."""
 
 from __future__ import annotations
 
