@@ -178,7 +178,7 @@ def _has_parts(options: Any) -> bool:
 
 
 def _find_method(config: Mapping[str, Any], runtime: Mapping[str, Any]) -> Method:
-    """The method of a configuration. ValueError for an option that would change what was trained."""
+    """The method of a configuration. ValueError for an option that would change its training."""
     saved = registry.find(config["method"], **config["options"])
     found = registry.find(saved, **runtime)
     if found.options() != saved.options():

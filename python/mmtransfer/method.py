@@ -305,13 +305,17 @@ def _check_option(method: Method, each: dataclasses.Field[Any], hint: Any) -> No
     problem = ""
     try:
         typeguard.check_type(value, hint)
+        fits = not isinstance(value, bool) or bool in (hint, *typing.get_args(hint))
     except typeguard.TypeCheckError:
+        fits = False
+    if not fits:
         problem = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-    if value is not None and not problem:
-        if choices and value not in choices:
-            problem = f"one of {', '.join(choices)}"
-        elif least is not None and (isinstance(value, bool) or not least <= value < math.inf):
-            problem = f"at least {least}"
+    elif choices and value is not None and value not in choices:
+        problem = f"one of {', '.join(choices)}"
+    elif least is not None and value is not None and not value >= least:
+        problem = f"at least {least}"
+    elif isinstance(value, float) and not math.isfinite(value):
+        problem = "finite"
     if problem:
         raise ValueError(f"{method.name}: {each.name} must be {problem}, got {value!r}")
 

@@ -6,7 +6,8 @@ import dataclasses
 import difflib
 import functools
 import importlib
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mmtransfer.method import EditMethod, Method, Pair
@@ -20,8 +21,10 @@ _registered: dict[str, type[Method]] = {}
 def register(method: type[Method]) -> type[Method]:
     """Make a method known by its name, on the command line too; usable as a decorator.
 
-    ValueError if another method has the name.
+    ValueError if another method has the name, or if it is not letters, digits, "-" and "_" alone.
     """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", method.name):
+        raise ValueError(f"the name of a method must be letters, digits, '-' and '_', got {method.name!r}")
     if methods().get(method.name, method) is not method:
         raise ValueError(f"a method is called {method.name!r} already")
     _registered[method.name] = method
@@ -49,7 +52,7 @@ def find(name: str | Method, /, **options: Any) -> Method:
     Args:
         name: of the method; a method itself is returned with the options changed.
         options: fields of the method. In a pair an option goes to each part that has it; a dictionary under
-            the name of a part, as in checkpoints, is for that part alone.
+            the name of a part, as in checkpoints, is for that part alone, and wins.
 
     Raises:
         ValueError: no such method, a pair of other kinds, an unknown option, or a value out of range.
@@ -92,24 +95,34 @@ def _has_readout(method: Method | type[Method]) -> bool:
 def _distribute(parts: list[Method], options: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The options of each part."""
     changes: list[dict[str, Any]] = [{} for _ in parts]
-    for key, value in options.items():
+    for key, value in in_order(options):
         if isinstance(value, Mapping):
             owners = [(index, dict(value)) for index, part in enumerate(parts) if part.name == key]
         else:
             owners = [(index, {key: value}) for index, part in enumerate(parts) if key in _fields(part)]
         if not owners:
-            known = sorted({name for part in parts for name in _fields(part)})
-            names = "+".join(part.name for part in parts)
-            raise ValueError(f"{names} has no option {key!r}; it has {', '.join(known) or 'none'}")
+            raise ValueError(_no_option(parts, key))
         for index, change in owners:
             if unknown := change.keys() - _fields(parts[index]):
-                raise ValueError(f"{parts[index].name} has no option {sorted(unknown)[0]!r}")
+                raise ValueError(_no_option([parts[index]], sorted(unknown)[0]))
             # JSON and YAML have lists where a frozen dataclass needs tuples.
             changes[index] |= {
                 name: tuple(item) if isinstance(item, (list, range)) else item
                 for name, item in change.items()
             }
     return changes
+
+
+def in_order(options: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Options for all, then those for a part alone: the later win."""
+    return sorted(options.items(), key=lambda item: isinstance(item[1], Mapping))
+
+
+def _no_option(parts: Sequence[Method], key: str) -> str:
+    known = sorted({name for part in parts for name in _fields(part)})
+    return (
+        f"{'+'.join(part.name for part in parts)} has no option {key!r}; it has {', '.join(known) or 'none'}"
+    )
 
 
 def _fields(method: Method) -> set[str]:

@@ -1,4 +1,4 @@
-"""AAT in every model: where the adapters are, what they compute and how many parameters they have."""
+"""AAT in every model: places, values and numbers of parameters of the adapters."""
 
 from __future__ import annotations
 

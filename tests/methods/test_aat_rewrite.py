@@ -1,4 +1,4 @@
-"""Adapters computed inside the frozen products: equal to adapters beside them, in values and in gradients."""
+"""Adapters computed inside the frozen products: values and gradients equal those of separate adapters."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ def test_outputs_and_gradients_are_equal(model_type, changes, method):
     plain = build(model_type, **changes)
     activation = changes.get("activation_function", OWN_ACTIVATION.get(model_type, "gelu"))
     options = {"activation": activation, "scale": 0.7}
-    beside, inside = (prepared(plain, method, rewrite=rewrite, **options) for rewrite in (False, True))
+    apart, inside = (prepared(plain, method, rewrite=rewrite, **options) for rewrite in (False, True))
     places = {"aat-ms": ("attention", "mlp"), "aat-m": ("mlp",), "aat-s": ("attention",)}[method]
     expected = tuple(place for place in places if (model_type, place) != ("wavlm", "attention"))
     assert rewritten(inside) == expected
-    assert rewritten(beside) == ()
-    torch.testing.assert_close(encode(inside), encode(beside), rtol=1e-10, atol=1e-12)
-    wanted, found = gradients(beside), gradients(inside)
+    assert rewritten(apart) == ()
+    torch.testing.assert_close(encode(inside), encode(apart), rtol=1e-10, atol=1e-12)
+    wanted, found = gradients(apart), gradients(inside)
     assert found.keys() == wanted.keys() == set(mmtransfer.get_prepared(inside).trainable)
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_what_cannot_be_rewritten_stays_beside():
+def test_what_cannot_be_rewritten_stays_separate():
     assert rewritten(prepared(build("wav2vec2-bert"), rewrite=True)) == ("attention",)
 
 
 def test_new_parameters_are_the_same():
     plain = build("audio-spectrogram-transformer")
-    beside, inside = prepared(plain), prepared(plain, rewrite=True)
-    assert list(beside.state_dict()) == list(inside.state_dict())
-    inside.load_state_dict(beside.state_dict())
-    torch.testing.assert_close(encode(inside), encode(beside), rtol=1e-10, atol=1e-12)
+    apart, inside = prepared(plain), prepared(plain, rewrite=True)
+    assert list(apart.state_dict()) == list(inside.state_dict())
+    inside.load_state_dict(apart.state_dict())
+    torch.testing.assert_close(encode(inside), encode(apart), rtol=1e-10, atol=1e-12)
 
 
 def test_projections_without_bias():
@@ -59,18 +59,18 @@ def test_projections_without_bias():
         return model
 
     plain = unbias(build("audio-spectrogram-transformer"))
-    beside, inside = prepared(plain), prepared(plain, rewrite=True)
-    torch.testing.assert_close(encode(inside), encode(beside), rtol=1e-10, atol=1e-12)
-    wanted, found = gradients(beside), gradients(inside)
+    apart, inside = prepared(plain), prepared(plain, rewrite=True)
+    torch.testing.assert_close(encode(inside), encode(apart), rtol=1e-10, atol=1e-12)
+    wanted, found = gradients(apart), gradients(inside)
     assert all(torch.allclose(found[name], wanted[name], rtol=1e-8) for name in wanted)
 
 
 def test_frozen_weights_that_are_thawed_later_get_their_gradients():
     plain = build("audio-spectrogram-transformer")
-    beside, inside = prepared(plain), prepared(plain, rewrite=True)
-    for model in (beside, inside):
+    apart, inside = prepared(plain), prepared(plain, rewrite=True)
+    for model in (apart, inside):
         model.requires_grad_(True)
-    wanted, found = gradients(beside), gradients(inside)
+    wanted, found = gradients(apart), gradients(inside)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-8, atol=1e-10, msg=name)
@@ -78,17 +78,17 @@ def test_frozen_weights_that_are_thawed_later_get_their_gradients():
 
 def test_autocast_is_as_close_to_float64_as_without_rewriting():
     exact = prepared(build("audio-spectrogram-transformer"))
-    beside = copy.deepcopy(exact).float()
+    apart = copy.deepcopy(exact).float()
     inside = prepared(build("audio-spectrogram-transformer"), rewrite=True).float()
     inputs = make_input("audio-spectrogram-transformer")
     wanted = encode(exact)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = [model(inputs).last_hidden_state for model in (beside, inside)]
+        outputs = [model(inputs).last_hidden_state for model in (apart, inside)]
     for output in outputs:
         output.float().square().sum().backward()
     errors = [(output.detach() - wanted).pow(2).mean().sqrt() for output in outputs]
     assert 0 < errors[1] <= 1.5 * errors[0]
     for name in mmtransfer.get_prepared(inside).trainable:
-        one, other = beside.get_parameter(name).grad, inside.get_parameter(name).grad
+        one, other = apart.get_parameter(name).grad, inside.get_parameter(name).grad
         assert other.dtype == torch.float32
         assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.95, name

@@ -1,4 +1,4 @@
-"""The baselines: what they compute, train and count."""
+"""The baselines: their values, trained parameters and counts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TestPrompts:
     @pytest.mark.parametrize("model_type", ["bert", "distilbert", "wav2vec2", "wavlm"])
     @pytest.mark.parametrize("attention", ["eager", "sdpa"])
     def test_prompts_under_a_padding_mask(self, model_type, attention):
-        """An utterance alone is what it is in a padded batch, so prompts are visible and padding is not."""
+        """An utterance has one result alone and in a padded batch: prompts are visible and padding is not."""
         if model_type == "wavlm" and attention == "sdpa":
             pytest.skip("wavlm has eager attention only")
         model = prepared(build(model_type, attn_implementation=attention), "prompt", prompt_tokens=3)

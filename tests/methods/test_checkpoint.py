@@ -1,4 +1,4 @@
-"""Checkpoints: what is in them, what loads, and what is refused without touching the model."""
+"""Checkpoints: their content, loading, and refusals that leave the model alone."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_trained_with_kernels_used_without(tmp_path):
 class TestRefusals:
     @pytest.fixture
     def fresh(self):
-        """Is compared with what it was, whatever the test does."""
+        """Compared with its earlier state after each test."""
         model = with_head(seed=1)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         yield model

@@ -1,8 +1,8 @@
-"""The command line from end to end, and what it says when something is wrong."""
+"""The command line from end to end, and its messages when something is wrong."""
 
 from __future__ import annotations
 
-import json
+import importlib
 import re
 import shutil
 import subprocess
@@ -12,45 +12,22 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from click.testing import Result
+from audio_files import write_clip
+from command_line import QUICK, Result, fails, record, run
+from tiny_encoders import TINY
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
-from typer.testing import CliRunner
 
 import mmkernels
-from mmtransfer import cli, compare
+from mmtransfer import AdaptedModel, registry
+from mmtransfer.compare import session
 from mmtransfer.compare import step as measure
-from mmtransfer.hff import HFF
-from mmtransfer.methods import DEFAULT_METHODS, METHODS
-from mmtransfer.tasks import synthetic_task
-from tests.methods.audio_files import write_clip
-from tests.methods.tiny_encoders import TINY
-
-QUICK = ["--epochs", "1", "--seeds", "1", "--batch-size", "8", "--tuning-epochs", "1", "--cpu"]
+from mmtransfer.compare.settings import CompareSettings
+from mmtransfer.demo.experiments import synthetic_experiment
 
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "ROUNDS", (2, 2))
-
-
-def run(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
-
-
-def record(folder: Path) -> dict:
-    return json.loads((folder / "report.json").read_text(encoding="utf-8"))
-
-
-def fails(result: Result, *parts: str, code: int = 1) -> None:
-    """One sentence on standard error, no traceback, nothing on standard output."""
-    assert result.exit_code == code, result.output
-    assert isinstance(result.exception, SystemExit)
-    line = result.stderr.strip().splitlines()[-1]
-    assert line.startswith("mmtransfer: ")
-    for part in parts:
-        assert part in line
-    assert "Traceback" not in result.output
-    assert result.stdout == ""
 
 
 @pytest.fixture(scope="module")
@@ -86,48 +63,64 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     output = tmp_path_factory.mktemp("synthetic") / "report"
     arguments = ["--epochs", "2", "--seeds", "2", "--tuning-epochs", "1", "--cpu"]
-    arguments += ["--save", "--output", output]
+    arguments += ["--save-models", "--output", output]
     return run("compare", "--synthetic", *arguments), output
 
 
 def test_the_synthetic_comparison_prints_a_table(synthetic: tuple[Result, Path]) -> None:
     result, output = synthetic
-    assert result.exit_code == 0, result.output
-    for title in (METHODS[name].title for name in DEFAULT_METHODS):
+    assert result.code == 0, result.stderr
+    for title in (registry.find(name).title for name in registry.default_names()):
         row = rf"^\s*{re.escape(title)}\s+\d+\.\d( ± \d+\.\d\s+2 × 2|\s+1 × 1)\s+[\d,]+\s+\d+\.\d\d\s*$"
         assert re.search(row, result.stdout, re.M)
     assert "[synthetic]" in result.stdout
     assert "features of 32 clips in memory" in " ".join(result.stdout.split())
     assert max(map(len, result.stdout.splitlines())) <= 80 or str(output) in result.stdout.splitlines()[-1]
+    assert result.stdout.splitlines()[-1] == f"Report: {output / 'report.html'}"
 
 
 def test_the_json_holds_every_run(synthetic: tuple[Result, Path]) -> None:
     found = record(synthetic[1])
-    assert (found["format"], found["version"]) == ("mmtransfer-compare", 1)
+    assert (found["format"], found["version"]) == ("mmtransfer-compare", 2)
     assert found["task"]["synthetic"] is True
+    assert found["task"]["metric"] == {"name": "accuracy", "title": "Accuracy", "higher_is_better": True}
     assert found["settings"]["cached_features"] is True
-    assert found["settings"]["taps"] == ["embeddings", "0", "1", "2", "3"]
-    assert [method["name"] for method in found["methods"]] == list(DEFAULT_METHODS)
+    assert [method["name"] for method in found["methods"]] == list(registry.default_names())
     for method in found["methods"]:
-        accuracies = [run["accuracy"] for run in method["runs"]]
-        assert method["accuracy"] == pytest.approx(sum(accuracies) / len(accuracies))
+        scores = [run["score"] for run in method["runs"]]
+        assert [run["scores"] for run in method["runs"]] == [{"accuracy": score} for score in scores]
+        assert method["score"] == pytest.approx(sum(scores) / len(scores))
         if method["through_encoder"]:
             assert ([run["seed"] for run in method["runs"]], method["spread"]) == ([0], None)
         else:
             assert [run["seed"] for run in method["runs"]] == [0, 1]
-            assert method["spread"] == pytest.approx(abs(accuracies[0] - accuracies[1]) / 2**0.5)
+            assert method["spread"] == pytest.approx(abs(scores[0] - scores[1]) / 2**0.5)
+        fusion = method["name"].partition("+")[0] in (
+            "weighted-sum",
+            "weighted-sum-norm",
+            "lff",
+            "hff-b",
+            "hff-ub",
+        )
+        every = ["embeddings", "layer 0", "layer 1", "layer 2", "layer 3"]
+        assert method["taps"] == (every if fusion else ["layer 3"])
         assert method["step"]["mmkernels"]["milliseconds"] > 0
-        assert (method["step"]["eager"] is None) == (method["name"] in ("last", "full"))
+        assert (method["step"]["eager"] is None) == (method["name"] in ("head", "full"))
         assert method["step"]["agrees"] is True
 
 
 def test_the_page_is_self_contained_and_says_synthetic(synthetic: tuple[Result, Path]) -> None:
     page = (synthetic[1] / "report.html").read_text(encoding="utf-8")
     assert "Synthetic data and a random encoder" in page
-    assert "$" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.S)
+    text = re.sub(r"<svg.*?</svg>", "", page, flags=re.S)
+    assert "{{" not in text
+    assert "{%" not in text
     assert not re.search(r"<script|<link|<img|@import|url\((?!#)|(src|href)=\"(?!#)", page)
     figures = re.findall(r"<svg .*?</svg>", page, re.S)
-    assert len(figures) == 5
+    insights = {
+        name for m in record(synthetic[1])["methods"] for each in m["runs"] for name in each["insights"]
+    }
+    assert len(figures) == 1 + len(insights) + 2
     identifiers: list[str] = []
     for figure in figures:
         tree = ElementTree.fromstring(figure)
@@ -135,50 +128,54 @@ def test_the_page_is_self_contained_and_says_synthetic(synthetic: tuple[Result, 
         own = {node.attrib["id"] for node in tree.iter() if "id" in node.attrib}
         assert set(re.findall(r"(?:url\(|href=\")#([^\")]+)", figure)) <= own
     assert len(identifiers) == len(set(identifiers))
-    text = " ".join(figures)
-    for label in (
-        "Weighted sum + norm",
-        "HFF-b",
-        "embeddings",
-        "layer 3",
-        "accuracy, %",
-        "milliseconds per step",
-    ):
-        assert label in text
+    labels = " ".join(figures)
+    for label in ("Weighted sum", "HFF-b", "embeddings", "layer 3", "ccuracy", "illiseconds"):
+        assert label in labels
     assert "cached features" in page
     assert f"torch {torch.__version__}" in page
 
 
 def test_saved_runs_can_be_loaded(synthetic: tuple[Result, Path]) -> None:
     folder = synthetic[1] / "models"
-    assert len(list(folder.iterdir())) == 2 * 5 + 4
-    model = HFF.from_pretrained(folder / "hff-b-seed1", synthetic_task().model)
-    assert model.head is not None
-    assert model.head.num_labels == 8
+    methods = record(synthetic[1])["methods"]
+    assert {path.name for path in folder.iterdir()} == {
+        f"{method['name']}-seed{each['seed']}" for method in methods for each in method["runs"]
+    }
+    for name in ("hff-b-seed1", "aat-ms-seed0"):
+        model = AdaptedModel.from_pretrained(folder / name, synthetic_experiment().model)
+        assert model.method.name == name.rpartition("-")[0]
+        assert model.task is not None
+        assert model.task.options() == {"num_labels": 8}
 
 
 def test_a_folder_of_class_folders_with_wav2vec2(wav2vec2: Path, sounds: Path, tmp_path: Path) -> None:
     output = tmp_path / "deep" / "report"
-    methods = ["--methods", "head,weighted-sum,hff-b-adapters,aat-ms"]
+    methods = ["--methods", "head", "weighted-sum", "hff-b+hff-adapters", "aat-ms"]
     data = ["--model", wav2vec2, "--data", sounds / "tones"]
     result = run("compare", *data, *methods, "--output", output, *QUICK)
-    assert result.exit_code == 0, result.output
+    assert result.code == 0, result.stderr
     found = record(output)
     assert found["task"] | {"classes": 2, "model": "wav2vec2", "model_type": "wav2vec2"} == found["task"]
     assert found["task"]["synthetic"] is False
+    assert [method["name"] for method in found["methods"]] == methods[1:]
     assert "Synthetic" not in (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_manifest_with_whisper_chosen_taps_and_methods(whisper: Path, sounds: Path, tmp_path: Path) -> None:
-    arguments = ["--methods", "hff-b,hff-ub", "--taps", "embeddings,1,-1", "--no-cache", "--width", "6"]
+    arguments = ["--methods", "hff-b", "hff-ub", "--no-cache"]
+    arguments += ["--set", "taps=[embeddings, 1, -1]", "out_dim=6", "--set", "hff-ub.activation=gelu"]
     data = ["--model", whisper, "--data", sounds / "clips.csv", "--output", tmp_path]
     result = run("compare", *data, *arguments, *QUICK)
-    assert result.exit_code == 0, result.output
+    assert result.code == 0, result.stderr
     found = record(tmp_path)
     assert found["task"] | {"train_clips": 6, "test_clips": 2} == found["task"]
-    assert found["settings"] | {"taps": ["embeddings", "1", "3"], "width": 6} == found["settings"]
     assert found["settings"]["cached_features"] is False
     assert [method["name"] for method in found["methods"]] == ["hff-b", "hff-ub"]
+    for method, activation in zip(found["methods"], ("relu", "gelu"), strict=True):
+        options = method["options"][method["name"]]
+        assert (options["taps"], options["out_dim"]) == (["embeddings", 1, -1], 6)
+        assert options["activation"] == activation
+        assert method["taps"] == ["embeddings", "layer 1", "layer 3"]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "Encoder frozen, in the loop" in page
     assert "computed in every step" in page
@@ -187,18 +184,40 @@ def test_a_manifest_with_whisper_chosen_taps_and_methods(whisper: Path, sounds: 
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--taps", "7"], ["layer indices in [-4, 3]", "got 7"]),
-        (["--taps", "1,1"], ["distinct"]),
-        (["--taps", "1,top"], ["'top'", "embeddings"]),
-        (["--methods", "lff,mean"], ["'mean'", "weighted-sum-norm"]),
+        (["--set", "taps=[7]"], ["layer indices in [-4, 3]", "got 7"]),
+        (["--set", "taps=[1, 1]"], ["distinct"]),
+        (["--set", "taps=[1, top]"], ["'top'", "embeddings"]),
+        (["--set", "taps=7"], ["taps must be", "got 7"]),
+        (["--set", "width=7"], ["none of the methods", "'width'"]),
+        (["--set", "hff-b.width=7"], ["hff-b has no option 'width'"]),
+        (["--set", "hff-c.out_dim=7"], ["none of the methods", "'hff-c'"]),
+        (["--set", "out_dim=0"], ["out_dim must be at least 1, got 0"]),
+        (["--set", "mixing_rate=fast"], ["mixing_rate must be float, got 'fast'"]),
+        (["--methods", "lff", "mean"], ["'mean'", "weighted-sum-norm"]),
+        (["--methods", "lff,hff-b"], ["'lff,hff-b'"]),
+        (["--methods", "aat-ms+lff"], ["must be one method, or a readout + an edit"]),
+        (["--task", "translation"], ["task must be one of classification"]),
     ],
 )
-def test_wrong_taps_and_methods(
+def test_wrong_taps_methods_and_options(
     whisper: Path, sounds: Path, tmp_path: Path, arguments: list[str], parts: list[str]
 ) -> None:
     data = ["--model", whisper, "--data", sounds / "clips.csv", "--output", tmp_path / "report"]
-    fails(run("compare", *data, *arguments, *QUICK), *parts)
+    fails(run("compare", *data, *QUICK, *arguments), *parts)
     assert not list((tmp_path / "report").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        (["bottleneck"], ["field=value", "'bottleneck'"]),
+        (["=3"], ["field=value", "'=3'"]),
+        (["taps=[1"], ["'taps=[1'", "YAML"]),
+        (["hff-b=3", "hff-b.out_dim=3"], ["'hff-b.out_dim=3'"]),
+    ],
+)
+def test_options_of_methods_that_cannot_be_read(tmp_path: Path, given: list[str], parts: list[str]) -> None:
+    fails(run("compare", "--synthetic", "--output", tmp_path, "--set", *given), *parts, code=2)
 
 
 def test_wrong_data(whisper: Path, sounds: Path, tmp_path: Path) -> None:
@@ -261,59 +280,78 @@ def test_models_without_a_complete_speech_encoder(wav2vec2: Path, sounds: Path, 
 
 
 def test_the_output_folder_is_respected(whisper: Path, sounds: Path, tmp_path: Path) -> None:
-    data = ["--model", whisper, "--data", sounds / "clips.csv", "--methods", "last"]
+    data = ["--model", whisper, "--data", sounds / "clips.csv", "--methods", "head"]
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("years of work")
     (foreign / "report.html").write_text("mine")
     fails(run("compare", *data, "--output", foreign, *QUICK), "report.html, thesis.tex", "--force")
     assert (foreign / "report.html").read_text() == "mine"
-    assert run("compare", *data, "--output", foreign, "--force", *QUICK).exit_code == 0
+    assert run("compare", *data, "--output", foreign, "--force", *QUICK).code == 0
     assert (foreign / "thesis.tex").read_text() == "years of work"
     # From now on it is a report's folder.
     again = run("compare", *data, "--output", foreign, *QUICK)
-    assert again.exit_code == 0, again.output
+    assert again.code == 0, again.stderr
 
     (tmp_path / "file").write_text("")
     fails(run("compare", *data, "--output", tmp_path / "file" / "report", *QUICK), "--output")
 
 
 @pytest.mark.parametrize(
-    "arguments",
-    [[], ["--demo", "--synthetic"], ["--model", "x"], ["--data", "x"], ["--synthetic", "--epochs", "0"]],
+    ("arguments", "part"),
+    [
+        ([], "one of --demo, --synthetic, or --model"),
+        (["--demo", "--synthetic"], "one of --demo, --synthetic, or --model"),
+        (["--model", "x"], "--model and --data go together"),
+        (["--data", "x"], "--model and --data go together"),
+        (["--synthetic", "--model", "x", "--data", "y"], "one of --demo, --synthetic, or --model"),
+        (["--synthetic", "--epochs", "0"], "epochs must be at least 1, got 0"),
+        (["--synthetic", "--tuning-epochs", "0"], "tuning_epochs must be at least 1, got 0"),
+        (["--synthetic", "--seeds", "many"], "--seeds"),
+        (["--synthetic", "--test-fraction", "1"], "--test-fraction must be between 0 and 1"),
+        (["--synthetic", "--max-seconds", "31"], "--max-seconds must be above 0 and at most 30"),
+        (["--synthetic", "--width", "3"], "--width"),
+    ],
 )
-def test_options_that_do_not_go_together(arguments: list[str]) -> None:
-    result = run("compare", *arguments)
-    assert result.exit_code == 2
-    assert "Usage" in result.stderr
+def test_options_that_do_not_go_together(arguments: list[str], part: str, tmp_path: Path) -> None:
+    result = run("compare", "--output", tmp_path / "report", *arguments)
+    assert result.code == 2
+    assert part in " ".join(re.sub("[│╭╮╰╯─|+]", " ", result.stderr).split())
+    assert result.stdout == ""
+    assert not (tmp_path / "report").exists()
 
 
 def test_the_defaults_are_those_of_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[compare.CompareSettings] = []
+    given: list[CompareSettings] = []
+    # The package has a function of the module's name.
+    command = importlib.import_module("mmtransfer.cli.compare")
 
-    def stop(_: object, settings: compare.CompareSettings) -> None:
+    def stop(_: object, settings: CompareSettings) -> None:
         given.append(settings)
         raise SystemExit(0)
 
-    monkeypatch.setattr(cli, "_load_task", lambda *_, **__: None)
-    monkeypatch.setattr(cli, "_run", stop)
-    assert run("compare", "--synthetic", "--output", tmp_path).exit_code == 0
-    assert given == [compare.CompareSettings()]
+    monkeypatch.setattr(command, "_load", lambda *_, **__: None)
+    monkeypatch.setattr(command, "_run", stop)
+    assert run("compare", "--synthetic", "--output", tmp_path).code == 0
+    assert given == [CompareSettings()]
 
 
 def test_a_wrong_kernel_is_reported_and_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "_difference", lambda ours, theirs: 0.5)
     result = run("compare", "--synthetic", "--methods", "lff", "--output", tmp_path, *QUICK)
-    assert result.exit_code == 1
+    assert result.code == 1
     assert "differ by 5.0e-01 in LFF" in result.stderr
     assert "results differ" in result.stdout
-    assert "milliseconds per step" not in (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "results differ" in page
+    assert "One training step of readout and head on features in memory" not in page
 
 
 def test_only_the_main_process_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "is_main_process", lambda: False)
-    result = run("compare", "--synthetic", "--methods", "last", "--output", tmp_path, *QUICK)
-    assert result.exit_code == 0
+    monkeypatch.setattr(session, "is_main_process", lambda: False)
+    arguments = ["--methods", "head", "--output", tmp_path, "--save-models", *QUICK]
+    result = run("compare", "--synthetic", *arguments)
+    assert result.code == 0
     assert result.stdout == ""
     assert not list(tmp_path.iterdir())
 
@@ -324,30 +362,37 @@ def test_info_and_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     fails(run("bench", "--quick"), "source checkout")
 
 
+def test_the_methods_are_listed_with_their_options() -> None:
+    result = run("methods")
+    assert result.code == 0
+    for name, method in registry.methods().items():
+        line = next(line for line in result.stdout.splitlines() if line.split()[:1] == [name])
+        assert method().paper in line
+    assert "bottleneck=None, ratio=0.25, activation=gelu" in result.stdout
+    assert "hff-b+aat-ms" in result.stdout
+
+
 def test_help_and_import_are_light() -> None:
     """Neither the package nor the help loads torch."""
     code = (
         "import sys, mmtransfer, mmtransfer.cli\n"
-        "from typer.testing import CliRunner\n"
-        "assert 'compare' in CliRunner().invoke(mmtransfer.cli.app, ['--help']).output\n"
+        "for arguments in (['--help'], ['compare', '--help'], []):\n"
+        "    try:\n"
+        "        mmtransfer.cli.main(arguments)\n"
+        "    except SystemExit as left:\n"
+        "        assert not left.code\n"
         "print([name for name in ('torch', 'transformers', 'matplotlib', 'numpy') if name in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert "compare" in done.stdout
+    assert "--tuning-epochs" in done.stdout
+    assert done.stdout.strip().splitlines()[-1] == "[]"
 
 
 def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    command = [
-        sys.executable,
-        "-m",
-        "mmtransfer.cli",
-        "compare",
-        "--synthetic",
-        "--output",
-        tmp_path / "file",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "mmtransfer.cli", "compare", "--synthetic", "--output"]
+    done = subprocess.run([*command, tmp_path / "file"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1

@@ -199,11 +199,13 @@ def test_a_pair_begins_with_its_readout_as_the_options_have_it(lengths, methods)
 
 def test_options_of_one_method_leave_the_others_alone(experiment) -> None:
     settings = replace(
-        QUICK, methods=("hff-b", "hff-ub"), options={"out_dim": 8, "hff-b": {"activation": "gelu"}}
+        QUICK,
+        methods=("hff-b", "hff-ub"),
+        options={"hff-b": {"activation": "gelu"}, "activation": "silu", "out_dim": 8},
     )
     balanced, chain = compare(experiment, settings).methods
     assert (balanced.options["hff-b"]["activation"], balanced.options["hff-b"]["out_dim"]) == ("gelu", 8)
-    assert (chain.options["hff-ub"]["activation"], chain.options["hff-ub"]["out_dim"]) == ("relu", 8)
+    assert (chain.options["hff-ub"]["activation"], chain.options["hff-ub"]["out_dim"]) == ("silu", 8)
 
 
 def test_values_that_are_not_given_are_those_of_the_method() -> None:

@@ -1,4 +1,4 @@
-"""What `prepare` does to a model whatever the method: freeze, train, name heads, refuse, restore."""
+"""`prepare` with every method: it freezes, trains, names heads, refuses, and can be taken back."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def break_off(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_deep_copy_is_a_model_of_its_own(runtime, broken):
+def test_a_deep_copy_is_independent(runtime, broken):
     model = prepared(build("whisper"), **runtime)
     expected, wanted = encode(model), gradients(model)
     if broken:

@@ -1,4 +1,4 @@
-"""Recipes: files of options in front of those on the command line, and what is wrong in them."""
+"""Recipes: files of options in front of those on the command line, and the messages for wrong ones."""
 
 from __future__ import annotations
 

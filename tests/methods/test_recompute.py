@@ -1,4 +1,4 @@
-"""Recomputing changes no value, and brings what a block keeps for the backward pass under its bound."""
+"""Recomputing changes no value, and a block keeps for the backward pass no more than its bound."""
 
 from __future__ import annotations
 
@@ -106,9 +106,9 @@ def blocks() -> ASTModel:
 
 
 def bytes_of_a_block(model: nn.Module, tokens: int) -> tuple[int, int]:
-    """What autograd saves in the second block's forward pass, and what is held on to after it.
+    """Bytes that autograd saves in the second block's forward pass, and bytes that are held after it.
 
-    Checkpointing keeps its tensors outside of autograd's hooks, so the second is what counts there. Block
+    Checkpointing keeps its tensors outside of autograd's hooks, so the second counts there. Block
     input and block output are one residual stream: the second has the output, not the input.
     """
     saved: dict[int, int] = {}
@@ -129,7 +129,7 @@ def bytes_of_a_block(model: nn.Module, tokens: int) -> tuple[int, int]:
 
 
 def bytes_per_token_and_channel(model: nn.Module) -> tuple[float, float]:
-    """Of what grows with the tokens: without weights and their copies."""
+    """Of the part that grows with the tokens: without weights and their copies."""
     few, many = (bytes_of_a_block(model, tokens) for tokens in (64, 192))
     saved, held = ((after - before) / (128 * WIDTH) for before, after in zip(few, many, strict=True))
     return saved, held

@@ -1,4 +1,4 @@
-"""Training: what moves, at which rate, in which order, and that it can be repeated, saved and continued."""
+"""Training: parameters that move, their rates, the order of clips, repetition and saving."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 
 def bottleneck(adapter: Any, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
-    """What an adapter adds."""
+    """The term that an adapter adds."""
     hidden = F.gelu(F.linear(x, adapter.down_weight, adapter.down_bias))
     return scale * F.linear(hidden, adapter.up_weight, adapter.up_bias)
 
@@ -19,5 +19,5 @@ def serial(adapter: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 def first(output: Any) -> torch.Tensor:
-    """What a layer returns, or the first of it."""
+    """The result of a layer, or the first of several."""
     return output[0] if isinstance(output, tuple) else output

@@ -321,7 +321,7 @@ def find_methods(settings: CompareSettings) -> list[Method]:
     """
     names = dict.fromkeys(settings.methods or registry.default_names())
     found = [registry.find(name) for name in names]
-    for key, value in settings.options.items():
+    for key, value in registry.in_order(settings.options):
         owners = [index for index, method in enumerate(found) if registry.has_option(method, key)]
         if not owners:
             raise ValueError(f"none of the methods {', '.join(names)} has an option {key!r}")

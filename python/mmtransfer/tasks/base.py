@@ -84,7 +84,12 @@ _T = TypeVar("_T", bound=type[Task])
 
 
 def register_task(task: _T) -> _T:
-    """Make a task known by its name, on the command line too; usable as a decorator."""
+    """Make a task known by its name, on the command line too; usable as a decorator.
+
+    ValueError if another task has the name.
+    """
+    if TASKS.get(task.name, task) is not task:
+        raise ValueError(f"a task is called {task.name!r} already")
     TASKS[task.name] = task
     return task
 
