@@ -1,5 +1,5 @@
-"""Shared by the tests of encoders: variants of the tiny models, ragged lengths, the state of a model, adapters in
-an encoder, a log of operators.
+"""Shared by the tests of encoders: variants of the tiny models, ragged lengths, the state of a model, HFF's
+adapters, a log of operators.
 """
 
 from __future__ import annotations
