@@ -199,7 +199,9 @@ class TestErrors:
         unknown = TINY["bert"].build()
         unknown.config.model_type = "sew"
         for call in (describe, Encoder):
-            with pytest.raises(ValueError, match=r"'sew' is not in .*DESCRIPTIONS, .*pass a ModelDescription"):
+            with pytest.raises(
+                ValueError, match=r"'sew' is not in .*DESCRIPTIONS, .*pass a ModelDescription"
+            ):
                 call(unknown)
         assert Encoder(unknown, DESCRIPTIONS["bert"]).num_layers == 4
 
