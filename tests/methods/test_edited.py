@@ -12,9 +12,12 @@ from encoder_cases import ALL_TAPS, OpLog, adapters, add_adapters, make_adapted,
 from tiny_encoders import TINY, make_input
 from torch import nn
 
+from mmtransfer import registry
 from mmtransfer.encoders import TappedEncoder
+from mmtransfer.method import EditMethod
 
 LENGTHS = torch.tensor([120, 77, 50])
+EDITS = [name for name, each in registry.methods().items() if issubclass(each, EditMethod)]
 
 
 def hooks(model: nn.Module) -> list[Any]:
@@ -197,14 +200,19 @@ class TestSharing:
         assert hooks(encoder.model) == found
         assert torch.equal(encoder(inputs).features, expected)
 
-    def test_threads_share_an_encoder(self):
-        encoder = make_adapted(taps=(0, 3), layers=(0, 3))
-        inputs = [make_input("wav2vec2", batch=1 + i, size=90 + 30 * i) for i in range(3)]
+    @pytest.mark.parametrize("name", EDITS)
+    def test_threads_share_an_encoder(self, name):
+        encoder = TappedEncoder(TINY["bert"].build(), (0, 3))
+        encoder.edit = registry.find(name).edit(encoder.parts)
+        with torch.no_grad():
+            for parameter in encoder.edit.parameters:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        inputs = [make_input("bert", batch=1 + i, size=9 + i) for i in range(3)]
         expected = [encoder(x).features for x in inputs]
         results: list[list[bool]] = [[] for _ in inputs]
 
         def work(index):
-            for _ in range(10):
+            for _ in range(20):
                 with torch.set_grad_enabled(index != 1):
                     features = encoder(inputs[index]).features
                 same = torch.equal(features, expected[index])
@@ -215,7 +223,7 @@ class TestSharing:
             thread.start()
         for thread in threads:
             thread.join()
-        assert results == [[True] * 10] * 3
+        assert results == [[True] * 20] * 3
 
     def test_stays_in_eval_mode(self):
         encoder, inputs = make_adapted("hubert"), make_input("hubert")
