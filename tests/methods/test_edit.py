@@ -248,6 +248,16 @@ class TestMethods:
         assert edit.is_empty
         assert state(model) == before
 
+    def test_trains_nothing_past_the_last_tap(self, name, model_type):
+        model = build(model_type)
+        encoder = Encoder(model).up_to((0,))
+        edit = find(name).edit(encoder)
+        low, high = ({id(p) for p in layer.parameters()} for layer in encoder.all_layers)
+        trained = {id(parameter) for parameter in edit.parameters}
+        assert trained & low
+        assert not trained & high
+        assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+
     @pytest.mark.parametrize("recompute", ["none", "selective"])
     def test_copies_stand_alone(self, name, model_type, recompute):
         """Deep and pickled copies compute the same and share neither parameters nor forwards."""
