@@ -367,7 +367,7 @@ def test_an_error_at_any_step_leaves_the_model_untouched(name, model_type):
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_a_method_that_fails_half_way(model_type):
-    """One that a user wrote, without a check of its own."""
+    """One that a user wrote, which checks nothing first."""
 
     class Failing(LearntMerge):
         def change(self, edit, encoder, layers):

@@ -182,7 +182,7 @@ class TestFiles:
         monkeypatch.undo()
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
-    def test_what_was_never_adapted(self, tmp_path):
+    def test_a_model_that_was_never_adapted(self, tmp_path):
         with pytest.raises(ValueError, match="Wav2Vec2Model is not prepared"):
             mmtransfer.save(TINY["wav2vec2"].build(), tmp_path)
         assert tree(tmp_path) == []

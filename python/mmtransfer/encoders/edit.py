@@ -18,7 +18,7 @@ _MARK = "_mmtransfer_edit"
 
 
 class Edit:
-    """What a method changes in an encoder, and which parameters it trains there.
+    """The changes that a method makes in an encoder, and the parameters that it trains there.
 
     As a context manager it freezes the model, lets the body make its changes, and takes all of them back if
     the body raises:
