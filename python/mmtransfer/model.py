@@ -41,7 +41,8 @@ class AdaptedOutput(ModelOutput):
 class AdaptedModel(nn.Module):
     """A pretrained encoder adapted by a method: edit inside, readout of its layers, head of a task on top.
 
-    transformers' Trainer and accelerate can train it. The encoder has no dropout and no augmentation.
+    transformers' Trainer and accelerate can train it; with `ignore_keys=["lengths"]` its predictions
+    are the logits alone. The encoder has no dropout and no augmentation.
     Features are cast to the dtype of the readout's (or head's) weights, except under autocast.
 
     Args:

@@ -1,9 +1,10 @@
-"""Shared by the tests of encoders: variants of the tiny models, ragged lengths, the state of a model, a log
-of operators.
+"""Shared by the tests of encoders: variants of the tiny models, ragged lengths, the state of a model, HFF's
+adapters, a log of operators.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from tiny_encoders import BASE_VARIANT, TINY, make_input
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mmtransfer.encoders import DESCRIPTIONS, Encoder
+from mmtransfer import registry
+from mmtransfer.encoders import DESCRIPTIONS, Encoder, TappedEncoder
 
 ALL_TAPS = ("embeddings", 0, 1, 2, 3)
 MASKED = [name for name, row in DESCRIPTIONS.items() if row.takes_mask]
@@ -54,6 +56,33 @@ def run(model: nn.Module) -> torch.Tensor:
     encoder = Encoder(model)
     with torch.no_grad():
         return encoder.model(make_input(encoder.description.model_type)).last_hidden_state
+
+
+def adapters(encoder: TappedEncoder) -> dict[int, Any]:
+    layers = enumerate(encoder.parts.all_layers)
+    return {index: layer.adapter_output for index, layer in layers if hasattr(layer, "adapter_output")}
+
+
+def add_adapters(encoder: TappedEncoder, **options: Any) -> TappedEncoder:
+    """HFF's adapters; they start as the identity, which hides almost every mistake, so they are perturbed."""
+    torch.manual_seed(1)
+    encoder.edit = registry.find("hff-adapters", **{"bottleneck": 4, **options}).edit(encoder.parts)
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for parameter in encoder.edit.parameters:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return encoder
+
+
+def make_adapted(
+    model_type: str = "wav2vec2",
+    taps: Sequence[Any] = (0, 1, 2, 3),
+    *,
+    model: nn.Module | None = None,
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> TappedEncoder:
+    return add_adapters(TappedEncoder(model or TINY[model_type].build(), taps, dtype=dtype), **options)
 
 
 class OpLog(TorchDispatchMode):

@@ -245,7 +245,7 @@ class TestItalianPrompts:
 
 
 class TestRealCache:
-    """What an earlier fetch left in the user's cache; skipped where there is none."""
+    """Files that an earlier fetch left in the user's cache; skipped where there are none."""
 
     @pytest.fixture
     def no_fetching(self, offline, monkeypatch) -> None:

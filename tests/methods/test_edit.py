@@ -249,6 +249,16 @@ class TestMethods:
         assert edit.is_empty
         assert state(model) == before
 
+    def test_trains_nothing_past_the_last_tap(self, name, model_type):
+        model = build(model_type)
+        encoder = Encoder(model).up_to((0,))
+        edit = find(name).edit(encoder)
+        low, high = ({id(p) for p in layer.parameters()} for layer in encoder.all_layers)
+        trained = {id(parameter) for parameter in edit.parameters}
+        assert trained & low
+        assert not trained & high
+        assert {id(p) for p in model.parameters() if p.requires_grad} == trained
+
     @pytest.mark.parametrize("recompute", ["none", "selective"])
     def test_copies_stand_alone(self, name, model_type, recompute):
         """Deep and pickled copies compute the same and share neither parameters nor forwards."""
@@ -358,7 +368,7 @@ def test_an_error_at_any_step_leaves_the_model_untouched(name, model_type):
 
 @pytest.mark.parametrize("model_type", MODELS)
 def test_a_method_that_fails_half_way(model_type):
-    """One that a user wrote, without a check of its own."""
+    """One that a user wrote, which checks nothing first."""
 
     class Failing(LearntMerge):
         def change(self, edit, encoder, layers):

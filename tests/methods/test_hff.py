@@ -1,301 +1,292 @@
-"""The assembled model: training part, heads, stored features, saving and loading."""
+"""The fusions of HFF, with and without its adapters, as adapted models: outputs, training, copies."""
 
 from __future__ import annotations
 
-import json
+import copy
 
 import pytest
 import torch
-from safetensors import safe_open
+from encoder_cases import model_state
+from hff_models import FUSIONS, LABELS, LENGTHS, WITH_ADAPTERS, make_model
 from tiny_encoders import TINY, make_input
 from torch import nn
-from transformers import AutoModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-import mmkernels
-from mmtransfer.hff import (
-    HFF,
-    LFF,
-    FrozenEncoder,
-    FusedOutput,
-    HFFb,
-    SequenceClassificationHead,
-    Taps,
-    WeightedSum,
-)
+from mmtransfer import AdaptedModel, TappedEncoder, hff
+from mmtransfer.encoders import Taps
+from mmtransfer.model import AdaptedOutput
+from mmtransfer.tasks import Classification
 
-LENGTHS = torch.tensor([120, 77, 50])
-LABELS = torch.tensor([0, 2, 1])
-
-
-def make_hff(model_type="wav2vec2", taps=(0, 1, 2, 3), num_labels=4, seed=1, **options):
-    model = TINY[model_type].build()
-    torch.manual_seed(seed)
-    options.setdefault("out_dim", 6)
-    return HFF.build(model, taps, num_labels=num_labels, **options)
-
-
-def tree(folder):
-    return sorted(path.name for path in folder.iterdir())
+both = pytest.mark.parametrize("method", ["hff-b", WITH_ADAPTERS])
 
 
 class TestForward:
+    @both
     @pytest.mark.parametrize("model_type", TINY)
-    def test_every_model_classifies(self, model_type):
-        hff, inputs = make_hff(model_type), make_input(model_type)
-        name = hff.encoder.description.main_input
-        out = hff(**{name: inputs}, labels=LABELS)
+    def test_every_model_classifies(self, model_type, method):
+        model, inputs = make_model(method, model_type), make_input(model_type)
+        out = model(**{model.encoder.description.main_input: inputs}, labels=LABELS)
         assert out.logits.shape == (3, 4)
         torch.testing.assert_close(out.loss, nn.functional.cross_entropy(out.logits, LABELS))
         out.loss.backward()
-        trainable = [*hff.fusion.parameters(), *hff.head.parameters()]
-        assert all(parameter.grad is not None for parameter in trainable)
-        assert all(parameter.grad is None for parameter in hff.encoder.parameters())
+        trained = [*model.encoder.edit.parameters, *model.readout.parameters(), *model.head.parameters()]
+        assert {id(p) for p in model.parameters() if p.requires_grad} == {id(p) for p in trained}
+        for parameter in model.parameters():
+            assert (parameter.grad is not None) == parameter.requires_grad
 
-    @pytest.mark.parametrize("fusion", ["weighted_sum", "lff", "hff_b", "hff_ub"])
-    def test_logits_are_the_mean_of_valid_frames(self, fusion):
-        hff, inputs = make_hff(fusion=fusion), make_input("wav2vec2")
-        logits = hff(inputs, lengths=LENGTHS).logits
+    @pytest.mark.parametrize("method", FUSIONS)
+    def test_logits_are_the_mean_of_valid_frames(self, method):
+        model, inputs = make_model(method), make_input("wav2vec2")
+        logits = model(inputs, lengths=LENGTHS).logits
         for row, length in enumerate(LENGTHS.tolist()):
-            fused = hff.fusion(hff.encoder(inputs[row : row + 1, :length]).features)
-            torch.testing.assert_close(logits[row], hff.head.classifier(fused.mean(0)), rtol=1e-4, atol=1e-5)
+            frames = model.readout(model.encoder(inputs[row : row + 1, :length]).features)
+            expected = model.head.classifier(frames.mean(0))
+            torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-5)
 
-    def test_an_utterance_without_frames_is_zeros(self):
-        hff = make_hff()
-        logits = hff(make_input("wav2vec2"), lengths=torch.tensor([120, 0, 50])).logits
-        torch.testing.assert_close(logits[1], hff.head.classifier.bias)
+    @both
+    def test_an_utterance_without_frames_is_zeros(self, method):
+        model = make_model(method)
+        out = model(make_input("wav2vec2"), lengths=torch.tensor([120, 0, 50]))
+        torch.testing.assert_close(out.logits[1], model.head.classifier.bias)
+        assert out.lengths[1] == 0
 
-    def test_fused_sequence_without_a_head(self):
-        hff, inputs = make_hff(num_labels=None), make_input("wav2vec2")
-        out = hff(inputs, attention_mask=(torch.arange(120) < LENGTHS[:, None]).long())
-        assert isinstance(out, FusedOutput)
-        taps = hff.extract(inputs, LENGTHS)
+    @both
+    def test_fused_sequence_without_a_task(self, method):
+        model, inputs = make_model(method, num_labels=None), make_input("wav2vec2")
+        assert model.head is None
+        out = model(inputs, attention_mask=(torch.arange(120) < LENGTHS[:, None]).long())
+        assert isinstance(out, AdaptedOutput)
+        taps = model.extract(inputs, LENGTHS)
         assert out.lengths.tolist() == taps.lengths.tolist()
-        torch.testing.assert_close(out.last_hidden_state, taps.scatter(hff.fuse(taps)))
+        torch.testing.assert_close(out.last_hidden_state, taps.scatter(model.fuse(taps)))
         assert out.last_hidden_state.shape == (3, taps.steps, 6)
         assert out.last_hidden_state[2, out.lengths[2] :].count_nonzero() == 0
         out.last_hidden_state.sum().backward()
-        with pytest.raises(ValueError, match="labels need a head"):
-            hff(inputs, labels=LABELS)
+        with pytest.raises(ValueError, match="labels need a task"):
+            model(inputs, labels=LABELS)
 
     @pytest.mark.parametrize("num_labels", [4, None])
     def test_stored_features_give_the_same(self, num_labels, monkeypatch):
-        hff, inputs = make_hff(num_labels=num_labels), make_input("wav2vec2")
-        taps = hff.extract(inputs, LENGTHS)
-        expected = hff(inputs, lengths=LENGTHS)
+        model, inputs = make_model(num_labels=num_labels), make_input("wav2vec2")
+        assert model.edit_is_empty
+        taps = model.extract(inputs, LENGTHS)
+        expected = model(inputs, lengths=LENGTHS)
         stored = [utterance.clone() for utterance in taps.split()]
-        monkeypatch.setattr(hff.encoder, "forward", None)
-        again = hff(features=torch.cat(stored), lengths=taps.lengths)
+        monkeypatch.setattr(model.encoder, "forward", None)
+        again = model(features=torch.cat(stored), lengths=taps.lengths)
         for ours, theirs in zip(expected.to_tuple(), again.to_tuple(), strict=True):
             assert torch.equal(ours, theirs)
 
-    def test_bfloat16_features_meet_float32_weights(self):
-        hff, inputs = make_hff(dtype=torch.bfloat16), make_input("wav2vec2")
-        out = hff(inputs, labels=LABELS)
-        assert hff.extract(inputs).features.dtype == torch.bfloat16
+    def test_extract_and_fuse_train_the_adapters(self):
+        model, inputs = make_model(WITH_ADAPTERS, num_labels=None), make_input("wav2vec2")
+        assert not model.edit_is_empty
+        model.fuse(model.extract(inputs, LENGTHS)).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.encoder.edit.parameters)
+
+    @both
+    def test_bfloat16_features_meet_float32_weights(self, method):
+        model, inputs = make_model(method, dtype=torch.bfloat16), make_input("wav2vec2")
+        out = model(inputs, labels=LABELS)
+        assert model.extract(inputs).features.dtype == torch.bfloat16
         assert out.logits.dtype == torch.float32
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            cast = hff(inputs, labels=LABELS)
+            cast = model(inputs, labels=LABELS)
         assert cast.logits.dtype == torch.bfloat16
         assert cast.loss.dtype == torch.float32
         torch.testing.assert_close(cast.loss, out.loss, rtol=0.05, atol=0.05)
 
     def test_input_errors(self):
-        hff, inputs = make_hff(), make_input("wav2vec2")
-        features = hff.extract(inputs).features
+        model, inputs = make_model(), make_input("wav2vec2")
+        features = model.extract(inputs).features
         with pytest.raises(ValueError, match="called 'input_values', got 'input_ids'"):
-            hff(input_ids=inputs)
+            model(input_ids=inputs)
         with pytest.raises(ValueError, match="features go with lengths"):
-            hff(features=features)
+            model(features=features)
         with pytest.raises(ValueError, match="features go with lengths"):
-            hff(inputs, features=features, lengths=LENGTHS)
+            model(inputs, features=features, lengths=LENGTHS)
         with pytest.raises(ValueError, match="give the main input once"):
-            hff()
-
-    def test_parts_must_fit(self):
-        encoder = FrozenEncoder(TINY["bert"].build(), (0, 1))
-        with pytest.raises(ValueError, match=r"fusion takes 3 taps of width 16.*gives 2 of width 16"):
-            HFF(encoder, LFF(3, 16, 4))
-        with pytest.raises(ValueError, match="head takes width 5, the fusion gives 4"):
-            HFF(encoder, LFF(2, 16, 4), SequenceClassificationHead(5, 2))
-        with pytest.raises(ValueError, match="num_labels"):
-            SequenceClassificationHead(5, 0)
+            model()
+        with pytest.raises(ValueError, match="num_labels must be at least 1, got 0"):
+            Classification(num_labels=0)
 
 
-def test_learns_and_leaves_the_encoder_alone():
-    hff, inputs = make_hff(num_labels=3), make_input("wav2vec2")
-    before = {name: tensor.clone() for name, tensor in hff.encoder.state_dict().items()}
-    optimiser = torch.optim.Adam([p for p in hff.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(30):
-        loss = hff(inputs, lengths=LENGTHS, labels=LABELS).loss
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.2 * losses[0]
-    assert all(torch.equal(tensor, before[name]) for name, tensor in hff.encoder.state_dict().items())
+class TestTraining:
+    @both
+    def test_learns_and_leaves_the_encoder_alone(self, method):
+        model, inputs = make_model(method, num_labels=3), make_input("wav2vec2")
+        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        trained = model.trained_tensors()
+        optimiser = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses = []
+        for _ in range(30):
+            loss = model(inputs, lengths=LENGTHS, labels=LABELS).loss
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.2 * losses[0]
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(tensor, before[name]) == (name not in trained), name
+
+    def test_gradients_through_the_fusion(self):
+        """The adapters' gradients by finite differences of the loss, along random directions."""
+        model = make_model(WITH_ADAPTERS, layers=(1, 3)).double()
+        inputs = make_input("wav2vec2").double()
+
+        def loss():
+            return nn.functional.cross_entropy(model(inputs, lengths=LENGTHS).logits, LABELS)
+
+        loss().backward()
+        generator = torch.Generator().manual_seed(4)
+        for parameter in model.encoder.edit.parameters:
+            direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            losses = []
+            with torch.no_grad():
+                for step in (1e-6, -2e-6):
+                    parameter.add_(step * direction)
+                    losses.append(float(loss()))
+                parameter.add_(1e-6 * direction)
+            slope = (losses[0] - losses[1]) / 2e-6
+            assert float((parameter.grad * direction).sum()) == pytest.approx(slope, rel=1e-4, abs=1e-8)
+
+    @pytest.mark.parametrize("bf16", [False, True])
+    @both
+    def test_trains_with_the_transformers_trainer(self, tmp_path, method, bf16):
+        model, inputs = make_model(method, num_labels=3), make_input("wav2vec2")
+        edited = [parameter.clone() for parameter in model.encoder.edit.parameters]
+        rows = [{"input_values": inputs[i], "lengths": LENGTHS[i], "labels": LABELS[i]} for i in range(3)] * 4
+        arguments = TrainingArguments(
+            str(tmp_path),
+            max_steps=8,
+            learning_rate=1e-2,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            seed=0,
+            bf16=bf16,
+        )
+        trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+        before = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        assert trainer.evaluate()["eval_loss"] < before
+        assert trainer.predict(rows, ignore_keys=["lengths"]).predictions.shape == (12, 3)
+        assert not model.encoder.training
+        for parameter, was in zip(model.encoder.edit.parameters, edited, strict=True):
+            assert parameter.dtype == torch.float32
+            assert not torch.equal(parameter, was)
 
 
-def test_trains_with_the_transformers_trainer(tmp_path):
-    hff, inputs = make_hff(num_labels=3), make_input("wav2vec2")
-    rows = [{"input_values": inputs[i], "lengths": LENGTHS[i], "labels": LABELS[i]} for i in range(3)] * 4
-    arguments = TrainingArguments(
-        str(tmp_path), max_steps=8, learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True, seed=0
-    )
-    trainer = Trainer(hff, arguments, train_dataset=rows, eval_dataset=rows)
-    before = trainer.evaluate()["eval_loss"]
-    trainer.train()
-    assert trainer.evaluate()["eval_loss"] < before
-    assert trainer.predict(rows).predictions.shape == (12, 3)
-    assert not hff.encoder.training
+class TestCopies:
+    def test_deep_copy_stands_alone(self):
+        model, inputs = make_model(WITH_ADAPTERS), make_input("wav2vec2")
+        expected = model(inputs, lengths=LENGTHS).logits
+        for twin in (copy.deepcopy(model), model.copy()):
+            assert torch.equal(twin(inputs, lengths=LENGTHS).logits, expected)
+            with torch.no_grad():
+                for parameter in twin.encoder.edit.parameters:
+                    parameter.zero_()
+            assert torch.equal(model(inputs, lengths=LENGTHS).logits, expected)
+            assert not torch.allclose(twin(inputs, lengths=LENGTHS).logits, expected)
+            twin(inputs, labels=LABELS).loss.backward()
+            assert all(parameter.grad is not None for parameter in twin.encoder.edit.parameters)
+            assert all(parameter.grad is None for parameter in model.parameters())
+            twin.revert()
+            assert not any("adapter" in name for name, _ in twin.named_modules())
+            assert torch.equal(model(inputs, lengths=LENGTHS).logits, expected)
+
+    def test_a_copy_shares_an_encoder_that_is_not_edited(self):
+        model = make_model()
+        twin = model.copy()
+        assert twin.encoder is model.encoder
+        assert twin.readout is not model.readout
+        assert copy.deepcopy(model).encoder is not model.encoder
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    @pytest.mark.parametrize("method", [*FUSIONS, WITH_ADAPTERS])
+    def test_the_published_twin_computes_the_same(self, method, dtype):
+        model, inputs = make_model(method).to(dtype), make_input("wav2vec2")
+        twin = model.method.baseline(model)
+        assert (twin.encoder is model.encoder) == model.edit_is_empty
+        assert type(twin.readout).__name__.startswith("Eager")
+        ours, theirs = (
+            model(inputs, lengths=LENGTHS, labels=LABELS),
+            twin(inputs, lengths=LENGTHS, labels=LABELS),
+        )
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=1e-4, atol=1e-5)
+        assert theirs.logits.dtype == dtype
+        assert model.state_dict().keys() == twin.state_dict().keys()
+        for each in (ours, theirs):
+            each.loss.backward()
+        assert all(p.grad is not None for p in twin.readout.parameters())
 
 
-class TestSaving:
-    @pytest.mark.parametrize("num_labels", [4, None])
-    @pytest.mark.parametrize(
-        ("fusion", "options"),
-        [
-            ("weighted_sum", {"norm": True}),
-            ("weighted_sum", {"out_dim": None}),
-            ("lff", {"depth": 2}),
-            ("hff_b", {"norm": False, "activation": "silu"}),
-            ("hff_ub", {}),
-        ],
-    )
-    def test_round_trip(self, tmp_path, fusion, options, num_labels):
-        hff = make_hff(taps=("embeddings", 1, -1), fusion=fusion, num_labels=num_labels, **options)
-        hff.save_pretrained(tmp_path / "new" / "folder")
-        again = HFF.from_pretrained(tmp_path / "new" / "folder", TINY["wav2vec2"].build())
-        inputs = make_input("wav2vec2")
-        for ours, theirs in zip(hff(inputs).to_tuple(), again(inputs).to_tuple(), strict=True):
-            assert torch.equal(ours, theirs)
-        assert again.encoder.taps == ("embeddings", 1, 3)
-        assert again.fusion.options == hff.fusion.options
-        assert not again.training
+class TestRevert:
+    @pytest.mark.parametrize("method", [*FUSIONS, WITH_ADAPTERS])
+    def test_gives_the_model_back(self, method):
+        model = TINY["wav2vec2"].build().eval()
+        for index, parameter in enumerate(model.parameters()):
+            parameter.requires_grad_(index % 2 > 0)
+        before = model_state(model)
+        for _ in range(2):
+            adapted = make_model(method, model=model)
+            assert not any(p.requires_grad for p in model.feature_extractor.parameters())
+            adapted.revert()
+            assert adapted.edit_is_empty
+            assert model_state(model) == before
 
-    def test_files(self, tmp_path):
-        hff = make_hff(dtype=torch.bfloat16)
-        hff.save_pretrained(tmp_path)
-        assert tree(tmp_path) == ["config.json", "model.safetensors"]
-        config = json.loads((tmp_path / "config.json").read_text())
-        assert config["method"] == "hff"
-        assert config["mmkernels_version"] == mmkernels.__version__
-        assert config["encoder"] == {
-            "name_or_path": "",
-            "model_type": "wav2vec2",
-            "hidden_size": 16,
-            "num_layers": 4,
-            "dtype": "bfloat16",
-            "kind": "frozen",
-            "options": {},
-        }
-        assert config["taps"] == [0, 1, 2, 3]
-        assert config["fusion"]["kind"] == "hff_b"
-        assert config["head"] == {"kind": "sequence_classification", "num_labels": 4}
-        with safe_open(tmp_path / "model.safetensors", "pt") as weights:
-            names = set(weights.keys())
-        trained = {name for name, parameter in hff.named_parameters() if parameter.requires_grad}
-        assert names == trained
-        assert HFF.from_pretrained(tmp_path, TINY["wav2vec2"].build()).encoder.dtype == torch.bfloat16
+    def test_one_edit_at_a_time(self):
+        model, inputs = TINY["wav2vec2"].build(), make_input("wav2vec2")
+        frozen = make_model(model=model)
+        expected = frozen(inputs).logits
+        adapted = make_model(WITH_ADAPTERS, model=model)
+        state = model_state(model)
+        for method in ("hff-b", WITH_ADAPTERS):
+            with pytest.raises(ValueError, match="edited already, by method 'hff-adapters'"):
+                make_model(method, model=model, dtype=torch.bfloat16)
+        assert model_state(model) == state
+        with pytest.raises(ValueError, match="edited elsewhere"):
+            frozen(inputs)
+        adapted.revert()
+        assert torch.equal(frozen(inputs).logits, expected)
 
-    def test_encoder_is_found_by_name(self, tmp_path):
-        TINY["whisper"].build().save_pretrained(tmp_path / "base")
-        model = AutoModel.from_pretrained(tmp_path / "base")
-        hff = HFF.build(model, (1, 3), num_labels=2, out_dim=6)
-        hff.save_pretrained(tmp_path / "hff")
-        again = HFF.from_pretrained(tmp_path / "hff")
-        inputs = make_input("whisper", size=20)
-        assert torch.equal(again(input_features=inputs).logits, hff(input_features=inputs).logits)
 
-    def test_unnamed_encoder_must_be_given(self, tmp_path):
-        make_hff().save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="unnamed encoder; pass it as model"):
-            HFF.from_pretrained(tmp_path)
+@pytest.mark.parametrize("method", FUSIONS)
+def test_draws_do_not_depend_on_the_edit(method):
+    """Readout and head come first, so methods that differ in the edit alone start from the same ones."""
+    plain, edited = make_model(method), make_model(f"{method}+hff-adapters")
+    for name in ("readout", "head"):
+        ours, theirs = getattr(plain, name).state_dict(), getattr(edited, name).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
-    def test_saving_again_replaces(self, tmp_path):
-        make_hff(seed=1).save_pretrained(tmp_path)
-        (tmp_path / "training_args.bin").write_bytes(b"mine")
-        second = make_hff(seed=2, taps=(0, 1), fusion="lff")
-        second.save_pretrained(tmp_path)
-        assert tree(tmp_path) == ["config.json", "model.safetensors", "training_args.bin"]
-        again = HFF.from_pretrained(tmp_path, TINY["wav2vec2"].build())
-        assert torch.equal(again.fusion.projector[0].weight, second.fusion.projector[0].weight)
 
-    @pytest.mark.parametrize(
-        "files",
-        [
-            {"config.json": '{"method": "mam"}'},
-            {"config.json": '{"model_type": "wav2vec2"}', "model.safetensors": "x"},
-            {"config.json": "not json"},
-            {"model.safetensors": "x"},
-        ],
-    )
-    def test_foreign_files_are_not_replaced(self, tmp_path, files):
-        for name, text in files.items():
-            (tmp_path / name).write_text(text)
-        with pytest.raises(FileExistsError, match="not from method 'hff'"):
-            make_hff().save_pretrained(tmp_path)
-        assert {path.name: path.read_text() for path in tmp_path.iterdir()} == files
+def test_begins_with_a_trained_readout_and_head():
+    trained, model = make_model(seed=1), make_model(WITH_ADAPTERS, seed=2)
+    model.begin_with(trained)
+    for name in ("readout", "head"):
+        ours, theirs = getattr(model, name).state_dict(), getattr(trained, name).state_dict()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
-    @pytest.mark.parametrize("step", ["save_file", "os.replace"])
-    def test_a_failed_save_leaves_the_old_one(self, tmp_path, monkeypatch, step):
-        make_hff(seed=1).save_pretrained(tmp_path)
-        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-        def fail(_, path, **__):
-            if step == "save_file":
-                path.write_bytes(b"half")
-            raise OSError("disk full")
-
-        monkeypatch.setattr(f"mmtransfer.checkpoint.{step}", fail)
-        with pytest.raises(OSError, match="disk full"):
-            make_hff(seed=2).save_pretrained(tmp_path)
-        monkeypatch.undo()
-        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-
-    @pytest.mark.parametrize("missing", ["config.json", "model.safetensors"])
-    def test_missing_file(self, tmp_path, missing):
-        make_hff().save_pretrained(tmp_path)
-        (tmp_path / missing).unlink()
-        with pytest.raises(FileNotFoundError, match=f"has no {missing}"):
-            HFF.from_pretrained(tmp_path, TINY["wav2vec2"].build())
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"method": "aat"}, "must have \"method\": 'hff', got 'aat'"),
-            ({"fusion": {"kind": "mean"}}, "fusion kind must be one of"),
-            ({"head": {"kind": "ctc"}}, "head kind must be"),
-            ({"head": {"kind": "sequence_classification", "num_labels": 5}}, r"\(4, 6\), not \(5, 6\)"),
-            ({"head": None}, "head.classifier.bias is unknown"),
-            ({"taps": [0, 1, 2]}, "fusion takes 4 taps"),
-            ({"taps": [0, 1, 2, 9]}, "layer indices"),
-        ],
-    )
-    def test_changed_configuration(self, tmp_path, change, message):
-        make_hff().save_pretrained(tmp_path)
-        path = tmp_path / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-        with pytest.raises(ValueError, match=message):
-            HFF.from_pretrained(tmp_path, TINY["wav2vec2"].build())
-
-    @pytest.mark.parametrize(
-        ("model", "message"),
-        [
-            (TINY["hubert"].build(), "encoder of model_type 'wav2vec2', got 'hubert'"),
-            (TINY["wav2vec2"].build(num_hidden_layers=5), "encoder of num_layers 4, got 5"),
-            (TINY["wav2vec2"].build(hidden_size=32), "encoder of hidden_size 16, got 32"),
-        ],
-    )
-    def test_another_encoder(self, tmp_path, model, message):
-        make_hff().save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=message):
-            HFF.from_pretrained(tmp_path, model)
+def test_insights():
+    taps = ("embeddings", 2, -1)
+    for method in ("weighted-sum", "lff"):
+        model = make_model(method, taps=taps)
+        (figures,) = model.method.insights(model).values()
+        assert list(figures) == ["embeddings", "layer 2", "layer 3"]
+        assert len({round(value, 6) for value in figures.values()}) == (1 if method == "weighted-sum" else 3)
 
 
 def test_parts_compose_by_hand():
-    encoder = FrozenEncoder(TINY["wav2vec2"].build(), (1, 3))
-    for fusion in (HFFb(2, 16, 6), WeightedSum(2, 16)):
-        out = HFF(encoder, fusion)(make_input("wav2vec2"))
-        assert out.last_hidden_state.shape[2] == fusion.out_dim
-    assert isinstance(HFF(encoder, fusion).extract(make_input("wav2vec2")), Taps)
+    encoder = TappedEncoder(TINY["wav2vec2"].build(), (1, 3))
+    taps = encoder(make_input("wav2vec2"))
+    assert isinstance(taps, Taps)
+    for fusion in (hff.HFFb(2, 16, 6), hff.WeightedSum(2, 16)):
+        assert taps.scatter(fusion(taps.features)).shape[2] == fusion.out_dim
+
+
+def test_defaults_of_the_paper():
+    model = AdaptedModel(TINY["bert"].build(hidden_size=32, num_hidden_layers=14), WITH_ADAPTERS)
+    assert model.encoder.taps == tuple(range(1, 14, 2))
+    assert model.readout.out_dim == 20
+    assert len(model.encoder.edit.parameters) == 14 * 6

@@ -13,7 +13,7 @@ from mmtransfer.encoders import DESCRIPTIONS, Encoder, TappedEncoder
 
 
 def hidden_states(encoder, inputs, mask=None):
-    """What transformers itself reports, `(B, T, C)` each, the embeddings first."""
+    """The states that transformers itself reports, `(B, T, C)` each, the embeddings first."""
     # PyTorch's attention takes another path, with other rounding, while its weights require gradients.
     encoder.eval().requires_grad_(False)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_an_utterance_alone_and_in_a_padded_batch(model_type):
 
 
 @pytest.mark.parametrize("model_type", [n for n in MASKED if DESCRIPTIONS[n].padding != "leaks"])
-def test_what_is_in_the_padding_does_not_matter(model_type):
+def test_values_in_the_padding_do_not_matter(model_type):
     frozen, lengths = TappedEncoder(TINY[model_type].build(), (0, 3)), ragged_lengths(model_type)
     clean, dirty = make_input(model_type), make_input(model_type)
     for row, length in enumerate(lengths.tolist()):

@@ -5,17 +5,18 @@ Each class is called in place of a module's `forward`, which it has as `inner`; 
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from mmkernels.nn import Adapter
 from mmtransfer.encoders.edit import Forward
 
 
-class Handover:
-    """The input of an MLP, from its first linear layer to its second."""
+class Handover(threading.local):
+    """The input of an MLP, from its first linear layer to its second; threads may share the model."""
 
-    def __init__(self) -> None:
-        self.value: torch.Tensor | None = None
+    value: torch.Tensor | None = None
 
     def take(self) -> torch.Tensor:
         value, self.value = self.value, None

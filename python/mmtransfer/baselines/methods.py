@@ -28,7 +28,7 @@ class Head(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Full(EditMethod):
-    """Full fine-tuning: every parameter of the model."""
+    """Full fine-tuning: every parameter of the model, but for layers past the last tap."""
 
     name: ClassVar[str] = "full"
     title: ClassVar[str] = "Full fine-tuning"
@@ -36,7 +36,7 @@ class Full(EditMethod):
     training: ClassVar[Training] = Training(epochs=5, batch_size=16, learning_rate=1e-4)
 
     def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
-        edit.train(encoder.root.parameters())
+        edit.train(encoder.without_idle(encoder.root.parameters()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +63,16 @@ class Partial(LayerEditMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class BitFit(EditMethod):
-    """All biases of the encoder, those of its norms too."""
+    """All biases of the encoder, those of its norms too, but for layers past the last tap."""
 
     name: ClassVar[str] = "bitfit"
     title: ClassVar[str] = "BitFit"
     paper: ClassVar[str] = "arXiv 2106.10199"
 
     def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
-        edit.train(
-            parameter
-            for name, parameter in encoder.model.named_parameters()
-            if name.rpartition(".")[2] == "bias"
-        )
+        named = encoder.model.named_parameters()
+        biases = [parameter for name, parameter in named if name.rpartition(".")[2] == "bias"]
+        edit.train(encoder.without_idle(biases))
 
 
 @dataclass(frozen=True, kw_only=True)

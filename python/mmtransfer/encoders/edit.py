@@ -18,7 +18,7 @@ _MARK = "_mmtransfer_edit"
 
 
 class Edit:
-    """Changes of an encoder by one method, and the parameters that it trains there.
+    """The changes that a method makes in an encoder, and the parameters that it trains there.
 
     As a context manager it freezes the model, lets the body make its changes, and takes all of them back if
     the body raises:
@@ -98,8 +98,8 @@ class Edit:
         """Raise a ValueError if another edit of the encoder is in force."""
         if not self._in_force and (name := self.encoder.model.__dict__.get(_MARK)) is not None:
             raise ValueError(
-                f"the encoder has been edited elsewhere, by method {name!r}; revert that first, or "
-                "edit a copy of the model"
+                f"the encoder has been edited elsewhere, by method {name!r}; revert that first, or edit a "
+                "copy of the model"
             )
 
     def train(self, parameters: Iterable[nn.Parameter]) -> None:

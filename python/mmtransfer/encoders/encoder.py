@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -128,6 +128,11 @@ class Encoder:
                 f"effect, got {max(indices)}"
             )
         return [self.layers[index] for index in sorted(indices)]
+
+    def without_idle(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """These, but for those in layers past the last tap, which would be trained without effect."""
+        idle = {id(p) for layer in self.all_layers[len(self.layers) :] for p in layer.parameters()}
+        return [parameter for parameter in parameters if id(parameter) not in idle]
 
     @property
     def _config(self) -> Any:

@@ -32,9 +32,9 @@ class TappedEncoder(nn.Module):
     The encoder's weights are frozen in place, so the model passed in is frozen too. Nothing else is changed:
     several tapped encoders may share one model. An edit is for one of them; the others refuse to run while it
     is in force, as their features would be those of the edited model. While `edit` is empty no graph is
-    recorded; afterwards gradients reach the parameters that the edit trains, and layers below the lowest of
-    them record no graph. Autocast of the caller applies, unless `dtype` is given. The encoder runs eagerly:
-    under `torch.compile` it is a graph break.
+    recorded; afterwards gradients reach the parameters that the edit trains, and inputs that ask for one, and
+    layers below the lowest of them record no graph. Autocast of the caller applies, unless `dtype` is given.
+    The encoder runs eagerly: under `torch.compile` it is a graph break.
 
     Padding: with lengths given, the attention and the positional convolutions ignore padded frames, so an
     utterance gets the same features alone and in a padded batch, up to rounding. Exceptions, which the models
