@@ -150,7 +150,9 @@ class Method:
     def about(self) -> str:
         """A sentence on each part, the first of its docstring, and where it was published."""
         sentences = [
-            " ".join((inspect.getdoc(type(part)) or "").split("\n\n")[0].split()).rstrip(".")
+            " ".join((inspect.getdoc(type(part)) or "").split("\n\n")[0].split())
+            .split("; options as")[0]
+            .rstrip(".")
             for part in self.parts()
         ]
         return f"{'; '.join(sentences)} ({self.paper})"

@@ -368,8 +368,8 @@ def test_the_methods_are_listed_with_their_options() -> None:
     for name, method in registry.methods().items():
         line = next(line for line in result.stdout.splitlines() if line.split()[:1] == [name])
         assert method().paper in line
-    assert "bottleneck=None, ratio=0.25, activation=gelu" in result.stdout
-    assert "hff-b+aat-ms" in result.stdout
+    assert "bottleneck=None, activation=gelu" in result.stdout
+    assert "A readout + an edit is a method too" in result.stdout
 
 
 def test_help_and_import_are_light() -> None:

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class AAT(AdapterMethod):
-    """Both adapters: S is `x + (A + Adapter(A))`, M is `x + MLP(h) + Adapter(h)`.
+    """An adapter after each attention (S: `x + (A + Adapter(A))`) and one parallel to each MLP (M: `x +
+    MLP(h) + Adapter(h)`).
 
     A is the output of a layer's attention, projected, and h the input of its MLP. The adapters join where the
     model makes these, so that dropout, residual, norm (before or after) and a conformer's halving of its MLP
@@ -113,7 +114,7 @@ class AAT(AdapterMethod):
 
 @dataclass(frozen=True, kw_only=True)
 class AATM(AAT):
-    """The M adapter alone; options as `AAT`."""
+    """The adapter parallel to each MLP alone; options as `AAT`."""
 
     name: ClassVar[str] = "aat-m"
     title: ClassVar[str] = "AAT^M"
@@ -122,7 +123,7 @@ class AATM(AAT):
 
 @dataclass(frozen=True, kw_only=True)
 class AATS(AAT):
-    """The S adapter alone; options as `AAT`."""
+    """The adapter after each attention alone; options as `AAT`."""
 
     name: ClassVar[str] = "aat-s"
     title: ClassVar[str] = "AAT^S"

@@ -5,39 +5,53 @@ User errors print one sentence to standard error and exit with status 1; wrong o
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import tyro
-from tyro.extras import SubcommandApp
 
 from .compare import compare
 from .info import info, methods
 from .recipes import expand
 
-# Only what parsing needs is imported here and in the commands: torch and transformers take seconds.
-app = SubcommandApp()
-for command in (compare, methods, info):
-    app.command(command)
 
-
-@app.command
 def bench() -> None:
     """Measure the kernels; the options are those of `python -m benches` in a source checkout."""
 
 
+# Only what parsing needs is imported here and in the commands: torch and transformers take seconds.
+COMMANDS: dict[str, Callable[..., Any]] = {
+    command.__name__: command for command in (compare, methods, info, bench)
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `mmtransfer` command."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if given[:1] == ["bench"]:
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if given[0] in ("-h", "--help"):
+        print(_usage())
+        sys.exit(0)
+    if given[0] not in COMMANDS:
+        print(f"mmtransfer: no command {given[0]!r}; {_usage()}", file=sys.stderr)
+        sys.exit(2)
+    if given[0] == "bench":
         sys.exit(_bench(given[1:]))
-    app.cli(
-        prog="mmtransfer",
-        description="Adapt speech transformers with the kernels of mmkernels.",
-        args=expand(given) or ["--help"],
+    tyro.cli(
+        COMMANDS[given[0]],
+        prog=f"mmtransfer {given[0]}",
+        args=expand(given)[1:],
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+    )
+
+
+def _usage() -> str:
+    lines = [f"  {name:10}{inspect.getdoc(call)}".split("\n")[0] for name, call in COMMANDS.items()]
+    return "\n".join(
+        ["usage: mmtransfer COMMAND [OPTIONS]; mmtransfer COMMAND --help lists them", "", *lines]
     )
 
 
