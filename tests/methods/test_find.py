@@ -31,7 +31,6 @@ OTHER = {
     "out_dim": 6,
     "prompt_tokens": 2,
     "rank": 2,
-    "ratio": 0.5,
     "recompute": "full",
     "rewrite": True,
     "scale": 0.5,
@@ -155,8 +154,8 @@ class TestOptions:
     def test_unknown_ones_of_a_pair(self) -> None:
         with pytest.raises(ValueError, match=r"hff-b\+aat-ms has no option 'width'; it has activation, back"):
             registry.find("hff-b+aat-ms", width=3)
-        with pytest.raises(ValueError, match="hff-b has no option 'ratio'; it has activation, backend"):
-            registry.find("hff-b+aat-ms", **{"hff-b": {"ratio": 0.5}})
+        with pytest.raises(ValueError, match="hff-b has no option 'rank'; it has activation, backend"):
+            registry.find("hff-b+aat-ms", **{"hff-b": {"rank": 2}})
         with pytest.raises(ValueError, match=r"hff-b\+aat-ms has no option 'lora'"):
             registry.find("hff-b+aat-ms", lora={"rank": 3})
 
@@ -186,7 +185,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("name", METHODS)
     def test_numbers_are_finite_and_no_truth_values(self, name: str) -> None:
-        for field in fields_of(name).keys() & {"mixing_rate", "ratio", "scale"}:
+        for field in fields_of(name).keys() & {"mixing_rate", "scale"}:
             for value in (float("nan"), float("inf"), True):
                 with pytest.raises(ValueError, match=f"{name}: {field} must be (finite|float|at least)"):
                     registry.find(name, **{field: value})

@@ -128,6 +128,7 @@ class TestFiles:
             "bottleneck": 4,
             "layers": [1, 3],
             "activation": "relu",
+            "scale": 1.0,
             "norm": True,
         }
         assert config["task"] is None

@@ -115,10 +115,10 @@ def test_general_code_asks_no_method_for_its_class() -> None:
 
 
 def test_a_method_has_one_spelling() -> None:
-    """No string of the project, and no text in the documentation, spells a name with underscores."""
+    """No string of the package, and no text in the documentation, spells a name with underscores."""
     names = [name for name in registry.methods() if "-" in name]
     pattern = re.compile("|".join(rf"^{name.replace('-', '_')}$" for name in names))
-    for folder in ("python", "benches", "tests"):
+    for folder in ("python", "benches"):
         for path in (ROOT / folder).rglob("*.py"):
             wrong = [f"{path}:{line}: {text}" for line, text in strings(path) if pattern.match(text)]
             assert not wrong
