@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import inspect
 import math
@@ -159,7 +160,7 @@ class Method:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EditMethod(Method):
+class EditMethod(Method, abc.ABC):
     """A method that trains inside the encoder: a subclass says in `change` what becomes of the layers.
 
     Attributes:
@@ -188,9 +189,9 @@ class EditMethod(Method):
     def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
         """Raise a ValueError or an ImportError if the encoder cannot have the method."""
 
+    @abc.abstractmethod
     def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
         """Make the changes, through the edit alone."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,11 +300,8 @@ class Pair(Method):
 
 
 def _check_option(method: Method, each: dataclasses.Field[Any], hint: Any) -> None:
-    value, choices, least = (
-        getattr(method, each.name),
-        each.metadata.get("choices"),
-        each.metadata.get("least"),
-    )
+    value = getattr(method, each.name)
+    choices, least = each.metadata.get("choices"), each.metadata.get("least")
     problem = ""
     try:
         typeguard.check_type(value, hint)

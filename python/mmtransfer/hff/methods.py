@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FusionMethod(Method):
+class FusionMethod(Method, abc.ABC):
     """A fusion of several layers of the encoder.
 
     Attributes:
@@ -62,9 +63,9 @@ class FusionMethod(Method):
         twin.readout.out_dim = own.out_dim
         return twin
 
+    @abc.abstractmethod
     def fusion_options(self, encoder: Encoder) -> dict[str, Any]:
         """Arguments of the fusion and of its twin."""
-        raise NotImplementedError
 
     def runtime(self) -> dict[str, Any]:
         """Arguments of the fusion alone."""
