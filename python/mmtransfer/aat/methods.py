@@ -85,13 +85,10 @@ class AAT(AdapterMethod):
         return twin
 
     def _adapt_attention(self, edit: Edit, encoder: Encoder, layer: nn.Module, rewritten: bool) -> None:
-        description = encoder.description
+        projection = layer.get_submodule(encoder.attention_path)
         if not rewritten:
-            calls = description.calls_projections
-            path = description.layer_attention_output if calls else description.layer_attention
-            self.append(edit, encoder, layer, "adapter_attention", layer.get_submodule(path))
+            self.append(edit, encoder, layer, "adapter_attention", projection)
             return
-        projection = layer.get_submodule(description.layer_attention_output)
         assert isinstance(projection, nn.Linear)
         adapter = self.add(edit, encoder, layer, "adapter_attention")
         edit.override(projection, rewrite.SerialRewritten(projection, adapter))

@@ -171,9 +171,7 @@ class Houlsby(AdapterMethod):
     paper: ClassVar[str] = "arXiv 1902.00751"
 
     def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
-        description = encoder.description
-        calls = description.calls_projections
-        attention = description.layer_attention_output if calls else description.layer_attention
+        places = {"attention": encoder.attention_path, "mlp": encoder.description.layer_mlp[1]}
         for layer in layers:
-            for name, path in (("attention", attention), ("mlp", description.layer_mlp[1])):
+            for name, path in places.items():
                 self.append(edit, encoder, layer, f"adapter_{name}", layer.get_submodule(path))

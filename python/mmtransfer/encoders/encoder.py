@@ -66,6 +66,12 @@ class Encoder:
         return name if isinstance(name, str) else None
 
     @property
+    def attention_path(self) -> str:
+        """Path, in a layer, of the module whose (first) output is the attention's, projected."""
+        calls = self.description.calls_projections
+        return self.description.layer_attention_output if calls else self.description.layer_attention
+
+    @property
     def final_norm(self) -> nn.Module | None:
         """The norm after the last layer, or None where this variant of the model has none."""
         condition = self.description.final_norm_if
