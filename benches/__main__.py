@@ -86,6 +86,9 @@ def report(arguments: argparse.Namespace) -> int:
     from benches.measure.record import load
     from benches.report import figure, page, table
 
+    if missing := [str(path) for path in arguments.report if not path.is_file()]:
+        print(f"no results file {', '.join(missing)}", file=sys.stderr)
+        return 1
     records = {path: load(path) for path in arguments.report}
     if arguments.markdown:
         for item in records.values():

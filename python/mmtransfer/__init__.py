@@ -1,9 +1,8 @@
-"""Transfer of speech and audio transformers: re-implementations of published methods on the ops of
-`mmkernels`.
+"""Transfer of speech and audio transformers: published methods, re-implemented on the ops of `mmkernels`.
 
-    from mmtransfer import prepare, AdaptedModel     # adapt a model with its own training code, or train
-    one here from mmtransfer import TappedEncoder, hff        # read the layers of a frozen encoder, and
-    fuse them from mmtransfer import Method, Edit, registry    # write a method
+    from mmtransfer import prepare, AdaptedModel             # adapt a model for your training code, or here
+    from mmtransfer import TappedEncoder, hff                # read the layers of a frozen encoder; fuse them
+    from mmtransfer import Edit, EditMethod, Method, registry   # write a method
 
 Names are imported when they are first used. Command line: ``mmtransfer --help``.
 """
@@ -17,6 +16,7 @@ _MODULES = ("aat", "baselines", "compare", "data", "encoders", "hff", "registry"
 _NAMES = {
     "AdaptedModel": "model",
     "Edit": "encoders",
+    "EditMethod": "method",
     "Encoder": "encoders",
     "Group": "method",
     "Method": "method",

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
@@ -41,11 +42,13 @@ def save(model: nn.Module, folder: str | Path) -> None:
     checkpoint there is replaced, each file in one step; other files are left alone.
 
     Raises:
-        ValueError: the model is neither of the two.
+        ValueError: the model is neither of the two, or was reverted.
         FileExistsError: the folder has files of these names that are not a checkpoint of this package.
     """
     folder = Path(folder)
     own = model if isinstance(model, AdaptedModel) else get_prepared(model)
+    if isinstance(own, AdaptedModel) and own.reverted:
+        raise ValueError(f"the edit of {own.method.name} was reverted; there is nothing of it to save")
     config = {"format": FORMAT, "mmkernels_version": mmkernels.__version__, **_describe(own)}
     _refuse_foreign_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,8 +82,11 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
         model = AutoModel.from_pretrained(base["name_or_path"])
     _check_base(Encoder(model), base, folder)
     method = _find_method(config, runtime)
-    task = config["task"] and find_task(config["task"]["name"])(**config["task"]["options"])
-    dtype = None if base["dtype"] is None else getattr(torch, base["dtype"])
+    try:
+        task = config["task"] and find_task(config["task"]["name"])(**config["task"]["options"])
+        dtype = None if base["dtype"] is None else getattr(torch, base["dtype"])
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"the configuration in {folder} has a wrong task or dtype ({error})") from error
     with untouched_on_error(Encoder(model).model):
         adapted = AdaptedModel(model, method, task, dtype=dtype)
         try:
@@ -221,7 +227,10 @@ def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         raise ValueError(
             f'{folder / CONFIG} must have "format": {FORMAT!r}; it is no checkpoint of mmtransfer'
         )
-    return config, load_file(folder / WEIGHTS)
+    try:
+        return config, load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read ({error})") from error
 
 
 def _copy_strictly(

@@ -31,8 +31,12 @@ if TYPE_CHECKING:
 class Group:
     """Trained parameters with a peak learning rate that differs from the run's; they have no weight decay."""
 
-    parameters: Sequence[nn.Parameter]
+    parameters: Iterable[nn.Parameter]
     learning_rate: float
+
+    def __post_init__(self) -> None:
+        # An iterator would be empty for the second reader.
+        object.__setattr__(self, "parameters", tuple(self.parameters))
 
 
 def option(
@@ -140,6 +144,16 @@ class Method:
         """Figures of the trained model: `{"layer weight": {"layer 0": 0.08}}`."""
         return {}
 
+    @property
+    def has_readout(self) -> bool:
+        """Whether the method has a readout other than the last layer."""
+        return type(self).readout is not Method.readout
+
+    @property
+    def has_edit(self) -> bool:
+        """Whether the method may edit the encoder."""
+        return type(self).edit is not Method.edit
+
     def parts(self) -> tuple[Method, ...]:
         """The methods that this one is made of: itself, or the two of a pair."""
         return (self,)
@@ -173,6 +187,12 @@ class EditMethod(Method, abc.ABC):
     starts_from: ClassVar[str | None] = "head"
 
     recompute: str = option("none", choices=RECOMPUTE, runtime=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.has_readout and self.starts_from == EditMethod.starts_from:
+            # There is no trained model with this readout to start from.
+            object.__setattr__(self, "starts_from", None)
 
     def edit(self, encoder: Encoder) -> Edit:
         layers = self.select(encoder)
@@ -265,6 +285,11 @@ class Pair(Method):
 
     def __post_init__(self) -> None:
         readout, edit = self.of
+        if [(part.has_readout, part.has_edit) for part in self.of] != [(True, False), (False, True)]:
+            raise ValueError(
+                f"'{readout.name}+{edit.name}' must be one method, or a readout + an edit; "
+                "`mmtransfer methods` lists them"
+            )
         # A pair takes from its parts, instance by instance, what other methods have on their class.
         taken = {
             "name": f"{readout.name}+{edit.name}",
@@ -289,14 +314,23 @@ class Pair(Method):
         return self.of[1].edit(encoder)
 
     def parameter_groups(self, model: AdaptedModel) -> dict[str, Group]:
-        return {**self.of[0].parameter_groups(model), **self.of[1].parameter_groups(model)}
+        return self._both([part.parameter_groups(model) for part in self.of])
 
     def baseline(self, model: AdaptedModel) -> AdaptedModel | None:
         twin = self.of[0].baseline(model)
         return self.of[1].baseline(model if twin is None else twin) or twin
 
     def insights(self, model: AdaptedModel) -> dict[str, dict[str, float]]:
-        return {**self.of[0].insights(model), **self.of[1].insights(model)}
+        return self._both([part.insights(model) for part in self.of])
+
+    def _both(self, found: list[dict[str, Any]]) -> dict[str, Any]:
+        """The entries of both parts; where a name is in both, with the names of the methods."""
+        shared = found[0].keys() & found[1].keys()
+        return {
+            f"{name} ({part.name})" if name in shared else name: value
+            for part, entries in zip(self.of, found, strict=True)
+            for name, value in entries.items()
+        }
 
 
 def _check_option(method: Method, each: dataclasses.Field[Any], hint: Any) -> None:

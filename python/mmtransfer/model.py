@@ -72,6 +72,7 @@ class AdaptedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.method = registry.find(method, **options)
+        self.reverted = False
         self.task = task
         parts = Encoder(Encoder(model).model)
         taps = self.method.select_taps(parts)
@@ -176,6 +177,7 @@ class AdaptedModel(nn.Module):
     def revert(self) -> None:
         """Give the encoder back as it was, but for its dtype, eval mode, and weights trained in place."""
         self.encoder.revert()
+        self.reverted = True
 
     def save_pretrained(self, folder: str | Path) -> None:
         """`checkpoint.save` of this model."""

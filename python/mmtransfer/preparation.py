@@ -78,7 +78,8 @@ def prepare(
     For training code that exists: the model keeps its class, its `forward` and its head. New parameters are
     children of the layers (`...adapter_mlp.*`, `...prompt`), float32 (float64 in a float64 model). Layers
     below the lowest trained parameter record no autograd graph. Prepare before `torch.compile`, DDP or FSDP.
-    Not for `torch.nn.DataParallel`, which runs several copies of a module at once.
+    Not for `torch.nn.DataParallel`, which runs several copies of a module at once. Gradient checkpointing of
+    transformers must be the non-reentrant one (its default): no input of a frozen layer asks for a gradient.
 
     Args:
         model: of a type in `mmtransfer.encoders.DESCRIPTIONS`, or with its `description`.
@@ -97,7 +98,7 @@ def prepare(
         ImportError: a package that the method needs is missing.
     """
     found = registry.find(method, **options)
-    if any(type(part).readout is not Method.readout for part in found.parts()):
+    if any(part.has_readout for part in found.parts()):
         raise ValueError(
             f"{found.name} has a readout, which a model with its own forward has no place for; "
             "build an AdaptedModel with it"
@@ -166,10 +167,13 @@ def _find_heads(encoder: Encoder, head: str | Sequence[str] | None) -> list[str]
         return [] if model is encoder.model or _has_decoder(model) else _find_neighbours(encoder)
     names = [head] if isinstance(head, str) else list(head)
     parameters = [name for name, _ in model.named_parameters()]
+    inside = {id(parameter) for parameter in encoder.model.parameters()}
     for name in names:
         if not any(_is_inside(parameter, name) for parameter in parameters):
             children = ", ".join(child for child, _ in model.named_children())
             raise ValueError(f"head {name!r} has no parameters in the model, whose children are {children}")
+        if all(id(p) in inside for key, p in model.named_parameters() if _is_inside(key, name)):
+            raise ValueError(f"head {name!r} is inside the encoder, which the method trains")
     return names
 
 

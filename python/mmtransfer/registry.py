@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmtransfer.method import EditMethod, Method, Pair
+from mmtransfer.method import Method, Pair
 
 #: The folders with methods; a new paper adds its name here.
 PAPERS = ("baselines", "hff", "aat")
@@ -76,20 +76,15 @@ def has_option(method: Method, key: str) -> bool:
 
 
 def _check_pair(name: str, parts: list[Method]) -> None:
-    kinds = [(_has_readout(part), isinstance(part, EditMethod)) for part in parts]
-    if len(parts) == 1 or (len(parts) == 2 and kinds[0] == (True, False) and kinds[1] == (False, True)):
+    kinds = [(part.has_readout, part.has_edit) for part in parts]
+    if len(parts) == 1 or kinds == [(True, False), (False, True)]:
         return
-    known = methods().values()
-    readouts = ", ".join(each.name for each in known if _has_readout(each))
-    edits = ", ".join(each.name for each in known if issubclass(each, EditMethod))
+    known = [method() for method in methods().values()]
+    readouts = ", ".join(each.name for each in known if each.has_readout)
+    edits = ", ".join(each.name for each in known if each.has_edit)
     raise ValueError(
         f"{name!r} must be one method, or a readout + an edit; readouts are {readouts}; edits are {edits}"
     )
-
-
-def _has_readout(method: Method | type[Method]) -> bool:
-    kind = method if isinstance(method, type) else type(method)
-    return kind.readout is not Method.readout
 
 
 def _distribute(parts: list[Method], options: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -134,7 +129,10 @@ def _class(name: str) -> type[Method]:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"no method is called {name!r}; choose from {', '.join(known)}{hint}")
+        raise ValueError(
+            f"no method is called {name!r}; choose from {', '.join(known)}{hint} (separate names by spaces; "
+            "registry.register makes your methods known)"
+        )
     return known[name]
 
 

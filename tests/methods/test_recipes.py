@@ -48,14 +48,14 @@ def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_a_file_stands_for_its_options(recipe, parsed) -> None:
     name = recipe(
-        "# Words.\nsynthetic: true\nmethods: [head, hff-b+aat-ms]\ntuning_epochs: 3\nbatch-size: 7\n"
+        "# Words.\nsynthetic: true\nmethods: [weighted-sum, hff-b+aat-ms]\ntuning_epochs: 3\nbatch-size: 7\n"
         "learning_rate: 1e-3\ncache: false\nbf16: true\ncpu: false\nepochs:\n"
         "set:\n  bottleneck: 64\n  mixing_rate: 1e-3\n  layers: [0, 2]\n  hff-b: {activation: gelu}\n"
     )
     settings, source = parsed("--recipe", name)
     assert source == command.Input(synthetic=True)
     assert settings == CompareSettings(
-        methods=("head", "hff-b+aat-ms"),
+        methods=("weighted-sum", "hff-b+aat-ms"),
         tuning_epochs=3,
         batch_size=7,
         learning_rate=1e-3,

@@ -7,12 +7,16 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mmtransfer import cli
+from mmtransfer import AdaptedModel, cli, registry
+from mmtransfer.demo.experiments import synthetic_experiment
+from mmtransfer.tasks import Classification
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -77,6 +81,24 @@ def test_examples_run(capsys: pytest.CaptureFixture[str]) -> None:
             assert line in printed
     assert tuple(names["mixed"].shape) == (8, 400, 768)
     assert tuple(names["pairs"].shape) == (3000, 6, 1024)
+
+
+def test_the_example_of_a_method_can_be_registered() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
+    # A module, which the dataclass looks up.
+    module = types.ModuleType("example_of_contributing")
+    sys.modules[module.__name__] = module
+    exec(block, module.__dict__)
+    try:
+        encoder = synthetic_experiment().model
+        model = AdaptedModel(encoder, "hff-b+scale", Classification(num_labels=3), start=0.5)
+        output = model(input_features=torch.randn(2, 80, 100), labels=torch.tensor([0, 2]))
+        output.loss.backward()
+        for factor in model.encoder.edit.parameters:
+            assert factor.item() == 0.5
+            assert factor.grad is not None
+    finally:
+        registry.unregister("scale")
 
 
 def test_figures_are_those_of_the_records() -> None:

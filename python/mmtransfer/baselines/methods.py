@@ -22,7 +22,7 @@ class Head(Method):
 
     name: ClassVar[str] = "head"
     title: ClassVar[str] = "Head"
-    paper: ClassVar[str] = "linear probing"
+    paper: ClassVar[str] = "arXiv 1610.01644"
     training: ClassVar[Training] = Training(learning_rate=1e-2)
 
 
@@ -151,7 +151,11 @@ class LoRA(LayerEditMethod):
         inject_adapter_in_model(config, encoder.model, adapter_name="lora")
         for layer, path in self._targets(encoder, layers):
             named = layer.get_submodule(path).named_parameters()
-            edit.train(parameter for name, parameter in named if "lora_" in name)
+            added = [parameter for name, parameter in named if "lora_" in name]
+            for parameter in added:
+                # peft takes the dtype of the projection.
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+            edit.train(added)
 
     @staticmethod
     def _targets(encoder: Encoder, layers: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:

@@ -89,6 +89,7 @@ def compare(
         set_: options of the methods, such as bottleneck=64; METHOD.bottleneck=64 is for one method alone.
     """
     options = _parse_options(text for texts in set_ for text in texts)
+    from mmtransfer.compare.session import find_methods
     from mmtransfer.compare.tables import MODELS_NAME, check_output
     from mmtransfer.data import DataError
 
@@ -97,6 +98,11 @@ def compare(
         options=options,
         save=result.output / MODELS_NAME if result.save_models else None,
     )
+    try:
+        # Before anything is fetched.
+        find_methods(settings)
+    except ValueError as error:
+        _fail(str(error))
     try:
         check_output(result.output, force=result.force)
         _show(_run(_load(source), settings), result.output)

@@ -15,12 +15,11 @@ def methods() -> None:
     import dataclasses
 
     from mmtransfer import registry
-    from mmtransfer.method import EditMethod
 
     kinds: dict[str, str] = {}
     for method in registry.methods().values():
         found = method()
-        kind = "edit" if isinstance(found, EditMethod) else "readout"
+        kind = "edit" if found.has_edit else "readout"
         kinds[kind] = found.name
         options = [f"{each.name}={getattr(found, each.name)}" for each in dataclasses.fields(found)]
         print(f"{found.name:18} {kind:8} {found.about()}")

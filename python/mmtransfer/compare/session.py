@@ -331,11 +331,17 @@ def find_methods(settings: CompareSettings) -> list[Method]:
 
 
 def find_start(method: Method) -> Method:
-    """The method that `starts_from` names; in a pair the readout, with the options that it has there."""
+    """The method that `starts_from` names; in a pair the readout, with the options that it has there.
+
+    ValueError if that one has a start too.
+    """
     for part in method.parts():
         if part.name == method.starts_from:
             return part
-    return registry.find(method.starts_from or "")
+    found = registry.find(method.starts_from or "")
+    if found.starts_from:
+        raise ValueError(f"{method.name} starts from {found.name}, which starts from another method itself")
+    return found
 
 
 @torch.no_grad()

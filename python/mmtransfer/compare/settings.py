@@ -16,18 +16,22 @@ class CompareSettings:
     """The methods and their training. None leaves the choice to each method.
 
     Attributes:
-        methods: names of methods and pairs ("a+b"); none for those that the papers' folders propose.
+        methods: names of methods and pairs ("a+b"), separated by spaces; without any, a selection of every
+            paper. `mmtransfer methods` lists the names.
         options: of the methods, by field; one goes to every method that has it, and must have an owner. Those
             under the name of a method are for that method alone.
         task: the purpose that the models are trained for.
-        seeds: each method on the frozen encoder is trained with seeds 0, 1, ..., so many times.
-        epochs, batch_size: on the frozen encoder.
-        tuning_seeds, tuning_epochs, tuning_batch_size: the same for methods that train through the encoder.
+        seeds: runs of each method on the frozen encoder, with seeds 0, 1, ...
+        epochs: on the frozen encoder.
+        batch_size: clips per step and device, on the frozen encoder.
+        tuning_seeds: runs of each method that trains through the encoder.
+        tuning_epochs: through the encoder.
+        tuning_batch_size: clips per step and device, through the encoder.
         learning_rate: for all methods.
         bf16: train under bfloat16 autocast.
         cpu: use no GPU.
-        cache: run the frozen encoder once over all clips and train on its stored outputs, and keep the inputs
-            of a trained encoder.
+        cache: store the features of the frozen encoder and the inputs of a trained one; --no-cache makes them
+            in every step.
         save: folder for the trained parts, one subfolder per run; None keeps none.
 
     ValueError for a value out of range.

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import importlib.resources
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -55,7 +56,7 @@ def check_output(folder: Path, *, force: bool = False) -> None:
 def write_report(folder: Path, comparison: Comparison) -> tuple[Path, Path]:
     """Write the page and the JSON into `folder`, each in one step; returns their paths."""
     page, data = folder / HTML_NAME, folder / JSON_NAME
-    record = json.dumps(to_record(comparison), indent=2, allow_nan=False) + "\n"
+    record = json.dumps(_finite(to_record(comparison)), indent=2, allow_nan=False) + "\n"
     replace_file(data, lambda path: path.write_text(record, encoding="utf-8"))
     text = to_html(comparison)
     replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
@@ -73,7 +74,23 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
         }
         for method in comparison.methods
     ]
-    return {"format": FORMAT, "version": VERSION, **dataclasses.asdict(comparison), "methods": methods}
+    date = datetime.date.today().isoformat()
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "date": date,
+        **dataclasses.asdict(comparison),
+        "methods": methods,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for numbers that are not finite, as a run that diverged has them."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def to_tables(comparison: Comparison) -> list[Table]:
@@ -218,10 +235,14 @@ def _sampling_error(comparison: Comparison) -> tuple[float, float]:
 
 
 def _options(method: MethodResult) -> str:
-    """Rate and options, but for those left to the method."""
-    options = {name: value for part in method.options.values() for name, value in part.items()}
-    given = {"learning rate": f"{method.learning_rate:g}", **options}
-    return ", ".join(f"{name} {value}" for name, value in given.items() if value is not None)
+    """The rate, and the options of each part but for those left to the method."""
+    parts = {
+        name: ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
+        for name, options in method.options.items()
+    }
+    several = len(parts) > 1
+    texts = [f"{name}: {text}" if several else text for name, text in parts.items() if text]
+    return "; ".join([f"learning rate {method.learning_rate:g}", *texts])
 
 
 def _number(value: float | None, digits: int) -> str:

@@ -66,7 +66,7 @@ class Edit:
 
     def __enter__(self) -> Edit:
         try:
-            self.note(self.encoder.model, _MARK)
+            self._note(self.encoder.model, _MARK)
             self.encoder.model.__dict__[_MARK] = self.name
             self._in_force = True
             self.encoder.root.requires_grad_(False)
@@ -121,12 +121,16 @@ class Edit:
 
     def override(self, module: nn.Module, forward: Forward) -> None:
         """Have `forward` called in place of `module.forward`."""
-        self.note(module, "forward")
+        self._note(module, "forward")
         module.__dict__["forward"] = forward
         self._changed = True
 
     def note(self, module: nn.Module, name: str) -> None:
-        """Have `revert` restore a plain attribute of the module, or its absence."""
+        """Have `revert` restore a plain attribute of the module, which the edit is about to change."""
+        self._note(module, name)
+        self._changed = True
+
+    def _note(self, module: nn.Module, name: str) -> None:
         self._attributes.append((module, name, [module.__dict__[name]] if name in module.__dict__ else []))
 
     def note_child(self, parent: nn.Module, name: str) -> None:
@@ -160,7 +164,7 @@ class Edit:
         for parameter, flag in self._flags:
             parameter.requires_grad_(flag)
         self.parameters, self._changed, self._in_force = [], False, False
-        self._attributes, self._added, self._replaced = [], [], []
+        self._attributes, self._added, self._replaced, self._flags = [], [], [], []
 
     def _freeze_inputs(self) -> None:
         """Have frozen parts record no graph.
@@ -171,7 +175,7 @@ class Edit:
         for module in self.encoder.model.modules():
             trained = any(parameter.requires_grad for parameter in module.parameters())
             if module.__dict__.get("_requires_grad") and not trained:
-                self.note(module, "_requires_grad")
+                self._note(module, "_requires_grad")
                 module.__dict__["_requires_grad"] = False
 
 

@@ -86,6 +86,7 @@ class TappedEncoder(nn.Module):
 
         The model keeps its dtype and stays in eval mode.
         """
+        self.edit.check_alone()
         self.edit.revert()
         self._freeze.revert()
 
