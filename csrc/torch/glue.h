@@ -75,6 +75,12 @@ inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> siz
   }
 }
 
+// torch 2.11 has no == of the lists that sizes() returns.
+inline bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto sizes_a = a.sizes(), sizes_b = b.sizes();
+  return std::equal(sizes_a.begin(), sizes_a.end(), sizes_b.begin(), sizes_b.end());
+}
+
 inline void check_same_device(const Tensor& tensor, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(tensor.device() == like.device(), name, ": expected the device of the other tensors");
 }

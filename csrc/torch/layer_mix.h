@@ -51,7 +51,7 @@ struct LayerMixInputs {
   // Runs once per layer, and every query of a tensor is a call: it queries all sizes and all strides at once.
   void add_layer(const Tensor& layer, const Tensor& first, size_t l) {
     if (l > 0) {
-      STD_TORCH_CHECK(layer.sizes() == first.sizes(), "layers: expected one shape for all");
+      STD_TORCH_CHECK(same_sizes(layer, first), "layers: expected one shape for all");
       STD_TORCH_CHECK(layer.scalar_type() == first.scalar_type(), "layers: expected one dtype for all");
       check_same_device(layer, first, "layers");
     }

@@ -277,6 +277,7 @@ REPORTED = {
     "lane_not_in_mask": r"\(\d+, 0, 0\): __shfl_sync: mask 0x7fffffff does not include the calling lane 31",
     "past_static_shared": r"wrote outside the bounds of shared array tile",
     "past_dynamic_shared": r"wrote outside the bounds of shared array dynamic shared memory",
+    "no_opt_in": r"uses 256 bytes of static and 49152 of dynamic shared memory; over 48 KB a launch needs",
     "past_global": r"wrote 4 bytes after an array",
     "copy_left_behind": r"exits without waiting for 1 cp\.async copies",
     "misaligned_copy": r"thread \(3, 0, 0\): misaligned access of 16 bytes at \S+",

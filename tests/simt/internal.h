@@ -29,6 +29,8 @@ std::string source_place(const void* instruction);
 // shared_memory.cpp. The first use in a block poisons an array; end_block_shared faults on changed guard
 // bytes.
 void begin_grid_shared(size_t dynamic_bytes);
+// Whether the kernel opted in to this much dynamic shared memory.
+bool may_use_dynamic_shared(const void* function, size_t bytes);
 void begin_block_shared();
 void end_block_shared();
 void end_grid_shared();

@@ -12,6 +12,8 @@ namespace mmk::simt {
 
 inline constexpr unsigned kWarpSize = 32;
 inline constexpr size_t kMaxStaticSharedBytes = 48 * 1024;
+// Static and dynamic, of a kernel that did not opt in by cudaFuncSetAttribute.
+inline constexpr size_t kMaxSharedBytesWithoutOptIn = 48 * 1024;
 inline constexpr size_t kMaxSharedBytes = 227 * 1024;  // static and dynamic, on sm_90
 
 // A kernel with its arguments: `invoke(arguments)` runs it once, as the current thread.
@@ -20,6 +22,9 @@ struct Kernel {
   void (*invoke)(const void* arguments);
   const void* arguments;
 };
+
+// What cudaFuncSetAttribute sets: the most dynamic shared memory that launches of this kernel may ask for.
+void allow_dynamic_shared(const void* function, size_t bytes);
 
 // Runs the blocks one after the other, every thread of a block as a fiber. Returns cudaSuccess,
 // cudaErrorInvalidConfiguration for a geometry that no GPU accepts, or cudaErrorLaunchFailure for a fault in

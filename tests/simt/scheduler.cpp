@@ -140,7 +140,7 @@ cudaError_t geometry_fault(const char* reason, dim3 grid, dim3 block, size_t dyn
   return cudaErrorInvalidConfiguration;
 }
 
-const char* check_geometry(dim3 grid, dim3 block, size_t dynamic_smem_bytes) {
+const char* check_geometry(const void* function, dim3 grid, dim3 block, size_t dynamic_smem_bytes) {
   const uint64_t threads = uint64_t{block.x} * block.y * block.z;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return "the grid is empty";
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
@@ -149,6 +149,9 @@ const char* check_geometry(dim3 grid, dim3 block, size_t dynamic_smem_bytes) {
   if (threads > kMaxThreads) return "more than 1024 threads";
   if (block.z > 64) return "the block is larger than (1024, 1024, 64)";
   if (dynamic_smem_bytes > kMaxSharedBytes) return "more than 227 KB of shared memory";
+  if (dynamic_smem_bytes > kMaxSharedBytesWithoutOptIn &&
+      !may_use_dynamic_shared(function, dynamic_smem_bytes))
+    return "more than 48 KB of shared memory without opt-in";
   return nullptr;
 }
 
@@ -159,7 +162,7 @@ cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic
   if (machine.in_kernel) fail("launches a kernel");
   const std::lock_guard lock(machine.mutex);
   machine.kernel = kernel;
-  if (const char* reason = check_geometry(grid, block, dynamic_smem_bytes)) {
+  if (const char* reason = check_geometry(kernel.function, grid, block, dynamic_smem_bytes)) {
     return geometry_fault(reason, grid, block, dynamic_smem_bytes);
   }
   machine.faulted = false;

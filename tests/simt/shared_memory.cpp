@@ -3,9 +3,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "simt/internal.h"
+#include "simt/machine.h"
 
 namespace mmk::simt {
 namespace {
@@ -25,6 +27,7 @@ struct Array {
   unsigned char* data() const { return memory + kGuardBytes; }
 };
 std::vector<Array> arrays;
+std::unordered_map<const void*, size_t> opt_ins;  // kernel -> bytes of dynamic shared memory
 
 void set_guards_readable([[maybe_unused]] const Array& array, [[maybe_unused]] bool readable) {
 #ifdef MMK_SIMT_ASAN
@@ -58,6 +61,11 @@ void require_capacity() {
     fail("uses %zu bytes of static shared memory; the limit is 48 KB", fixed);
   if (fixed + dynamic > kMaxSharedBytes)
     fail("uses %zu bytes of shared memory; the limit is 227 KB", fixed + dynamic);
+  if (fixed + dynamic > kMaxSharedBytesWithoutOptIn &&
+      !may_use_dynamic_shared(machine.kernel.function, dynamic)) {
+    fail("uses %zu bytes of static and %zu of dynamic shared memory; over 48 KB a launch needs the opt-in",
+         fixed, dynamic);
+  }
 }
 
 bool guards_intact(const Array& array) {
@@ -68,6 +76,15 @@ bool guards_intact(const Array& array) {
 }
 
 }  // namespace
+
+void allow_dynamic_shared(const void* function, size_t bytes) {
+  opt_ins[function] = bytes;
+}
+
+bool may_use_dynamic_shared(const void* function, size_t bytes) {
+  const auto found = opt_ins.find(function);
+  return found != opt_ins.end() && bytes <= found->second;
+}
 
 void begin_grid_shared(size_t dynamic_bytes) {
   if (dynamic_bytes > 0) new_array(&kDynamicSite, "dynamic shared memory", dynamic_bytes);

@@ -10,8 +10,9 @@ MMK_HOST_DEVICE constexpr Integer ceil_div(Integer dividend, Integer divisor) {
   return (dividend + divisor - 1) / divisor;
 }
 
-// Every architecture gives this much dynamic shared memory without opt-in.
-inline constexpr size_t kDefaultSharedMemory = 48 * 1024;
+// Without opt-in a block gets 48 KiB of static and dynamic shared memory together. launch() knows the dynamic
+// part only, so it opts in long before that; the opt-in costs nothing.
+inline constexpr size_t kDynamicSharedMemoryWithoutOptIn = 32 * 1024;
 
 namespace detail {
 
@@ -19,16 +20,16 @@ template <class... Params, class... Args>
 cudaError_t launch(bool overlapping, void (*kernel)(Params...), dim3 grid, dim3 block,
                    size_t dynamic_smem_bytes, cudaStream_t stream, Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "one argument for each kernel parameter");
-#ifdef MMK_SIMT
-  return simt::launch(overlapping, kernel, grid, block, dynamic_smem_bytes, stream,
-                      static_cast<Args&&>(args)...);
-#else
-  if (dynamic_smem_bytes > kDefaultSharedMemory) {
+  if (dynamic_smem_bytes > kDynamicSharedMemoryWithoutOptIn) {
     const cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                    static_cast<int>(dynamic_smem_bytes));
     if (error != cudaSuccess) return error;
   }
+#ifdef MMK_SIMT
+  return simt::launch(overlapping, kernel, grid, block, dynamic_smem_bytes, stream,
+                      static_cast<Args&&>(args)...);
+#else
   cudaLaunchConfig_t config = {};
   config.gridDim = grid;
   config.blockDim = block;

@@ -1,9 +1,27 @@
+// Usage: mmkernels_gpu_check [OP ...]; all ops without a name. A fault that ends the CUDA context fails all
+// later cases, so `make gpu` runs each op in a process of its own.
 #include "gpu/driver/gpu_check.h"
 
-int main() {
+namespace {
+
+struct Op {
+  const char* name;
+  void (*check)(mmk::check::Report& report);
+};
+constexpr Op kOps[] = {
+    {"adapter", mmk::check::check_adapter},
+    {"layer_mix", mmk::check::check_layer_mix},
+    {"layer_project", mmk::check::check_layer_project},
+};
+
+}  // namespace
+
+int main(int count, char** names) {
   mmk::check::Report report;
-  mmk::check::check_adapter(report);
-  mmk::check::check_layer_mix(report);
-  mmk::check::check_layer_project(report);
+  for (const Op& op : kOps) {
+    bool asked = count == 1;
+    for (int i = 1; i < count; ++i) asked = asked || std::strcmp(names[i], op.name) == 0;
+    if (asked) op.check(report);
+  }
   return report.finish();
 }

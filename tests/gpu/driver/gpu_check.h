@@ -9,10 +9,10 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <random>
+#include <stdexcept>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -24,10 +24,10 @@ namespace mmk::check {
 
 using Values = std::vector<double>;
 
+// A failed call of the runtime or launch ends its case; Report::check counts it.
 inline void require(cudaError_t status, const char* what) {
   if (status == cudaSuccess) return;
-  std::fprintf(stderr, "%s: %s\n", what, cudaGetErrorString(status));
-  std::exit(2);
+  throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 inline void require(int status, const char* what) {
   require(static_cast<cudaError_t>(status), what);
@@ -176,6 +176,21 @@ inline double slope(Activation activation, double z) {
 // Compares, prints one line for each failure, and counts.
 class Report {
  public:
+  // Runs one case. A failure in it is counted, and the next case runs.
+  template <class Body>
+  void check(const std::string& name, Body&& body) {
+    try {
+      body();
+    } catch (const std::runtime_error& error) {
+      ++failures_;
+      std::printf("FAILED %s: %s\n", name.c_str(), error.what());
+#ifndef MMK_SIMT
+      cudaGetLastError();
+#endif
+    }
+    std::fflush(stdout);
+  }
+
   // |got - expected| <= tolerance * max(scale, max |expected|) everywhere
   void compare(const std::string& name, const Values& got, const Values& expected, double tolerance,
                double scale = 0.0) {

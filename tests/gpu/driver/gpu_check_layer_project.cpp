@@ -255,9 +255,9 @@ void check_case(Report& report, const Case& c) {
 
 void check_layer_project(Report& report) {
   for (const Case& c : kCases) {
-    check_case<float>(report, c);
-    check_case<__half>(report, c);
-    check_case<__nv_bfloat16>(report, c);
+    report.check(name_of<float>(c), [&] { check_case<float>(report, c); });
+    report.check(name_of<__half>(c), [&] { check_case<__half>(report, c); });
+    report.check(name_of<__nv_bfloat16>(c), [&] { check_case<__nv_bfloat16>(report, c); });
   }
 }
 

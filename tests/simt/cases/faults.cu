@@ -99,6 +99,16 @@ __global__ void past_dynamic_shared(const float* in, float* out) {
   out[threadIdx.x] = tile[threadIdx.x];
 }
 
+// 48 KiB of dynamic shared memory are allowed without opt-in, but not with static memory as well.
+template <bool Fixed>
+__global__ void no_opt_in(const float* in, float* out) {
+  MMK_DYNAMIC_SMEM(float, rows);
+  MMK_SHARED(float, tile, kThreads);
+  rows[threadIdx.x] = in[threadIdx.x];
+  tile[threadIdx.x] = rows[threadIdx.x];
+  out[threadIdx.x] = tile[threadIdx.x];
+}
+
 template <bool Fixed>
 __global__ void past_global(const float* in, float* out) {
   out[threadIdx.x + (Fixed ? 0 : 1)] = in[threadIdx.x];
@@ -204,6 +214,14 @@ extern "C" int past_dynamic_shared_fault(const float* in, float* out, int64_t fi
   return run(fixed != 0 ? past_dynamic_shared<true> : past_dynamic_shared<false>, in, out,
              kThreads * sizeof(float));
 }
+
+#ifdef MMK_SIMT  // mmk::launch always opts in
+extern "C" int no_opt_in_fault(const float* in, float* out, int64_t fixed) {
+  constexpr size_t kBytes = 48 * 1024;
+  if (fixed != 0) return mmk::launch(no_opt_in<true>, dim3(1), dim3(kThreads), kBytes, nullptr, in, out);
+  return mmk::simt::launch(false, no_opt_in<false>, dim3(1), dim3(kThreads), kBytes, nullptr, in, out);
+}
+#endif
 
 // A kernel that does nothing, to try launch geometries.
 extern "C" int launch_nothing(int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t block_x,

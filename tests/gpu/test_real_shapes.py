@@ -1,0 +1,66 @@
+"""Every op at the sizes of real encoders, on the device: the sizes of tests/ops are small."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_adapter import SPEC as ADAPTER
+from test_layer_mix import SPEC as LAYER_MIX
+from test_layer_project import SPEC as LAYER_PROJECT
+
+from op_tests import Call, OpSpec, Shape, backends, check_against_reference, generator_for
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA GPU; run `make gpu` on a machine with one"
+    ),
+]
+each_backend = pytest.mark.parametrize("backend", backends("cuda", torch.float32))
+each_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["float32", "bfloat16", "float16"]
+)
+#: Whisper tiny, base and large, the base and large models of wav2vec2 and HuBERT, XLS-R's two larger ones.
+WIDTHS = (384, 512, 768, 1024, 1280, 1920, 2048)
+
+
+def check(spec: OpSpec, shape: Shape, dtype: torch.dtype, backend: str) -> None:
+    def make(seed: int) -> Call:
+        return spec.make(shape, dtype, torch.device("cuda"), generator_for(seed))
+
+    check_against_reference(spec, make, backend)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("kind", ["plain", "norm", "affine"])
+def test_layer_mix(kind: str, width: int, dtype: torch.dtype, backend: str) -> None:
+    shape: dict[str, Any] = {"L": 13, "B": 3, "T": 149, "D": width, "lengths": True}
+    check(
+        LAYER_MIX,
+        shape | {"norm": kind != "plain", "affine": kind == "affine"},
+        dtype,
+        backend,
+    )
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("outputs", [240, 512])
+def test_layer_project(outputs: int, width: int, dtype: torch.dtype, backend: str) -> None:
+    shape = {"N": 447, "L": 5, "C": width, "O": outputs, "norm": True, "activation": "gelu"}
+    check(LAYER_PROJECT, shape, dtype, backend)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("bottleneck", [64, 128, 192, 256])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_adapter(norm: bool, bottleneck: int, width: int, dtype: torch.dtype, backend: str) -> None:
+    shape = {"N": (1057,), "D": width, "d": bottleneck, "norm": norm, "residual": "own", "activation": "gelu"}
+    check(ADAPTER, shape, dtype, backend)
