@@ -122,6 +122,8 @@ def _case(
             _problem, (rows, width, bottleneck), norm, activation, input_gradient, direction, dtype, device
         ),
         bound="memory" if device == "cuda" else "compute",
+        # The gradient of the gain is a small difference of large sums over the rows.
+        tolerance=6e-2 if norm and dtype == torch.bfloat16 else None,
         headline=headline,
     )
 

@@ -92,7 +92,7 @@ class Inputs:
 
 
 def write_output(
-    args: Inputs, stats: Tensor, activation: int, y: Tensor, preactivation: Tensor | None
+    args: Inputs, stats: Tensor | None, activation: int, y: Tensor, preactivation: Tensor | None
 ) -> None:
     """Writes ``y``, and the value before the activation where ``preactivation`` is given.
 

@@ -47,8 +47,8 @@ driver() {
 tests() {
   local processes=()
   "$python" -c "import xdist" 2> /dev/null && processes=(-n "$(($(nproc) < 12 ? $(nproc) : 12))")
-  step tests 240 "$python" -P -m pytest -q --maxfail=200 -p no:cacheprovider "${processes[@]}" \
-    --junitxml="$out/tests.xml" tests/gpu tests/ops -k "cuda or gpu"
+  OMP_NUM_THREADS=1 step tests 240 "$python" -P -m pytest -q --tb=short --maxfail=200 -p no:cacheprovider \
+    "${processes[@]}" --junitxml="$out/tests.xml" tests/gpu tests/ops -k "cuda or gpu"
 }
 
 benches() { step benches 240 "$python" -P -m benches --quick --seconds 1 --output "$out/benches.json"; }

@@ -43,7 +43,7 @@ def project_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
     gain = torch.ones(4, 128, device="cuda", requires_grad=True)
 
     def step() -> Tensor:
-        out = mmkernels.layer_project(x, weight, norm_weight=gain, backend=backend)
+        out = mmkernels.layer_project(x, weight, norm_weight=gain, activation="gelu", backend=backend)
         (grad, _) = torch.autograd.grad(out.float().square().sum(), (weight, gain))
         return grad
 
@@ -57,7 +57,9 @@ def adapter_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
     gain = torch.ones(128, device="cuda", requires_grad=True)
 
     def step() -> Tensor:
-        out = mmkernels.adapter(x, down, None, up, residual=x, norm_weight=gain, backend=backend)
+        out = mmkernels.adapter(
+            x, down, None, up, None, residual=x, activation="gelu", norm_weight=gain, backend=backend
+        )
         (grad, *_) = torch.autograd.grad(out.float().square().sum(), (down, up, gain))
         return grad
 
@@ -75,9 +77,9 @@ def test_side_stream(op: str, backend: str) -> None:
     """Work goes to the current stream: a long kernel before it on that stream must be waited for."""
     step, parameter = STEPS[op](backend)
     expected = step()
+    original = parameter.detach().clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    original = parameter.detach().clone()
     with torch.cuda.stream(stream), torch.no_grad():
         parameter.zero_()
         torch.cuda._sleep(50_000_000)

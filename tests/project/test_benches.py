@@ -19,7 +19,15 @@ pytest.importorskip("pytest_benchmark")
 
 from benches.case import Candidate, Case, OpProblem  # noqa: E402
 from benches.measure.devices import Cpu  # noqa: E402
-from benches.measure.harness import TOLERANCE, Effort, measure, relative_error, spread  # noqa: E402
+from benches.measure.harness import (  # noqa: E402
+    TOLERANCE,
+    Effort,
+    Measurement,
+    judge,
+    measure,
+    relative_error,
+    spread,
+)
 from benches.measure.record import load  # noqa: E402
 from benches.registry import registry  # noqa: E402
 from benches.report import figure, page, table  # noqa: E402
@@ -210,6 +218,22 @@ def test_summary_has_ratios_memory_and_losing_rows(results_file: pathlib.Path) -
     assert (line["x eager"], line["x best eager"], line["x compile"]) == ("2.00x", "3.00x", "0.50x slower")
     assert (line["of ceiling"], line["peak memory"], line["of eager"]) == ("80%", "9.8 MB", "9.8 MB")
     assert len(lines) == len({row["id"] for row in record.rows}) - 1  # the import has no published baseline
+
+
+def test_a_kernel_is_judged_by_the_error_of_the_published_form() -> None:
+    """In bfloat16 the tolerance of baselines is wide: a kernel ten times less exact than eager is wrong."""
+
+    def found(published: float, kernel: float) -> list[bool]:
+        candidates = [Candidate("eager", "papers", print), Candidate("kernel", "kernel", print)]
+        results = [Measurement(c, error=e) for c, e in zip(candidates, (published, kernel), strict=True)]
+        judge(results, tolerance=3e-2, eps=2**-7)
+        return [result.failure is None for result in results]
+
+    assert found(2.6e-3, 2.6e-3) == [True, True]
+    assert found(2.6e-3, 2.6e-2) == [True, False]
+    # A wrong published form excuses nothing.
+    assert found(1.0, 0.5) == [False, False]
+    assert found(1.0, 2.6e-3) == [False, True]
 
 
 def test_a_wrong_kernel_has_no_ratio(results_file: pathlib.Path) -> None:

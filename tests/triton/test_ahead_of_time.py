@@ -91,6 +91,22 @@ def check_resources(compiled: Any, capability: int, folder: pathlib.Path) -> Non
     stack, local = (int(re.search(rf"{kind}:(\d+)", usage)[1]) for kind in ("STACK", "LOCAL"))
     assert stack <= STACK_BYTES, usage
     assert local == 0, usage
+    check_buffers(compiled)
+
+
+def check_buffers(compiled: Any) -> None:
+    """Both factors of a product that runs on while the next tiles arrive have as many buffers.
+
+    Triton 3.6 gives a tile that has another use in the loop one less: the copy of a later tile then
+    overwrites the one that wgmma still reads.
+    """
+    code = compiled.asm["ttgir"]
+    views = dict(re.findall(r"(%\w+) = ttg\.memdesc_trans (%\w+)", code))
+    slots = dict(re.findall(r"(%\w+) = ttg\.memdesc_index .*? : !ttg\.memdesc<(\d+)x", code))
+    waits = re.findall(r"warp_group_dot_wait %\w+, (%\w+), (%\w+) \{pendings = [1-9]", code)
+    for factors in waits:
+        left, right = (slots[views.get(name, name)] for name in factors)
+        assert left == right, f"{left} and {right} buffers of the factors {factors}"
 
 
 MIX_FORWARD = {"EPS": 1e-5, "LAYERS": 3, "STATS_GIVEN": False, "ALIGNMENT": 2, "BLOCK_ROWS": 4, "BLOCK_D": 32}
@@ -107,7 +123,6 @@ FUSED = {
     **{"WIDTH": 1, "BOTTLENECK": 1, "ACTIVATION": ACTIVATION_CODES["gelu_tanh"], "PRECISION": "ieee"},
     **{"BLOCK_M": 16, "BLOCK_H": 16, "BLOCK_D": 16},
 }
-FUSED_FORWARD = {**FUSED, "NORM": True, "EPS": 1e-5}
 FUSED_BACKWARD = {**FUSED, "ADD_GRAD": True}
 SMALL_LAUNCHES = [
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": True}),
@@ -124,7 +139,7 @@ SMALL_LAUNCHES = [
         {"OUTPUTS": 1, "ACTIVATION": 1, "BLOCK_ROWS": 64, "BLOCK_O": 64},
     ),
     (norm_product.norm_product_unfold_kernel, {"OUTPUTS": 1, "BLOCK_O": 16, "BLOCK_C": 64}),
-    (adapter.adapter_fwd_kernel, FUSED_FORWARD),
+    (adapter.adapter_fwd_kernel, FUSED),
     (adapter.adapter_bwd_kernel, FUSED_BACKWARD),
     (adapter.adapter_product_kernel, {**PRODUCT, "INNER": 1}),
 ]
@@ -324,7 +339,7 @@ def test_adapter(
     constants = {
         **constants_of(adapter.fused_options(tile, 768, bottleneck)),
         **{"ACTIVATION": ACTIVATION_CODES["gelu"], "PRECISION": "ieee"},
-        **({"NORM": norm, "EPS": 1e-5} if forward else {"ADD_GRAD": True}),
+        **({} if forward else {"ADD_GRAD": True}),
     }
     compiled = compile_kernel(
         kernel, capability, element, constants, [] if norm else ["stats"], tile.warps, tile.stages
@@ -337,7 +352,7 @@ def test_adapter(
 ROW_GRADIENTS = {
     "dx": ["dx"],
     "down": ["scaled_grad", "partial_down_bias"],
-    "up": ["activated", "partial_up_bias"],
+    "up": ["activated"],
 }
 
 
@@ -352,8 +367,8 @@ def test_adapter_gradients_alone(asked: str, norm: bool) -> None:
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_adapter_without_gradients(norm: bool) -> None:
-    absent = {"up_bias", "addend", "hidden", "stats"}
-    compile_kernel(adapter.adapter_fwd_kernel, 90, "bf16", {**FUSED_FORWARD, "NORM": norm}, absent)
+    absent = {"up_bias", "addend", "hidden", *([] if norm else ["stats"])}
+    compile_kernel(adapter.adapter_fwd_kernel, 90, "bf16", FUSED, absent)
 
 
 @pytest.mark.parametrize(

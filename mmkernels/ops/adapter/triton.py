@@ -2,10 +2,12 @@
 
 ``csrc/include/mmkernels/adapter.h`` derives the algebra. The down-projection is a norm product of one tap
 (``ops/_norm_product.py``); the up-projection too is rounded to the type of ``x``. Where the hidden layer of a
-block of rows fits into registers, each direction is one kernel that reads the rows twice, once for the
-down-projection and once, from cache, for the up-projection. Wider bottlenecks, and dtypes without tensor
-cores, keep the hidden layer in memory between two kernels. Gradients of the matrices are products of whole
-tensors.
+block of rows fits into registers, each direction is one kernel that reads the rows once for the
+down-projection, and from cache for the up-projection. Wider bottlenecks, and dtypes without tensor cores,
+keep the hidden layer in memory between two kernels. Gradients of the matrices are products of whole tensors.
+
+A tile that a product reads must have no other use in the same loop: on sm_90 Triton 3.6 gives such a tile one
+buffer too few, and the copy of a later tile overwrites what the tensor cores still read.
 """
 
 from __future__ import annotations
@@ -113,15 +115,13 @@ def adapter_fwd_kernel(
     scale,
     WIDTH: tl.constexpr,
     BOTTLENECK: tl.constexpr,
-    NORM: tl.constexpr,
-    EPS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Rows of ``out``, and of ``hidden`` and ``stats`` where they are wanted."""
+    """Rows of ``out``, and of ``hidden`` where it is wanted."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     unit = tl.arange(0, BLOCK_H).to(tl.int64)
     valid, present = row < rows, unit < BOTTLENECK
@@ -129,35 +129,17 @@ def adapter_fwd_kernel(
     source = x + row[:, None] * row_stride + d[None, :]
     factor = folded_weight + unit[None, :] * WIDTH + d[:, None]
 
-    if NORM:
-        # Subtract the mean of the first columns before summing. It is at most sqrt(WIDTH / BLOCK_D) standard
-        # deviations from the mean of the row, which bounds the digits that the variance loses.
-        first = tl.load(source, mask=valid[:, None] & (d < WIDTH)[None, :], other=0.0).to(tl.float32)
-        centre = tl.sum(first, 1) / min(WIDTH, BLOCK_D)
-        differences = tl.zeros((BLOCK_M,), tl.float32)
-        squares = tl.zeros((BLOCK_M,), tl.float32)
     z = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     for start in range(0, WIDTH, BLOCK_D):
         used = d < WIDTH - start
-        inside = valid[:, None] & used[None, :]
-        a = tl.load(source + start, mask=inside, other=0.0)
+        a = tl.load(source + start, mask=valid[:, None] & used[None, :], other=0.0)
         b = tl.load(factor + start, mask=present[None, :] & used[:, None], other=0.0)
         z = add_product(a, b, z, PRECISION)
-        if NORM:
-            difference = tl.where(inside, a.to(tl.float32) - centre[:, None], 0.0)
-            differences += tl.sum(difference, 1)
-            squares += tl.sum(difference * difference, 1)
-    if NORM:
-        offset = differences / WIDTH
-        mean = centre + offset
-        variance = squares / WIDTH - offset * offset
-        # Written so that NaN passes through.
-        rstd = 1.0 / tl.sqrt(tl.where(variance < 0.0, 0.0, variance) + EPS)
+    if stats is not None:
+        mean = tl.load(stats + row * 2, mask=valid, other=0.0)
+        rstd = tl.load(stats + row * 2 + 1, mask=valid, other=0.0)
         remainder = tl.load(weight_sum + unit, mask=present, other=0.0)
         z = (z - mean[:, None] * remainder[None, :]) * rstd[:, None]
-        if stats is not None:
-            tl.store(stats + row * 2, mean, mask=valid)
-            tl.store(stats + row * 2 + 1, rstd, mask=valid)
     z += tl.load(folded_bias + unit, mask=present, other=0.0)[None, :]
     if hidden is not None:
         target = hidden + row[:, None] * BOTTLENECK + unit[None, :]
@@ -225,7 +207,6 @@ def adapter_bwd_kernel(
     activated,
     scaled_grad,
     partial_down_bias,
-    partial_up_bias,
     rows,
     row_stride,
     scale,
@@ -238,7 +219,7 @@ def adapter_bwd_kernel(
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Writes ``dx``, ``act(z)``, ``s`` and a tile's part of the bias gradients, those that are not None."""
+    """Writes ``dx``, ``act(z)``, ``s`` and a tile's part of ``sum_r dz``, those that are not None."""
     tile = tl.program_id(0).to(tl.int64)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     unit = tl.arange(0, BLOCK_H).to(tl.int64)
@@ -246,14 +227,12 @@ def adapter_bwd_kernel(
     d = tl.arange(0, BLOCK_D).to(tl.int64)
 
     da = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
-    for start in range(0, WIDTH, BLOCK_D):
-        column = start + d
-        used = column < WIDTH
-        source = grad + row[:, None] * WIDTH + column[None, :]
-        g = tl.load(source, mask=valid[:, None] & used[None, :], other=0.0)
-        if partial_up_bias is not None:
-            tl.store(partial_up_bias + tile * WIDTH + column, tl.sum(g.to(tl.float32), 0), mask=used)
-        if scaled_grad is not None or dx is not None:
+    if scaled_grad is not None or dx is not None:
+        for start in range(0, WIDTH, BLOCK_D):
+            column = start + d
+            used = column < WIDTH
+            source = grad + row[:, None] * WIDTH + column[None, :]
+            g = tl.load(source, mask=valid[:, None] & used[None, :], other=0.0)
             factor = up_weight + column[:, None] * BOTTLENECK + unit[None, :]
             b = tl.load(factor, mask=used[:, None] & present[None, :], other=0.0)
             da = add_product(g, b, da, PRECISION)
@@ -384,11 +363,21 @@ def adapter_fwd(
 
     tile = fused_tile(FORWARD_TILES, x.dtype, args.bottleneck)
     with on_device(x):
+        moments = row_moments(args, eps, stats)
         if tile is None:
-            write_output_in_steps(args, up_bias, addend, eps, out, hidden, stats)
+            write_output_in_steps(args, up_bias, addend, out, hidden, moments)
         else:
-            write_output(args, tile, up_bias, addend, eps, out, hidden, stats)
+            write_output(args, tile, up_bias, addend, out, hidden, moments)
     return out, hidden, stats
+
+
+def row_moments(args: Inputs, eps: float, stats: Tensor) -> Tensor | None:
+    """Mean and 1 / deviation of each row, in ``stats`` if it has elements; None without a LayerNorm."""
+    if not args.down.norm:
+        return None
+    stats = stats if stats.numel() > 0 else stats.new_empty((args.x.shape[0], 2))
+    row_stats(args.down.x, None, stats, eps)
+    return stats
 
 
 def write_output(
@@ -396,12 +385,11 @@ def write_output(
     tile: FusedTile,
     up_bias: Tensor | None,
     addend: Tensor | None,
-    eps: float,
     out: Tensor,
     hidden: Tensor,
-    stats: Tensor,
+    stats: Tensor | None,
 ) -> None:
-    """Writes ``out``, and ``hidden`` and ``stats`` where they have elements, by the fused kernel."""
+    """Writes ``out``, and ``hidden`` where it has elements, by the fused kernel."""
     rows, width = out.shape
     folded_weight, folded_bias, weight_sum = args.down.fold()
     adapter_fwd_kernel[(triton.cdiv(rows, tile.block_m),)](
@@ -414,13 +402,11 @@ def write_output(
         addend,
         out,
         if_any(hidden),
-        if_any(stats),
+        stats,
         rows,
         args.x.stride(0),
         0 if addend is None else addend.stride(0),
         args.scale,
-        NORM=args.down.norm,
-        EPS=eps,
         ACTIVATION=args.activation,
         PRECISION=input_precision(),
         **fused_options(tile, width, args.bottleneck),
@@ -431,18 +417,13 @@ def write_output_in_steps(
     args: Inputs,
     up_bias: Tensor | None,
     addend: Tensor | None,
-    eps: float,
     out: Tensor,
     hidden: Tensor,
-    stats: Tensor,
+    stats: Tensor | None,
 ) -> None:
     """As ``write_output``, with the hidden layer in memory between two products."""
     rows, _ = out.shape
-    x = args.down.x
-    if args.down.norm:
-        stats = stats if stats.numel() > 0 else stats.new_empty((rows, 2))
-        row_stats(x, None, stats, eps)
-    activated = x.new_empty((rows, 1, args.bottleneck))
+    activated = args.x.new_empty((rows, 1, args.bottleneck))
     preactivation = if_any(hidden.unsqueeze(1))
     _norm_product.write_output(args.down, stats, args.activation, activated, preactivation)
     write_product(activated.squeeze(1), args.up_weight, up_bias, addend, args.scale, out)
@@ -518,7 +499,7 @@ def adapter_bwd(
 
     activated = x.new_empty((rows if need_up else 0, bottleneck))
     scaled_grad = x.new_empty((rows if need_product else 0, bottleneck))
-    row_gradients = RowGradients(dx, activated, scaled_grad, d_down_bias, d_up_bias)
+    row_gradients = RowGradients(dx, activated, scaled_grad, d_down_bias)
     tile = fused_tile(BACKWARD_TILES, x.dtype, bottleneck)
     with on_device(x):
         if tile is None:
@@ -535,7 +516,7 @@ def adapter_bwd(
                 d_down = product[0]
         if need_up:
             d_up = batched_product(grad.T[None], activated[None], accumulate)[0].mul_(scale)
-            d_up_bias.mul_(scale)
+            torch.sum(grad, 0, dtype=accumulate, out=d_up_bias).mul_(scale)
     return dx, d_down, d_down_bias, d_up, d_up_bias, d_gain, d_shift
 
 
@@ -547,9 +528,8 @@ class RowGradients:
     #: ``act(z)`` and ``s``, in the type of x: factors of the gradients of the matrices.
     activated: Tensor
     scaled_grad: Tensor
-    #: ``sum_r dz`` and ``sum_r g``.
+    #: ``sum_r dz``.
     down_bias: Tensor
-    up_bias: Tensor
 
 
 def write_row_gradients(
@@ -565,7 +545,6 @@ def write_row_gradients(
     rows, width = grad.shape
     tiles = triton.cdiv(rows, tile.block_m)
     partial_down_bias = to.down_bias.new_empty((tiles, to.down_bias.shape[0]))
-    partial_up_bias = to.up_bias.new_empty((tiles, to.up_bias.shape[0]))
     folded_weight, folded_bias, _ = args.down.fold() if to.dx.numel() > 0 else (None, None, None)
     adapter_bwd_kernel[(tiles,)](
         grad,
@@ -579,7 +558,6 @@ def write_row_gradients(
         if_any(to.activated),
         if_any(to.scaled_grad),
         if_any(partial_down_bias),
-        if_any(partial_up_bias),
         rows,
         args.x.stride(0),
         args.scale,
@@ -589,7 +567,6 @@ def write_row_gradients(
         **fused_options(tile, width, args.bottleneck),
     )
     torch.sum(partial_down_bias, 0, out=to.down_bias)
-    torch.sum(partial_up_bias, 0, out=to.up_bias)
 
 
 def write_row_gradients_in_steps(
@@ -605,7 +582,6 @@ def write_row_gradients_in_steps(
     need_x, need_product = to.dx.numel() > 0, to.scaled_grad.numel() > 0
     if to.activated.numel() > 0:
         to.activated.copy_(list(ACTIVATIONS.values())[args.activation](hidden))
-        torch.sum(grad, 0, dtype=to.up_bias.dtype, out=to.up_bias)
     if not (need_x or need_product):
         return
 
