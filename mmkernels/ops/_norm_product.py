@@ -16,11 +16,11 @@ from mmkernels.ops._norm_product_kernels import (
     norm_product_unfold_kernel,
 )
 from mmkernels.ops._triton import (
-    PRODUCT_CONFIGS,
     dense_rows,
     expect,
     expect_optional,
-    input_precision,
+    library_multiplies,
+    multiply_into,
     product_grid,
     product_options,
     row_block,
@@ -104,11 +104,13 @@ def write_output(
         preactivation: output of the same layout, or None.
     """
     rows, taps, outputs = y.shape
-    config = PRODUCT_CONFIGS[y.dtype]
     folded_weight, folded_bias, weight_sum = args.fold()
-    norm_product_fwd_kernel[product_grid(config, rows, outputs, taps)](
-        args.x,
-        folded_weight,
+    by_library = library_multiplies(y.dtype)
+    if by_library:
+        multiply_into(y.transpose(0, 1), args.x.transpose(0, 1), folded_weight.mT)
+    norm_product_fwd_kernel[product_grid(rows, outputs, taps)](
+        None if by_library else args.x,
+        None if by_library else folded_weight,
         folded_bias,
         weight_sum,
         stats if args.norm else None,
@@ -121,8 +123,7 @@ def write_output(
         args.x.stride(1),
         WIDTH=args.x.shape[2],
         ACTIVATION=activation,
-        PRECISION=input_precision(),
-        **product_options(config),
+        **product_options(),
     )
 
 
@@ -185,10 +186,13 @@ def write_input_gradient(
     ``Vc`` of ``Inputs.fold``.
     """
     rows, taps, inputs = dx.shape
-    config = PRODUCT_CONFIGS[dx.dtype]
-    norm_product_dx_kernel[product_grid(config, rows, inputs, taps)](
+    by_library = library_multiplies(dx.dtype)
+    if by_library:
+        assert folded_weight is not None
+        multiply_into(dx.transpose(0, 1), scaled_grad.transpose(0, 1), folded_weight)
+    norm_product_dx_kernel[product_grid(rows, inputs, taps)](
         scaled_grad,
-        folded_weight,
+        None if by_library else folded_weight,
         args.x,
         stats if args.norm else None,
         pull,
@@ -200,8 +204,7 @@ def write_input_gradient(
         args.x.stride(0),
         args.x.stride(1),
         OUTPUTS=scaled_grad.shape[2],
-        PRECISION=input_precision(),
-        **product_options(config),
+        **product_options(),
     )
 
 

@@ -82,13 +82,13 @@ def norm_product_fwd_kernel(
     tap_stride,
     WIDTH: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """A tile of ``y``, and of the value before the activation where it is wanted."""
+    """A tile of ``y``, and of the value before the activation where it is wanted; ``y`` holds the product if
+    ``x`` is None."""
     accumulate: tl.constexpr = folded_bias.dtype.element_ty
     tap = tl.program_id(1).to(tl.int64)
     row_tile, column_tile = tile_of(
@@ -96,19 +96,22 @@ def norm_product_fwd_kernel(
     )
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K).to(tl.int64)
-    source = x + tap * tap_stride + row[:, None] * row_stride + k[None, :]
-    factor = folded_weight + (tap * outputs + column[None, :]) * WIDTH + k[:, None]
-
-    total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
-    for start in range(0, WIDTH, BLOCK_K):
-        left = WIDTH - start
-        a = tl.load(source + start, mask=(row < rows)[:, None] & (k < left)[None, :], other=0.0)
-        b = tl.load(factor + start, mask=(column < outputs)[None, :] & (k < left)[:, None], other=0.0)
-        total = add_product(a, b, total, PRECISION)
-
     line = row * taps + tap
     inside = (row < rows)[:, None] & (column < outputs)[None, :]
+    target = line[:, None] * outputs + column[None, :]
+    if x is None:
+        total = tl.load(y + target, mask=inside, other=0.0).to(accumulate)
+    else:
+        k = tl.arange(0, BLOCK_K).to(tl.int64)
+        source = x + tap * tap_stride + row[:, None] * row_stride + k[None, :]
+        factor = folded_weight + (tap * outputs + column[None, :]) * WIDTH + k[:, None]
+        total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
+        for start in range(0, WIDTH, BLOCK_K):
+            left = WIDTH - start
+            a = tl.load(source + start, mask=(row < rows)[:, None] & (k < left)[None, :], other=0.0)
+            b = tl.load(factor + start, mask=(column < outputs)[None, :] & (k < left)[:, None], other=0.0)
+            total = add_product(a, b, total)
+
     entry = tap * outputs + column
     if stats is not None:
         mean = tl.load(stats + line * 2, mask=row < rows, other=0.0)
@@ -116,7 +119,6 @@ def norm_product_fwd_kernel(
         remainder = tl.load(weight_sum + entry, mask=column < outputs, other=0.0)
         total = (total - mean[:, None] * remainder[None, :]) * rstd[:, None]
     z = total + tl.load(folded_bias + entry, mask=column < outputs, other=0.0)[None, :]
-    target = line[:, None] * outputs + column[None, :]
     if preactivation is not None:
         tl.store(preactivation + target, z.to(preactivation.dtype.element_ty), mask=inside)
     tl.store(y + target, activate(z, ACTIVATION).to(y.dtype.element_ty), mask=inside)
@@ -184,40 +186,43 @@ def norm_product_dx_kernel(
     row_stride,
     tap_stride,
     OUTPUTS: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``dx = g Vc - pull * (x - mean)``, with ``addend`` if there is one; rounded once."""
+    """``dx = g Vc - pull * (x - mean)``, with ``addend`` if there is one; rounded once. ``dx`` holds the
+    product if ``folded_weight`` is None."""
     tap = tl.program_id(1).to(tl.int64)
     row_tile, column_tile = tile_of(
         tl.program_id(0).to(tl.int64), tl.cdiv(rows, BLOCK_M), tl.cdiv(inputs, BLOCK_N), GROUP
     )
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K).to(tl.int64)
     line = row * taps + tap
-    source = scaled_grad + line[:, None] * OUTPUTS + k[None, :]
-    factor = folded_weight + (tap * OUTPUTS + k[:, None]) * inputs + column[None, :]
-
-    accumulate: tl.constexpr = tl.float64 if dx.dtype.element_ty == tl.float64 else tl.float32
-    total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
-    for start in range(0, OUTPUTS, BLOCK_K):
-        left = OUTPUTS - start
-        a = tl.load(source + start, mask=(row < rows)[:, None] & (k < left)[None, :], other=0.0)
-        b = tl.load(factor + start * inputs, mask=(column < inputs)[None, :] & (k < left)[:, None], other=0.0)
-        total = add_product(a, b, total, PRECISION)
-
     inside = (row < rows)[:, None] & (column < inputs)[None, :]
+    place = line[:, None] * inputs + column[None, :]
+    accumulate: tl.constexpr = tl.float64 if dx.dtype.element_ty == tl.float64 else tl.float32
+    if folded_weight is None:
+        total = tl.load(dx + place, mask=inside, other=0.0).to(accumulate)
+    else:
+        k = tl.arange(0, BLOCK_K).to(tl.int64)
+        source = scaled_grad + line[:, None] * OUTPUTS + k[None, :]
+        factor = folded_weight + (tap * OUTPUTS + k[:, None]) * inputs + column[None, :]
+        total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
+        for start in range(0, OUTPUTS, BLOCK_K):
+            left = OUTPUTS - start
+            a = tl.load(source + start, mask=(row < rows)[:, None] & (k < left)[None, :], other=0.0)
+            known = (column < inputs)[None, :] & (k < left)[:, None]
+            b = tl.load(factor + start * inputs, mask=known, other=0.0)
+            total = add_product(a, b, total)
+
     if stats is not None:
         mean = tl.load(stats + line * 2, mask=row < rows, other=0.0)
         strength = tl.load(pull + line, mask=row < rows, other=0.0)
         values = x + tap * tap_stride + row[:, None] * row_stride + column[None, :]
         centred = tl.load(values, mask=inside, other=0.0).to(accumulate) - mean[:, None]
         total -= strength[:, None] * centred
-    place = line[:, None] * inputs + column[None, :]
     if addend is not None:
         total += tl.load(addend + place, mask=inside, other=0.0).to(accumulate)
     tl.store(dx + place, total.to(dx.dtype.element_ty), mask=inside)

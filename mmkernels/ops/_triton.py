@@ -56,11 +56,6 @@ def dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
-def input_precision() -> str:
-    """Float32 products use TF32 if the user allows torch to."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 def batched_product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``left @ right`` of each of a batch of matrices, accumulated and returned in ``dtype``."""
     # A backward pass inside an autocast region must not round a float32 product.
@@ -110,15 +105,15 @@ def activation_slope(z, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def add_product(a, b, total, PRECISION: tl.constexpr):
+def add_product(a, b, total):
     if INTERPRETED:
         # Triton 3.6's interpreter multiplies the bit patterns of bfloat16; widening is exact.
         a, b = a.to(total.dtype), b.to(total.dtype)
-    return tl.dot(a, b, total, input_precision=PRECISION, out_dtype=total.dtype)
+    return tl.dot(a, b, total, out_dtype=total.dtype)
 
 
 @dataclass(frozen=True)
-class ProductConfig:
+class ProductTile:
     """Tile of a product, BLOCK_M x BLOCK_N in steps of BLOCK_K; GROUP tiles of rows share columns in L2."""
 
     block_m: int
@@ -129,28 +124,37 @@ class ProductConfig:
     group: int = 8
 
 
-#: Chosen by element type alone, because a row's numbers must not depend on the number of rows. Float32
-#: products run outside the tensor cores, in registers, so their tiles are small.
-PRODUCT_CONFIGS = {
-    torch.float16: ProductConfig(128, 128, 64, warps=8, stages=3),
-    torch.bfloat16: ProductConfig(128, 128, 64, warps=8, stages=3),
-    torch.float32: ProductConfig(64, 64, 32, warps=4, stages=3),
-    torch.float64: ProductConfig(64, 64, 32, warps=4, stages=3),
-}
+#: One for all sizes, because a row's numbers must not depend on the number of rows.
+PRODUCT_TILE = ProductTile(128, 128, 64, warps=8, stages=3)
 
 
-def product_grid(config: ProductConfig, rows: int, columns: int, batch: int) -> tuple[int, int]:
-    return triton.cdiv(rows, config.block_m) * triton.cdiv(columns, config.block_n), batch
+def library_multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies factors of this dtype, and a kernel only finishes the result.
+
+    Where the tensor cores do not serve, the BLAS is faster and more exact than a Triton kernel.
+    """
+    return dtype.itemsize > 2
 
 
-def product_options(config: ProductConfig) -> dict[str, int]:
+def multiply_into(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out = left @ right``, by torch, of matrices or batches of matrices."""
+    # A pass inside an autocast region must not round the factors.
+    with torch.autocast(left.device.type, enabled=False):
+        torch.matmul(left, right, out=out)
+
+
+def product_grid(rows: int, columns: int, batch: int) -> tuple[int, int]:
+    return triton.cdiv(rows, PRODUCT_TILE.block_m) * triton.cdiv(columns, PRODUCT_TILE.block_n), batch
+
+
+def product_options() -> dict[str, int]:
     return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "BLOCK_K": config.block_k,
-        "GROUP": config.group,
-        "num_warps": config.warps,
-        "num_stages": config.stages,
+        "BLOCK_M": PRODUCT_TILE.block_m,
+        "BLOCK_N": PRODUCT_TILE.block_n,
+        "BLOCK_K": PRODUCT_TILE.block_k,
+        "GROUP": PRODUCT_TILE.group,
+        "num_warps": PRODUCT_TILE.warps,
+        "num_stages": PRODUCT_TILE.stages,
     }
 
 

@@ -154,7 +154,7 @@ SPEC = OpSpec(
     dynamic=({"N": (9,)}, {"N": (14,)}),
     activations=("x", "residual"),
     alone=alone,
-    library_products=(("cuda", "native"),),
+    library_products=(("cuda", "native"), ("cpu", "triton"), ("cuda", "triton")),
 )
 TestAdapter = op_tests(SPEC)
 

@@ -115,7 +115,7 @@ SPEC = OpSpec(
     shapes=shapes,
     dynamic=({"N": 9}, {"N": 14}),
     activations=("x",),
-    library_products=(("cpu", "native"), ("cuda", "native")),
+    library_products=(("cpu", "native"), ("cuda", "native"), ("cpu", "triton"), ("cuda", "triton")),
 )
 TestLayerProject = op_tests(SPEC)
 

@@ -118,9 +118,9 @@ MIX_BACKWARD = {
     "BLOCK_ROWS": 4,
     "BLOCK_D": 32,
 }
-PRODUCT = {"PRECISION": "ieee", "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 8}
+PRODUCT = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP": 8}
 FUSED = {
-    **{"WIDTH": 1, "BOTTLENECK": 1, "ACTIVATION": ACTIVATION_CODES["gelu_tanh"], "PRECISION": "ieee"},
+    **{"WIDTH": 1, "BOTTLENECK": 1, "ACTIVATION": ACTIVATION_CODES["gelu_tanh"]},
     **{"BLOCK_M": 16, "BLOCK_H": 16, "BLOCK_D": 16},
 }
 FUSED_BACKWARD = {**FUSED, "ADD_GRAD": True}
@@ -273,35 +273,33 @@ def constants_of(options: dict[str, int]) -> dict[str, int]:
 
 @each_capability
 @pytest.mark.parametrize(
-    ("dtype", "precision", "activation"),
-    [
-        ("float16", "ieee", "gelu"),
-        ("bfloat16", "ieee", "relu"),
-        ("float32", "ieee", "silu"),
-        ("float32", "tf32", "gelu_tanh"),
-    ],
+    ("dtype", "activation"),
+    [("float16", "gelu"), ("bfloat16", "relu"), ("float32", "silu"), ("float32", "gelu_tanh")],
 )
-def test_products(
-    dtype: str, precision: str, activation: str, capability: int, tmp_path: pathlib.Path
-) -> None:
-    config = shared.PRODUCT_CONFIGS[getattr(torch, dtype)]
-    constants = {**constants_of(shared.product_options(config)), "PRECISION": precision}
-    for kernel, own in (
-        (norm_product.norm_product_fwd_kernel, {"WIDTH": 768, "ACTIVATION": ACTIVATION_CODES[activation]}),
-        (norm_product.norm_product_dx_kernel, {"OUTPUTS": 248}),
-        (adapter.adapter_product_kernel, {"INNER": 384, "inner_stride": 1}),
-        (adapter.adapter_product_kernel, {"INNER": 768, "column_stride": 1}),
+def test_products(dtype: str, activation: str, capability: int, tmp_path: pathlib.Path) -> None:
+    by_library = shared.library_multiplies(getattr(torch, dtype))
+    norm_absent = ["x", "folded_weight"] if by_library else []
+    for kernel, own, absent in (
+        (
+            norm_product.norm_product_fwd_kernel,
+            {"WIDTH": 768, "ACTIVATION": ACTIVATION_CODES[activation]},
+            norm_absent,
+        ),
+        (norm_product.norm_product_dx_kernel, {"OUTPUTS": 248}, norm_absent[1:]),
+        (adapter.adapter_product_kernel, {"INNER": 384, "inner_stride": 1}, ["right"] if by_library else []),
+        (adapter.adapter_product_kernel, {"INNER": 768, "column_stride": 1}, ["right"] if by_library else []),
     ):
         compiled = compile_kernel(
             kernel,
             capability,
             ELEMENTS[dtype],
-            {**constants, **own},
-            num_warps=config.warps,
-            num_stages=config.stages,
+            {**constants_of(shared.product_options()), **own},
+            absent,
+            num_warps=shared.PRODUCT_TILE.warps,
+            num_stages=shared.PRODUCT_TILE.stages,
         )
         check_resources(compiled, capability, tmp_path)
-        assert uses_tensor_cores(compiled) == (dtype != "float32" or precision == "tf32")
+        assert uses_tensor_cores(compiled) != by_library
 
 
 @each_capability
@@ -338,7 +336,7 @@ def test_adapter(
     tile = adapter.fused_tile(table, torch.float16, bottleneck)
     constants = {
         **constants_of(adapter.fused_options(tile, 768, bottleneck)),
-        **{"ACTIVATION": ACTIVATION_CODES["gelu"], "PRECISION": "ieee"},
+        **{"ACTIVATION": ACTIVATION_CODES["gelu"]},
         **({} if forward else {"ADD_GRAD": True}),
     }
     compiled = compile_kernel(

@@ -23,14 +23,14 @@ from mmkernels.activations import ACTIVATIONS
 from mmkernels.ops import _norm_product
 from mmkernels.ops._common import accumulate_dtype
 from mmkernels.ops._triton import (
-    PRODUCT_CONFIGS,
     activate,
     activation_slope,
     add_product,
     batched_product,
     expect,
     expect_optional,
-    input_precision,
+    library_multiplies,
+    multiply_into,
     on_device,
     product_grid,
     product_options,
@@ -116,7 +116,6 @@ def adapter_fwd_kernel(
     WIDTH: tl.constexpr,
     BOTTLENECK: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -134,7 +133,7 @@ def adapter_fwd_kernel(
         used = d < WIDTH - start
         a = tl.load(source + start, mask=valid[:, None] & used[None, :], other=0.0)
         b = tl.load(factor + start, mask=present[None, :] & used[:, None], other=0.0)
-        z = add_product(a, b, z, PRECISION)
+        z = add_product(a, b, z)
     if stats is not None:
         mean = tl.load(stats + row * 2, mask=valid, other=0.0)
         rstd = tl.load(stats + row * 2 + 1, mask=valid, other=0.0)
@@ -151,7 +150,7 @@ def adapter_fwd_kernel(
         column = start + d
         inside = (column < WIDTH)[None, :] & present[:, None]
         b = tl.load(up_weight + column[None, :] * BOTTLENECK + unit[:, None], mask=inside, other=0.0)
-        total = add_product(a, b, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+        total = add_product(a, b, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
         store_sum(total, up_bias, addend, out, row, column, rows, addend_stride, scale, WIDTH)
 
 
@@ -169,28 +168,33 @@ def adapter_product_kernel(
     addend_stride,
     scale,
     INNER: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """``addend + scale * (left right^T + bias)``; ``right (columns, INNER)`` may be strided."""
+    """``addend + scale * (left right^T + bias)``; ``right (columns, INNER)`` may be strided, or None if
+    ``out`` holds the product."""
     accumulate: tl.constexpr = tl.float64 if left.dtype.element_ty == tl.float64 else tl.float32
     row_tile, column_tile = tile_of(
         tl.program_id(0).to(tl.int64), tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_N), GROUP
     )
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
     column = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K).to(tl.int64)
-    total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
-    for start in range(0, INNER, BLOCK_K):
-        used = start + k < INNER
-        source = left + row[:, None] * INNER + (start + k)[None, :]
-        a = tl.load(source, mask=(row < rows)[:, None] & used[None, :], other=0.0)
-        factor = right + column[None, :] * column_stride + (start + k)[:, None] * inner_stride
-        b = tl.load(factor, mask=(column < columns)[None, :] & used[:, None], other=0.0)
-        total = add_product(a, b, total, PRECISION)
+    if right is None:
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+        product = out + row[:, None] * columns + column[None, :]
+        total = tl.load(product, mask=inside, other=0.0).to(accumulate)
+    else:
+        k = tl.arange(0, BLOCK_K).to(tl.int64)
+        total = tl.zeros((BLOCK_M, BLOCK_N), accumulate)
+        for start in range(0, INNER, BLOCK_K):
+            used = start + k < INNER
+            source = left + row[:, None] * INNER + (start + k)[None, :]
+            a = tl.load(source, mask=(row < rows)[:, None] & used[None, :], other=0.0)
+            factor = right + column[None, :] * column_stride + (start + k)[:, None] * inner_stride
+            b = tl.load(factor, mask=(column < columns)[None, :] & used[:, None], other=0.0)
+            total = add_product(a, b, total)
     store_sum(total, bias, addend, out, row, column, rows, addend_stride, scale, columns)
 
 
@@ -214,7 +218,6 @@ def adapter_bwd_kernel(
     BOTTLENECK: tl.constexpr,
     ADD_GRAD: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -235,7 +238,7 @@ def adapter_bwd_kernel(
             g = tl.load(source, mask=valid[:, None] & used[None, :], other=0.0)
             factor = up_weight + column[:, None] * BOTTLENECK + unit[None, :]
             b = tl.load(factor, mask=used[:, None] & present[None, :], other=0.0)
-            da = add_product(g, b, da, PRECISION)
+            da = add_product(g, b, da)
 
     known = valid[:, None] & present[None, :]
     place = row[:, None] * BOTTLENECK + unit[None, :]
@@ -263,7 +266,7 @@ def adapter_bwd_kernel(
             inside = valid[:, None] & used[None, :]
             factor = folded_weight + unit[:, None] * WIDTH + column[None, :]
             b = tl.load(factor, mask=present[:, None] & used[None, :], other=0.0)
-            total = add_product(a, b, tl.zeros((BLOCK_M, BLOCK_D), tl.float32), PRECISION)
+            total = add_product(a, b, tl.zeros((BLOCK_M, BLOCK_D), tl.float32))
             if stats is not None:
                 value = tl.load(x + row[:, None] * row_stride + column[None, :], mask=inside, other=0.0)
                 total -= pull[:, None] * (value.to(tl.float32) - mean[:, None])
@@ -408,7 +411,6 @@ def write_output(
         0 if addend is None else addend.stride(0),
         args.scale,
         ACTIVATION=args.activation,
-        PRECISION=input_precision(),
         **fused_options(tile, width, args.bottleneck),
     )
 
@@ -434,10 +436,12 @@ def write_product(
 ) -> None:
     """``out = addend + scale * (left right^T + bias)``; ``left`` and ``out`` are contiguous."""
     rows, columns = out.shape
-    config = PRODUCT_CONFIGS[left.dtype]
-    adapter_product_kernel[product_grid(config, rows, columns, 1)](
+    by_library = library_multiplies(left.dtype)
+    if by_library:
+        multiply_into(out, left, right.T)
+    adapter_product_kernel[product_grid(rows, columns, 1)](
         left,
-        right,
+        None if by_library else right,
         bias,
         addend,
         out,
@@ -448,8 +452,7 @@ def write_product(
         0 if addend is None else addend.stride(0),
         scale,
         INNER=left.shape[1],
-        PRECISION=input_precision(),
-        **product_options(config),
+        **product_options(),
     )
 
 
@@ -563,7 +566,6 @@ def write_row_gradients(
         args.scale,
         ADD_GRAD=add_input,
         ACTIVATION=args.activation,
-        PRECISION=input_precision(),
         **fused_options(tile, width, args.bottleneck),
     )
     torch.sum(partial_down_bias, 0, out=to.down_bias)
