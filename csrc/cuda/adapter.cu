@@ -126,56 +126,61 @@ MMK_DEVICE void forward_hidden(const AdapterForward& args, const float2* moments
   finish_hidden<Tile>(sums, words, finish);
 }
 
-// One step of the second product, for the columns of the output from `column` on.
-template <class Tile>
-MMK_DEVICE void forward_step(const AdapterForward& args, Residual residual, int64_t first_row, int rows,
-                             int64_t column, const typename Tile::HiddenFragments& hidden,
-                             const typename Tile::T* weights, typename Tile::T* place) {
+// One step of the second product, for the columns of the output from `column` on. Every load is issued before
+// the product, which hides part of its latency.
+template <class Tile, Residual kResidual, bool kFull>
+MMK_DEVICE void forward_step(const AdapterForward& args, int64_t first_row, int rows, int64_t column,
+                             const typename Tile::HiddenFragments& hidden, const typename Tile::T* weights,
+                             typename Tile::T* place) {
   using T = typename Tile::T;
   const int64_t width = args.shape.width;
   const float scale = static_cast<float>(args.scale);
-  // Issue the loads before the product, which hides part of their latency.
-  float2 addend[2][Tile::kChunkBlocks][2] = {};
-  for_each_pair<Tile>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
-    const int64_t index = (first_row + row) * args.residual.row_stride + c;
-    if (residual == Residual::kHalf) {
-      const T* pair = static_cast<const T*>(args.residual.data) + index;
-      addend[i][j][h] = unpack<T>(__ldg(reinterpret_cast<const uint32_t*>(pair)));
-    } else if (residual == Residual::kFloat) {
-      const float* pair = static_cast<const float*>(args.residual.data) + index;
-      addend[i][j][h] = __ldg(reinterpret_cast<const float2*>(pair));
+  ChunkWords<Tile> words = {};
+  float2 wide[kResidual == Residual::kFloat ? 2 : 1][Tile::kChunkBlocks][2] = {};
+  if constexpr (kResidual == Residual::kHalf) {
+    load_pairs<Tile, kFull>(words, args.residual, first_row, rows, column, width);
+  }
+  for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
+    if constexpr (kResidual == Residual::kHeld) words[i][j][h] = chunk_pair<Tile>(place, i, j, h);
+    if constexpr (kResidual == Residual::kFloat) {
+      const float* data = static_cast<const float*>(args.residual.data);
+      const float* pair = data + (first_row + row) * args.residual.row_stride + c;
+      wide[i][j][h] = __ldg(reinterpret_cast<const float2*>(pair));
     }
   });
+  float2 bias[Tile::kChunkBlocks] = {};
+#pragma unroll
+  for (int j = 0; j < Tile::kChunkBlocks; ++j) {
+    const int64_t c = pair_column<Tile>(column, j);
+    if (args.up_bias == nullptr || (!kFull && c >= width)) continue;
+    // up_bias is the caller's tensor, aligned to 4 bytes only: no float2.
+    const float* pair = static_cast<const float*>(args.up_bias) + c;
+    bias[j] = {__ldg(pair), __ldg(pair + 1)};
+  }
   typename Tile::ChunkSums sums = {};
   second_product<Tile, false>(sums, hidden, weights);
-  for_each_pair<Tile>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
-    float2 bias = {0.0f, 0.0f};
-    if (args.up_bias != nullptr) {
-      // up_bias is the caller's tensor, aligned to 4 bytes only: no float2.
-      const float* pair = static_cast<const float*>(args.up_bias) + c;
-      bias = {__ldg(pair), __ldg(pair + 1)};
-    }
-    float2 value = {scale * (sums[i][j][2 * h] + bias.x), scale * (sums[i][j][2 * h + 1] + bias.y)};
-    uint32_t& pair = chunk_pair<Tile>(place, i, j, h);
-    const float2 added = residual == Residual::kHeld ? unpack<T>(pair) : addend[i][j][h];
-    value.x += added.x;
-    value.y += added.y;
-    if (residual == Residual::kFloat) {
+  for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
+    float2 value = {scale * (sums[i][j][2 * h] + bias[j].x), scale * (sums[i][j][2 * h + 1] + bias[j].y)};
+    if constexpr (kResidual == Residual::kFloat) {
+      value.x += wide[i][j][h].x;
+      value.y += wide[i][j][h].y;
       float* target = static_cast<float*>(args.out) + (first_row + row) * width + c;
       *reinterpret_cast<float2*>(target) = value;
     } else {
-      pair = pack<T>(value.x, value.y);
+      const float2 added = unpack<T>(words[i][j][h]);
+      value.x += added.x;
+      value.y += added.y;
+      chunk_pair<Tile>(place, i, j, h) = pack<T>(value.x, value.y);
     }
   });
-  if (residual != Residual::kFloat) {
-    write_chunk<Tile>(static_cast<T*>(args.out), place, first_row, rows, column, width);
+  if constexpr (kResidual != Residual::kFloat) {
+    write_chunk<Tile, kFull>(static_cast<T*>(args.out), place, first_row, rows, column, width);
   }
 }
 
-template <class Tile>
+template <class Tile, Residual kResidual>
 __global__ void __launch_bounds__(kAdapterThreads, 1)
-    adapt(const __grid_constant__ AdapterForward args, const __grid_constant__ AdapterTiles tiles,
-          Residual residual) {
+    adapt(const __grid_constant__ AdapterForward args, const __grid_constant__ AdapterTiles tiles) {
   using T = typename Tile::T;
   MMK_DYNAMIC_SMEM(unsigned char, buffer);
   const AdapterShared<Tile> shared(buffer);
@@ -220,8 +225,11 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stream.next();
       if (!live) continue;
-      forward_step<Tile>(args, residual, first_row, rows, chunk * Tile::kChunk, hidden, stream.weights(),
-                         stream.place());
+      const int64_t column = chunk * Tile::kChunk;
+      dispatch_full<Tile>(rows, column, width, [&](auto full) {
+        forward_step<Tile, kResidual, decltype(full)::value>(args, first_row, rows, column, hidden,
+                                                             stream.weights(), stream.place());
+      });
     }
   }
 }
@@ -323,8 +331,20 @@ cudaError_t launch_forward(const AdapterForward& args, const AdapterTiles& tiles
                                                                : Residual::kHalf;
   return dispatch_adapter_tile<T>(tiles, [&](auto tile) {
     using Tile = decltype(tile);
-    return launch_overlapping(adapt<Tile>, dim3(static_cast<unsigned>(tiles.blocks)), dim3(kAdapterThreads),
-                              static_cast<size_t>(tiles.shared_bytes), stream, args, tiles, residual);
+    const auto run = [&](auto kernel) {
+      return launch_overlapping(kernel, dim3(static_cast<unsigned>(tiles.blocks)), dim3(kAdapterThreads),
+                                static_cast<size_t>(tiles.shared_bytes), stream, args, tiles);
+    };
+    switch (residual) {
+      case Residual::kHeld:
+        return run(adapt<Tile, Residual::kHeld>);
+      case Residual::kHalf:
+        return run(adapt<Tile, Residual::kHalf>);
+      case Residual::kFloat:
+        return run(adapt<Tile, Residual::kFloat>);
+      default:
+        return run(adapt<Tile, Residual::kNone>);
+    }
   });
 }
 

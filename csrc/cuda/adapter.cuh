@@ -8,6 +8,8 @@
 // docs/design/adapter-cuda.md has the argument: bytes moved, tile sizes, estimated times.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/activation.cuh"
 #include "cuda/common/launch.cuh"
 #include "cuda/common/ptx.cuh"
@@ -427,21 +429,42 @@ MMK_DEVICE void exchange_hidden(typename Tile::T* exchange, const typename Tile:
 
 // ---- writing the result of a step of the second product
 
-// Calls body(i, j, h, row of the tile, column of the matrix) for this lane's pairs inside the matrix.
-template <class Tile, class Body>
+// Column of this lane's pairs in block j of a chunk that starts at `column`.
+template <class Tile>
+MMK_DEVICE int64_t pair_column(int64_t column, int j) {
+  return column + Tile::chunk_block(j) * 8 + lane_index() % 4 * 2;
+}
+
+// Calls body(i, j, h, row of the tile, column of the matrix) for this lane's pairs inside the matrix; for all
+// of them, without a test, if the chunk is full.
+template <class Tile, bool kFull, class Body>
 MMK_DEVICE void for_each_pair(int rows, int64_t column, int64_t width, Body&& body) {
 #pragma unroll
   for (int j = 0; j < Tile::kChunkBlocks; ++j) {
-    const int64_t c = column + Tile::chunk_block(j) * 8 + lane_index() % 4 * 2;
-    if (c >= width) continue;
+    const int64_t c = pair_column<Tile>(column, j);
+    if (!kFull && c >= width) continue;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        if (Tile::row(i, h) < rows) body(i, j, h, Tile::row(i, h), c);
+        if (kFull || Tile::row(i, h) < rows) body(i, j, h, Tile::row(i, h), c);
       }
     }
   }
+}
+
+// This lane's pairs of a chunk, two elements of T in each word.
+template <class Tile>
+using ChunkWords = uint32_t[2][Tile::kChunkBlocks][2];
+
+// Loads the pairs of a matrix of T, all before the first is used.
+template <class Tile, bool kFull>
+MMK_DEVICE void load_pairs(ChunkWords<Tile>& words, const AdapterRows& from, int64_t first_row, int rows,
+                           int64_t column, int64_t width) {
+  const auto* data = static_cast<const typename Tile::T*>(from.data) + first_row * from.row_stride;
+  for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
+    words[i][j][h] = __ldg(reinterpret_cast<const uint32_t*>(data + row * from.row_stride + c));
+  });
 }
 
 // This lane's pair of elements in a chunk in shared memory.
@@ -452,7 +475,7 @@ MMK_DEVICE uint32_t& chunk_pair(typename Tile::T* chunk, int i, int j, int h) {
 }
 
 // Writes this warp's part of a chunk from shared to device memory, in coalesced 16-byte stores.
-template <class Tile>
+template <class Tile, bool kFull>
 MMK_DEVICE void write_chunk(typename Tile::T* out, const typename Tile::T* chunk, int64_t first_row, int rows,
                             int64_t column, int64_t width) {
   constexpr int kBlocks = Tile::kChunkBlocks;
@@ -463,9 +486,19 @@ MMK_DEVICE void write_chunk(typename Tile::T* out, const typename Tile::T* chunk
     const int row = Tile::row_warp() * 32 + index / kBlocks;
     const int block = Tile::chunk_block(index % kBlocks);
     const int64_t c = column + block * 8;
-    if (row >= rows || c >= width) continue;
+    if (!kFull && (row >= rows || c >= width)) continue;
     const auto value = load<8>(chunk + swizzled<Tile::kChunk / 8>(row, block));
     store_columns<true>(out + (first_row + row) * width, c, width, value);
+  }
+}
+
+// Calls body(constant<bool>): whether the chunk is full. A second copy of the body serves the last ones.
+template <class Tile, class Body>
+MMK_DEVICE void dispatch_full(int rows, int64_t column, int64_t width, Body&& body) {
+  if (rows == Tile::kRows && column + Tile::kChunk <= width) {
+    body(std::true_type{});
+  } else {
+    body(std::false_type{});
   }
 }
 

@@ -178,45 +178,48 @@ MMK_DEVICE void finish_sums(const AdapterBackward& args, const GradientScratch<T
 
 // ---- the second product
 
-// One step, for the columns of dx from `column` on.
-template <class Tile>
+// One step, for the columns of dx from `column` on. Every load is issued before the product, which hides part
+// of its latency.
+template <class Tile, bool kNorm, bool kFull>
 MMK_DEVICE void gradient_step(const AdapterBackward& args, bool held, const float2* row_values,
                               int64_t first_row, int rows, int64_t column,
                               const typename Tile::HiddenFragments& hidden, const typename Tile::T* weights,
                               typename Tile::T* place) {
   using T = typename Tile::T;
   const int64_t width = args.shape.width;
-  const bool norm = args.stats != nullptr;
-  // Issue the loads before the product, which hides part of their latency.
-  uint32_t x[2][Tile::kChunkBlocks][2] = {};
-  uint32_t grad[2][Tile::kChunkBlocks][2] = {};
-  for_each_pair<Tile>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
-    const auto load_pair = [&](const AdapterRows& from) {
-      const T* pair = static_cast<const T*>(from.data) + (first_row + row) * from.row_stride + c;
-      return __ldg(reinterpret_cast<const uint32_t*>(pair));
-    };
-    if (norm) x[i][j][h] = load_pair(args.x);
-    if (args.add_input && !held) grad[i][j][h] = load_pair(args.grad);
-  });
+  ChunkWords<Tile> x = {};
+  ChunkWords<Tile> grad = {};  // zero where it is not added
+  if constexpr (kNorm) load_pairs<Tile, kFull>(x, args.x, first_row, rows, column, width);
+  if (args.add_input && held) {
+    for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int, int64_t) {
+      grad[i][j][h] = chunk_pair<Tile>(place, i, j, h);
+    });
+  } else if (args.add_input) {
+    load_pairs<Tile, kFull>(grad, args.grad, first_row, rows, column, width);
+  }
   typename Tile::ChunkSums sums = {};
   second_product<Tile, true>(sums, hidden, weights);
-  for_each_pair<Tile>(rows, column, width, [&](int i, int j, int h, int row, int64_t) {
+  float2 moments[2][2] = {};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (kNorm && (kFull || Tile::row(i, h) < rows)) moments[i][h] = row_values[Tile::row(i, h)];
+    }
+  }
+  for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int, int64_t) {
     float2 value = {sums[i][j][2 * h], sums[i][j][2 * h + 1]};
-    if (norm) {
-      const float2 moments = row_values[row];
+    if constexpr (kNorm) {
       const float2 pair = unpack<T>(x[i][j][h]);
-      value.x -= moments.y * (pair.x - moments.x);
-      value.y -= moments.y * (pair.y - moments.x);
+      value.x -= moments[i][h].y * (pair.x - moments[i][h].x);
+      value.y -= moments[i][h].y * (pair.y - moments[i][h].x);
     }
-    uint32_t& target = chunk_pair<Tile>(place, i, j, h);
-    if (args.add_input) {
-      const float2 pair = unpack<T>(held ? target : grad[i][j][h]);
-      value.x += pair.x;
-      value.y += pair.y;
-    }
-    target = pack<T>(value.x, value.y);
+    const float2 added = unpack<T>(grad[i][j][h]);
+    value.x += added.x;
+    value.y += added.y;
+    chunk_pair<Tile>(place, i, j, h) = pack<T>(value.x, value.y);
   });
-  write_chunk<Tile>(static_cast<T*>(args.dx), place, first_row, rows, column, width);
+  write_chunk<Tile, kFull>(static_cast<T*>(args.dx), place, first_row, rows, column, width);
 }
 
 template <class Tile>
@@ -261,8 +264,19 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stream.next();
       if (!live) continue;
-      gradient_step<Tile>(args, stream.held(), shared.rows, first_row, rows, chunk * Tile::kChunk, hidden,
-                          stream.weights(), stream.place());
+      const int64_t column = chunk * Tile::kChunk;
+      dispatch_full<Tile>(rows, column, args.shape.width, [&](auto full) {
+        const auto step = [&](auto norm) {
+          gradient_step<Tile, decltype(norm)::value, decltype(full)::value>(args, stream.held(), shared.rows,
+                                                                            first_row, rows, column, hidden,
+                                                                            stream.weights(), stream.place());
+        };
+        if (args.stats != nullptr) {
+          step(std::true_type{});
+        } else {
+          step(std::false_type{});
+        }
+      });
     }
   }
 }
