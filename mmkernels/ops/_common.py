@@ -46,6 +46,17 @@ def _choose_automatically(op: str, tensor: Tensor) -> str:
     return "reference"
 
 
+def as_autocast(tensor: Tensor) -> Tensor:
+    """``tensor`` in the dtype that autocast gives to the operands of a product."""
+    device = tensor.device.type
+    # Meta tensors, among others, have no autocast, and torch.is_autocast_enabled raises for them.
+    if not (tensor.is_cpu or tensor.is_cuda or torch.amp.is_autocast_available(device)):
+        return tensor
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type of weights, statistics and sums for elements of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -27,7 +27,9 @@ from op_tests import (
     BackendNames,
     Call,
     Compile,
+    Derivatives,
     Gradcheck,
+    InferenceTensors,
     Opcheck,
     OpSpec,
     check_against_reference,
@@ -52,7 +54,7 @@ SOURCES = sorted(
 )
 # CUDA kernels have no float64, and these tests do not depend on the device.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ELSEWHERE = (Gradcheck, Opcheck, Compile, BackendNames)
+ELSEWHERE = (Gradcheck, Derivatives, InferenceTensors, Opcheck, Compile, BackendNames)
 
 
 @functools.cache

@@ -12,8 +12,10 @@ from collections.abc import Collection, Sequence
 import torch
 
 from .base import OpTests
+from .derivatives import Derivatives
 from .exactness import BatchInvariance, NonFinite, Repeatability
 from .frozen import Frozen, OnlyRequestedGradients
+from .inference import InferenceTensors
 from .layouts import GradientLayouts, InputLayouts, ZeroSizes
 from .running import backends, generator_for, poisoned_memory, value_and_gradients
 from .spec import DTYPES, Call, OpSpec, Shape, away_from_zero
@@ -25,7 +27,9 @@ __all__ = [
     "BackendNames",
     "Call",
     "Compile",
+    "Derivatives",
     "Gradcheck",
+    "InferenceTensors",
     "OpSpec",
     "Opcheck",
     "Shape",
@@ -42,6 +46,7 @@ __all__ = [
 KINDS: tuple[type[OpTests], ...] = (
     ValuesAndGradients,
     Gradcheck,
+    Derivatives,
     Opcheck,
     InputLayouts,
     GradientLayouts,
@@ -50,6 +55,7 @@ KINDS: tuple[type[OpTests], ...] = (
     BatchInvariance,
     OnlyRequestedGradients,
     Frozen,
+    InferenceTensors,
     Compile,
     WideParameters,
     Autocast,

@@ -6,10 +6,9 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies
-from torch import Tensor
 
 from .base import OpTests
-from .running import backends, value_and_gradients
+from .running import backends, of_leaves, value_and_gradients
 from .spec import Call, Shape
 from .tolerance import check_against_reference
 
@@ -23,17 +22,7 @@ class ValuesAndGradients(OpTests):
 class Gradcheck(OpTests):
     def test_gradcheck(self, case: str) -> None:
         call = self.build(self.spec.cases[case], torch.float64, "cpu").detached()
-        # In the order in which mapped() walks the arguments.
-        names = [name for name in call.arguments if name in call.differentiable]
-        leaves = [tensor for name in names for tensor in call.tensors(name)]
-        assert len(leaves) == len(call.leaves())
-
-        def run(*values: Tensor) -> Tensor:
-            order = iter(values)
-            swapped = call.mapped(lambda name, t: next(order) if name in call.differentiable else t)
-            return self.spec.function(**swapped.arguments)
-
-        assert torch.autograd.gradcheck(run, leaves, fast_mode=True)
+        assert torch.autograd.gradcheck(of_leaves(self.spec.function, call), call.leaves(), fast_mode=True)
 
 
 class WideParameters(OpTests):
