@@ -46,15 +46,18 @@ def _choose_automatically(op: str, tensor: Tensor) -> str:
     return "reference"
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where ``tensor`` is. Some devices, as meta, have none, and torch's question
+    raises for them."""
+    asked = tensor.is_cpu or tensor.is_cuda or torch.amp.is_autocast_available(tensor.device.type)
+    return asked and torch.is_autocast_enabled(tensor.device.type)
+
+
 def as_autocast(tensor: Tensor) -> Tensor:
     """``tensor`` in the dtype that autocast gives to the operands of a product."""
-    device = tensor.device.type
-    # Meta tensors, among others, have no autocast, and torch.is_autocast_enabled raises for them.
-    if not (tensor.is_cpu or tensor.is_cuda or torch.amp.is_autocast_available(device)):
+    if not autocasts(tensor) or tensor.dtype == torch.float64:
         return tensor
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

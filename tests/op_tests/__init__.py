@@ -20,7 +20,7 @@ from .layouts import GradientLayouts, InputLayouts, ZeroSizes
 from .running import backends, generator_for, poisoned_memory, value_and_gradients
 from .spec import DTYPES, Call, OpSpec, Shape, away_from_zero
 from .tolerance import assert_close_to_reference, check_against_reference
-from .torch_features import Autocast, BackendNames, Checkpointing, Compile, Opcheck
+from .torch_features import Autocast, BackendNames, Checkpointing, Compile, MetaTensors, Opcheck
 from .values import Fuzz, Gradcheck, ValuesAndGradients, WideParameters
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Derivatives",
     "Gradcheck",
     "InferenceTensors",
+    "MetaTensors",
     "OpSpec",
     "Opcheck",
     "Shape",
@@ -59,6 +60,7 @@ KINDS: tuple[type[OpTests], ...] = (
     Compile,
     WideParameters,
     Autocast,
+    MetaTensors,
     Checkpointing,
     NonFinite,
     Fuzz,

@@ -1,4 +1,5 @@
-"""The parts of torch that an op must work with: opcheck, compile, autocast, checkpointing."""
+"""The parts of torch that an op must work with: opcheck, compile, autocast, meta tensors,
+checkpointing."""
 
 from __future__ import annotations
 
@@ -49,6 +50,21 @@ class Autocast(OpTests):
         assert out.dtype in (torch.bfloat16, torch.float32)
         assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients)
         torch.testing.assert_close(out.float(), plain, atol=0.1, rtol=0.05)
+
+
+class MetaTensors(OpTests):
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+    @pytest.mark.parametrize("autocast", [False, True])
+    def test_meta_tensors(self, case: str, dtype: torch.dtype, autocast: bool) -> None:
+        """Shapes and dtypes without values; the meta device has no autocast."""
+        call = self.build(self.spec.cases[case], dtype, "cpu")
+        expected = self.spec.function(**call.arguments)
+        meta = call.mapped(lambda _, tensor: tensor.to("meta")).detached()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = self.spec.function(**meta.arguments)
+        assert (out.device.type, out.shape, out.dtype) == ("meta", expected.shape, expected.dtype)
+        gradients = torch.autograd.grad(out.sum(), meta.leaves())
+        assert [g.shape for g in gradients] == [leaf.shape for leaf in meta.leaves()]
 
 
 class Checkpointing(OpTests):
