@@ -34,6 +34,8 @@ class LayerMix(nn.Module):
 
     Parameters: ``weights (L,)``; with ``affine`` also ``norm_weight (L, D)`` (ones) and ``norm_bias (L, D)``
         (zeros).
+
+    The layers are kept for the backward pass, not copied: overwriting one in between is an error there.
     """
 
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,3 +102,21 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def saved_tensors(op: str, ctx: Any) -> Sequence[Any]:
+    """The tensors saved for the backward pass. Call it once: checkpointing recomputes them for the first
+    reading.
+
+    Raises:
+        RuntimeError: one was overwritten since the forward pass.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{op}: an input was overwritten between the forward and the backward pass, which reads it and "
+            f"keeps no copy; give the op a clone, or overwrite it after the backward pass. {error}"
+        ) from error

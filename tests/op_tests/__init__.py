@@ -20,7 +20,7 @@ from .layouts import GradientLayouts, InputLayouts, ZeroSizes
 from .running import backends, generator_for, poisoned_memory, value_and_gradients
 from .spec import DTYPES, Call, OpSpec, Shape, away_from_zero
 from .tolerance import assert_close_to_reference, check_against_reference
-from .torch_features import Autocast, BackendNames, Checkpointing, Compile, MetaTensors, Opcheck
+from .torch_features import Autocast, BackendNames, Checkpointing, Compile, MetaTensors, Opcheck, Overwriting
 from .values import Fuzz, Gradcheck, ValuesAndGradients, WideParameters
 
 __all__ = [
@@ -62,6 +62,7 @@ KINDS: tuple[type[OpTests], ...] = (
     Autocast,
     MetaTensors,
     Checkpointing,
+    Overwriting,
     NonFinite,
     Fuzz,
     BackendNames,

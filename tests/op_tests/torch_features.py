@@ -81,6 +81,21 @@ class Checkpointing(OpTests):
             assert torch.equal(g, e)
 
 
+class Overwriting(OpTests):
+    def test_an_input_overwritten_before_the_backward_pass(
+        self, case: str, device: str, backend: str
+    ) -> None:
+        """The op keeps its inputs and no copies of them; the error says which op, and the way out."""
+        call = self.build(self.spec.cases[case], torch.float32, device).detached()
+        frozen = call.mapped(lambda name, t: t.detach() if name in self.spec.activations else t)
+        out = self.spec.function(**frozen.arguments, backend=backend)
+        frozen.tensors(self.spec.activations[0])[-1].mul_(2)
+        with pytest.raises(
+            RuntimeError, match=rf"{self.spec.name}: .* give the op a clone.*inplace operation"
+        ):
+            out.sum().backward()
+
+
 class BackendNames(OpTests):
     def test_backend_names(self) -> None:
         """A backend asked for by name is used, or refused with the reason."""

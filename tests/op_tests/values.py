@@ -6,6 +6,7 @@ import hypothesis
 import pytest
 import torch
 from hypothesis import strategies
+from torch import Tensor
 
 from .base import OpTests
 from .running import backends, of_leaves, value_and_gradients
@@ -39,6 +40,18 @@ class WideParameters(OpTests):
         grad = self.some_grad(call)
         _, gradients = value_and_gradients(self.spec.function, call, grad, backend=backend)
         assert [g.dtype for g in gradients] == [leaf.dtype for leaf in call.leaves()]
+        if not self.spec.rounds_products:
+            self._check_float32(call, grad, gradients)
+
+    def _check_float32(self, call: Call, grad: Tensor, gradients: list[Tensor]) -> None:
+        """The parameters' gradients have the accuracy of float32, for this incoming gradient."""
+        wide = call.detached(torch.float64)
+        _, exact = value_and_gradients(self.spec.reference, wide, grad.double())
+        _, plain = value_and_gradients(self.spec.reference, call.detached(), grad)
+        for found, r, e in zip(gradients, exact, plain, strict=True):
+            if found.dtype == torch.float32:
+                allowed = 4 * (e - r).abs().max() + 16 * torch.finfo(torch.float32).eps * r.abs().max()
+                assert (found - r).abs().max() <= allowed
 
 
 class Fuzz(OpTests):

@@ -115,6 +115,7 @@ SPEC = OpSpec(
     shapes=shapes,
     dynamic=({"N": 9}, {"N": 14}),
     activations=("x",),
+    rounds_products=True,
     library_products=(("cpu", "native"), ("cuda", "native")),
 )
 TestLayerProject = op_tests(SPEC)

@@ -28,7 +28,7 @@ class _Adapter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = _common.saved_tensors("adapter", ctx)
         needed = ctx.needs_input_grad[2:10]
         need_x, need_down, need_down_bias, need_up, need_up_bias, _, need_gain, need_shift = needed
         wanted = (need_x, need_down or need_down_bias, need_up or need_up_bias, need_gain or need_shift)
@@ -123,13 +123,17 @@ def adapter(
         not.
 
     Gradients flow to every tensor that requires them, and only those are computed. Saved for backward: ``x``,
-    the value before the activation (rows x d), and 8 bytes of statistics per row with LayerNorm. Gradients of
-    gradients need ``backend="reference"``.
+    the value before the activation (rows x d), and 8 bytes of statistics per row with LayerNorm. ``x`` is
+    kept, not copied: overwriting it before the backward pass is an error there. The gradients of float32
+    parameters beside ``x`` in half precision are float32 sums of products in half precision, as under
+    autocast; ``x.float()`` makes them exact. Forward mode, ``torch.func`` and gradients of gradients are the
+    reference's: ``"auto"`` takes it by itself, a kernel asked for by name raises.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
         ValueError: Shapes or devices that do not match, an unknown activation, or a backend that cannot
             serve.
+        RuntimeError: In the backward pass: an input was overwritten since the forward pass.
 
     Source: Houlsby et al., Parameter-Efficient Transfer Learning for NLP (arXiv 1902.00751, section 2.1);
     the adapters of AAT (arXiv 2401.10544) and of HFF (arXiv 2211.02712).

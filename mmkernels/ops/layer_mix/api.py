@@ -39,7 +39,7 @@ class _LayerMix(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, norm_weight, norm_bias, lengths, stats, *layers = ctx.saved_tensors
+        weights, norm_weight, norm_bias, lengths, stats, *layers = _common.saved_tensors("layer_mix", ctx)
         _, _, need_weights, need_gain, need_shift, _, _, _, *need_layers = ctx.needs_input_grad
         if _derivatives.beyond_kernels(grad):
             return _reference_gradients(ctx, grad, weights, norm_weight, norm_bias, lengths, layers)
@@ -139,11 +139,15 @@ def layer_mix(
 
     Gradients flow to ``weights``, ``norm_weight``, ``norm_bias`` and those ``layers`` that require them, in
     one pass over the layers; for frozen layers only the small ones are computed. Sums over frames have a
-    fixed order. Gradients of gradients need ``backend="reference"``.
+    fixed order. The gradients of float32 parameters are float32 sums, exact for the incoming gradient, which
+    has the layers' dtype. Layers are kept for the backward pass, not copied: overwriting one in between is
+    an error there. Forward mode, ``torch.func`` and gradients of gradients are the reference's: ``"auto"``
+    takes it by itself, a kernel asked for by name raises.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
         ValueError: Shapes, devices or dtypes that do not match, or a backend that cannot serve.
+        RuntimeError: In the backward pass: an input was overwritten since the forward pass.
 
     Source: Eq. 1 of Yang et al., SUPERB (arXiv 2105.01051), and the linear fusion of frozen layers that HFF
     (arXiv 2211.02712) is compared with.

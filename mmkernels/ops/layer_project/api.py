@@ -29,7 +29,7 @@ class _LayerProject(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        saved = _common.saved_tensors("layer_project", ctx)
         needed = ctx.needs_input_grad[2:7]
         if _derivatives.beyond_kernels(grad):
             gradients = _reference_gradients(ctx, grad, saved[:5], needed)
@@ -101,13 +101,17 @@ def layer_project(
 
     Gradients flow to every tensor that requires them; where ``x`` does not (frozen taps), no product for it
     is computed, also with a trainable LayerNorm. Saved for backward: ``x``, the result (the value before the
-    activation for gelu and silu), and 8 bytes of statistics per frame and tap. Gradients of gradients need
-    ``backend="reference"``.
+    activation for gelu and silu), and 8 bytes of statistics per frame and tap. ``x`` is kept, not copied:
+    overwriting it before the backward pass is an error there. The gradients of float32 parameters beside
+    ``x`` in half precision are float32 sums of products in half precision, as under autocast; ``x.float()``
+    makes them exact. Forward mode, ``torch.func`` and gradients of gradients are the reference's: ``"auto"``
+    takes it by itself, a kernel asked for by name raises.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
         ValueError: Shapes or devices that do not match, an unknown activation, or a backend that cannot
             serve.
+        RuntimeError: In the backward pass: an input was overwritten since the forward pass.
 
     Source: the feature projectors of HFF (arXiv 2211.02712, section 3.2).
     """
