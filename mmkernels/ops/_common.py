@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -59,6 +60,11 @@ def as_autocast(tensor: Tensor) -> Tensor:
     if not autocasts(tensor) or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """For statements whose dtypes are chosen already, as those of a reference."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else nullcontext()
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

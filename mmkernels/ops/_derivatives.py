@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from mmkernels.ops._common import without_autocast
+
 #: Whether this runs inside a transform of ``torch.func``.
 transforms_active = torch._C._are_functorch_transforms_active
 
@@ -75,12 +77,13 @@ def reference_gradients(
         raise _refusal(op, asked)
     differentiable = torch.is_grad_enabled()
     aliases, wanted = list(tensors), []
-    with torch.enable_grad():
+    with torch.enable_grad(), without_autocast(grad):
         for index, (tensor, need) in enumerate(zip(tensors, needed, strict=True)):
             if need and tensor is not None:
                 # An alias: one tensor may be a function of another, and only its own part is wanted.
                 aliases[index] = alias = tensor.view_as(tensor).requires_grad_()
                 wanted.append(alias)
         out = function(*aliases)
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=differentiable, allow_unused=True))
-    return [next(found) if need else None for need in needed]
+        found = torch.autograd.grad(out, wanted, grad, create_graph=differentiable, allow_unused=True)
+    of_wanted = iter(found)
+    return [next(of_wanted) if need else None for need in needed]

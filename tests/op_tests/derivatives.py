@@ -231,6 +231,20 @@ class Derivatives(OpTests):
             return
         torch.testing.assert_close(DERIVATIVES[derivative](run, at, along), expected, rtol=1e-9, atol=1e-9)
 
+    def test_gradcheck_of_every_mode(self, case: str) -> None:
+        """Against finite differences: tangents, and several gradients or tangents at once."""
+        call, at, _ = self._point(case)
+        run, leaves = of_leaves(self.spec.function, call), as_leaves(at)
+        assert torch.autograd.gradcheck(run, leaves, fast_mode=True, check_forward_ad=True)
+        assert torch.autograd.gradcheck(
+            of_smallest(run, leaves)[0],
+            of_smallest(run, leaves)[1],
+            check_forward_ad=True,
+            check_batched_grad=True,
+            check_batched_forward_grad=True,
+        )
+        assert torch.autograd.gradgradcheck(run, leaves, fast_mode=True)
+
     @pytest.mark.parametrize("derivative", sorted({*DERIVATIVES} - {"functionalize"}))
     def test_a_kernel_asked_for_by_name_is_refused(
         self, compiled_case: str, backend: str, device: str, derivative: str

@@ -51,6 +51,21 @@ class Autocast(OpTests):
         assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in gradients)
         torch.testing.assert_close(out.float(), plain, atol=0.1, rtol=0.05)
 
+    def test_the_reference_is_not_rounded_by_autocast(self, case: str) -> None:
+        """Its dtypes are those of its definition, also where it serves derivatives under autocast."""
+        call = self.build(self.spec.cases[case], torch.float32, "cpu")
+        call = call.mapped(lambda name, t: t.bfloat16() if name in self.spec.activations else t)
+        grad = self.some_grad(call)
+
+        def within_autocast(**arguments: Any) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.spec.reference(**arguments)
+
+        out, gradients = value_and_gradients(within_autocast, call.detached(), grad)
+        plain, expected = value_and_gradients(self.spec.reference, call.detached(), grad)
+        for found, other in zip((out, *gradients), (plain, *expected), strict=True):
+            assert torch.equal(found, other)
+
 
 class MetaTensors(OpTests):
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmkernels.activations import ACTIVATIONS
-from mmkernels.ops._common import accumulate_dtype
+from mmkernels.ops._common import accumulate_dtype, without_autocast
 from mmkernels.ops._inference import widened
 
 
@@ -36,10 +36,11 @@ def adapter(
         return None if tensor is None else widened(tensor, accumulate)
 
     h = widened(x, accumulate)
-    if norm_weight is not None:
-        h = functional.layer_norm(h, h.shape[-1:], wide(norm_weight), wide(norm_bias), eps)
-    h = functional.linear(h, widened(down_weight, accumulate), wide(down_bias))
-    h = functional.linear(ACTIVATIONS[activation](h), widened(up_weight, accumulate), wide(up_bias))
+    with without_autocast(x):
+        if norm_weight is not None:
+            h = functional.layer_norm(h, h.shape[-1:], wide(norm_weight), wide(norm_bias), eps)
+        h = functional.linear(h, widened(down_weight, accumulate), wide(down_bias))
+        h = functional.linear(ACTIVATIONS[activation](h), widened(up_weight, accumulate), wide(up_bias))
     y = scale * h
     if residual is None:
         return y.to(x.dtype)
