@@ -17,12 +17,16 @@ transforms_active = torch._C._are_functorch_transforms_active
 
 def backend_in_transforms(op: str, backend: str, tensors: Iterable[Tensor | None]) -> str:
     """``"reference"`` where a transform of ``torch.func`` or forward mode acts on one of ``tensors``, all
-    those of a call; else ``backend``."""
-    if not _act_on(tensors) or backend == "reference":
+    those of a call; else ``backend``.
+
+    Raises:
+        ValueError: a kernel was asked for by name, and a transform acts.
+    """
+    if not _act_on(tensors):
         return backend
-    if backend != "auto":
+    if backend in ("native", "triton"):
         raise _refusal(op, backend)
-    return "reference"
+    return "reference" if backend == "auto" else backend
 
 
 def _act_on(tensors: Iterable[Tensor | None]) -> bool:

@@ -254,6 +254,11 @@ class Derivatives(OpTests):
         with pytest.raises(ValueError, match=message):
             DERIVATIVES[derivative](of_leaves(self.spec.function, call, backend=backend), at, along)
 
+    def test_an_unknown_backend_in_a_transform(self, compiled_case: str) -> None:
+        call, at, along = self._point(compiled_case)
+        with pytest.raises(ValueError, match="backend must be one of auto, native, triton, reference"):
+            jvp(of_leaves(self.spec.function, call, backend="fastest"), tuple(at), tuple(along))
+
     @pytest.mark.parametrize("transform", ["vmap_grad", "jvp"])
     def test_a_compiled_transform(self, compiled_case: str, transform: str) -> None:
         call, at, along = self._point(compiled_case)
