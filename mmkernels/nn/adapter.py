@@ -37,6 +37,8 @@ class Adapter(nn.Module):
     ``norm_weight (D,)``, ``norm_bias (D,)``: ``2 D d + D + d`` numbers, and ``2 D`` more with LayerNorm.
     Of any floating dtype; they may stay in float32 with activations in half precision.
 
+    The input is kept for the backward pass, not copied: overwriting it in between is an error there.
+
     Raises:
         ValueError: a width or bottleneck below 1, or an unknown activation.
 

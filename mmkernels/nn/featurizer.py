@@ -26,7 +26,10 @@ class Featurizer(nn.Module):
     """Softmax-weighted sum of the hidden states of an upstream, without a stacked copy.
 
     A drop-in for ``s3prl.nn.Featurizer``: same arguments, parameter (``weights``, zeros), ``state_dict`` and
-    result. A single layer is returned as it is, without a parameter.
+    result. A single layer is returned as it is, without a parameter. Layers in half precision beside float32
+    weights give a float32 result and exact gradients, as in s3prl, at the price of a float32 copy of each
+    layer; ``module.to(layer.dtype)`` saves the copies. Other layers are kept for the backward pass, not
+    copied: overwriting one in between, which the stacked copy of s3prl allows, is an error there.
 
     Equivalent to (for a ``Featurizer`` named ``module``, all layers selected)::
 

@@ -34,6 +34,8 @@ class LayerMix(nn.Module):
 
     Parameters: ``weights (L,)``; with ``affine`` also ``norm_weight (L, D)`` (ones) and ``norm_bias (L, D)``
         (zeros).
+
+    The layers are kept for the backward pass, not copied: overwriting one in between is an error there.
     """
 
     def __init__(
@@ -91,24 +93,24 @@ class LayerMix(nn.Module):
         )
 
 
-def promote_layers(layers: Sequence[Tensor] | Tensor) -> Sequence[Tensor] | Tensor:
-    """Layers of one dtype, promoted as ``torch.stack`` does it."""
-    if isinstance(layers, Tensor) or all(layer.dtype == layers[0].dtype for layer in layers):
+def promote_layers(layers: Sequence[Tensor] | Tensor, *others: Tensor) -> Sequence[Tensor] | Tensor:
+    """Layers of one dtype, promoted as ``torch.stack`` does it, and as a product with ``others`` does."""
+    if isinstance(layers, Tensor) or all(t.dtype == layers[0].dtype for t in (*layers, *others)):
         return layers
     dtype = layers[0].dtype
-    for layer in layers[1:]:
-        dtype = torch.promote_types(dtype, layer.dtype)
+    for tensor in (*layers[1:], *others):
+        dtype = torch.promote_types(dtype, tensor.dtype)
     return [layer.to(dtype) for layer in layers]
 
 
 def softmax_layer_mix(
     layers: Sequence[Tensor], logits: Tensor, *, norm: bool = False, lengths: Tensor | None = None
 ) -> Tensor:
-    """``(stack(layers) * softmax(logits)).sum()`` by ``layer_mix``, with the same dtype of the result.
+    """``(stack(layers) * softmax(logits)).sum()`` by ``layer_mix``, with the same dtype and accuracy.
 
-    That product promotes: float32 weights and bfloat16 layers give float32. The sum itself is rounded once,
-    to the layers' dtype.
+    That product promotes: float32 weights and bfloat16 layers give a float32 result, and the gradient that
+    comes back to the weights is not rounded. Layers narrower than the weights are therefore copied in the
+    wider dtype; the product of the stacked layers, which this replaces, is as large as these copies.
     """
     weights = torch.softmax(logits, dim=-1)
-    mixed = layer_mix(promote_layers(layers), weights, norm=norm, lengths=lengths)
-    return mixed.to(torch.promote_types(mixed.dtype, weights.dtype))
+    return layer_mix(promote_layers(layers, weights), weights, norm=norm, lengths=lengths)

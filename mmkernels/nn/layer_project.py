@@ -37,6 +37,8 @@ class LayerProject(nn.Module):
     Parameters: ``weight (L, out_features, C)``, ``bias (L, out_features)``, ``norm_weight (L, C)``,
     ``norm_bias (L, C)``; each tap starts as a new ``nn.LayerNorm`` and a new ``nn.Linear``.
 
+    The input is kept for the backward pass, not copied: overwriting it in between is an error there.
+
     Raises:
         ValueError: a size below 1, or an unknown activation.
     """

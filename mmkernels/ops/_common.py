@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,25 @@ def _choose_automatically(op: str, tensor: Tensor) -> str:
     return "reference"
 
 
+def autocasts(tensor: Tensor) -> bool:
+    """Whether autocast is on where ``tensor`` is. Some devices, as meta, have none, and torch's question
+    raises for them."""
+    asked = tensor.is_cpu or tensor.is_cuda or torch.amp.is_autocast_available(tensor.device.type)
+    return asked and torch.is_autocast_enabled(tensor.device.type)
+
+
+def as_autocast(tensor: Tensor) -> Tensor:
+    """``tensor`` in the dtype that autocast gives to the operands of a product."""
+    if not autocasts(tensor) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(tensor.device.type))
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager[object]:
+    """For statements whose dtypes are chosen already, as those of a reference."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocasts(tensor) else nullcontext()
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """Type of weights, statistics and sums for elements of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -87,3 +108,21 @@ def needs_gradient(*tensors: Tensor | None) -> bool:
             if tensor is not None and tensor.requires_grad:
                 return True
     return False
+
+
+def saved_tensors(op: str, ctx: Any) -> Sequence[Any]:
+    """The tensors saved for the backward pass. Call it once: checkpointing recomputes them for the first
+    reading.
+
+    Raises:
+        RuntimeError: one was overwritten since the forward pass.
+    """
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise RuntimeError(
+            f"{op}: an input was overwritten between the forward and the backward pass, which reads it and "
+            f"keeps no copy; give the op a clone, or overwrite it after the backward pass. {error}"
+        ) from error

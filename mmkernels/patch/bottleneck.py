@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from mmkernels.activations import ACTIVATIONS, TRANSFORMERS_CLASSES
-from mmkernels.ops._common import accumulate_dtype, dtype_served
+from mmkernels.ops._common import accumulate_dtype, autocasts, dtype_served
 from mmkernels.ops.adapter import adapter
 from mmkernels.patch.recogniser import Unsupported
 
@@ -72,16 +72,15 @@ def _goes_with(parameter: Tensor, x: Tensor) -> bool:
         return False
     if parameter.dtype == x.dtype:
         return True
-    casts = torch.is_autocast_enabled(x.device.type) and torch.float64 not in (x.dtype, parameter.dtype)
+    casts = autocasts(x) and torch.float64 not in (x.dtype, parameter.dtype)
     return casts and dtype_served(parameter)
 
 
 def takes_residual(residual: object, x: Tensor) -> bool:
     """Whether the op adds ``residual`` with the result of ``+``. If not, add it outside the op."""
-    device = x.device.type
     computed = x.dtype
-    if torch.is_autocast_enabled(device) and computed != torch.float64:
-        computed = torch.get_autocast_dtype(device)
+    if autocasts(x) and computed != torch.float64:
+        computed = torch.get_autocast_dtype(x.device.type)
     return (
         type(residual) is Tensor
         and residual.shape == x.shape

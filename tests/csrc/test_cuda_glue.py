@@ -27,7 +27,10 @@ from op_tests import (
     BackendNames,
     Call,
     Compile,
+    Derivatives,
     Gradcheck,
+    InferenceTensors,
+    MetaTensors,
     Opcheck,
     OpSpec,
     check_against_reference,
@@ -52,7 +55,7 @@ SOURCES = sorted(
 )
 # CUDA kernels have no float64, and these tests do not depend on the device.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-ELSEWHERE = (Gradcheck, Opcheck, Compile, BackendNames)
+ELSEWHERE = (Gradcheck, Derivatives, InferenceTensors, MetaTensors, Opcheck, Compile, BackendNames)
 
 
 @functools.cache

@@ -92,6 +92,25 @@ def test_dtype_is_that_of_the_stacked_sum() -> None:
     assert Featurizer(UPSTREAM).bfloat16()(layers, lens)[0].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_float32_weights_lose_no_digits_beside_half_layers(normalize: bool, dtype: torch.dtype) -> None:
+    """As in s3prl, whose product is in float32: the result and the gradient of the weights."""
+    module = Featurizer(UPSTREAM, normalize=normalize)
+    nn.init.normal_(module.weights)
+    layers, lens = make_layers(dtype=dtype)
+    exact_weights = module.weights.detach().double().requires_grad_()
+    exact = eager([layer.detach().double() for layer in layers], exact_weights, normalize)
+    mixed, _ = module(layers, lens)
+    grad = torch.randn(mixed.shape, generator=torch.Generator().manual_seed(1))
+    mixed.backward(grad)
+    exact.backward(grad.double())
+    torch.testing.assert_close(mixed.double(), exact, rtol=1e-5, atol=1e-5)
+    assert module.weights.grad.dtype == torch.float32
+    torch.testing.assert_close(module.weights.grad.double(), exact_weights.grad, rtol=1e-5, atol=1e-4)
+    assert layers[0].grad.dtype == dtype
+
+
 def test_compiles_without_a_break() -> None:
     module = Featurizer(UPSTREAM, normalize=True)
     layers, lens = make_layers()

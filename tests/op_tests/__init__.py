@@ -12,20 +12,25 @@ from collections.abc import Collection, Sequence
 import torch
 
 from .base import OpTests
+from .derivatives import Derivatives
 from .exactness import BatchInvariance, NonFinite, Repeatability
 from .frozen import Frozen, OnlyRequestedGradients
+from .inference import InferenceTensors
 from .layouts import GradientLayouts, InputLayouts, ZeroSizes
 from .running import backends, generator_for, poisoned_memory, value_and_gradients
 from .spec import DTYPES, Call, OpSpec, Shape, away_from_zero
 from .tolerance import assert_close_to_reference, check_against_reference
-from .torch_features import Autocast, BackendNames, Checkpointing, Compile, Opcheck
+from .torch_features import Autocast, BackendNames, Checkpointing, Compile, MetaTensors, Opcheck, Overwriting
 from .values import Fuzz, Gradcheck, ValuesAndGradients, WideParameters
 
 __all__ = [
     "BackendNames",
     "Call",
     "Compile",
+    "Derivatives",
     "Gradcheck",
+    "InferenceTensors",
+    "MetaTensors",
     "OpSpec",
     "Opcheck",
     "Shape",
@@ -42,6 +47,7 @@ __all__ = [
 KINDS: tuple[type[OpTests], ...] = (
     ValuesAndGradients,
     Gradcheck,
+    Derivatives,
     Opcheck,
     InputLayouts,
     GradientLayouts,
@@ -50,10 +56,13 @@ KINDS: tuple[type[OpTests], ...] = (
     BatchInvariance,
     OnlyRequestedGradients,
     Frozen,
+    InferenceTensors,
     Compile,
     WideParameters,
     Autocast,
+    MetaTensors,
     Checkpointing,
+    Overwriting,
     NonFinite,
     Fuzz,
     BackendNames,

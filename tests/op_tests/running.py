@@ -50,3 +50,18 @@ def value_and_gradients(
     found = torch.autograd.grad(out, leaves, grad.to(out.dtype), allow_unused=True)
     zeros = (torch.zeros_like(leaf) if g is None else g for g, leaf in zip(found, leaves, strict=True))
     return out.detach(), list(zeros)
+
+
+def of_leaves(function: Callable[..., Tensor], call: Call, **options: Any) -> Callable[..., Tensor]:
+    """``function`` as one of ``call.leaves()`` alone, in their order; the other arguments are the call's."""
+
+    def run(*leaves: Tensor) -> Tensor:
+        given = iter(leaves)
+        changed = {}
+        for name in call.differentiable:
+            tensors = [next(given) for _ in call.tensors(name)]
+            if tensors:
+                changed[name] = tensors[0] if isinstance(call.arguments[name], Tensor) else tensors
+        return function(**call.with_arguments(**changed).arguments, **options)
+
+    return run

@@ -88,6 +88,9 @@ class OpSpec:
     #: Arguments whose dtype is that of the result; the others may be of a wider one, as under autocast.
     activations: Sequence[str] = field(default=())
 
+    #: Whether products run in the activations' dtype, so that wider parameters' gradients have its rounding.
+    rounds_products: bool = False
+
     def result_dtype(self, call: Call) -> torch.dtype:
         return call.tensors(self.activations[0])[0].dtype
 

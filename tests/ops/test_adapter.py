@@ -153,6 +153,7 @@ SPEC = OpSpec(
     shapes=shapes,
     dynamic=({"N": (9,)}, {"N": (14,)}),
     activations=("x", "residual"),
+    rounds_products=True,
     alone=alone,
     library_products=(("cuda", "native"), ("cpu", "triton"), ("cuda", "triton")),
 )

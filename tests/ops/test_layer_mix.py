@@ -170,6 +170,14 @@ class TestShapes:
         out = mmkernels.layer_mix(layers, weights, lengths=lengths)
         torch.testing.assert_close(out, reference.layer_mix(layers, weights, lengths=lengths))
 
+    def test_vmap_over_lengths(self) -> None:
+        """One length for each of several samples; its value cannot be read there, so it is clamped."""
+        layers, weights = random_layers(shape=(3, 2, 5, 8)), torch.randn(3)
+        lengths = torch.tensor([[5, 0], [2, 7], [1, 4]])
+        mix = torch.vmap(lambda n, *layers: mmkernels.layer_mix(layers, weights, lengths=n))
+        expected = mmkernels.layer_mix(layers, weights, lengths=lengths.clamp(max=5))
+        torch.testing.assert_close(mix(lengths, *layers), expected)
+
 
 class TestPadding:
     def test_nan_in_padding_is_not_read(self) -> None:

@@ -116,6 +116,7 @@ SPEC = OpSpec(
     dynamic=({"N": 9}, {"N": 14}),
     activations=("x",),
     library_products=(("cpu", "native"), ("cuda", "native"), ("cpu", "triton"), ("cuda", "triton")),
+    rounds_products=True,
 )
 TestLayerProject = op_tests(SPEC)
 

@@ -124,6 +124,21 @@ def test_agrees_with_padded_features(normalize: bool) -> None:
     torch.testing.assert_close(got.float(), expected.float(), rtol=2e-2, atol=2e-2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_gradients_are_exact_beside_layers_of_any_dtype_made_for_inference(dtype: torch.dtype) -> None:
+    """A frozen upstream in half precision and inference mode: the product promotes to float32."""
+    module, twin = pair(lambda: PaddedFeaturizer(4))
+    mmkernels.accelerate(nn.Sequential(module))
+    with torch.inference_mode():
+        layers = [layer.detach().clone() for layer in make_layers(4, dtype)[0]]
+    got, expected = module({"hidden_states": layers}), twin({"hidden_states": layers})
+    torch.testing.assert_close(got, expected)
+    grad = torch.randn(got.shape, generator=torch.Generator().manual_seed(1))
+    got.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(module.weights.grad, twin.weights.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_own_assertions_stay() -> None:
     module = PaddedFeaturizer(4)
     mmkernels.accelerate(module)

@@ -2,43 +2,74 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from mmkernels.ops import _common
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.ops import _common, _derivatives, _inference
 from mmkernels.ops.adapter import reference
 from mmkernels.ops.adapter.schema import OPS
 
 
 class _Adapter(torch.autograd.Function):
-    """Arguments: the backend, then those of the op, in the order of its schema."""
+    """Arguments: the backend, the one asked for, and those of the op, in the order of its schema."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, backend: str, asked: str, *arguments: Any) -> Tensor:
         out, hidden, stats = OPS[backend][0](*arguments, True)
         x, down_weight, down_bias, up_weight, _, _, norm_weight, norm_bias, *constants = arguments
         ctx.save_for_backward(x, down_weight, down_bias, up_weight, norm_weight, norm_bias, hidden, stats)
-        scale, _, activation, add_input = constants
-        ctx.backend, ctx.constants = backend, (scale, activation, add_input)
+        ctx.options = backend, asked, constants
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        # Read once: checkpointing recomputes the tensors for the first access only.
-        saved = ctx.saved_tensors
-        needed = ctx.needs_input_grad[1:9]
+        saved = _common.saved_tensors("adapter", ctx)
+        needed = ctx.needs_input_grad[2:10]
         need_x, need_down, need_down_bias, need_up, need_up_bias, _, need_gain, need_shift = needed
         wanted = (need_x, need_down or need_down_bias, need_up or need_up_bias, need_gain or need_shift)
-        own: tuple[Tensor | None, ...] = (None,) * 7
-        if any(wanted):
-            own = OPS[ctx.backend][1](grad.to(saved[0].dtype), *saved, *ctx.constants, *wanted)
+        backend, _, (scale, _, activation, add_input) = ctx.options
+        own: Sequence[Tensor | None] = (None,) * 7
+        if any(wanted) and _derivatives.beyond_kernels(grad):
+            own = _reference_gradients(ctx, grad, saved, (*needed[:5], *needed[6:]))
+        elif any(wanted):
+            own = OPS[backend][1](grad.to(saved[0].dtype), *saved, scale, activation, add_input, *wanted)
         gradients = (*own[:5], grad, *own[5:])
         chosen = (d if need else None for d, need in zip(gradients, needed, strict=True))
-        return (None, *chosen, *(None, None, None, None))
+        return (None, None, *chosen, *(None, None, None, None))
+
+
+def _reference_gradients(
+    ctx: Any, grad: Tensor, saved: Sequence[Tensor], needed: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """The gradients of the tensors but the residual by the reference."""
+    x, down, down_shift, up, gain, shift, *_ = saved
+    _, asked, (scale, eps, code, add_input) = ctx.options
+    # Not saved, because no gradient depends on their values.
+    up_shift = up.new_zeros(up.shape[0])
+    other = x.new_zeros((), dtype=grad.dtype).expand(x.shape)
+
+    def adapt(x: Tensor, down: Tensor, down_shift: Any, up: Tensor, up_shift: Any, *norm: Any) -> Tensor:
+        return reference.adapter(
+            x,
+            down,
+            down_shift,
+            up,
+            up_shift,
+            residual=x if add_input else other,
+            scale=scale,
+            activation=tuple(ACTIVATIONS)[code],
+            norm_weight=norm[0],
+            norm_bias=norm[1],
+            eps=eps,
+        )
+
+    tensors = (x, down, down_shift, up, up_shift, gain, shift)
+    return _derivatives.reference_gradients("adapter", asked, adapt, tensors, needed, grad)
 
 
 def adapter(
@@ -92,25 +123,31 @@ def adapter(
         not.
 
     Gradients flow to every tensor that requires them, and only those are computed. Saved for backward: ``x``,
-    the value before the activation (rows x d), and 8 bytes of statistics per row with LayerNorm. Gradients of
-    gradients need ``backend="reference"``.
+    the value before the activation (rows x d), and 8 bytes of statistics per row with LayerNorm. ``x`` is
+    kept, not copied: overwriting it before the backward pass is an error there. The gradients of float32
+    parameters beside ``x`` in half precision are float32 sums of products in half precision, as under
+    autocast; ``x.float()`` makes them exact. Forward mode, ``torch.func`` and gradients of gradients are the
+    reference's: ``"auto"`` takes it by itself, a kernel asked for by name raises.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
         ValueError: Shapes or devices that do not match, an unknown activation, or a backend that cannot
             serve.
+        RuntimeError: In the backward pass: an input was overwritten since the forward pass.
 
     Source: Houlsby et al., Parameter-Efficient Transfer Learning for NLP (arXiv 1902.00751, section 2.1);
     the adapters of AAT (arXiv 2401.10544) and of HFF (arXiv 2211.02712).
     """
     _check(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
     _common.check_activation("adapter", activation)
-    device = x.device.type
     source = x
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = _common.as_autocast(x)
     if residual is not None:
         _check_residual(residual, x)
+    asked = backend
+    if forward_ad._current_level >= 0 or _derivatives.transforms_active():
+        given = (x, down_weight, down_bias, up_weight, up_bias, residual, norm_weight, norm_bias)
+        backend = _derivatives.backend_in_transforms("adapter", backend, given)
     backend = _common.choose_backend("adapter", backend, x)
     if backend == "reference":
         return reference.adapter(
@@ -138,7 +175,7 @@ def adapter(
     tensors = (rows, down, down_shift, up, up_shift, others, gain, shift)
     constants = (float(scale), eps, _common.ACTIVATION_CODES[activation], add_input)
     if _common.needs_gradient(*tensors):
-        out = _Adapter.apply(backend, *tensors, *constants)
+        out = _inference.apply(_Adapter, rows, backend, asked, *tensors, *constants)
     else:
         out, _, _ = OPS[backend][0](*tensors, *constants, False)
     return out.reshape(x.shape)

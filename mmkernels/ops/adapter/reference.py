@@ -6,7 +6,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmkernels.activations import ACTIVATIONS
-from mmkernels.ops._common import accumulate_dtype
+from mmkernels.ops._common import accumulate_dtype, without_autocast
+from mmkernels.ops._inference import widened
 
 
 def adapter(
@@ -32,13 +33,14 @@ def adapter(
     accumulate = accumulate_dtype(x.dtype)
 
     def wide(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(accumulate)
+        return None if tensor is None else widened(tensor, accumulate)
 
-    h = x.to(accumulate)
-    if norm_weight is not None:
-        h = functional.layer_norm(h, h.shape[-1:], wide(norm_weight), wide(norm_bias), eps)
-    h = functional.linear(h, down_weight.to(accumulate), wide(down_bias))
-    h = functional.linear(ACTIVATIONS[activation](h), up_weight.to(accumulate), wide(up_bias))
+    h = widened(x, accumulate)
+    with without_autocast(x):
+        if norm_weight is not None:
+            h = functional.layer_norm(h, h.shape[-1:], wide(norm_weight), wide(norm_bias), eps)
+        h = functional.linear(h, widened(down_weight, accumulate), wide(down_bias))
+        h = functional.linear(ACTIVATIONS[activation](h), widened(up_weight, accumulate), wide(up_bias))
     y = scale * h
     if residual is None:
         return y.to(x.dtype)

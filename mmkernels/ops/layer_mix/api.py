@@ -7,21 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from mmkernels.ops import _common
+from mmkernels.ops import _common, _derivatives, _inference
 from mmkernels.ops.layer_mix import reference
 from mmkernels.ops.layer_mix.schema import MAX_LAYERS, OPS
 
 
 class _LayerMix(torch.autograd.Function):
-    """Arguments: the backend, then those of the op in the order of its schema, but the layers, whose number
-    varies, last."""
+    """Arguments: the backend, and the one asked for; then those of the op in the order of its schema, but the
+    layers, whose number varies, last."""
 
     @staticmethod
     def forward(
         ctx: Any,
         backend: str,
+        asked: str,
         weights: Tensor,
         norm_weight: Tensor | None,
         norm_bias: Tensor | None,
@@ -33,16 +34,18 @@ class _LayerMix(torch.autograd.Function):
         parameters = (weights, norm_weight, norm_bias, lengths)
         out, stats = OPS[backend][0](list(layers), *parameters, norm, eps, True)
         ctx.save_for_backward(*parameters, stats, *layers)
-        ctx.backend, ctx.norm = backend, norm
+        ctx.options = backend, asked, norm, eps
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weights, norm_weight, norm_bias, lengths, stats, *layers = ctx.saved_tensors
-        _, need_weights, need_gain, need_shift, _, _, _, *need_layers = ctx.needs_input_grad
+        weights, norm_weight, norm_bias, lengths, stats, *layers = _common.saved_tensors("layer_mix", ctx)
+        _, _, need_weights, need_gain, need_shift, _, _, _, *need_layers = ctx.needs_input_grad
+        if _derivatives.beyond_kernels(grad):
+            return _reference_gradients(ctx, grad, weights, norm_weight, norm_bias, lengths, layers)
+        backend, _, norm, _ = ctx.options
         wanted = [index for index, needed in enumerate(need_layers) if needed]
-        d_weights, d_gain, d_shift, d_layers = OPS[ctx.backend][1](
+        d_weights, d_gain, d_shift, d_layers = OPS[backend][1](
             grad,
             layers,
             weights,
@@ -50,20 +53,44 @@ class _LayerMix(torch.autograd.Function):
             norm_bias,
             lengths,
             stats,
-            ctx.norm,
+            norm,
             need_weights,
             need_gain or need_shift,
             wanted,
         )
         by_layer: dict[int, Tensor] = dict(zip(wanted, d_layers, strict=True))
         return (
-            None,
+            *(None, None),
             d_weights if need_weights else None,
             d_gain if need_gain else None,
             d_shift if need_shift else None,
             *(None, None, None),
             *(by_layer.get(index) for index in range(len(layers))),
         )
+
+
+def _reference_gradients(
+    ctx: Any,
+    grad: Tensor,
+    weights: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    lengths: Tensor | None,
+    layers: Sequence[Tensor],
+) -> tuple[Tensor | None, ...]:
+    """What ``_LayerMix.backward`` returns, computed by the reference."""
+    _, asked, norm, eps = ctx.options
+
+    def mix(weights: Tensor, gain: Tensor | None, shift: Tensor | None, *layers: Tensor) -> Tensor:
+        return reference.layer_mix(
+            layers, weights, norm=norm, eps=eps, norm_weight=gain, norm_bias=shift, lengths=lengths
+        )
+
+    needed = (*ctx.needs_input_grad[2:5], *ctx.needs_input_grad[8:])
+    gradients = _derivatives.reference_gradients(
+        "layer_mix", asked, mix, (weights, norm_weight, norm_bias, *layers), needed, grad
+    )
+    return (*(None, None), *gradients[:3], *(None, None, None), *gradients[3:])
 
 
 def layer_mix(
@@ -103,7 +130,8 @@ def layer_mix(
         norm_bias: Its shift, of the same shapes.
         lengths: Integer tensor of shape ``layers[0].shape[:-2]``: valid frames of each ``(T, D)`` slice.
             Later frames are not read, get no gradient, and are zero in the result. Values outside ``[0, T]``
-            are an error on the CPU; on CUDA, where reading them would wait for the device, they are clamped.
+            are an error on the CPU; on CUDA, where reading them would wait for the device, under
+            ``torch.compile`` and in ``torch.func``, they are clamped.
         backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -111,11 +139,15 @@ def layer_mix(
 
     Gradients flow to ``weights``, ``norm_weight``, ``norm_bias`` and those ``layers`` that require them, in
     one pass over the layers; for frozen layers only the small ones are computed. Sums over frames have a
-    fixed order. Gradients of gradients need ``backend="reference"``.
+    fixed order. The gradients of float32 parameters are float32 sums, exact for the incoming gradient, which
+    has the layers' dtype. Layers are kept for the backward pass, not copied: overwriting one in between is
+    an error there. Forward mode, ``torch.func`` and gradients of gradients are the reference's: ``"auto"``
+    takes it by itself, a kernel asked for by name raises.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
         ValueError: Shapes, devices or dtypes that do not match, or a backend that cannot serve.
+        RuntimeError: In the backward pass: an input was overwritten since the forward pass.
 
     Source: Eq. 1 of Yang et al., SUPERB (arXiv 2105.01051), and the linear fusion of frozen layers that HFF
     (arXiv 2211.02712) is compared with.
@@ -126,6 +158,10 @@ def layer_mix(
         layers = layers.unbind(0)
     first = _check_first(layers)
     shape = first.shape
+    asked = backend
+    if forward_ad._current_level >= 0 or _derivatives.transforms_active():
+        tensors = (weights, norm_weight, norm_bias, lengths, *layers)
+        backend = _derivatives.backend_in_transforms("layer_mix", backend, tensors)
     backend = _common.choose_backend("layer_mix", backend, first)
     # The checks of 13 layers take a quarter of a small call's time. The compiled op compares the tensors too,
     # so in the usual call on the CPU they run only for their message, after the op has refused.
@@ -161,7 +197,9 @@ def layer_mix(
         lengths = lengths.reshape(-1)
     try:
         if _common.needs_gradient(weights, norm_weight, norm_bias, *layers):
-            out = _LayerMix.apply(backend, weights, norm_weight, norm_bias, lengths, norm, eps, *layers)
+            out = _inference.apply(
+                _LayerMix, first, backend, asked, weights, norm_weight, norm_bias, lengths, norm, eps, *layers
+            )
         else:
             out, _ = OPS[backend][0](layers, weights, norm_weight, norm_bias, lengths, norm, eps, False)
     except (RuntimeError, AttributeError):
@@ -224,8 +262,9 @@ def _check_lengths(lengths: Tensor, first: Tensor) -> Tensor:
     if lengths.device != first.device:
         raise ValueError(f"layer_mix: lengths is on {lengths.device}, the layers are on {first.device}")
     frames = first.shape[-2]
-    # Reading values back is free on the CPU only; while tracing there is nothing to read.
-    if first.device.type == "cpu" and not torch.compiler.is_compiling() and lengths.numel() > 0:
+    # Reading values back is free on the CPU only; while tracing and under vmap there is no number to read.
+    readable = not torch.compiler.is_compiling() and not _derivatives.transforms_active()
+    if first.device.type == "cpu" and readable and lengths.numel() > 0:
         low, high = (int(v) for v in torch.aminmax(lengths))
         if low < 0 or high > frames:
             raise ValueError(f"layer_mix: lengths must lie in [0, {frames}], got values from {low} to {high}")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mmkernels.ops._common import accumulate_dtype
+from mmkernels.ops._inference import widened
 
 
 def layer_mix(
@@ -27,7 +28,7 @@ def layer_mix(
     """
     first = layers[0]
     accumulate = accumulate_dtype(first.dtype)
-    weights = weights.to(accumulate)
+    weights = widened(weights, accumulate)
     if lengths is None:
         valid = torch.ones((), dtype=torch.bool, device=first.device)
     else:
@@ -40,7 +41,7 @@ def layer_mix(
         if norm:
             x = torch.nn.functional.layer_norm(x, x.shape[-1:], eps=eps)
             if norm_weight is not None:
-                x = x * (norm_weight[index] if norm_weight.dim() == 2 else norm_weight).to(accumulate)
+                x = x * widened(norm_weight[index] if norm_weight.dim() == 2 else norm_weight, accumulate)
             if norm_bias is not None:
                 x = x + (norm_bias[index] if norm_bias.dim() == 2 else norm_bias).to(accumulate)
         total = total + weights[index] * x

@@ -2,39 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from mmkernels.ops import _common
+from mmkernels.activations import ACTIVATIONS
+from mmkernels.ops import _common, _derivatives, _inference
 from mmkernels.ops.layer_project import reference
 from mmkernels.ops.layer_project.schema import OPS, OUTPUT_SUFFICES
 
 
 class _LayerProject(torch.autograd.Function):
-    """Arguments: the backend, then those of the op, in the order of its schema."""
+    """Arguments: the backend, the one asked for, and those of the op, in the order of its schema."""
 
     @staticmethod
-    def forward(ctx: Any, backend: str, *arguments: Any) -> Tensor:
+    def forward(ctx: Any, backend: str, asked: str, *arguments: Any) -> Tensor:
         y, preactivation, stats = OPS[backend][0](*arguments, True)
-        *tensors, _, activation = arguments
+        *tensors, eps, activation = arguments
         value = y if activation in OUTPUT_SUFFICES else preactivation
         ctx.save_for_backward(*tensors, value, stats)
-        ctx.backend, ctx.activation = backend, activation
+        ctx.options = backend, asked, eps, activation
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[1:6]
-        need_x, need_weight, _, need_gain, need_shift = needed
-        gradients = OPS[ctx.backend][1](
-            grad, *ctx.saved_tensors, ctx.activation, need_x, need_weight, need_gain or need_shift
-        )
+        saved = _common.saved_tensors("layer_project", ctx)
+        needed = ctx.needs_input_grad[2:7]
+        if _derivatives.beyond_kernels(grad):
+            gradients = _reference_gradients(ctx, grad, saved[:5], needed)
+        else:
+            backend, _, _, activation = ctx.options
+            need_x, need_weight, _, need_gain, need_shift = needed
+            gradients = OPS[backend][1](
+                grad, *saved, activation, need_x, need_weight, need_gain or need_shift
+            )
         chosen = (d if need else None for d, need in zip(gradients, needed, strict=True))
-        return (None, *chosen, None, None)
+        return (None, None, *chosen, None, None)
+
+
+def _reference_gradients(
+    ctx: Any, grad: Tensor, tensors: Sequence[Tensor | None], needed: Sequence[bool]
+) -> Sequence[Tensor | None]:
+    """The gradients of the five ``tensors`` by the reference."""
+    _, asked, eps, code = ctx.options
+    activation = tuple(ACTIVATIONS)[code]
+
+    def project(x: Tensor, weight: Tensor, bias: Any, gain: Any, shift: Any) -> Tensor:
+        return reference.layer_project(
+            x, weight, bias, norm_weight=gain, norm_bias=shift, eps=eps, activation=activation
+        )
+
+    return _derivatives.reference_gradients("layer_project", asked, project, tensors, needed, grad)
 
 
 def layer_project(
@@ -80,21 +101,27 @@ def layer_project(
 
     Gradients flow to every tensor that requires them; where ``x`` does not (frozen taps), no product for it
     is computed, also with a trainable LayerNorm. Saved for backward: ``x``, the result (the value before the
-    activation for gelu and silu), and 8 bytes of statistics per frame and tap. Gradients of gradients need
-    ``backend="reference"``.
+    activation for gelu and silu), and 8 bytes of statistics per frame and tap. ``x`` is kept, not copied:
+    overwriting it before the backward pass is an error there. The gradients of float32 parameters beside
+    ``x`` in half precision are float32 sums of products in half precision, as under autocast; ``x.float()``
+    makes them exact. Forward mode, ``torch.func`` and gradients of gradients are the reference's: ``"auto"``
+    takes it by itself, a kernel asked for by name raises.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
         ValueError: Shapes or devices that do not match, an unknown activation, or a backend that cannot
             serve.
+        RuntimeError: In the backward pass: an input was overwritten since the forward pass.
 
     Source: the feature projectors of HFF (arXiv 2211.02712, section 3.2).
     """
     _check(x, weight, bias, norm_weight, norm_bias)
     _common.check_activation("layer_project", activation)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
+    x = _common.as_autocast(x)
+    asked = backend
+    if forward_ad._current_level >= 0 or _derivatives.transforms_active():
+        tensors = (x, weight, bias, norm_weight, norm_bias)
+        backend = _derivatives.backend_in_transforms("layer_project", backend, tensors)
     backend = _common.choose_backend("layer_project", backend, x)
     if backend == "reference":
         return reference.layer_project(
@@ -102,11 +129,11 @@ def layer_project(
         )
 
     dtype = _common.accumulate_dtype(x.dtype)
-    tensors = (x, *(p if p is None else p.to(dtype) for p in (weight, bias, norm_weight, norm_bias)))
+    arguments = (x, *(p if p is None else p.to(dtype) for p in (weight, bias, norm_weight, norm_bias)))
     constants = (eps, _common.ACTIVATION_CODES[activation])
-    if _common.needs_gradient(*tensors):
-        return _LayerProject.apply(backend, *tensors, *constants)
-    y, _, _ = OPS[backend][0](*tensors, *constants, False)
+    if _common.needs_gradient(*arguments):
+        return _inference.apply(_LayerProject, x, backend, asked, *arguments, *constants)
+    y, _, _ = OPS[backend][0](*arguments, *constants, False)
     return y
 
 

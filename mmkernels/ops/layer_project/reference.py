@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from mmkernels.activations import ACTIVATIONS
-from mmkernels.ops._common import accumulate_dtype
+from mmkernels.ops._common import accumulate_dtype, without_autocast
+from mmkernels.ops._inference import widened
 
 
 def layer_project(
@@ -26,12 +27,13 @@ def layer_project(
     (float64 for float64) and rounded once, to the dtype of ``x``. Differentiable any number of times.
     """
     accumulate = accumulate_dtype(x.dtype)
-    h = x.to(accumulate)
+    h = widened(x, accumulate)
     if norm_weight is not None:
-        h = functional.layer_norm(h, h.shape[-1:], eps=eps) * norm_weight.to(accumulate)
+        h = functional.layer_norm(h, h.shape[-1:], eps=eps) * widened(norm_weight, accumulate)
         if norm_bias is not None:
             h = h + norm_bias.to(accumulate)
-    z = torch.einsum("nlc,loc->nlo", h, weight.to(accumulate))
+    with without_autocast(x):
+        z = torch.einsum("nlc,loc->nlo", h, widened(weight, accumulate))
     if bias is not None:
         z = z + bias.to(accumulate)
     # The strides of einsum's result are not fixed, and callers view pairs of taps as one.
