@@ -62,7 +62,7 @@ def _driver() -> str | None:
         text = pathlib.Path("/proc/driver/nvidia/version").read_text()
     except OSError:
         return None
-    found = re.search(r"Kernel Module\D*?([\d.]+)", text)
+    found = re.search(r"Kernel Module\s+(?:for \S+\s+)?([\d.]+)", text)
     return found.group(1) if found else None
 
 
