@@ -159,4 +159,4 @@ def test_backends_agree(op: str) -> None:
     first = STEPS[op](BACKENDS[0])[0]()
     torch.manual_seed(3)
     second = STEPS[op](BACKENDS[1])[0]()
-    torch.testing.assert_close(first, second, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(first, second, rtol=2e-2, atol=2e-2 * second.abs().max().item())

@@ -214,8 +214,9 @@ class Launched(TorchDispatchMode):
 
 
 class Derivatives(OpTests):
-    def _point(self, case: str) -> tuple[Call, list[Tensor], list[Tensor]]:
-        call = self.build(self.spec.cases[case], torch.float64, "cpu")
+    def _point(self, case: str, device: str = "cpu") -> tuple[Call, list[Tensor], list[Tensor]]:
+        dtype = torch.float64 if device == "cpu" else torch.float32  # GPUs take no float64
+        call = self.build(self.spec.cases[case], dtype, device)
         at = call.leaves()
         generator = generator_for(11)
         return call, at, [torch.randn(t.shape, generator=generator).to(t) for t in at]
@@ -249,7 +250,7 @@ class Derivatives(OpTests):
     def test_a_kernel_asked_for_by_name_is_refused(
         self, compiled_case: str, backend: str, device: str, derivative: str
     ) -> None:
-        call, at, along = self._point(compiled_case)
+        call, at, along = self._point(compiled_case, device)
         message = rf'{self.spec.name}: backend=.{backend}. .*use backend="reference"'
         with pytest.raises(ValueError, match=message):
             DERIVATIVES[derivative](of_leaves(self.spec.function, call, backend=backend), at, along)
@@ -304,7 +305,8 @@ class Derivatives(OpTests):
         with Launched() as launched:
             scaled = vmap(lambda factor: factor * run(*call.leaves()))(torch.ones(2, device=device))
         assert launched.count == 1
-        for value, other in ((out, expected), (scaled[1], expected), *zip(found, grads, strict=True)):
+        alone = run(*call.leaves())  # without gradients: compiled apart, and another last bit on a GPU
+        for value, other in ((out, expected), (scaled[1], alone), *zip(found, grads, strict=True)):
             assert torch.equal(value, other)
 
     def test_half_precision(self, case: str) -> None:
