@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .audio import SUFFIXES
 from .errors import DataError, counted, first, shortened
-from .names import HELD_OUT, normal, part_of, parts_within
+from .names import HELD_OUT, names_a_part, normal, part_of
 from .recordings import SPLITS
 from .tree import Place, Tree, count_suffixes
 
@@ -74,11 +74,10 @@ def _parts_on_top(tree: Tree) -> dict[str, str]:
                 "beside them; move it into one of them, or away"
             )
         return parts
-    within = [parts_within(name) for name in names]
-    if (parts and not others) or (all(within) and len(set().union(*within)) > 1):
+    if names and all(names_a_part(name) for name in names):
         raise DataError(
             f"{root} holds parts of a data set ({shortened(names, 6)}), not classes; name two of them train "
-            "and test, or give one alone to have its test part drawn"
+            "and test, or give one alone to have its test part drawn; a class needs another name"
         )
     doubtful = [name for name in parts if not _is_class_train(tree, name)]
     if doubtful:
@@ -144,9 +143,7 @@ def _splits(root: Path, places: list[Place], on_top: dict[str, str], depth: int)
 
 
 def _empty_folders(tree: Tree, on_top: dict[str, str]) -> list[str]:
-    """Folders without audio beside train and test."""
-    return [
-        f"the folder {folder.parts[0]} without audio"
-        for folder in tree.folders
-        if on_top and len(folder.parts) == 1 and folder.parts[0] not in on_top
-    ]
+    """The folders without audio beside train and test."""
+    names = [folder.parts[0] for folder in tree.folders if len(folder.parts) == 1]
+    empty = [name for name in names if on_top and name not in on_top]
+    return [first(empty, "folder without audio", "folders without audio")] if empty else []

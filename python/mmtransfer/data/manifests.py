@@ -60,7 +60,7 @@ def from_manifest(path: str | Path, *, test_fraction: float = 0.2, seed: int = 0
     ignored = [f"{counted(count, 'clip')} in {split}" for split, count in sorted(left_out.items())]
     if table.comments:
         ignored.append(counted(table.comments, "comment line"))
-    if others := [name for i, name in enumerate(table.header) if name and i not in columns.values()]:
+    if others := _other_columns(table, columns):
         ignored.append(f"{'column' if len(others) == 1 else 'columns'} {shortened(others, 6)}")
     return build(
         manifest.stem, manifest.parent, rows, ignored=ignored, test_fraction=test_fraction, seed=seed
@@ -96,6 +96,15 @@ def _check_no_other_split(manifest: Path, table: Table, columns: dict[str, int])
         parts = {part_of(cells[index]) for _, cells in table.records}
         if index not in columns.values() and set(SPLITS) <= parts and None not in parts:
             raise DataError(f"{manifest} has train and test in the column {name!r}; call it split")
+
+
+def _other_columns(table: Table, columns: dict[str, int]) -> list[str]:
+    """The names of the columns that are not read, but for empty ones without a name."""
+    return [
+        name or "(unnamed)"
+        for index, name in enumerate(table.header)
+        if index not in columns.values() and (name or any(cells[index].strip() for _, cells in table.records))
+    ]
 
 
 def _lines(manifest: Path, table: Table, columns: dict[str, int]) -> Iterator[_Line]:

@@ -37,12 +37,11 @@ def part_of(name: str) -> str | None:
     return _PART_OF.get(normal(name).casefold())
 
 
-def parts_within(name: str) -> set[str]:
-    """The parts that words of `name` stand for: `train-clean-100`, `testset`; `fold3` is one of its own."""
+def names_a_part(name: str) -> bool:
+    """Whether a word of `name` is that of a part (`train-clean-100`, `testset`) or of a fold (`fold_3`)."""
     text = normal(name).casefold()
     words = (re.sub(r"(?<=.)(set|data)$", "", word) for word in re.findall(r"[^\W\d_]+", text))
-    folds = re.findall(r"(?<![^\W\d_])fold[\W_]*\d+", text)
-    return {_PART_OF[word] for word in words if word in _PART_OF} | set(folds)
+    return any(word in _PART_OF for word in words) or bool(re.search(r"\bfold[\W_]*\d", text))
 
 
 def look_alike(labels: Iterable[str]) -> list[list[str]]:

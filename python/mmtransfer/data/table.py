@@ -42,8 +42,6 @@ def read_table(path: Path) -> Table:
     if not used:
         return Table([], [], len(records))
     header = [re.sub(r"[\s-]+", "_", normal(cell).casefold()) for cell in used[0][1]]
-    while header and not header[-1]:
-        header.pop()
     table = Table(header, [], len(records) - len(used))
     for line, cells in used[1:]:
         if any(cell.strip() for cell in cells[len(header) :]):
