@@ -29,7 +29,7 @@ class Entry:
 
 @dataclass
 class RandomManifest:
-    """Three classes with two clips in each part, each entry written in a style of its own.
+    """Three classes with two clips in each part; each entry has a style of its own, unless it is `plain`.
 
     Attributes:
         lines: the first line of each entry, once written.
@@ -41,6 +41,7 @@ class RandomManifest:
     folder: Path
     random: random.Random
     has_split: bool
+    plain: bool
     entries: list[Entry] = field(default_factory=list)
     header: dict[str, str] = field(default_factory=dict)
     encoding: str = "utf-8"
@@ -50,8 +51,11 @@ class RandomManifest:
     used: dict[Path, tuple[str, str]] = field(default_factory=dict)
     ignored: int = 0
 
+    def choose(self, styles: tuple[str, ...]) -> str:
+        return styles[0] if self.plain else self.random.choice(styles)
+
     def build(self) -> None:
-        choose = self.random.choice
+        choose = self.choose
         self.delimiter = choose((",", ";", "\t", "|"))
         self.line_end = choose(("\n", "\r\n", "\r"))
         self.encoding = choose(("utf-8", "utf-8-sig"))
@@ -70,26 +74,33 @@ class RandomManifest:
         self.random.shuffle(self.entries)
 
     def add(self, label: str, part: str, take: int) -> None:
-        form = self.random.choice(("NFC", "NFD"))
+        form = self.choose(("NFC", "NFD"))
         relative = unicodedata.normalize(form, f"é {part}/{label}/{take}.wav")
         file = write_tiny_clip(self.folder / relative, len(self.entries) + 1)
         self.entries.append(
             Entry(
                 file,
                 self.spelled_path(relative),
-                self.random.choice(
+                self.choose(
                     (label, unicodedata.normalize("NFD", label), f" {label} ", label.replace(" ", "  "))
                 ),
-                self.random.choice((part, part.title(), f" {part.upper()}", f"{part}ing")),
-                self.random.choice(("", "x", "two\nlines", 'a "quote"', "a, b; c")),
+                self.choose((part, part.title(), f" {part.upper()}", f"{part}ing")),
+                self.choose(("", "x", "two\nlines", 'a "quote"', "a, b; c")),
             )
         )
         self.used[file] = (label, part if self.has_split else "")
 
     def spelled_path(self, relative: str) -> str:
-        other = unicodedata.normalize(self.random.choice(("NFC", "NFD")), relative)
-        forms = (other, f" {other} ", f"./{relative}", str(self.folder / other), other.replace("/", "\\"))
-        return self.random.choice(forms)
+        other = unicodedata.normalize(self.choose(("NFC", "NFD")), relative)
+        forms = (
+            relative,
+            other,
+            f" {other} ",
+            f"./{relative}",
+            str(self.folder / other),
+            other.replace("/", "\\"),
+        )
+        return self.choose(forms)
 
     def write(self) -> Path:
         order = self.random.sample(list(self.header), len(self.header))
@@ -107,7 +118,7 @@ class RandomManifest:
 
     def _blank(self, out: io.StringIO) -> None:
         """Sometimes a line without an entry."""
-        text = self.random.choice(
+        text = self.choose(
             ("", "", "", self.line_end, self.delimiter + self.line_end, "# a comment" + self.line_end)
         )
         self.ignored += text.startswith("#")

@@ -85,9 +85,9 @@ def test_a_tree_with_several(changes: list[str], layout: str, seed: int) -> None
     check(changes, layout, seed)
 
 
-def check_manifest(mistake: str, has_split: bool, seed: int) -> None:
+def check_manifest(mistake: str, has_split: bool, plain: bool, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        manifest = RandomManifest(Path(folder).resolve(), random.Random(seed), has_split)
+        manifest = RandomManifest(Path(folder).resolve(), random.Random(seed), has_split, plain)
         manifest.build()
         if mistake in MISTAKES:
             MISTAKES[mistake](manifest)
@@ -112,10 +112,12 @@ def check_manifest(mistake: str, has_split: bool, seed: int) -> None:
 @pytest.mark.parametrize("mistake", ["none", *MISTAKES])
 def test_a_manifest_with(mistake: str, has_split: bool) -> None:
     for seed in range(4):
-        check_manifest(mistake, has_split, seed)
+        check_manifest(mistake, has_split, seed == 0, seed)
 
 
 @hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
-@hypothesis.given(strategies.sampled_from(["none", *MISTAKES]), strategies.booleans(), SEEDS)
-def test_any_manifest(mistake: str, has_split: bool, seed: int) -> None:
-    check_manifest(mistake, has_split, seed)
+@hypothesis.given(
+    strategies.sampled_from(["none", *MISTAKES]), strategies.booleans(), strategies.booleans(), SEEDS
+)
+def test_any_manifest(mistake: str, has_split: bool, plain: bool, seed: int) -> None:
+    check_manifest(mistake, has_split, plain, seed)
