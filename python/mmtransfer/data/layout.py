@@ -135,9 +135,9 @@ def _splits(root: Path, places: list[Place], on_top: dict[str, str], depth: int)
                 "parts are train and test, above all class folders or inside each"
             )
     if not set(SPLITS) <= everything:
+        names = sorted({name for place in places for name in place.parts[depth + 1 : -1] if part_of(name)})
         raise DataError(
-            f"{root} has class folders with the parts {', '.join(sorted(everything))} inside; "
-            "train and test are needed: rename one"
+            f"{root} has {', '.join(names)} inside its class folders; train and test are needed: rename one"
         )
     return {place: next(iter(found[place])) for place in places}
 

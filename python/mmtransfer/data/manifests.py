@@ -110,7 +110,13 @@ def _other_columns(table: Table, columns: dict[str, int]) -> list[str]:
 def _lines(manifest: Path, table: Table, columns: dict[str, int]) -> Iterator[_Line]:
     if not table.records:
         raise DataError(f"{manifest} lists no clip; expected one path,label line per clip")
+    width = len(table.header)
     for number, cells in table.records:
+        if any(cell.strip() for cell in cells[width:]):
+            raise DataError(
+                f"{manifest} line {number} has {len(cells)} cells and the header has {width}; "
+                "put quotes around text that holds a separator"
+            )
         for name in ("path", "label"):
             if not cells[columns[name]].strip():
                 raise DataError(f"{manifest} line {number} has no {name}; every line needs path and label")

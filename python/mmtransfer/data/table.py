@@ -21,7 +21,7 @@ class Table:
 
     Attributes:
         header: the names of the columns, in lower case, with _ for spaces.
-        records: of each the number of its first line, from 1, and its cells, one per column.
+        records: of each the number of its first line, from 1, and its cells, one per column at least.
         comments: how many lines begin with #.
     """
 
@@ -34,7 +34,7 @@ def read_table(path: Path) -> Table:
     """The cells of a UTF-8 file separated by commas, semicolons, tabs or bars.
 
     Lines without text are left out, and empty cells stand for those that a line lacks. DataError, with the
-    line, if the file cannot be read, is not UTF-8, has quotes that do not match, or more cells than columns.
+    line, if the file cannot be read, is not UTF-8, or has quotes that do not match.
     """
     text = _read_text(path)
     records = list(_records(path, text, _delimiter(text)))
@@ -42,16 +42,8 @@ def read_table(path: Path) -> Table:
     if not used:
         return Table([], [], len(records))
     header = [re.sub(r"[\s-]+", "_", normal(cell).casefold()) for cell in used[0][1]]
-    table = Table(header, [], len(records) - len(used))
-    for line, cells in used[1:]:
-        if any(cell.strip() for cell in cells[len(header) :]):
-            raise DataError(
-                f"{path} line {line} has {len(cells)} cells and the header has {len(header)}; "
-                "put quotes around text that holds a separator"
-            )
-        padding = [""] * (len(header) - len(cells))
-        table.records.append((line, cells[: len(header)] + padding))
-    return table
+    padded = [(line, cells + [""] * (len(header) - len(cells))) for line, cells in used[1:]]
+    return Table(header, padded, len(records) - len(used))
 
 
 def _read_text(path: Path) -> str:
