@@ -131,7 +131,8 @@ def _decode(path: Path, file: soundfile.SoundFile, frames: int) -> np.ndarray:
         except soundfile.SoundFileError as error:
             reason = _one_line(error)
             raise DataError(f"{path} is damaged ({reason}); re-export the file or leave it out") from error
-        blocks.append(block.mean(axis=1, dtype=np.float32))
+        with np.errstate(invalid="ignore"):  # infinities of both signs are refused later
+            blocks.append(block.mean(axis=1, dtype=np.float32))
         frames = frames - count if len(block) == count else 0
     return np.concatenate(blocks)
 
