@@ -67,8 +67,8 @@ class TestFormats:
     def test_codecs_of_wav(self, tmp_path, subtype):
         soundfile.write(tmp_path / "a.wav", tone(300), 16_000, subtype=subtype)
         samples = read_audio(tmp_path / "a.wav")
-        # Without the last block of the codec, which may be cut.
-        assert np.abs(samples[:7_000] - tone(300)[:7_000]).max() < 0.05
+        # Without the beginning, to which IMA ADPCM has to adapt, and its last block, which may be cut.
+        assert np.abs(samples[500:7_000] - tone(300)[500:7_000]).max() < 0.05
 
     @pytest.mark.parametrize("name", ["a.mp3", "a.flac", "a.txt", "a"])
     def test_the_content_counts_and_not_the_suffix(self, tmp_path, name):
