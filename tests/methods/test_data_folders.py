@@ -11,6 +11,9 @@ import pytest
 from audio_files import write_tiny_clip
 
 from mmtransfer.data import DataError, from_folder
+from mmtransfer.data.audio import SUFFIXES
+from mmtransfer.data.manifests import PATH_COLUMNS
+from mmtransfer.data.names import LITTER, PARTS
 
 
 def classes_in(root: Path, *parts: str, labels: tuple[str, ...] = ("cat", "dog")) -> Path:
@@ -350,3 +353,9 @@ class TestCopies:
             path.write_bytes(content)
         from_folder(tmp_path)
         assert not caplog.records
+
+
+def test_the_documentation_names_what_is_recognised():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text().casefold()
+    words = [word for words in PARTS.values() for word in words]
+    assert not [word for word in (*SUFFIXES, *PATH_COLUMNS, *LITTER, *words) if f"`{word}`" not in page]

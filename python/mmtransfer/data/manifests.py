@@ -18,7 +18,7 @@ from .table import Table, read_table
 
 # Other tools' names for the column of paths. There are none for labels: files that are not there show that a
 # path column was taken wrongly, a wrong column of labels would be trained on.
-_PATH_COLUMNS = (
+PATH_COLUMNS = (
     "file_name",
     "filename",
     "file_path",
@@ -69,7 +69,7 @@ def from_manifest(path: str | Path, *, test_fraction: float = 0.2, seed: int = 0
 
 def _columns(manifest: Path, table: Table) -> dict[str, int]:
     """The indices of path, label and, if it is there, split; DataError with the columns that are there."""
-    wanted = {"path": _PATH_COLUMNS, "label": (), "split": ()}
+    wanted = {"path": PATH_COLUMNS, "label": (), "split": ()}
     columns = {}
     for name, synonyms in wanted.items():
         found = [i for i, column in enumerate(table.header) if column == name]

@@ -6,20 +6,20 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-_PARTS = {
+PARTS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
     "held out": ("validation", "valid", "val", "dev", "development", "eval", "evaluation"),
 }
-_PART_OF = {word: part for part, words in _PARTS.items() for word in words}
+_PART_OF = {word: part for part, words in PARTS.items() for word in words}
 HELD_OUT = "held out"
 # What operating systems and programs leave between the files of people.
-_LITTER = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
+LITTER = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
 
 
 def is_hidden(name: str) -> bool:
     """Whether a file or folder called `name` is no data: `.git`, `._a.wav`, `__MACOSX`, `Thumbs.db`."""
-    return name.startswith(".") or name.casefold() in _LITTER
+    return name.startswith(".") or name.casefold() in LITTER
 
 
 def composed(text: str) -> str:
