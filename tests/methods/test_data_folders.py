@@ -85,6 +85,12 @@ class TestParts:
         with pytest.raises(DataError, match=r"has no class folders with audio; found .*2 clips outside"):
             from_folder(tmp_path)
 
+    def test_a_part_without_class_folders(self, tmp_path):
+        classes_in(tmp_path, "train")
+        write_tiny_clip(tmp_path / "test" / "0.wav", 99)
+        with pytest.raises(DataError, match="has no class folders with audio for test; add them"):
+            from_folder(tmp_path)
+
     @pytest.mark.parametrize("word", ["test", "val", "Dev", "train"])
     def test_a_part_beside_classes_is_refused(self, tmp_path, word):
         classes_in(classes_in(tmp_path), word)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .names import composed
@@ -23,24 +24,23 @@ class Finder:
     def find(self, text: str) -> Path | None:
         """The file that `text` means, or None."""
         spellings = [text, text.strip(), text.strip().replace("\\", "/")]
-        for path in dict.fromkeys(map(os.path.expanduser, spellings)):
-            anchor = Path(path).anchor
-            for found in (
-                self._folder / path,
-                self._as_on_disk(self._folder / anchor, Path(path).relative_to(anchor).parts),
-            ):
-                # Not Path.is_file, which raises for names that are too long.
-                if found is not None and os.path.isfile(found):
-                    return found
-        return None
+        # Not Path.is_file, which raises for names that are too long.
+        return next((found for found in self._candidates(spellings) if os.path.isfile(found)), None)
 
-    def _as_on_disk(self, folder: Path, parts: tuple[str, ...]) -> Path | None:
-        """The file or folder whose path below `folder` is composed of the same characters."""
+    def _candidates(self, spellings: Iterable[str]) -> Iterator[Path]:
+        for path in dict.fromkeys(map(os.path.expanduser, spellings)):
+            yield self._folder / path
+            anchor = Path(path).anchor
+            yield from self._as_on_disk(self._folder / anchor, Path(path).relative_to(anchor).parts)
+
+    def _as_on_disk(self, folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+        """The files and folders whose paths below `folder` are composed of the same characters."""
         if not parts:
-            return folder
+            yield folder
+            return
         names = [parts[0]] if parts[0] == ".." else self._listed(folder).get(composed(parts[0]), [])
-        found = (self._as_on_disk(folder / name, parts[1:]) for name in names)
-        return next((path for path in found if path is not None), None)
+        for name in names:
+            yield from self._as_on_disk(folder / name, parts[1:])
 
     def _listed(self, folder: Path) -> dict[str, list[str]]:
         """The names in `folder`, by their composed form."""

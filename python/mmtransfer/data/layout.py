@@ -134,6 +134,9 @@ def _splits(root: Path, places: list[Place], on_top: dict[str, str], depth: int)
                 f"{root.joinpath(*wrong[0].parts)} lies {problem}, by the names of its folders; "
                 "parts are train and test, above all class folders or inside each"
             )
+    if on_top and everything != set(SPLITS):
+        (missing,) = set(SPLITS) - everything
+        raise DataError(f"{root} has no class folders with audio for {missing}; add them")
     if not set(SPLITS) <= everything:
         names = sorted({name for place in places for name in place.parts[depth + 1 : -1] if part_of(name)})
         raise DataError(

@@ -14,7 +14,15 @@ PARTS = {
 _PART_OF = {word: part for part, words in PARTS.items() for word in words}
 HELD_OUT = "held out"
 # What operating systems and programs leave between the files of people.
-LITTER = {"__macosx", "thumbs.db", "desktop.ini", "@eadir", "$recycle.bin", "system volume information"}
+LITTER = {
+    "__macosx",
+    "thumbs.db",
+    "desktop.ini",
+    "@eadir",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+}
 
 
 def is_hidden(name: str) -> bool:
