@@ -327,7 +327,7 @@ class TestNames:
         (tmp_path / "cat" / "1.wav").rename(os.fsdecode(os.fsencode(tmp_path) + b"/cat/\xff.wav"))
         assert len(from_folder(tmp_path).train) == 4
         (tmp_path / "dog").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
-        with pytest.raises(DataError, match=r"the class folder .* is no name in UTF-8; rename it"):
+        with pytest.raises(DataError, match=r"the class folder .* is blank or not UTF-8; rename it"):
             from_folder(tmp_path)
 
     def test_the_name_of_the_working_folder(self, tmp_path, monkeypatch):

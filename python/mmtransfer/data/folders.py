@@ -71,7 +71,7 @@ def _labels(root: Path, clips: list[Labelled]) -> dict[str, str]:
     labels = {clip.folder: normal(clip.folder) for clip in clips}
     for folder, label in labels.items():
         if not label or not is_text(label):
-            raise DataError(f"{root} has the class folder {folder!r}, which is no name in UTF-8; rename it")
+            raise DataError(f"{root} has the class folder {folder!r}, which is blank or not UTF-8; rename it")
     shared = {label for label in labels.values() if list(labels.values()).count(label) > 1}
     for label in sorted(shared):
         _logger.warning("%s: several spellings of the class folder %r are one class", root, label)
