@@ -279,6 +279,15 @@ def test_models_without_a_complete_speech_encoder(wav2vec2: Path, sounds: Path, 
     fails(run("compare", "--model", text, *data, *QUICK), "is a text model")
 
 
+def test_ignored_files_are_said(wav2vec2: Path, sounds: Path, tmp_path: Path) -> None:
+    shutil.copytree(sounds / "tones", tmp_path / "tones")
+    (tmp_path / "tones" / "low" / "0.m4a").write_bytes(b"of another type")
+    data = ["--model", wav2vec2, "--data", tmp_path / "tones", "--output", tmp_path / "report"]
+    result = run("compare", *data, "--methods", "head", *QUICK)
+    assert result.code == 0, result.stderr
+    assert "chance 50.0%; ignored: 1 .m4a file\n" in result.stderr
+
+
 def test_the_output_folder_is_respected(whisper: Path, sounds: Path, tmp_path: Path) -> None:
     data = ["--model", whisper, "--data", sounds / "clips.csv", "--methods", "head"]
     foreign = tmp_path / "foreign"

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from .audio import SAMPLE_RATE, read_audio, resample
 from .errors import DataError
-from .recordings import Clip, Recordings, from_folder, from_manifest
+from .folders import from_folder
+from .manifests import from_manifest
+from .recordings import Clip, Recordings
 from .synthetic import synthetic
 
 __all__ = [

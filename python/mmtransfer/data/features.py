@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from transformers import AutoFeatureExtractor, SequenceFeatureExtractor, WhisperFeatureExtractor
 
+from .audio import check_max_seconds, check_samples
 from .errors import DataError
 from .recordings import Clip, Recordings
 
@@ -43,8 +44,7 @@ class Collator:
     ) -> None:
         if pad_to not in ("longest", "max"):
             raise ValueError(f"pad_to must be 'longest' or 'max', got {pad_to!r}")
-        if max_seconds is not None and max_seconds <= 0:
-            raise ValueError(f"max_seconds must be positive or None, got {max_seconds}")
+        check_max_seconds(max_seconds)
         self.recordings = recordings
         self.extractor = load_feature_extractor(feature_extractor)
         self.max_seconds = max_seconds
@@ -64,7 +64,15 @@ def extract(
     *,
     pad_to: Literal["longest", "max"] = "longest",
 ) -> dict[str, torch.Tensor]:
-    """Features of mono float32 arrays at the extractor's rate, with `lengths` in samples; see `Collator`."""
+    """Features of mono float32 arrays at the extractor's rate, with `lengths` in samples; see `Collator`.
+
+    TypeError or ValueError, with the number of the array, unless each is one finite floating-point channel
+    `(samples,)` between -1 and 1 (int16 samples: divide by 32768).
+    """
+    if not len(audio):
+        raise ValueError("audio must hold at least one clip, got none")
+    for index, samples in enumerate(audio):
+        check_samples(samples, f"audio[{index}]")
     lengths = torch.tensor([len(samples) for samples in audio], dtype=torch.int64)
     padding = "longest"
     if isinstance(extractor, WhisperFeatureExtractor):

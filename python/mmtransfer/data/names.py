@@ -1,0 +1,71 @@
+"""Names as people mean them: labels, and the folders and columns that are parts of a data set."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable
+
+PARTS = {
+    "train": ("train", "training"),
+    "test": ("test", "testing"),
+    "held out": ("validation", "valid", "val", "dev", "development", "eval", "evaluation"),
+}
+_PART_OF = {word: part for part, words in PARTS.items() for word in words}
+HELD_OUT = "held out"
+# What operating systems and programs leave between the files of people.
+LITTER = {
+    "__macosx",
+    "thumbs.db",
+    "desktop.ini",
+    "@eadir",
+    "$recycle.bin",
+    "system volume information",
+    "lost+found",
+}
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder called `name` is no data: `.git`, `._a.wav`, `__MACOSX`, `Thumbs.db`."""
+    return name.startswith(".") or name.casefold() in LITTER
+
+
+def composed(text: str) -> str:
+    """`text` in Unicode's form C; some file systems and programs write accents as characters of their own."""
+    return unicodedata.normalize("NFC", text)
+
+
+def normal(text: str) -> str:
+    """`text` in form C, without outer spaces, runs of spaces made one: one spelling of one name."""
+    return " ".join(composed(text).split())
+
+
+def part_of(name: str) -> str | None:
+    """ "train", "test" or "held out" for the name of a part in any case (`Train`, `dev`), else None."""
+    return _PART_OF.get(normal(name).casefold())
+
+
+def names_a_part(name: str) -> bool:
+    """Whether a word of `name` is that of a part (`train-clean-100`, `testset`) or of a fold (`fold_3`)."""
+    text = normal(name).casefold()
+    words = (re.sub(r"(?<=.)(set|data)$", "", word) for word in re.findall(r"[^\W\d_]+", text))
+    return any(word in _PART_OF for word in words) or bool(re.search(r"\bfold[\W_]*\d", text))
+
+
+def look_alike(labels: Iterable[str]) -> list[list[str]]:
+    """Groups of labels that differ in case, width or invisible characters alone."""
+    groups: dict[str, list[str]] = {}
+    for label in labels:
+        text = unicodedata.normalize("NFKC", label).casefold()
+        visible = "".join(character for character in text if unicodedata.category(character) != "Cf")
+        groups.setdefault(visible, []).append(label)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def is_text(name: str) -> bool:
+    """Whether the bytes of a file's `name` are UTF-8."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
