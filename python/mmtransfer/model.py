@@ -13,8 +13,9 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from mmtransfer import registry
-from mmtransfer.encoders.edit import untouched_on_error
+from mmtransfer.encoders.edit import check_editable, untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.recompute import add_recompute, find_recomputed
 from mmtransfer.encoders.tapped import TappedEncoder
 from mmtransfer.encoders.taps import Taps
 from mmtransfer.method import Group, Method
@@ -75,6 +76,7 @@ class AdaptedModel(nn.Module):
         self.reverted = False
         self.task = task
         parts = Encoder(Encoder(model).model)
+        check_editable(model, parts)
         taps = self.method.select_taps(parts)
         # Readout and head are drawn first: methods that differ in their edit alone start from the same ones.
         readout: Any = self.method.readout(parts)
@@ -151,8 +153,11 @@ class AdaptedModel(nn.Module):
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         """All tensors that training changes, by name, for a checkpoint."""
         edited = {id(parameter) for parameter in self.encoder.edit.parameters}
+        thawed = set(self.thawed())
         tensors: dict[str, torch.Tensor] = {
-            name: parameter for name, parameter in self.named_parameters() if id(parameter) in edited
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if id(parameter) in edited or name in thawed
         }
         for name in ("readout", "head"):
             part = getattr(self, name)
@@ -160,9 +165,59 @@ class AdaptedModel(nn.Module):
                 tensors |= {f"{name}.{key}": value for key, value in part.state_dict(keep_vars=True).items()}
         return tensors
 
+    def thawed(self) -> list[str]:
+        """Names of the encoder's parameters that ask for gradients and that the method does not train."""
+        edited = {id(parameter) for parameter in self.encoder.edit.parameters}
+        return [
+            f"encoder.{name}"
+            for name, parameter in self.encoder.named_parameters()
+            if parameter.requires_grad and id(parameter) not in edited
+        ]
+
     def parameter_groups(self) -> dict[str, Group]:
         """Parameters whose rate is not that of the run; see `Method.parameter_groups`."""
         return self.method.parameter_groups(self)
+
+    #: Asked by transformers' Trainer.
+    supports_gradient_checkpointing = True
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers of the encoder are computed again in the backward pass."""
+        return any(each.active for each in find_recomputed(self.encoder.parts.layers))
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Have the layers computed again in the backward pass, as the option `recompute="full"` has them.
+
+        A method with `recompute` keeps its own; while the edit is empty the encoder records no graph anyway.
+        The arguments are those that transformers' Trainer gives.
+
+        Raises:
+            ValueError: an argument other than `use_reentrant=False`.
+        """
+        wrong = {key: value for key, value in (gradient_checkpointing_kwargs or {}).items() if value}
+        if wrong or every_n_layers != 1 or offload:
+            raise ValueError(
+                "gradient checkpointing of an AdaptedModel is that of recompute='full': use_reentrant=False "
+                "is needed, and every_n_layers and offload have no place; "
+                f"got {wrong}, {every_n_layers}, {offload}"
+            )
+        parts = self.encoder.parts
+        recomputed = find_recomputed(parts.layers)
+        if not recomputed and not self.edit_is_empty:
+            add_recompute(self.encoder.edit, parts, parts.layers, "full")
+        for each in recomputed:
+            each.active = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Have the layers keep what the backward pass needs."""
+        for each in find_recomputed(self.encoder.parts.layers):
+            each.active = False
 
     def begin_with(self, trained: AdaptedModel) -> None:
         """Copy readout and head from a model of the method that this one starts from."""
@@ -171,8 +226,13 @@ class AdaptedModel(nn.Module):
             self.head.load_state_dict(trained.head.state_dict())
 
     def copy(self) -> AdaptedModel:
-        """A deep copy, which shares the encoder if nothing in it is changed or trained."""
-        return copy.deepcopy(self, {id(self.encoder): self.encoder} if self.edit_is_empty else {})
+        """A deep copy, which shares the pretrained model if nothing in it is changed or trained."""
+        if not self.edit_is_empty:
+            return copy.deepcopy(self)
+        twin = copy.deepcopy(self, {id(self.encoder): self.encoder})
+        # Its own, so that reverting one of the two leaves the model frozen for the other.
+        twin.encoder = self.encoder.share()
+        return twin
 
     def revert(self) -> None:
         """Give the encoder back as it was, but for its dtype, eval mode, and weights trained in place."""

@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mmkernels.wrappers import chain, is_wrapper, unwrap
+
 from .descriptions import DESCRIPTIONS, ModelDescription
 
 Tap = int | Literal["embeddings"]
@@ -19,11 +21,11 @@ class Encoder:
 
     Args:
         model: a transformers model of a type in `DESCRIPTIONS`, with or without a head or a decoder; or any
-            model that `description` fits.
+            model that `description` fits. Wrappers are looked through (`mmkernels.wrappers`).
         description: where things are in a model that is not in the table.
 
     Attributes:
-        root: the model that was given.
+        root: the model that was given, without its wrappers.
         model: the encoder in it, which may be the same.
         description: of its type.
         all_layers: every encoder layer.
@@ -37,10 +39,13 @@ class Encoder:
     def __init__(self, model: nn.Module, description: ModelDescription | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.root = model
-        self.description = describe(model) if description is None else description
-        self.model = _find(model, self.description)
-        self.all_layers: list[nn.Module] = list(_lookup(self.model, self.description.layers))
+        # The paths of a description that is given may lead through a wrapper that the user wrote.
+        self.root = unwrap(model) if description is None else _without_known_wrappers(model)
+        self.description = describe(self.root) if description is None else description
+        self.model = unwrap(_find(self.root, self.description))
+        self.all_layers: list[nn.Module] = [
+            unwrap(layer) for layer in _lookup(self.model, self.description.layers)
+        ]
         self.layers = self.all_layers
         if not self.layers:
             raise ValueError("model has no layers")
@@ -192,6 +197,10 @@ def default_taps(encoder: Encoder) -> tuple[Tap, ...]:
     """The embeddings and all layers up to 12 layers, every second layer (1, 3, 5, ...) of deeper encoders."""
     layers = encoder.num_layers
     return ("embeddings", *range(layers)) if layers <= 12 else tuple(range(1, layers, 2))
+
+
+def _without_known_wrappers(model: nn.Module) -> nn.Module:
+    return next(module for module in chain(model) if not is_wrapper(module))
 
 
 def _find(model: nn.Module, description: ModelDescription) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import whisper
+from .checks import FLOATING, check_not_parallel
 from .edit import Edit, check_unedited
 from .encoder import Encoder, Tap, resolve_layers
 from .taps import Taps, attach_states, check_lengths, frame_index
@@ -67,6 +68,7 @@ class TappedEncoder(nn.Module):
         if any(parameter.is_meta for parameter in parts.model.parameters()):
             raise ValueError("model has weights on the meta device; load its weights before tapping it")
         check_unedited(parts.model)
+        check_not_parallel(model)
         self.taps = resolve_layers("taps", taps, parts.num_layers, embeddings=True)
         self.parts = parts.up_to(self.taps)
         self.description, self.model = parts.description, parts.model
@@ -90,10 +92,17 @@ class TappedEncoder(nn.Module):
         self.edit.revert()
         self._freeze.revert()
 
+    def share(self) -> TappedEncoder:
+        """Another tapped encoder of the same model and taps, without an edit."""
+        other = TappedEncoder(self.model, self.taps)
+        other.dtype_given = self.dtype_given
+        return other
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the encoder's weights."""
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        dtypes = (parameter.dtype for parameter in self.model.parameters())
+        return next((dtype for dtype in dtypes if dtype in FLOATING), torch.float32)
 
     def extra_repr(self) -> str:
         return f"{self.description.model_type}, taps={list(self.taps)}"
