@@ -39,9 +39,9 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
     Submodules are searched, so the model may be inside PEFT, DDP or another wrapper module, or compiled
     (torch compiles it anew in its next call). Call it before tools that store a bound ``forward`` on the
     module. Results agree with the unchanged model to rounding, in value and gradient (first derivatives);
-    parameters, ``state_dict`` keys and saved checkpoints are the same. If the op does not serve an input (for example a layer dropped in
-    training), the module's original statements run. Copies and pickles of an accelerated module are
-    accelerated too.
+    parameters, ``state_dict`` keys and saved checkpoints are the same. If the op does not serve an input (for
+    example a layer dropped in training), the module's original statements run. Copies and pickles of an
+    accelerated module are accelerated too.
 
     Equivalent to (for a module that ``adapters`` names; iterating over it gives the plain layers)::
 

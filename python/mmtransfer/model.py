@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from mmtransfer import registry
+from mmtransfer.encoders.autocast import autocast_dtype
 from mmtransfer.encoders.edit import check_editable, untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.recompute import add_recompute, find_recomputed
@@ -98,7 +99,7 @@ class AdaptedModel(nn.Module):
     def fuse(self, taps: Taps) -> torch.Tensor:
         """The frames `(N, out_dim)` that the readout makes of tapped features."""
         features = taps.features
-        if not torch.is_autocast_enabled(features.device.type):
+        if autocast_dtype(features.device.type) is None:
             weight = next(self._top_parameters(), None)
             features = features if weight is None else features.to(weight.dtype)
         return self.readout(features)

@@ -28,8 +28,11 @@ def check_not_parallel(model: nn.Module) -> None:
         )
 
 
-def check_on_one_kind_of_device(model: nn.Module) -> None:
-    """ValueError for a model with weights partly on the meta device, as offloading leaves them."""
+def check_loaded(model: nn.Module) -> None:
+    """ValueError for a model with weights that are not there yet, as offloading and lazy modules leave them."""
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(f"{name} is not initialised; run the model once, or load its weights")
     kinds = {parameter.is_meta: name for name, parameter in model.named_parameters()}
     if len(kinds) > 1:
         raise ValueError(

@@ -12,13 +12,13 @@ from torch import nn
 
 from .checks import (
     FLOATING,
+    check_loaded,
     check_not_parallel,
     check_nothing_trained_inside,
-    check_on_one_kind_of_device,
     check_trainable,
 )
 from .encoder import Encoder
-from .freezing import Hold
+from .freezing import Hold, get_holds, set_holds
 
 Forward = Callable[..., Any]
 #: On the encoder's module while an edit is in force: the name of the method.
@@ -52,6 +52,7 @@ class Edit:
 
     def __init__(self, encoder: Encoder, name: str) -> None:
         check_unedited(encoder.root)
+        check_loaded(encoder.root)
         self.encoder, self.name = encoder, name
         self.parameters: list[nn.Parameter] = []
         self._changed = self._in_force = False
@@ -208,6 +209,7 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
     """Give the model back as it was, dtypes, modes and `requires_grad` flags too, if the body raises."""
     parameters = [(each, each.data, each.requires_grad) for each in model.parameters()]
     buffers = [(each, dict(each._buffers), each.training) for each in model.modules()]
+    holds = get_holds(model)
     try:
         yield
     except BaseException:
@@ -217,14 +219,15 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
         for module, values, training in buffers:
             module._buffers.update(values)
             module.training = training
+        set_holds(model, holds)
         raise
 
 
 def check_editable(model: nn.Module, encoder: Encoder) -> None:
     """Raise a ValueError unless `model`, as it was given, and its encoder can be changed and trained."""
     check_unedited(encoder.root)
+    check_loaded(encoder.root)
     check_not_parallel(model)
-    check_on_one_kind_of_device(encoder.root)
     check_nothing_trained_inside(encoder.model)
 
 

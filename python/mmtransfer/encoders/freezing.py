@@ -42,6 +42,18 @@ class Hold:
             encoder.__dict__.pop(_HOLDS, None)
 
 
+def get_holds(encoder: nn.Module) -> list[Hold]:
+    """The holds of the encoder's parameters, the oldest first."""
+    return encoder.__dict__.get(_HOLDS, _Holds()).alive()
+
+
+def set_holds(encoder: nn.Module, holds: list[Hold]) -> None:
+    """Have these hold the encoder's parameters and no others, whatever the flags are."""
+    encoder.__dict__.pop(_HOLDS, None)
+    if holds:
+        encoder.__dict__[_HOLDS] = _Holds(holds)
+
+
 class _Holds:
     """Weak references to holds. A copy of the model refers to the copies of those that are copied with it."""
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import whisper
+from .autocast import without_autocast
 from .checks import FLOATING, check_not_parallel
 from .edit import Edit, check_unedited
 from .encoder import Encoder, Tap, resolve_layers
@@ -172,7 +173,7 @@ class TappedEncoder(nn.Module):
         return points
 
     def _autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device_type, enabled=False) if self.dtype_given else contextlib.nullcontext()
+        return without_autocast(device_type) if self.dtype_given else contextlib.nullcontext()
 
     def _main_input(self, inputs: torch.Tensor | None, named: dict[str, torch.Tensor]) -> torch.Tensor:
         name = self.description.main_input
