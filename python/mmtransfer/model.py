@@ -74,7 +74,7 @@ class AdaptedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.method = registry.find(method, **options)
-        self.reverted = False
+        self.reverted = self._frozen_checked = False
         self.task = task
         parts = Encoder(Encoder(model).model)
         check_editable(model, parts)
@@ -141,6 +141,8 @@ class AdaptedModel(nn.Module):
                 raise ValueError("features go with lengths (their frames per utterance) and with no input")
             taps = Taps.pack(features, lengths)
         else:
+            if self.training and torch.is_grad_enabled():
+                self._check_frozen()
             taps = self.encoder(lengths=lengths, attention_mask=attention_mask, **named)
         frames = self.fuse(taps)
         if self.head is None or self.task is None:
@@ -254,6 +256,15 @@ class AdaptedModel(nn.Module):
         from mmtransfer import checkpoint
 
         return checkpoint.load(folder, model, **runtime)
+
+    def _check_frozen(self) -> None:
+        """ValueError, in the first step of training, for parameters that were thawed in vain."""
+        if not self._frozen_checked and self.edit_is_empty and (thawed := self.thawed()):
+            raise ValueError(
+                f"{thawed[0]} asks for a gradient, but {self.method.name} runs the encoder without a graph; "
+                "choose a method that trains in the encoder, or freeze the parameter"
+            )
+        self._frozen_checked = True
 
     def _top_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.readout.parameters()

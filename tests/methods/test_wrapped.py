@@ -224,7 +224,11 @@ class TestPeft:
                 with pytest.raises(ValueError, match=r"q_proj\.lora_A of peft is trained.*merge"):
                     change(each, "aat-ms")
         assert [parameter.requires_grad for parameter in model.parameters()] == flags
-        assert prepare(model.merge_and_unload(), "aat-ms").head == ["projector", "classifier", "layer_weights"]
+        assert prepare(model.merge_and_unload(), "aat-ms").head == [
+            "projector",
+            "classifier",
+            "layer_weights",
+        ]
 
     def test_features_of_a_trained_lora(self):
         model = peft.get_peft_model(build_classifier(), peft.LoraConfig(target_modules=["q_proj"]))

@@ -70,7 +70,8 @@ class Watch:
 
 def add_watch(edit: Edit, encoder: Encoder, head: Sequence[nn.Parameter]) -> None:
     """Watch the training of the edit's parameters, and of the head's; comes after all other changes."""
-    watch = Watch(edit.parameters, head)
+    own = {id(parameter) for parameter in encoder.model.parameters()}
+    watch = Watch([parameter for parameter in edit.parameters if id(parameter) in own], head)
     edit.hook(encoder.model, watch.before_encoder)
     for layer in encoder.all_layers:
         if any(parameter.requires_grad for parameter in layer.parameters()):
