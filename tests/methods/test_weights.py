@@ -14,7 +14,7 @@ from tiny_encoders import TINY, make_input
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from mmtransfer import AdaptedModel, TappedEncoder, prepare, registry
+from mmtransfer import AdaptedModel, prepare, registry
 from mmtransfer.encoders import Edit, Encoder
 from mmtransfer.method import EditMethod
 from mmtransfer.tasks import Classification

@@ -29,7 +29,7 @@ def check_not_parallel(model: nn.Module) -> None:
 
 
 def check_loaded(model: nn.Module) -> None:
-    """ValueError for a model with weights that are not there yet, as offloading and lazy modules leave them."""
+    """ValueError for a model with weights that are not there yet: offloaded, or of lazy modules."""
     for name, parameter in model.named_parameters():
         if isinstance(parameter, nn.UninitializedParameter):
             raise ValueError(f"{name} is not initialised; run the model once, or load its weights")

@@ -23,6 +23,7 @@ class ModelDescription:
         main_input: name of the encoder's input.
         input_dims: number of dimensions of the main input, the batch first.
         time_dim: the dimension of the main input that `lengths` counts along.
+        input_sizes: dimensions of the main input, each with the config attribute of its size.
         frames: how positions of the main input become frames of the layers: "conv" (the convolutions of
             `config.conv_kernel` and `config.conv_stride`), "halved" (one convolution of stride 2), "same", or
             "fixed" (every input has the same length and all its frames count).
@@ -66,6 +67,7 @@ class ModelDescription:
     last_state_normed: bool = False
     prefix_tokens: int = 0
     activation: str = "hidden_act"
+    input_sizes: tuple[tuple[int, str], ...] = ()
     calls_projections: bool = True
     attention_alone_mixes: bool = True
     shares_position_bias: bool = False
@@ -113,6 +115,7 @@ _AST = ModelDescription(
     main_input="input_values",
     input_dims=3,
     time_dim=1,
+    input_sizes=((1, "max_length"), (2, "num_mel_bins")),
     frames="fixed",
     takes_mask=False,
     padding="exact",
@@ -172,6 +175,7 @@ _DESCRIPTIONS = (
         encoder=("wav2vec2_bert", ""),
         main_input="input_features",
         input_dims=3,
+        input_sizes=((2, "feature_projection_input_dim"),),
         frames="same",
         padding="exact",
         final_norm=None,
@@ -183,6 +187,7 @@ _DESCRIPTIONS = (
         main_input="input_features",
         input_dims=3,
         time_dim=2,
+        input_sizes=((1, "num_mel_bins"),),
         frames="halved",
         takes_mask=False,
         padding="leaks",
@@ -205,6 +210,7 @@ _DESCRIPTIONS = (
         main_input="pixel_values",
         input_dims=4,
         time_dim=3,
+        input_sizes=((1, "num_channels"), (2, "image_size"), (3, "image_size")),
         prefix_tokens=1,
     ),
     _BERT,

@@ -16,6 +16,7 @@ from .autocast import without_autocast
 from .checks import FLOATING, check_not_parallel
 from .edit import Edit, check_unedited
 from .encoder import Encoder, Tap, resolve_layers
+from .inputs import check_input
 from .taps import Taps, attach_states, check_lengths, frame_index
 
 
@@ -185,16 +186,7 @@ class TappedEncoder(nn.Module):
         if (inputs is None) == (name not in named):
             raise ValueError(f"give the main input once, positionally or as {name!r}")
         tensor = named[name] if inputs is None else inputs
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != self.description.input_dims:
-            raise ValueError(
-                f"{name} of {self.description.model_type} must have {self.description.input_dims} "
-                f"dimensions, got shape {tuple(tensor.shape)}"
-            )
-        size, least = tensor.shape[self.description.time_dim], self.parts.minimum_length
-        if size < least:
-            raise ValueError(f"{name} must be at least {least} long to make one frame, got {size}")
+        check_input(self.parts, tensor)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _input_lengths(
@@ -321,12 +313,18 @@ def tap_name(tap: Tap) -> str:
 
 def _mask_lengths(mask: torch.Tensor, batch: int, size: int) -> torch.Tensor:
     """Lengths of a right-padded mask, with one transfer from its device."""
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
     if tuple(mask.shape) != (batch, size):
         raise ValueError(f"attention_mask must be {(batch, size)}, got shape {tuple(mask.shape)}")
-    mask = mask.bool()
-    counts = mask.sum(dim=1)
-    holes = (mask != (torch.arange(size, device=mask.device) < counts.unsqueeze(1))).any()
-    *lengths, has_holes = torch.cat([counts, holes.long().unsqueeze(0)]).tolist()
+    valid = mask.bool()
+    counts = valid.sum(dim=1)
+    holes = (valid != (torch.arange(size, device=mask.device) < counts.unsqueeze(1))).any()
+    # An additive mask has 0 where positions are valid.
+    others = (mask != valid).any()
+    *lengths, has_others, has_holes = torch.cat([counts, torch.stack([others, holes]).long()]).tolist()
+    if has_others:
+        raise ValueError("attention_mask must be 1 for valid positions and 0 for padding")
     if has_holes:
         raise ValueError("attention_mask must be right-padded: ones, then zeros")
     return torch.tensor(lengths, dtype=torch.int64)
