@@ -94,9 +94,14 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
             report.skipped += [
                 Skipped(prefix + inner, reason) for inner, reason in recogniser.exceptions(module)
             ]
-    for swap in report._swaps:
-        swap.apply()
-        report.replaced.append(Replaced(swap.name, swap.original.__qualname__, swap.what))
+    try:
+        for swap in report._swaps:
+            swap.apply()
+            report.replaced.append(Replaced(swap.name, swap.original.__qualname__, swap.what))
+    except BaseException:
+        for swap in report._swaps:
+            swap.revert()
+        raise
     return report
 
 

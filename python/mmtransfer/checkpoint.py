@@ -130,14 +130,16 @@ def load_prepared(
         return prepared
     _check_base(Encoder(model, description), config["base_model"], folder)
     method = _find_method(config, runtime)
-    prepared = prepare(model, method, head=config["head"], description=description)
+    done: Prepared | None = None
     try:
-        _thaw(prepared.edit.encoder.root, config, folder)
-        _copy_strictly(prepared.trained_tensors(), tensors, folder)
+        done = prepare(model, method, head=config["head"], description=description)
+        _thaw(done.edit.encoder.root, config, folder)
+        _copy_strictly(done.trained_tensors(), tensors, folder)
+        return done
     except BaseException:
-        prepared.revert()
+        if done is not None:
+            done.revert()
         raise
-    return prepared
 
 
 def _find_adapted(model: nn.Module) -> AdaptedModel | None:

@@ -14,8 +14,9 @@ from transformers.modeling_outputs import ModelOutput
 
 from mmtransfer import registry
 from mmtransfer.encoders.autocast import autocast_dtype
-from mmtransfer.encoders.edit import check_editable, untouched_on_error
+from mmtransfer.encoders.edit import Edit, check_editable, untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.precision import check_trained
 from mmtransfer.encoders.recompute import add_recompute, find_recomputed
 from mmtransfer.encoders.tapped import TappedEncoder
 from mmtransfer.encoders.taps import Taps
@@ -85,7 +86,15 @@ class AdaptedModel(nn.Module):
         self.head = None if task is None else task.head(readout.out_dim)
         with untouched_on_error(parts.model):
             self.encoder = TappedEncoder(model, taps, dtype=dtype)
-            self.encoder.edit = self.method.edit(self.encoder.parts)
+            edit: Edit | None = None
+            try:
+                edit = self.method.edit(self.encoder.parts)
+                self.encoder.edit = edit
+                check_trained(self.named_parameters())
+            except BaseException:
+                if edit is not None:
+                    edit.revert()
+                raise
 
     @property
     def edit_is_empty(self) -> bool:

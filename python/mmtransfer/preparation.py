@@ -125,24 +125,27 @@ def prepare(
     check_editable(model, encoder)
     heads = _find_heads(encoder, head)
     trained_head = _parameters_of_heads(encoder, heads)
-    edit = found.edit(encoder)
+    edit: Edit | None = None
     try:
+        edit = found.edit(encoder)
         if edit.is_empty:
             # An empty edit leaves no mark and no flag, as several may share an encoder. A model in its own
             # training code must be marked, and must record no graph below its head.
             edit.revert()
-            with Edit(encoder, found.name) as edit:
-                pass
+            edit = Edit(encoder, found.name)
+            with edit:
+                edit.train([])
         for parameter in trained_head:
             parameter.requires_grad_(True)
         add_watch(edit, encoder, trained_head)
         prepared = _make_record(found, heads, edit)
         encoder.root.__dict__[_RECORD] = prepared
+        return prepared
     except BaseException:
         encoder.root.__dict__.pop(_RECORD, None)
-        edit.revert()
+        if edit is not None:
+            edit.revert()
         raise
-    return prepared
 
 
 def _make_record(method: Method, heads: list[str], edit: Edit) -> Prepared:

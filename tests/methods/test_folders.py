@@ -78,7 +78,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "last byte": (
         lambda folder: cut(folder / WEIGHTS),
-        r"model.safetensors is cut off after [\d,]+ bytes of",
+        r"model.safetensors is cut off after [\d,]+ bytes",
     ),
     "half of it": (
         lambda folder: cut(folder / WEIGHTS, (folder / WEIGHTS).stat().st_size // 2),
@@ -103,7 +103,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "wider": (
         lambda folder: change(folder / "config.json", intermediate_size=25),
-        r"do not fit its configuration: \S+ has shape \(24,\), the configuration says \(25,\); .* and \d+ more",
+        r"do not fit its configuration: \S+ has shape \(24,\), the configuration says \(25,\);.* and \d+ m",
     ),
     "fewer layers": (
         lambda folder: change(folder / "config.json", num_hidden_layers=2),
@@ -117,7 +117,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "nothing": (lambda folder: keep_only(folder, "readme.txt"), "has no config.json; it must be"),
     "fairseq": (
         lambda folder: keep_only(folder, "base.pt"),
-        "no config.json, but base.pt, which is no model",
+        "no config.json, but base.pt, which is no",
     ),
     "training run": (
         lambda folder: keep_only(folder, "checkpoint-40/config.json"),
@@ -130,7 +130,7 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no weights": (
         lambda folder: (folder / WEIGHTS).unlink(),
-        "no model can be loaded .*no file named model",
+        "no model can be loaded .*no file named",
     ),
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,15 @@ from mmtransfer.method import EditMethod
 from mmtransfer.tasks import Classification
 
 EDITS = [name for name, each in registry.methods().items() if issubclass(each, EditMethod)]
+CONFORMERS = ("wav2vec2-conformer", "wav2vec2-bert")
 REENTRANT = {"use_reentrant": True}
+
+
+def impossible(model_type: str) -> set[str]:
+    """Edits that a model of this type cannot have."""
+    return ({"prompt"} if model_type in CONFORMERS else set()) | (
+        {"lora"} if model_type == "wavlm" else set()
+    )
 
 
 def steady(model_type: str) -> nn.Module:
@@ -63,21 +72,17 @@ class TestReentrantCheckpointing:
                 "its layers share a trained bias, with or without this package: backward does not end"
             )
         model = steady(model_type)
-        try:
-            prepare(model, method, **exactly(method))
-        except ValueError as error:
-            assert method in str(error)
+        if method in impossible(model_type):
             pytest.skip("a method that the type cannot have")
+        prepare(model, method, **exactly(method))
         perturb(model)
         expected = gradients(model, model_type)
         model.gradient_checkpointing_enable(REENTRANT)
-        try:
-            call(model, model_type)
-        except ValueError as error:
-            assert "use_reentrant=False is needed" in str(error)
-            assert method not in ("bitfit", "full")
-        else:
+        if method in ("bitfit", "full"):
             assert_trained_as(model, model_type, expected)
+        else:
+            with pytest.raises(ValueError, match="use_reentrant=False is needed"):
+                call(model, model_type)
         model.gradient_checkpointing_enable({"use_reentrant": False})
         assert_trained_as(model, model_type, expected)
 
@@ -205,7 +210,7 @@ class TestThawedAfterPrepare:
         model.extra = nn.Linear(2, 2)
         mmtransfer.save(model, tmp_path)
         other = build_classifier()
-        with pytest.raises(ValueError, match="has trained a parameter that the model lacks .*extra"):
+        with pytest.raises(ValueError, match=r"has trained a parameter that the model lacks .*extra"):
             mmtransfer.load_prepared(other, tmp_path)
         assert not any("adapter" in name for name, _ in other.named_parameters())
         assert all(each.requires_grad for each in other.parameters())

@@ -1,4 +1,4 @@
-"""Weights that are not plain floating tensors: refused where they would be trained, before anything changes."""
+"""Weights that are no plain floating tensors: refused where they would be trained, with nothing changed."""
 
 from __future__ import annotations
 

@@ -33,6 +33,8 @@ class ModelDescription:
             statistics over the padding too), "leaks" (a convolution over frames mixes padding in).
         final_norm: path of the norm that follows the last layer, or None.
         final_norm_if: config attribute that says whether `final_norm` comes last; elsewhere it comes first.
+        behind_layers: paths of parts (and parameters) that the layers' outputs do not depend on, as the model
+            runs outside training, without the final norm.
         last_state_normed: whether the last of `output_hidden_states` has gone through `final_norm`.
         prefix_tokens: learned tokens in front of the frames.
         layer_attention: the self-attention module; it returns a tensor or a tuple led by one.
@@ -67,6 +69,7 @@ class ModelDescription:
     last_state_normed: bool = False
     prefix_tokens: int = 0
     activation: str = "hidden_act"
+    behind_layers: tuple[str, ...] = ()
     input_sizes: tuple[tuple[int, str], ...] = ()
     calls_projections: bool = True
     attention_alone_mixes: bool = True
@@ -82,6 +85,7 @@ _WAV2VEC2 = ModelDescription(
     time_dim=1,
     frames="conv",
     padding="layer_norm_stem",
+    behind_layers=("masked_spec_embed", "adapter", "intermediate_ffn"),
     final_norm="encoder.layer_norm",
     final_norm_if="do_stable_layer_norm",
     layer_attention="attention",
@@ -96,6 +100,8 @@ _CONFORMER = replace(
     _WAV2VEC2,
     model_type="wav2vec2-conformer",
     encoder=("wav2vec2_conformer", ""),
+    # The positional convolution is there and is not run.
+    behind_layers=(*_WAV2VEC2.behind_layers, "encoder.pos_conv_embed"),
     # The depthwise convolution of each layer is not masked.
     padding="leaks",
     final_norm_if=None,
@@ -120,6 +126,7 @@ _AST = ModelDescription(
     takes_mask=False,
     padding="exact",
     final_norm="layernorm",
+    behind_layers=("pooler",),
     # The class token and the distillation token.
     prefix_tokens=2,
     layer_attention="attention",
@@ -139,6 +146,7 @@ _BERT = ModelDescription(
     time_dim=1,
     frames="same",
     padding="exact",
+    behind_layers=("pooler",),
     layer_attention="attention",
     layer_query="attention.self.query",
     layer_key="attention.self.key",

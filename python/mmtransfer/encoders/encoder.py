@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -30,6 +30,7 @@ class Encoder:
         description: of its type.
         all_layers: every encoder layer.
         layers: those that run; fewer than all where `up_to` says that the last tap comes earlier.
+        is_tapped: whether taps of the layers are all that is read, as `up_to` says.
 
     Raises:
         TypeError: `model` is no module, or not one of transformers and without a description.
@@ -47,6 +48,7 @@ class Encoder:
             unwrap(layer) for layer in _lookup(self.model, self.description.layers)
         ]
         self.layers = self.all_layers
+        self.is_tapped = False
         if not self.layers:
             raise ValueError("model has no layers")
 
@@ -115,6 +117,7 @@ class Encoder:
     def up_to(self, taps: Sequence[Tap]) -> Encoder:
         """The same encoder, with the layers alone that run when these (resolved) taps are read."""
         found = Encoder(self.root, self.description)
+        found.is_tapped = True
         deepest = max((tap for tap in taps if tap != "embeddings"), default=-1)
         found.layers = self.all_layers[: deepest + 1]
         return found
@@ -141,9 +144,25 @@ class Encoder:
         return [self.layers[index] for index in sorted(indices)]
 
     def without_idle(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """These, but for those in layers past the last tap, which would be trained without effect."""
+        """These, but for those that no tap depends on, which would be trained without effect: in layers past
+        the last tap, in parts behind the layers, and in masks of pre-training.
+
+        An encoder that is not read by taps has none.
+        """
         idle = {id(p) for layer in self.all_layers[len(self.layers) :] for p in layer.parameters()}
+        if self.is_tapped:
+            idle |= {id(parameter) for name, parameter in self._named_behind_taps()}
         return [parameter for parameter in parameters if id(parameter) not in idle]
+
+    def _named_behind_taps(self) -> Iterator[tuple[str, nn.Parameter]]:
+        parts = self.description.behind_layers
+        norm = self.final_norm
+        normed = self.description.last_state_normed and len(self.layers) == self.num_layers
+        for name, parameter in self.model.named_parameters():
+            if any(name == part or name.startswith(f"{part}.") for part in parts):
+                yield name, parameter
+        if norm is not None and not normed:
+            yield from norm.named_parameters()
 
     @property
     def _config(self) -> Any:

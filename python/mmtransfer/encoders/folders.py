@@ -1,4 +1,4 @@
-"""Folders of models that cannot be loaded, or not as meant: the reason, found before transformers reads them."""
+"""Folders of models that cannot be loaded, or not as meant: the reason, in one sentence."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def _find_other_kind(folder: Path) -> str | None:
             "or merge the two first (merge_and_unload, save_pretrained)"
         )
     if config is not None and config.get("format") == "mmtransfer":
-        return (
-            "it is a checkpoint of mmtransfer, which holds the trained part alone; load it by mmtransfer.load"
-        )
+        return "it is a checkpoint of mmtransfer, the trained part alone; load it by mmtransfer.load"
     if not (folder / "config.json").is_file():
         return f"it has no config.json{_nearby(folder)}"
     return None

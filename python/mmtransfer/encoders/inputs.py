@@ -100,7 +100,8 @@ def _check_length(encoder: Encoder, name: str, shape: tuple[int, ...]) -> None:
 
 def _longest(encoder: Encoder) -> int | None:
     """The longest main input that there are position embeddings for, or None."""
-    row, config = encoder.description, getattr(encoder.model, "config", None)
+    row = encoder.description
+    config: Any = getattr(encoder.model, "config", None)
     if row.model_type == "whisper":
         return whisper.window_length(encoder.model)
     most = getattr(config, "max_position_embeddings", None)

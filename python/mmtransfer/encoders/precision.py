@@ -15,7 +15,7 @@ _TRAINED = (torch.bfloat16, torch.float32, torch.float64)
 def find_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """A dtype of `LOADED`, by itself or by name; ValueError for any other."""
     found = LOADED.get(dtype) if isinstance(dtype, str) else dtype
-    if found not in LOADED.values():
+    if found is None or found not in LOADED.values():
         raise ValueError(f"dtype must be one of {', '.join(LOADED)}, got {dtype!r}")
     return found
 

@@ -14,7 +14,7 @@ from torch import nn
 from . import whisper
 from .autocast import without_autocast
 from .checks import FLOATING, check_not_parallel
-from .edit import Edit, check_unedited
+from .edit import Edit, check_unedited, untouched_on_error
 from .encoder import Encoder, Tap, resolve_layers
 from .inputs import check_input
 from .taps import Taps, attach_states, check_lengths, frame_index
@@ -76,10 +76,11 @@ class TappedEncoder(nn.Module):
         self.description, self.model = parts.description, parts.model
         self.num_layers, self.hidden_size = parts.num_layers, parts.hidden_size
         self.dtype_given = dtype is not None
-        if dtype is not None:
-            self.model.to(dtype)
-        self._freeze = self.edit = Edit.nothing(self.parts)
-        self.eval()
+        with untouched_on_error(self.model):
+            if dtype is not None:
+                self.model.to(dtype)
+            self._freeze = self.edit = Edit.nothing(self.parts)
+            self.eval()
 
     def train(self, mode: bool = True) -> TappedEncoder:
         """Stay in eval mode for either argument: dropout and layer drop would change the features."""
