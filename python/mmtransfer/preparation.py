@@ -91,9 +91,14 @@ def prepare(
 
     For training code that exists: the model keeps its class, its `forward` and its head. New parameters are
     children of the layers (`...adapter_mlp.*`, `...prompt`), float32 (float64 in a float64 model). Layers
-    below the lowest trained parameter record no autograd graph. Prepare before `torch.compile`, DDP or FSDP.
-    Not for `torch.nn.DataParallel`, which runs several copies of a module at once. Gradient checkpointing of
-    transformers must be the non-reentrant one (its default): no input of a frozen layer asks for a gradient.
+    below the lowest trained parameter record no autograd graph. Wrappers are looked through: `torch.compile`,
+    peft, a module whose only child the model is. Prepare before DistributedDataParallel and FSDP; not for
+    `torch.nn.DataParallel`, which runs several copies of a module at once.
+
+    In training the prepared model says what would train it wrongly: reentrant gradient checkpointing (no
+    input of a frozen layer asks for a gradient) and float16 raise a ValueError, adapters that
+    `freeze_base_model()` froze afterwards are warned of. Parameters that are thawed afterwards are saved too.
+    A model on the meta device may be prepared for its shapes; train one with loaded weights.
 
     Args:
         model: of a type in `mmtransfer.encoders.DESCRIPTIONS`, or with its `description`.
@@ -106,9 +111,10 @@ def prepare(
 
     Raises:
         TypeError: `model` is no module, or not one of transformers and without a description.
-        ValueError: no description for the model's type, a model that is prepared already, an unknown method,
-            option or name, a value out of range, or a method that the model cannot have. The model is
-            untouched.
+        ValueError: no description for the model's type, a model that is prepared already or in a parallel
+            wrapper, an unknown method, option or name, a value out of range, a method that the model cannot
+            have, weights that cannot be trained (quantised, sparse, float16), a trained adapter of peft, or
+            parameters that may be a head and are not next to the encoder. The model is untouched.
         ImportError: a package that the method needs is missing.
     """
     found = registry.find(method, **options)
