@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 
-from . import whisper
 from .encoder import Encoder
 
 
@@ -21,7 +20,7 @@ def check_input(encoder: Encoder, tensor: Any) -> None:
     row = encoder.description
     name = f"{row.main_input} of {row.model_type}"
     if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+        raise TypeError(f"{row.main_input} must be a tensor, got {type(tensor).__name__}")
     _check_dtype(name, row.main_input, tensor)
     expected = _expected(encoder)
     shape = tuple(tensor.shape)
@@ -99,11 +98,9 @@ def _check_length(encoder: Encoder, name: str, shape: tuple[int, ...]) -> None:
 
 
 def _longest(encoder: Encoder) -> int | None:
-    """The longest main input that there are position embeddings for, or None."""
+    """The longest text that there are position embeddings for; None elsewhere (Whisper says it itself)."""
     row = encoder.description
     config: Any = getattr(encoder.model, "config", None)
-    if row.model_type == "whisper":
-        return whisper.window_length(encoder.model)
     most = getattr(config, "max_position_embeddings", None)
     if row.main_input != "input_ids" or most is None:
         return None
