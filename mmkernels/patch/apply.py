@@ -12,6 +12,7 @@ from mmkernels.patch.recogniser import Unsupported
 from mmkernels.patch.recognisers import NAMED_ADAPTER, RECOGNISERS
 from mmkernels.patch.report import Replaced, Report, Skipped, Swap
 from mmkernels.patch.subclass import accelerated_class, original_class
+from mmkernels.wrappers import is_wrapper, plain_name, unwrap
 
 
 def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
@@ -35,12 +36,12 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
           there. Adapters added to a replaced layer later are served too;
         * the ``nn.Sequential`` bottlenecks that ``adapters`` names, by ``adapter``.
 
-    Submodules are searched, so the model may be inside PEFT, DDP or another wrapper module. Call it before
-    ``torch.compile`` and before tools that store a bound ``forward`` on the module. Results agree with the
-    unchanged model to rounding, in value and gradient (first derivatives); parameters, ``state_dict`` keys
-    and saved checkpoints are the same. If the op does not serve an input (for example a layer dropped in
-    training), the module's original statements run. Copies and pickles of an accelerated module are
-    accelerated too.
+    Submodules are searched, so the model may be inside PEFT, DDP or another wrapper module, or compiled
+    (torch compiles it anew in its next call). Call it before tools that store a bound ``forward`` on the
+    module. Results agree with the unchanged model to rounding, in value and gradient (first derivatives);
+    parameters, ``state_dict`` keys and saved checkpoints are the same. If the op does not serve an input (for
+    example a layer dropped in training), the module's original statements run. Copies and pickles of an
+    accelerated module are accelerated too.
 
     Equivalent to (for a module that ``adapters`` names; iterating over it gives the plain layers)::
 
@@ -50,11 +51,11 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
     Args:
         model: any module.
         adapters: names, or ``fnmatch`` patterns such as ``"encoder.layers.*.adapter"`` (``*`` matches dots
-            too), of ``nn.Sequential`` modules that hold a down-projection (``Linear``), an activation (relu,
-            gelu, silu, identity) and an up-projection (``Linear``), after an optional ``LayerNorm``. As
-            before, their input is not added to the result. ``Dropout(0)`` among them is ignored. Layers with
-            hooks or ``torch.nn.utils.parametrize``, which the op would bypass, are skipped; if you add these
-            later, the plain layers run.
+            too), in the model or in the one inside its wrappers, of ``nn.Sequential`` modules that hold a
+            down-projection (``Linear``), an activation (relu, gelu, silu, identity) and an up-projection
+            (``Linear``), after an optional ``LayerNorm``. As before, their input is not added to the result.
+            ``Dropout(0)`` among them is ignored. Layers with hooks or ``torch.nn.utils.parametrize``, which
+            the op would bypass, are skipped; if you add these later, the plain layers run.
 
     Returns:
         A report: the replaced modules, the recognised modules that were skipped with the reasons, and
@@ -70,6 +71,9 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
     named = _modules_named(model, adapters)
     report = Report()
     for name, module in model.named_modules():
+        if is_wrapper(module):
+            # It hands out the attributes of the module inside, which has a name of its own.
+            continue
         if original_class(type(module)) is not None:
             report.skipped.append(Skipped(name, "already accelerated"))
             continue
@@ -90,9 +94,14 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
             report.skipped += [
                 Skipped(prefix + inner, reason) for inner, reason in recogniser.exceptions(module)
             ]
-    for swap in report._swaps:
-        swap.apply()
-        report.replaced.append(Replaced(swap.name, swap.original.__qualname__, swap.what))
+    try:
+        for swap in report._swaps:
+            swap.apply()
+            report.replaced.append(Replaced(swap.name, swap.original.__qualname__, swap.what))
+    except BaseException:
+        for swap in report._swaps:
+            swap.revert()
+        raise
     return report
 
 
@@ -100,6 +109,9 @@ def _modules_named(model: nn.Module, patterns: Sequence[str]) -> set[nn.Module]:
     if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"adapters must be a list of module names or patterns, got {patterns!r}")
     modules = list(model.named_modules(remove_duplicate=False))
+    # As the model inside wrappers has them, too.
+    modules += [(plain_name(name), module) for name, module in unwrap(model).named_modules()]
+    modules = [(name, module) for name, module in modules if not is_wrapper(module)]
     found: set[nn.Module] = set()
     for pattern in patterns:
         matches = {module for name, module in modules if fnmatch.fnmatchcase(name, pattern)}

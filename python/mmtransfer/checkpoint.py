@@ -20,6 +20,7 @@ from torch import nn
 from transformers import AutoModel
 
 import mmkernels
+from mmkernels.wrappers import chain
 from mmtransfer import registry
 from mmtransfer.encoders.descriptions import ModelDescription
 from mmtransfer.encoders.edit import untouched_on_error
@@ -37,6 +38,8 @@ FORMAT = "mmtransfer"
 def save(model: nn.Module, folder: str | Path) -> None:
     """Write the trained part of an `AdaptedModel`, or of a model that `prepare` prepared, into `folder`.
 
+    The model may be inside wrappers (compiled, DistributedDataParallel); names are those without them.
+    Parameters that were thawed by hand are written too, and thawed when the folder is loaded.
     Running statistics of batch norms are written too: they move in training mode even where the rest of the
     model is frozen. How the method is computed (backend, rewrite, recompute) is not part of it. An earlier
     checkpoint there is replaced, each file in one step; other files are left alone.
@@ -46,7 +49,7 @@ def save(model: nn.Module, folder: str | Path) -> None:
         FileExistsError: the folder has files of these names that are not a checkpoint of this package.
     """
     folder = Path(folder)
-    own = model if isinstance(model, AdaptedModel) else get_prepared(model)
+    own = _find_adapted(model) or get_prepared(model)
     if isinstance(own, AdaptedModel) and own.reverted:
         raise ValueError(f"the edit of {own.method.name} was reverted; there is nothing of it to save")
     config = {"format": FORMAT, "mmkernels_version": mmkernels.__version__, **_describe(own)}
@@ -90,6 +93,7 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
     with untouched_on_error(Encoder(model).model):
         adapted = AdaptedModel(model, method, task, dtype=dtype)
         try:
+            _thaw(adapted, config, folder)
             _copy_strictly(adapted.trained_tensors(), tensors, folder)
         except BaseException:
             adapted.revert()
@@ -120,22 +124,42 @@ def load_prepared(
         prepared = get_prepared(model)
         _check_base(prepared.edit.encoder, config["base_model"], folder)
         _check_same(_describe(prepared), config, folder)
-        _copy_strictly(prepared.trained_tensors(), tensors, folder)
+        with untouched_on_error(prepared.edit.encoder.root):
+            _thaw(prepared.edit.encoder.root, config, folder)
+            _copy_strictly(prepared.trained_tensors(), tensors, folder)
         return prepared
     _check_base(Encoder(model, description), config["base_model"], folder)
     method = _find_method(config, runtime)
-    prepared = prepare(model, method, head=config["head"], description=description)
+    done: Prepared | None = None
     try:
-        _copy_strictly(prepared.trained_tensors(), tensors, folder)
+        done = prepare(model, method, head=config["head"], description=description)
+        _thaw(done.edit.encoder.root, config, folder)
+        _copy_strictly(done.trained_tensors(), tensors, folder)
+        return done
     except BaseException:
-        prepared.revert()
+        if done is not None:
+            done.revert()
         raise
-    return prepared
+
+
+def _find_adapted(model: nn.Module) -> AdaptedModel | None:
+    return next((module for module in chain(model) if isinstance(module, AdaptedModel)), None)
+
+
+def _thaw(model: nn.Module, config: Mapping[str, Any], folder: str | Path) -> None:
+    """Thaw the parameters that were thawed by hand when the folder was saved."""
+    try:
+        for name in config.get("thawed", []):
+            model.get_parameter(name).requires_grad_(True)
+    except AttributeError as error:
+        raise ValueError(f"{folder} has trained a parameter that the model lacks ({error})") from error
 
 
 def _describe(model: AdaptedModel | Prepared) -> dict[str, Any]:
     """All that is needed to build the trained part again."""
     config: dict[str, Any] = {"method": model.method.name, "options": model.method.options()}
+    if thawed := model.thawed():
+        config["thawed"] = thawed
     if isinstance(model, Prepared):
         return {**config, "head": model.head, "base_model": _describe_base(model.edit.encoder)}
     encoder, task = model.encoder, model.task

@@ -18,6 +18,7 @@ from torch import nn
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.backends import BACKENDS
 from mmkernels.nn import Adapter
+from mmtransfer.encoders.checks import check_distinct, check_unquantised
 from mmtransfer.encoders.edit import Edit, Forward, check_layers
 from mmtransfer.encoders.encoder import Encoder, Tap
 from mmtransfer.encoders.recompute import RECOMPUTE, add_recompute
@@ -196,6 +197,8 @@ class EditMethod(Method, abc.ABC):
 
     def edit(self, encoder: Encoder) -> Edit:
         layers = self.select(encoder)
+        check_distinct(encoder.all_layers)
+        check_unquantised([encoder.root], encoder.root, "no gradient passes through it")
         self.check(encoder, layers)
         with Edit(encoder, self.name) as edit:
             self.change(edit, encoder, layers)

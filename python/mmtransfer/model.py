@@ -13,8 +13,11 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from mmtransfer import registry
-from mmtransfer.encoders.edit import untouched_on_error
+from mmtransfer.encoders.autocast import autocast_dtype
+from mmtransfer.encoders.edit import Edit, check_editable, untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.precision import check_trained
+from mmtransfer.encoders.recompute import add_recompute, find_recomputed
 from mmtransfer.encoders.tapped import TappedEncoder
 from mmtransfer.encoders.taps import Taps
 from mmtransfer.method import Group, Method
@@ -72,9 +75,10 @@ class AdaptedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.method = registry.find(method, **options)
-        self.reverted = False
+        self.reverted = self._frozen_checked = False
         self.task = task
         parts = Encoder(Encoder(model).model)
+        check_editable(model, parts)
         taps = self.method.select_taps(parts)
         # Readout and head are drawn first: methods that differ in their edit alone start from the same ones.
         readout: Any = self.method.readout(parts)
@@ -82,7 +86,15 @@ class AdaptedModel(nn.Module):
         self.head = None if task is None else task.head(readout.out_dim)
         with untouched_on_error(parts.model):
             self.encoder = TappedEncoder(model, taps, dtype=dtype)
-            self.encoder.edit = self.method.edit(self.encoder.parts)
+            edit: Edit | None = None
+            try:
+                edit = self.method.edit(self.encoder.parts)
+                self.encoder.edit = edit
+                check_trained(self.named_parameters())
+            except BaseException:
+                if edit is not None:
+                    edit.revert()
+                raise
 
     @property
     def edit_is_empty(self) -> bool:
@@ -96,7 +108,7 @@ class AdaptedModel(nn.Module):
     def fuse(self, taps: Taps) -> torch.Tensor:
         """The frames `(N, out_dim)` that the readout makes of tapped features."""
         features = taps.features
-        if not torch.is_autocast_enabled(features.device.type):
+        if autocast_dtype(features.device.type) is None:
             weight = next(self._top_parameters(), None)
             features = features if weight is None else features.to(weight.dtype)
         return self.readout(features)
@@ -138,6 +150,8 @@ class AdaptedModel(nn.Module):
                 raise ValueError("features go with lengths (their frames per utterance) and with no input")
             taps = Taps.pack(features, lengths)
         else:
+            if self.training and torch.is_grad_enabled():
+                self._check_frozen()
             taps = self.encoder(lengths=lengths, attention_mask=attention_mask, **named)
         frames = self.fuse(taps)
         if self.head is None or self.task is None:
@@ -151,8 +165,11 @@ class AdaptedModel(nn.Module):
     def trained_tensors(self) -> dict[str, torch.Tensor]:
         """All tensors that training changes, by name, for a checkpoint."""
         edited = {id(parameter) for parameter in self.encoder.edit.parameters}
+        thawed = set(self.thawed())
         tensors: dict[str, torch.Tensor] = {
-            name: parameter for name, parameter in self.named_parameters() if id(parameter) in edited
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if id(parameter) in edited or name in thawed
         }
         for name in ("readout", "head"):
             part = getattr(self, name)
@@ -160,9 +177,59 @@ class AdaptedModel(nn.Module):
                 tensors |= {f"{name}.{key}": value for key, value in part.state_dict(keep_vars=True).items()}
         return tensors
 
+    def thawed(self) -> list[str]:
+        """Names of the encoder's parameters that ask for gradients and that the method does not train."""
+        edited = {id(parameter) for parameter in self.encoder.edit.parameters}
+        return [
+            f"encoder.{name}"
+            for name, parameter in self.encoder.named_parameters()
+            if parameter.requires_grad and id(parameter) not in edited
+        ]
+
     def parameter_groups(self) -> dict[str, Group]:
         """Parameters whose rate is not that of the run; see `Method.parameter_groups`."""
         return self.method.parameter_groups(self)
+
+    #: Asked by transformers' Trainer.
+    supports_gradient_checkpointing = True
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether layers of the encoder are computed again in the backward pass."""
+        return any(each.active for each in find_recomputed(self.encoder.parts.layers))
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Have the layers computed again in the backward pass, as the option `recompute="full"` has them.
+
+        A method with `recompute` keeps its own; while the edit is empty the encoder records no graph anyway.
+        The arguments are those that transformers' Trainer gives.
+
+        Raises:
+            ValueError: an argument other than `use_reentrant=False`.
+        """
+        wrong = {key: value for key, value in (gradient_checkpointing_kwargs or {}).items() if value}
+        if wrong or every_n_layers != 1 or offload:
+            raise ValueError(
+                "gradient checkpointing of an AdaptedModel is that of recompute='full': use_reentrant=False "
+                "is needed, and every_n_layers and offload have no place; "
+                f"got {wrong}, {every_n_layers}, {offload}"
+            )
+        parts = self.encoder.parts
+        recomputed = find_recomputed(parts.layers)
+        if not recomputed and not self.edit_is_empty:
+            add_recompute(self.encoder.edit, parts, parts.layers, "full")
+        for each in recomputed:
+            each.active = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Have the layers keep what the backward pass needs."""
+        for each in find_recomputed(self.encoder.parts.layers):
+            each.active = False
 
     def begin_with(self, trained: AdaptedModel) -> None:
         """Copy readout and head from a model of the method that this one starts from."""
@@ -171,8 +238,13 @@ class AdaptedModel(nn.Module):
             self.head.load_state_dict(trained.head.state_dict())
 
     def copy(self) -> AdaptedModel:
-        """A deep copy, which shares the encoder if nothing in it is changed or trained."""
-        return copy.deepcopy(self, {id(self.encoder): self.encoder} if self.edit_is_empty else {})
+        """A deep copy, which shares the pretrained model if nothing in it is changed or trained."""
+        if not self.edit_is_empty:
+            return copy.deepcopy(self)
+        twin = copy.deepcopy(self, {id(self.encoder): self.encoder})
+        # Its own, so that reverting one of the two leaves the model frozen for the other.
+        twin.encoder = self.encoder.share()
+        return twin
 
     def revert(self) -> None:
         """Give the encoder back as it was, but for its dtype, eval mode, and weights trained in place."""
@@ -193,6 +265,15 @@ class AdaptedModel(nn.Module):
         from mmtransfer import checkpoint
 
         return checkpoint.load(folder, model, **runtime)
+
+    def _check_frozen(self) -> None:
+        """ValueError, in the first step of training, for parameters that were thawed in vain."""
+        if not self._frozen_checked and self.edit_is_empty and (thawed := self.thawed()):
+            raise ValueError(
+                f"{thawed[0]} asks for a gradient, but {self.method.name} runs the encoder without a graph; "
+                "choose a method that trains in the encoder, or freeze the parameter"
+            )
+        self._frozen_checked = True
 
     def _top_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.readout.parameters()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import sys
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,6 +11,7 @@ import torch
 from encoder_cases import model_state as state
 from encoder_cases import run
 from example_methods import LearntMerge
+from steps import BrokenStepError, Steps
 from tiny_encoders import TINY
 from torch import nn
 
@@ -288,62 +287,6 @@ class TestMethods:
             with pytest.raises(ValueError, match=f"edited already, by method {name!r}"):
                 find(other).edit(encoder)
         assert state(model) == before
-
-
-class BrokenStepError(BaseException):
-    """Raised at one step; not an Exception, like an interruption by the keyboard."""
-
-
-UNPROTECTED = ("__enter__", "__exit__", "edit", "revert")
-
-
-class Steps:
-    """Lists the lines of mmtransfer that run, and the attributes that modules are given, while it is active;
-    raises at the one of an index.
-
-    Taking an edit back is no step. Nor are the lines of a `with` statement and of the methods that it calls:
-    Python runs some of them outside the statement's protection.
-    """
-
-    def __init__(self, broken: int | None = None) -> None:
-        self.broken = broken
-        self.places: list[Any] = []
-
-    def __enter__(self) -> Steps:
-        sys.settrace(self._enter_frame)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(None)
-
-    def each(self) -> list[int]:
-        """The indices at which a place is met for the first or the last time."""
-        first = {place: index for index, place in reversed([*enumerate(self.places)])}
-        last = {place: index for index, place in enumerate(self.places)}
-        return sorted({*first.values(), *last.values()})
-
-    def _enter_frame(self, frame: FrameType, event: str, _arg: Any) -> Any:
-        code = frame.f_code
-        if code is nn.Module.__setattr__.__code__ and frame.f_back is not None:
-            self._step(frame.f_back)
-        if "mmtransfer" not in code.co_filename or code.co_name in UNPROTECTED:
-            return None
-        return self._enter_line
-
-    def _enter_line(self, frame: FrameType, event: str, _arg: Any) -> Any:
-        if event == "line":
-            self._step(frame)
-        return self._enter_line
-
-    def _step(self, frame: FrameType) -> None:
-        above: FrameType | None = frame
-        while above is not None:
-            if above.f_code is Edit.revert.__code__:
-                return
-            above = above.f_back
-        self.places.append((frame.f_code, frame.f_lineno))
-        if len(self.places) - 1 == self.broken:
-            raise BrokenStepError
 
 
 @pytest.mark.parametrize("model_type", MODELS)

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.nn import Adapter
+from mmtransfer.encoders.autocast import autocast_dtype, without_autocast
 
 
 class SerialRewritten:
@@ -31,7 +32,7 @@ class SerialRewritten:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         linear, adapter = self.linear, self.adapter
         x = _autocast(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             down, shift = _compose(adapter, linear)
             y = _StackedRows.apply(x, linear.weight, linear.bias, down, shift)
             # A view would keep all of y for the backward pass.
@@ -49,7 +50,7 @@ class EntryRewritten:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = _autocast(x)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return _StackedRows.apply(
                 x, self.linear.weight, self.linear.bias, self.adapter.down_weight, self.adapter.down_bias
             )
@@ -67,7 +68,7 @@ class ExitRewritten:
 
     def __call__(self, z: torch.Tensor) -> torch.Tensor:
         z = _autocast(z)
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device.type):
             up, up_bias = _scaled_up(
                 self.adapter, torch.float64 if z.dtype == torch.float64 else torch.float32
             )
@@ -81,10 +82,8 @@ class ExitRewritten:
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
     """As `torch.nn.functional.linear` casts its input."""
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    dtype = autocast_dtype(x.device.type)
+    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def _compose(adapter: Adapter, linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:

@@ -71,8 +71,7 @@ class BitFit(EditMethod):
 
     def change(self, edit: Edit, encoder: Encoder, layers: list[nn.Module]) -> None:
         named = encoder.model.named_parameters()
-        biases = [parameter for name, parameter in named if name.rpartition(".")[2] == "bias"]
-        edit.train(encoder.without_idle(biases))
+        edit.train(encoder.without_idle(parameter for name, parameter in named if _is_bias(name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,3 +178,8 @@ class Houlsby(AdapterMethod):
         for layer in layers:
             for name, path in places.items():
                 self.append(edit, encoder, layer, f"adapter_{name}", layer.get_submodule(path))
+
+
+def _is_bias(name: str) -> bool:
+    # A parametrised one is stored elsewhere (torch.nn.utils.parametrize).
+    return name.rpartition(".")[2] == "bias" or ".parametrizations.bias." in name

@@ -23,6 +23,7 @@ class ModelDescription:
         main_input: name of the encoder's input.
         input_dims: number of dimensions of the main input, the batch first.
         time_dim: the dimension of the main input that `lengths` counts along.
+        input_sizes: dimensions of the main input, each with the config attribute of its size.
         frames: how positions of the main input become frames of the layers: "conv" (the convolutions of
             `config.conv_kernel` and `config.conv_stride`), "halved" (one convolution of stride 2), "same", or
             "fixed" (every input has the same length and all its frames count).
@@ -32,6 +33,8 @@ class ModelDescription:
             statistics over the padding too), "leaks" (a convolution over frames mixes padding in).
         final_norm: path of the norm that follows the last layer, or None.
         final_norm_if: config attribute that says whether `final_norm` comes last; elsewhere it comes first.
+        behind_layers: paths of parts (and parameters) that the layers' outputs do not depend on, as the model
+            runs outside training, without the final norm.
         last_state_normed: whether the last of `output_hidden_states` has gone through `final_norm`.
         prefix_tokens: learned tokens in front of the frames.
         layer_attention: the self-attention module; it returns a tensor or a tuple led by one.
@@ -66,6 +69,8 @@ class ModelDescription:
     last_state_normed: bool = False
     prefix_tokens: int = 0
     activation: str = "hidden_act"
+    behind_layers: tuple[str, ...] = ()
+    input_sizes: tuple[tuple[int, str], ...] = ()
     calls_projections: bool = True
     attention_alone_mixes: bool = True
     shares_position_bias: bool = False
@@ -80,6 +85,7 @@ _WAV2VEC2 = ModelDescription(
     time_dim=1,
     frames="conv",
     padding="layer_norm_stem",
+    behind_layers=("masked_spec_embed", "adapter", "intermediate_ffn"),
     final_norm="encoder.layer_norm",
     final_norm_if="do_stable_layer_norm",
     layer_attention="attention",
@@ -94,6 +100,8 @@ _CONFORMER = replace(
     _WAV2VEC2,
     model_type="wav2vec2-conformer",
     encoder=("wav2vec2_conformer", ""),
+    # The positional convolution is there and is not run.
+    behind_layers=(*_WAV2VEC2.behind_layers, "encoder.pos_conv_embed"),
     # The depthwise convolution of each layer is not masked.
     padding="leaks",
     final_norm_if=None,
@@ -113,10 +121,12 @@ _AST = ModelDescription(
     main_input="input_values",
     input_dims=3,
     time_dim=1,
+    input_sizes=((1, "max_length"), (2, "num_mel_bins")),
     frames="fixed",
     takes_mask=False,
     padding="exact",
     final_norm="layernorm",
+    behind_layers=("pooler",),
     # The class token and the distillation token.
     prefix_tokens=2,
     layer_attention="attention",
@@ -136,6 +146,7 @@ _BERT = ModelDescription(
     time_dim=1,
     frames="same",
     padding="exact",
+    behind_layers=("pooler",),
     layer_attention="attention",
     layer_query="attention.self.query",
     layer_key="attention.self.key",
@@ -172,6 +183,7 @@ _DESCRIPTIONS = (
         encoder=("wav2vec2_bert", ""),
         main_input="input_features",
         input_dims=3,
+        input_sizes=((2, "feature_projection_input_dim"),),
         frames="same",
         padding="exact",
         final_norm=None,
@@ -183,6 +195,7 @@ _DESCRIPTIONS = (
         main_input="input_features",
         input_dims=3,
         time_dim=2,
+        input_sizes=((1, "num_mel_bins"),),
         frames="halved",
         takes_mask=False,
         padding="leaks",
@@ -205,6 +218,7 @@ _DESCRIPTIONS = (
         main_input="pixel_values",
         input_dims=4,
         time_dim=3,
+        input_sizes=((1, "num_channels"), (2, "image_size"), (3, "image_size")),
         prefix_tokens=1,
     ),
     _BERT,

@@ -10,7 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from .checks import (
+    FLOATING,
+    check_loaded,
+    check_not_parallel,
+    check_nothing_trained_inside,
+    check_trainable,
+)
 from .encoder import Encoder
+from .freezing import Hold, get_holds, set_holds
 
 Forward = Callable[..., Any]
 #: On the encoder's module while an edit is in force: the name of the method.
@@ -44,6 +52,7 @@ class Edit:
 
     def __init__(self, encoder: Encoder, name: str) -> None:
         check_unedited(encoder.root)
+        check_loaded(encoder.root)
         self.encoder, self.name = encoder, name
         self.parameters: list[nn.Parameter] = []
         self._changed = self._in_force = False
@@ -51,14 +60,15 @@ class Edit:
         self._attributes: list[tuple[nn.Module, str, list[Any]]] = []
         self._added: list[tuple[nn.Module, str]] = []
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []
-        self._flags = [(parameter, parameter.requires_grad) for parameter in encoder.root.parameters()]
+        self._hooks: list[tuple[nn.Module, Forward]] = []
+        self._hold = Hold()
 
     @classmethod
     def nothing(cls, encoder: Encoder) -> Edit:
         """Freeze the model and change nothing: its features can be computed once and stored."""
         edit = cls(encoder, "nothing")
         try:
-            encoder.root.requires_grad_(False)
+            edit._hold.freeze(encoder.model, encoder.root.parameters())
             return edit
         except BaseException:
             edit.revert()
@@ -69,7 +79,7 @@ class Edit:
             self._note(self.encoder.model, _MARK)
             self.encoder.model.__dict__[_MARK] = self.name
             self._in_force = True
-            self.encoder.root.requires_grad_(False)
+            self._hold.freeze(self.encoder.model, self.encoder.root.parameters())
         except BaseException:
             self.revert()
             raise
@@ -103,8 +113,14 @@ class Edit:
             )
 
     def train(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Have these parameters of the model trained."""
-        self.parameters += parameters
+        """Have these parameters of the model trained.
+
+        ValueError for one that cannot be: quantised, sparse, not initialised.
+        """
+        known = {id(parameter) for parameter in self.parameters}
+        new = {id(parameter): parameter for parameter in parameters if id(parameter) not in known}
+        check_trainable(new.values(), self.encoder.root)
+        self.parameters += new.values()
 
     def add(self, owner: nn.Module, name: str, value: Any) -> Any:
         """Make a module or a parameter a child of `owner`, train it, and return it.
@@ -138,18 +154,25 @@ class Edit:
         self._replaced.append((parent, name, parent.get_submodule(name)))
         self._changed = True
 
+    def hook(self, module: nn.Module, hook: Forward) -> None:
+        """Have `hook(module, inputs)` called before the module's forward; see `register_forward_pre_hook`."""
+        self._hooks.append((module, hook))
+        module.register_forward_pre_hook(hook)
+
     def place(self, layer: nn.Module) -> dict[str, Any]:
         """Device and dtype of new parameters of a layer: float64 in float64, else float32.
 
         Half precision would lose the small steps of an optimiser.
         """
-        weight = next(p for p in layer.parameters() if p.is_floating_point())
-        return {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+        tensors = [*layer.parameters(), *self.encoder.model.parameters()]
+        # Quantised weights have other dtypes.
+        dtype = next((each.dtype for each in tensors if each.dtype in FLOATING), torch.float32)
+        return {"device": tensors[0].device, "dtype": torch.promote_types(dtype, torch.float32)}
 
     def revert(self) -> None:
         """Take everything back: forwards, children, `requires_grad` flags; added parameters are dropped.
 
-        Trained weights of the model keep their values.
+        Trained weights of the model keep their values. Parameters that another edit froze too stay frozen.
         """
         for module, name, value in reversed(self._attributes):
             module.__dict__.pop(name, None)
@@ -161,10 +184,12 @@ class Edit:
                 delattr(owner, name)
         for owner, name, module in self._replaced:
             setattr(owner, name, module)
-        for parameter, flag in self._flags:
-            parameter.requires_grad_(flag)
+        for module, hook in self._hooks:
+            for key in [key for key, each in module._forward_pre_hooks.items() if each == hook]:
+                del module._forward_pre_hooks[key]
+        self._hold.release(self.encoder.model)
         self.parameters, self._changed, self._in_force = [], False, False
-        self._attributes, self._added, self._replaced, self._flags = [], [], [], []
+        self._attributes, self._added, self._replaced, self._hooks = [], [], [], []
 
     def _freeze_inputs(self) -> None:
         """Have frozen parts record no graph.
@@ -184,6 +209,7 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
     """Give the model back as it was, dtypes, modes and `requires_grad` flags too, if the body raises."""
     parameters = [(each, each.data, each.requires_grad) for each in model.parameters()]
     buffers = [(each, dict(each._buffers), each.training) for each in model.modules()]
+    holds = get_holds(model)
     try:
         yield
     except BaseException:
@@ -193,7 +219,16 @@ def untouched_on_error(model: nn.Module) -> Iterator[None]:
         for module, values, training in buffers:
             module._buffers.update(values)
             module.training = training
+        set_holds(model, holds)
         raise
+
+
+def check_editable(model: nn.Module, encoder: Encoder) -> None:
+    """Raise a ValueError unless `model`, as it was given, and its encoder can be changed and trained."""
+    check_unedited(encoder.root)
+    check_loaded(encoder.root)
+    check_not_parallel(model)
+    check_nothing_trained_inside(encoder.model)
 
 
 def check_unedited(model: nn.Module) -> None:

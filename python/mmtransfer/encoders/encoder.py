@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from mmkernels.wrappers import chain, is_wrapper, unwrap
 
 from .descriptions import DESCRIPTIONS, ModelDescription
 
@@ -19,15 +21,16 @@ class Encoder:
 
     Args:
         model: a transformers model of a type in `DESCRIPTIONS`, with or without a head or a decoder; or any
-            model that `description` fits.
+            model that `description` fits. Wrappers are looked through (`mmkernels.wrappers`).
         description: where things are in a model that is not in the table.
 
     Attributes:
-        root: the model that was given.
+        root: the model that was given, without its wrappers.
         model: the encoder in it, which may be the same.
         description: of its type.
         all_layers: every encoder layer.
         layers: those that run; fewer than all where `up_to` says that the last tap comes earlier.
+        is_tapped: whether taps of the layers are all that is read, as `up_to` says.
 
     Raises:
         TypeError: `model` is no module, or not one of transformers and without a description.
@@ -37,11 +40,15 @@ class Encoder:
     def __init__(self, model: nn.Module, description: ModelDescription | None = None) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-        self.root = model
-        self.description = describe(model) if description is None else description
-        self.model = _find(model, self.description)
-        self.all_layers: list[nn.Module] = list(_lookup(self.model, self.description.layers))
+        # The paths of a description that is given may lead through a wrapper that the user wrote.
+        self.root = unwrap(model) if description is None else _without_known_wrappers(model)
+        self.description = describe(self.root) if description is None else description
+        self.model = unwrap(_find(self.root, self.description))
+        self.all_layers: list[nn.Module] = [
+            unwrap(layer) for layer in _lookup(self.model, self.description.layers)
+        ]
         self.layers = self.all_layers
+        self.is_tapped = False
         if not self.layers:
             raise ValueError("model has no layers")
 
@@ -110,6 +117,7 @@ class Encoder:
     def up_to(self, taps: Sequence[Tap]) -> Encoder:
         """The same encoder, with the layers alone that run when these (resolved) taps are read."""
         found = Encoder(self.root, self.description)
+        found.is_tapped = True
         deepest = max((tap for tap in taps if tap != "embeddings"), default=-1)
         found.layers = self.all_layers[: deepest + 1]
         return found
@@ -136,9 +144,25 @@ class Encoder:
         return [self.layers[index] for index in sorted(indices)]
 
     def without_idle(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """These, but for those in layers past the last tap, which would be trained without effect."""
+        """These, but for those that no tap depends on, which would be trained without effect: in layers past
+        the last tap, in parts behind the layers, and in masks of pre-training.
+
+        An encoder that is not read by taps has none.
+        """
         idle = {id(p) for layer in self.all_layers[len(self.layers) :] for p in layer.parameters()}
+        if self.is_tapped:
+            idle |= {id(parameter) for name, parameter in self._named_behind_taps()}
         return [parameter for parameter in parameters if id(parameter) not in idle]
+
+    def _named_behind_taps(self) -> Iterator[tuple[str, nn.Parameter]]:
+        parts = self.description.behind_layers
+        norm = self.final_norm
+        normed = self.description.last_state_normed and len(self.layers) == self.num_layers
+        for name, parameter in self.model.named_parameters():
+            if any(name == part or name.startswith(f"{part}.") for part in parts):
+                yield name, parameter
+        if norm is not None and not normed:
+            yield from norm.named_parameters()
 
     @property
     def _config(self) -> Any:
@@ -192,6 +216,10 @@ def default_taps(encoder: Encoder) -> tuple[Tap, ...]:
     """The embeddings and all layers up to 12 layers, every second layer (1, 3, 5, ...) of deeper encoders."""
     layers = encoder.num_layers
     return ("embeddings", *range(layers)) if layers <= 12 else tuple(range(1, layers, 2))
+
+
+def _without_known_wrappers(model: nn.Module) -> nn.Module:
+    return next(module for module in chain(model) if not is_wrapper(module))
 
 
 def _find(model: nn.Module, description: ModelDescription) -> nn.Module:

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from mmtransfer.data import DataError
 
 from .encoder import Encoder
+from .folders import find_fault, find_misfit
 
 # Weights that a checkpoint may lack: they serve pre-training only.
 _UNUSED_WEIGHTS = ("masked_spec_embed",)
@@ -26,13 +27,15 @@ def load_model(source: str | Path) -> nn.Module:
     transformers itself would fill weights that a checkpoint lacks with random numbers.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise DataError(f"{folder} has no config.json; give the folder of a transformers speech model")
+    if folder.is_dir() and (fault := find_fault(folder)) is not None:
+        raise DataError(f"{folder} cannot be loaded: {fault}; it must be the folder of a speech model")
     if not folder.is_dir() and (folder.is_absolute() or str(source).startswith((".", "~"))):
         raise DataError(f"{folder} does not exist; give the folder or the hub name of a speech model")
     try:
         with _quiet_transformers():
-            model, report = AutoModel.from_pretrained(str(source), output_loading_info=True)
+            model, report = AutoModel.from_pretrained(
+                str(source), output_loading_info=True, ignore_mismatched_sizes=True
+            )
     except Exception as error:
         # Loaders of several libraries are behind this call; each has its own exceptions.
         reason = " ".join(str(error).split())[:300].removesuffix(".")
@@ -51,6 +54,8 @@ def _check_encoder(model: nn.Module, source: str | Path, report: dict[str, Any])
         raise DataError(f"{source} cannot be used: {error}") from error
     if encoder.description.main_input == "input_ids":
         raise DataError(f"{source} is a text model; give a speech model, such as Whisper or wav2vec2")
+    if (misfit := find_misfit(encoder, model, report)) is not None:
+        raise DataError(f"{source} cannot be used: {misfit}; give a complete checkpoint")
     prefix = next(name for name, module in model.named_modules() if module is encoder.model)
     missing = [
         key

@@ -14,6 +14,8 @@ Not under `torch.compile`, which makes this choice itself.
 from __future__ import annotations
 
 import functools
+import threading
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -36,15 +38,17 @@ _ATTENTION = {
 }
 
 
-class Policy:
-    """Keeps the results of attention, and those of products while `products` is set."""
+class Policy(threading.local):
+    """Keeps the results of attention, and those of products while `products` is set, in this thread."""
 
-    def __init__(self) -> None:
-        self.products = False
+    products = False
 
     def __call__(self, _context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
         keep = op in _ATTENTION or (self.products and op in _PRODUCTS)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+    def __reduce__(self) -> tuple[type[Policy], tuple[()]]:
+        return Policy, ()
 
 
 class Kept:
@@ -65,13 +69,13 @@ class Recomputed:
     """A layer that is computed again in the backward pass, but for tensors that the policy keeps."""
 
     def __init__(self, inner: Forward, policy: Policy | None) -> None:
-        self.inner = inner
+        self.inner, self.active = inner, True
         self.options: dict[str, Any] = {}
         if policy is not None:
             self.options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, policy)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not (self.active and torch.is_grad_enabled()):
             return self.inner(*args, **kwargs)
         return checkpoint(self.inner, *args, use_reentrant=False, **self.options, **kwargs)
 
@@ -89,3 +93,9 @@ def add_recompute(edit: Edit, encoder: Encoder, layers: list[nn.Module], kind: s
                 module = layer.get_submodule(path)
                 edit.override(module, Kept(module.forward, policy))
         edit.override(layer, Recomputed(layer.forward, policy))
+
+
+def find_recomputed(layers: Iterable[nn.Module]) -> list[Recomputed]:
+    """The forwards of those layers that `add_recompute` changed."""
+    forwards = (layer.__dict__.get("forward") for layer in layers)
+    return [forward for forward in forwards if isinstance(forward, Recomputed)]

@@ -12,8 +12,11 @@ import torch
 from torch import nn
 
 from . import whisper
-from .edit import Edit, check_unedited
+from .autocast import without_autocast
+from .checks import FLOATING, check_not_parallel
+from .edit import Edit, check_unedited, untouched_on_error
 from .encoder import Encoder, Tap, resolve_layers
+from .inputs import check_input
 from .taps import Taps, attach_states, check_lengths, frame_index
 
 
@@ -67,15 +70,17 @@ class TappedEncoder(nn.Module):
         if any(parameter.is_meta for parameter in parts.model.parameters()):
             raise ValueError("model has weights on the meta device; load its weights before tapping it")
         check_unedited(parts.model)
+        check_not_parallel(model)
         self.taps = resolve_layers("taps", taps, parts.num_layers, embeddings=True)
         self.parts = parts.up_to(self.taps)
         self.description, self.model = parts.description, parts.model
         self.num_layers, self.hidden_size = parts.num_layers, parts.hidden_size
         self.dtype_given = dtype is not None
-        if dtype is not None:
-            self.model.to(dtype)
-        self._freeze = self.edit = Edit.nothing(self.parts)
-        self.eval()
+        with untouched_on_error(self.model):
+            if dtype is not None:
+                self.model.to(dtype)
+            self._freeze = self.edit = Edit.nothing(self.parts)
+            self.eval()
 
     def train(self, mode: bool = True) -> TappedEncoder:
         """Stay in eval mode for either argument: dropout and layer drop would change the features."""
@@ -90,10 +95,17 @@ class TappedEncoder(nn.Module):
         self.edit.revert()
         self._freeze.revert()
 
+    def share(self) -> TappedEncoder:
+        """Another tapped encoder of the same model and taps, without an edit."""
+        other = TappedEncoder(self.model, self.taps)
+        other.dtype_given = self.dtype_given
+        return other
+
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the encoder's weights."""
-        return next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        dtypes = (parameter.dtype for parameter in self.model.parameters())
+        return next((dtype for dtype in dtypes if dtype in FLOATING), torch.float32)
 
     def extra_repr(self) -> str:
         return f"{self.description.model_type}, taps={list(self.taps)}"
@@ -163,7 +175,7 @@ class TappedEncoder(nn.Module):
         return points
 
     def _autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(device_type, enabled=False) if self.dtype_given else contextlib.nullcontext()
+        return without_autocast(device_type) if self.dtype_given else contextlib.nullcontext()
 
     def _main_input(self, inputs: torch.Tensor | None, named: dict[str, torch.Tensor]) -> torch.Tensor:
         name = self.description.main_input
@@ -175,16 +187,7 @@ class TappedEncoder(nn.Module):
         if (inputs is None) == (name not in named):
             raise ValueError(f"give the main input once, positionally or as {name!r}")
         tensor = named[name] if inputs is None else inputs
-        if not isinstance(tensor, torch.Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != self.description.input_dims:
-            raise ValueError(
-                f"{name} of {self.description.model_type} must have {self.description.input_dims} "
-                f"dimensions, got shape {tuple(tensor.shape)}"
-            )
-        size, least = tensor.shape[self.description.time_dim], self.parts.minimum_length
-        if size < least:
-            raise ValueError(f"{name} must be at least {least} long to make one frame, got {size}")
+        check_input(self.parts, tensor)
         return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
     def _input_lengths(
@@ -311,12 +314,18 @@ def tap_name(tap: Tap) -> str:
 
 def _mask_lengths(mask: torch.Tensor, batch: int, size: int) -> torch.Tensor:
     """Lengths of a right-padded mask, with one transfer from its device."""
+    if not isinstance(mask, torch.Tensor):
+        raise TypeError(f"attention_mask must be a tensor, got {type(mask).__name__}")
     if tuple(mask.shape) != (batch, size):
         raise ValueError(f"attention_mask must be {(batch, size)}, got shape {tuple(mask.shape)}")
-    mask = mask.bool()
-    counts = mask.sum(dim=1)
-    holes = (mask != (torch.arange(size, device=mask.device) < counts.unsqueeze(1))).any()
-    *lengths, has_holes = torch.cat([counts, holes.long().unsqueeze(0)]).tolist()
+    valid = mask.bool()
+    counts = valid.sum(dim=1)
+    holes = (valid != (torch.arange(size, device=mask.device) < counts.unsqueeze(1))).any()
+    # An additive mask has 0 where positions are valid.
+    others = (mask != valid).any()
+    *lengths, has_others, has_holes = torch.cat([counts, torch.stack([others, holes]).long()]).tolist()
+    if has_others:
+        raise ValueError("attention_mask must be 1 for valid positions and 0 for padding")
     if has_holes:
         raise ValueError("attention_mask must be right-padded: ones, then zeros")
     return torch.tensor(lengths, dtype=torch.int64)
