@@ -15,6 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 from mmtransfer import registry
 from mmtransfer.encoders.edit import untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.precision import check_trained
 from mmtransfer.encoders.tapped import TappedEncoder
 from mmtransfer.encoders.taps import Taps
 from mmtransfer.method import Group, Method
@@ -83,6 +84,11 @@ class AdaptedModel(nn.Module):
         with untouched_on_error(parts.model):
             self.encoder = TappedEncoder(model, taps, dtype=dtype)
             self.encoder.edit = self.method.edit(self.encoder.parts)
+            try:
+                check_trained(self.named_parameters())
+            except ValueError:
+                self.revert()
+                raise
 
     @property
     def edit_is_empty(self) -> bool:
@@ -96,9 +102,9 @@ class AdaptedModel(nn.Module):
     def fuse(self, taps: Taps) -> torch.Tensor:
         """The frames `(N, out_dim)` that the readout makes of tapped features."""
         features = taps.features
-        if not torch.is_autocast_enabled(features.device.type):
-            weight = next(self._top_parameters(), None)
-            features = features if weight is None else features.to(weight.dtype)
+        weight = next(self._top_parameters(), None)
+        if weight is not None and not _autocast_takes(features):
+            features = features.to(weight.dtype)
         return self.readout(features)
 
     def forward(
@@ -198,3 +204,11 @@ class AdaptedModel(nn.Module):
         yield from self.readout.parameters()
         if self.head is not None:
             yield from self.head.parameters()
+
+
+def _autocast_takes(features: torch.Tensor) -> bool:
+    """Whether autocast is on and casts features of this dtype; it takes no float16 if its own is another."""
+    device = features.device.type
+    return torch.is_autocast_enabled(device) and (
+        features.dtype != torch.float16 or torch.get_autocast_dtype(device) == torch.float16
+    )

@@ -13,6 +13,7 @@ from mmtransfer import registry
 from mmtransfer.encoders.descriptions import ModelDescription
 from mmtransfer.encoders.edit import Edit
 from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.precision import check_trained
 from mmtransfer.method import Method
 
 _RECORD = "_mmtransfer_prepared"
@@ -93,8 +94,8 @@ def prepare(
     Raises:
         TypeError: `model` is no module, or not one of transformers and without a description.
         ValueError: no description for the model's type, a model that is prepared already, an unknown method,
-            option or name, a value out of range, or a method that the model cannot have. The model is
-            untouched.
+            option or name, a value out of range, a method that the model cannot have, or float16 weights
+            that would be trained. The model is untouched.
         ImportError: a package that the method needs is missing.
     """
     found = registry.find(method, **options)
@@ -123,6 +124,11 @@ def prepare(
             parameter.requires_grad_(True)
     named = dict(model.named_parameters())
     names = tuple(name for name, parameter in named.items() if parameter.requires_grad)
+    try:
+        check_trained(named.items())
+    except ValueError:
+        edit.revert()
+        raise
     if not names:
         edit.revert()
         raise ValueError(

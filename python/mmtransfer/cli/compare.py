@@ -168,9 +168,17 @@ def _show(comparison: Comparison, output: Path) -> None:
 
     if not is_main_process():
         return
+    notes = [*tables.failures(comparison), tables.caption(comparison)]
+    # Printed first: a disk that is full does not take the table away.
+    console = Console()
+    console.print(*tables.to_tables(comparison), sep="\n")
+    console.print(*filter(None, notes), sep="\n", markup=False, highlight=False)
     page, _ = tables.write_report(output, comparison)
-    Console().print(*tables.to_tables(comparison), tables.caption(comparison), sep="\n")
     print(f"Report: {page}")
+    if comparison.failed:
+        first, count = comparison.failed[0], len(comparison.failed)
+        others = f"; {count - 1} more failed, see the report" if count > 1 else ""
+        _fail(f"{first.title} failed: {first.reason}{others}")
     wrong = [method for method in comparison.methods if not method.step.agrees]
     if wrong:
         _fail(
@@ -185,11 +193,11 @@ def _progress(quiet: bool) -> Progress:
 
     console = Console(stderr=True, quiet=quiet)
     return Progress(
-        TextColumn("{task.description:20}"),
+        TextColumn("{task.description:20}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         console=console,
         disable=not console.is_terminal,
     )

@@ -58,6 +58,14 @@ class Task(abc.ABC):
     def decode(self, logits: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
         """One prediction for each utterance of a batch, in plain Python or as tensors on the CPU."""
 
+    def sound(self, logits: torch.Tensor, lengths: torch.Tensor) -> list[bool]:
+        """Whether each utterance of a batch has finite logits; those `(B, ...)`, or `(N, ...)` for N frames.
+
+        A task that masks classes with -inf overrides this.
+        """
+        each = logits.unbind() if len(logits) == len(lengths) else logits.split(lengths.tolist())
+        return [bool(values.isfinite().all()) for values in each]
+
     @abc.abstractmethod
     def score(self, predictions: Sequence[Any], targets: Sequence[Any]) -> dict[str, float]:
         """Figures of a test set by name, that of `metric` among them."""
