@@ -13,13 +13,14 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from mmtransfer import registry
+from mmtransfer.data.inputs import AudioInput
 from mmtransfer.encoders.edit import untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.precision import check_trained
 from mmtransfer.encoders.tapped import TappedEncoder
 from mmtransfer.encoders.taps import Taps
-from mmtransfer.method import Group, Method
-from mmtransfer.tasks.base import Task
+from mmtransfer.method import Group, Method, check_readout
+from mmtransfer.tasks.base import Task, check_task
 
 
 @dataclass
@@ -56,6 +57,7 @@ class AdaptedModel(nn.Module):
     Attributes:
         encoder: the `TappedEncoder`, with its `edit`.
         readout, head: the modules on top of it; `head` is None without a task.
+        audio: how audio files become its input, for `recognize`; kept in checkpoints. None until it is set.
 
     Raises:
         TypeError, ValueError, ImportError: an encoder that cannot be tapped so or cannot have the method,
@@ -73,12 +75,15 @@ class AdaptedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.method = registry.find(method, **options)
+        check_task(task)
         self.reverted = False
+        self.audio: AudioInput | None = None
         self.task = task
         parts = Encoder(Encoder(model).model)
         taps = self.method.select_taps(parts)
         # Readout and head are drawn first: methods that differ in their edit alone start from the same ones.
         readout: Any = self.method.readout(parts)
+        check_readout(self.method, readout)
         self.readout = readout
         self.head = None if task is None else task.head(readout.out_dim)
         with untouched_on_error(parts.model):
@@ -129,8 +134,8 @@ class AdaptedModel(nn.Module):
                 run, so stored features train no edit.
 
         Raises:
-            ValueError: labels without a task, features with an input or without lengths, or as
-                `TappedEncoder.forward`.
+            ValueError: labels without a task or without utterances, features with an input, without lengths
+                or of other taps, or as `TappedEncoder.forward`.
         """
         inputs = {
             "input_values": input_values,
@@ -143,8 +148,16 @@ class AdaptedModel(nn.Module):
             if named or attention_mask is not None or lengths is None:
                 raise ValueError("features go with lengths (their frames per utterance) and with no input")
             taps = Taps.pack(features, lengths)
+            expected = len(self.encoder.taps), self.encoder.hidden_size
+            if tuple(features.shape[1:]) != expected:
+                raise ValueError(
+                    f"features must be (N, {expected[0]}, {expected[1]}), the taps "
+                    f"{', '.join(map(str, self.encoder.taps))}, got shape {tuple(features.shape)}"
+                )
         else:
             taps = self.encoder(lengths=lengths, attention_mask=attention_mask, **named)
+        if labels is not None and not len(taps.lengths):
+            raise ValueError("a batch of 0 utterances has no loss")
         frames = self.fuse(taps)
         if self.head is None or self.task is None:
             if labels is not None:

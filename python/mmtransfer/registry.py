@@ -55,8 +55,13 @@ def find(name: str | Method, /, **options: Any) -> Method:
             the name of a part, as in checkpoints, is for that part alone, and wins.
 
     Raises:
+        TypeError: neither a name nor a method; a class must be called first.
         ValueError: no such method, a pair of other kinds, an unknown option, or a value out of range.
     """
+    if not isinstance(name, (Method, str)):
+        is_class = isinstance(name, type) and issubclass(name, Method)
+        hint = f", the class {name.__name__}; write {name.__name__}()" if is_class else f" {name!r}"
+        raise TypeError(f"method must be a name or a Method, got{hint}")
     if isinstance(name, Method):
         parts = list(name.parts())
     else:

@@ -79,7 +79,8 @@ def _overview(comparison: Comparison) -> str:
         else (method.trainable_parameters, method.seconds_per_epoch, method.step.mmkernels.memory_mib)
         for method in methods
     ]
-    for axes, label, each in zip(panels[1:], ("parameters", "s per epoch", "MiB per step"), zip(*costs)):
+    labels = ("parameters", "s per epoch", "MiB per step")
+    for axes, label, each in zip(panels[1:], labels, zip(*costs, strict=True), strict=True):
         _cost(axes, label, each)
     for axes in panels:
         axes.tick_params(length=0)

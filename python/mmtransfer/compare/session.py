@@ -22,6 +22,7 @@ import mmkernels
 from mmtransfer import registry
 from mmtransfer.data import DataError
 from mmtransfer.data.features import Collator
+from mmtransfer.data.inputs import AudioInput
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.tapped import TappedEncoder, tap_name
 from mmtransfer.method import Method
@@ -102,7 +103,7 @@ class _Session:
             self.task = find_task(settings.task).of(self.recordings)
             self.methods = find_methods(settings)
             # Those that the methods start from are trained too.
-            starts = [find_start(each) for each in self.methods if each.starts_from]
+            starts = [find_start(each) for each in self.methods if each.starts_from is not None]
         except ValueError as error:
             raise DataError(str(error)) from error
         known = {each.name: each for each in self.methods}
@@ -201,6 +202,7 @@ class _Session:
             "synthetic": recordings.synthetic,
             "note": self.experiment.note,
             "classes": len(recordings.classes),
+            "labels": list(recordings.classes),
             "train_clips": len(recordings.train),
             "test_clips": len(recordings.test),
             "train_seconds": sum(clip.seconds for clip in recordings.train),
@@ -208,7 +210,10 @@ class _Session:
             "max_seconds": self.experiment.max_seconds,
             "chance": self.task.chance(recordings),
             "model": self.experiment.model_name,
+            "model_path": getattr(self.encoder.model.config, "_name_or_path", None) or None,
             "model_type": self.encoder.description.model_type,
+            "dtype": str(self.encoder.dtype).removeprefix("torch."),
+            "sampling_rate": self.experiment.extractor.sampling_rate,
             "layers": self.encoder.num_layers,
             "hidden_size": self.encoder.hidden_size,
         }
@@ -276,7 +281,9 @@ class _Session:
         encoder: nn.Module = self.encoder.model
         if self.through_encoder[method.name]:
             encoder = copy.deepcopy(encoder)
-        return AdaptedModel(encoder, method, self.task)
+        model = AdaptedModel(encoder, method, self.task)
+        model.audio = AudioInput(self.experiment.extractor, self.experiment.max_seconds)
+        return model
 
     def _trains_encoder(self, method: Method) -> bool:
         """Asked of the method itself, by building it once. DataError if the encoder cannot have it."""
@@ -360,7 +367,7 @@ def find_methods(settings: CompareSettings) -> list[Method]:
 
     ValueError for an unknown method, or an option that none of them has.
     """
-    names = dict.fromkeys(settings.methods or registry.default_names())
+    names = dict.fromkeys(registry.default_names() if settings.methods is None else settings.methods)
     found = [registry.find(name) for name in names]
     for key, value in registry.in_order(settings.options):
         owners = [index for index, method in enumerate(found) if registry.has_option(method, key)]
@@ -379,8 +386,9 @@ def find_start(method: Method) -> Method:
     for part in method.parts():
         if part.name == method.starts_from:
             return part
-    found = registry.find(method.starts_from or "")
-    if found.starts_from:
+    assert method.starts_from is not None
+    found = registry.find(method.starts_from)
+    if found.starts_from is not None:
         raise ValueError(f"{method.name} starts from {found.name}, which starts from another method itself")
     return found
 

@@ -70,6 +70,10 @@ class Task(abc.ABC):
     def score(self, predictions: Sequence[Any], targets: Sequence[Any]) -> dict[str, float]:
         """Figures of a test set by name, that of `metric` among them."""
 
+    def name_predictions(self, predictions: Sequence[Any]) -> list[Any]:
+        """The predictions as their users read them: names of classes where the task knows them."""
+        return list(predictions)
+
     def target(self, clip: Clip) -> Any:
         """The target of a clip."""
         return clip.label
@@ -85,6 +89,14 @@ class Task(abc.ABC):
     def options(self) -> dict[str, Any]:
         """The fields, for a checkpoint."""
         return dataclasses.asdict(self)
+
+
+def check_task(task: Any) -> None:
+    """TypeError unless this is a task, or None."""
+    if task is not None and not isinstance(task, Task):
+        is_class = isinstance(task, type) and issubclass(task, Task)
+        hint = f"the class {task.__name__}; write {task.__name__}(...)" if is_class else f"{task!r}"
+        raise TypeError(f"task must be a Task or None, got {hint}")
 
 
 TASKS: dict[str, type[Task]] = {}

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import WhisperFeatureExtractor
+from transformers import SequenceFeatureExtractor, WhisperFeatureExtractor
 
 from mmtransfer.data import DataError
 from mmtransfer.data.features import Collator
@@ -109,16 +109,23 @@ class EncoderCollator:
             if not bool(values.isfinite().all()):
                 raise DataError(f"{clip_name(clip)} holds NaN or infinite samples; leave it out")
         labels = self.task.collate(self.targets(clips))
-        inputs = {"labels": labels, self.main_input: batch[self.main_input]}
-        if isinstance(self.collator.extractor, WhisperFeatureExtractor):
-            # The extractor's own mask is of the padded 30 seconds; a mel frame begun by a clip is valid.
-            return {**inputs, "lengths": -(-batch["lengths"] // self.collator.extractor.hop_length)}
-        if "attention_mask" in batch:
-            return {**inputs, "attention_mask": batch["attention_mask"]}
-        return {**inputs, "lengths": batch["lengths"]}
+        return {"labels": labels, **encoder_inputs(batch, self.collator.extractor, self.main_input)}
 
     def targets(self, clips: Sequence[Clip]) -> list[Any]:
         return [self.task.target(clip) for clip in clips]
+
+
+def encoder_inputs(
+    batch: Mapping[str, torch.Tensor], extractor: SequenceFeatureExtractor, main_input: str
+) -> dict[str, torch.Tensor]:
+    """Of an extractor's tensors and `lengths` in samples: the main input with its valid lengths."""
+    inputs = {main_input: batch[main_input]}
+    if isinstance(extractor, WhisperFeatureExtractor):
+        # The extractor's own mask is of the padded 30 seconds; a mel frame begun by a clip is valid.
+        return {**inputs, "lengths": -(-batch["lengths"] // extractor.hop_length)}
+    if "attention_mask" in batch:
+        return {**inputs, "attention_mask": batch["attention_mask"]}
+    return {**inputs, "lengths": batch["lengths"]}
 
 
 def cache_features(
