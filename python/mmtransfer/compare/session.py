@@ -289,8 +289,10 @@ class _Session:
         """Asked of the method itself, by building it once. DataError if the encoder cannot have it."""
         try:
             model = AdaptedModel(self.experiment.model, method, self.task)
-        except (ValueError, ImportError) as error:
-            raise DataError(f"{method.title} cannot be used here: {error}") from error
+        except Exception as error:
+            plain = isinstance(error, (TypeError, ValueError, ImportError))
+            reason = str(error) if plain else failure_reason(error)
+            raise DataError(f"{method.title} cannot be used here: {reason}") from error
         found = not model.edit_is_empty
         model.revert()
         return found

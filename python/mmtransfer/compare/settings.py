@@ -29,7 +29,8 @@ class CompareSettings:
         tuning_seeds: runs of each method that trains through the encoder.
         tuning_epochs: through the encoder.
         tuning_batch_size: clips per step and device, through the encoder.
-        learning_rate: for all methods, but for what a method gives a rate as an option; 0 trains nothing.
+        learning_rate: of all methods, but for parameters with a rate among the method's options; 0 trains
+            nothing at all.
         bf16: train under bfloat16 autocast.
         cpu: use no GPU.
         cache: store the features of the frozen encoder and the inputs of a trained one; --no-cache makes them
@@ -78,6 +79,8 @@ class CompareSettings:
             batch_size=method.batch_size if batch_size is None else batch_size,
             learning_rate=method.learning_rate if rate is None else rate,
             weight_decay=method.weight_decay,
+            # Asked to train nothing, a method's own rates train nothing either.
+            group_rates=rate != 0,
             bf16=self.bf16,
             cpu=self.cpu,
         )

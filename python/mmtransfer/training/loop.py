@@ -133,10 +133,7 @@ class _Trainer(Trainer):
 
 
 def parameter_groups(model: AdaptedModel, settings: Training) -> list[dict[str, Any]]:
-    """The trainable parameters as AdamW's groups: matrices, vectors, and the groups of the method.
-
-    A learning rate of 0 holds for the groups of the method too.
-    """
+    """The trainable parameters as AdamW's groups: matrices, vectors, and the groups of the method."""
     special = model.parameter_groups()
     taken = {id(parameter) for group in special.values() for parameter in group.parameters}
     matrices: list[nn.Parameter] = []
@@ -151,7 +148,8 @@ def parameter_groups(model: AdaptedModel, settings: Training) -> list[dict[str, 
     ]
     for group in special.values():
         trained = [parameter for parameter in group.parameters if parameter.requires_grad]
-        groups.append({"params": trained, "lr": group.learning_rate if rate else 0.0, "weight_decay": 0.0})
+        own = group.learning_rate if settings.group_rates else rate
+        groups.append({"params": trained, "lr": own, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 

@@ -14,9 +14,9 @@ class Training:
     Attributes:
         epochs: passes over the training clips.
         batch_size: clips per step and device.
-        learning_rate: peak rate, but for parameter groups that a method gives a rate; 0 trains nothing, these
-            groups neither.
+        learning_rate: peak rate, but for parameter groups that a method gives a rate.
         weight_decay: of matrices; biases, norms and parameter groups of a method have none.
+        group_rates: whether those groups have their rate; False gives them the run's.
         seed: of the initial weights and of the order of the clips.
         bf16: train under bfloat16 autocast.
         cpu: stay on the CPU even if there is a GPU.
@@ -28,6 +28,7 @@ class Training:
     batch_size: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
+    group_rates: bool = True
     seed: int = 0
     bf16: bool = False
     cpu: bool = False
@@ -39,7 +40,7 @@ class Training:
         check_integer("seed", self.seed, least=0, most=2**32 - 1)
         check_number("learning_rate", self.learning_rate)
         check_number("weight_decay", self.weight_decay)
-        check_flags(self, "bf16", "cpu")
+        check_flags(self, "group_rates", "bf16", "cpu")
 
 
 def check_integer(name: str, value: object, *, least: int = 1, most: int | None = None) -> None:
