@@ -92,7 +92,9 @@ def test_the_eager_twin_of_a_half_precision_encoder(method: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
-def test_a_half_precision_folder_is_loaded_in_float32_unless_asked(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_half_precision_folder_is_loaded_in_float32_unless_asked(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     TINY["wav2vec2"].build().to(dtype).save_pretrained(tmp_path)
     assert {p.dtype for p in load_model(tmp_path).parameters()} == {torch.float32}
     for asked in (dtype, str(dtype).removeprefix("torch.")):

@@ -83,10 +83,7 @@ class Step:
         self.optimizer.step()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients under the names of the state dict, which a model and its eager twin share.
-
-        Frozen parameters are there as they are.
-        """
+        """Gradients of what is trained, under the names that a model and its eager twin share in state dicts."""
         values = [parameter.data for parameter in self.parameters]
         # The twin's state dict stacks its per-slot tensors, so it must do so with the gradients.
         for parameter in self.parameters:
@@ -94,7 +91,8 @@ class Step:
         found = dict(self.model.state_dict())
         for parameter, value in zip(self.parameters, values, strict=True):
             parameter.data = value
-        return found
+        frozen = {name for name, each in self.model.named_parameters() if not each.requires_grad}
+        return {name: value for name, value in found.items() if name not in frozen}
 
 
 def compare_steps(ours: Step, theirs: Step | None = None) -> StepComparison:

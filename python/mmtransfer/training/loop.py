@@ -161,7 +161,7 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 def _make_trainer(
     model: AdaptedModel,
-    examples: Dataset[Any] | None,
+    examples: Dataset[Any],
     collate: Callable[[Any], dict[str, torch.Tensor]],
     settings: Training,
     folder: str,
@@ -173,7 +173,8 @@ def _make_trainer(
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        warmup_steps=0.1,
+        # The first step of a warm-up has the rate 0, and would be the only one.
+        warmup_steps=0.1 if settings.epochs > 1 or len(examples) > settings.batch_size else 0,  # type: ignore[arg-type]
         seed=settings.seed,
         bf16=settings.bf16,
         use_cpu=settings.cpu or not torch.cuda.is_available(),
