@@ -83,7 +83,7 @@ class Step:
         self.optimizer.step()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients of what is trained, under the names that a model and its eager twin share in state dicts."""
+        """Gradients of what is trained, under the names of the state dict, which a twin shares."""
         values = [parameter.data for parameter in self.parameters]
         # The twin's state dict stacks its per-slot tensors, so it must do so with the gradients.
         for parameter in self.parameters:
@@ -122,12 +122,13 @@ def _difference(ours: Step, theirs: Step) -> float:
     found = {"logits": ours.backward(), **ours.gradients()}
     expected = {"logits": theirs.backward(), **theirs.gradients()}
     differences = [0.0]
-    for name, value in expected.items():
+    for name, ours_now in found.items():
+        value = expected[name]
         if not bool(value.isfinite().all()):
             raise NotFiniteError(f"{name} is not finite in a training step")
         if value.numel():
             largest = value.abs().max().float().clamp(min=1e-12)
-            differences.append(float((found[name] - value).abs().max() / largest))
+            differences.append(float((ours_now - value).abs().max() / largest))
     return max(math.inf if math.isnan(each) else each for each in differences)
 
 
