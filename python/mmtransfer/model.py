@@ -15,7 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 from mmtransfer import registry
 from mmtransfer.data.inputs import AudioInput
 from mmtransfer.encoders.edit import untouched_on_error
-from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.encoder import Encoder, resolve_layers
 from mmtransfer.encoders.precision import check_trained
 from mmtransfer.encoders.tapped import TappedEncoder
 from mmtransfer.encoders.taps import Taps
@@ -80,7 +80,7 @@ class AdaptedModel(nn.Module):
         self.audio: AudioInput | None = None
         self.task = task
         parts = Encoder(Encoder(model).model)
-        taps = self.method.select_taps(parts)
+        taps = resolve_layers("taps", self.method.select_taps(parts), parts.num_layers, embeddings=True)
         # Readout and head are drawn first: methods that differ in their edit alone start from the same ones.
         readout: Any = self.method.readout(parts)
         check_readout(self.method, readout)

@@ -60,8 +60,8 @@ def find(name: str | Method, /, **options: Any) -> Method:
     """
     if not isinstance(name, (Method, str)):
         is_class = isinstance(name, type) and issubclass(name, Method)
-        hint = f", the class {name.__name__}; write {name.__name__}()" if is_class else f" {name!r}"
-        raise TypeError(f"method must be a name or a Method, got{hint}")
+        given = f"the class {name.__name__}; write {name.__name__}()" if is_class else repr(name)
+        raise TypeError(f"method must be a name or a Method, got {given}")
     if isinstance(name, Method):
         parts = list(name.parts())
     else:

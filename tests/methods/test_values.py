@@ -213,7 +213,7 @@ class TestCommandLine:
             (["--epochs", "-3"], "epochs must be at least 1, got -3"),
             (["--learning-rate", "nan"], "learning_rate must be finite"),
             (["--learning-rate", "-1e-3"], "learning_rate must be finite and not negative"),
-            (["--methods"], "--methods"),
+            (["--methods"], "methods must be a list of names, at least one"),
             (["--dtype", "int8"], "--dtype"),
         ],
     )
@@ -323,7 +323,7 @@ class TestPython:
     def test_classes_given_for_instances(self) -> None:
         encoder = small_experiment().model
         method = type(registry.find("aat-ms"))
-        message = r"method must be a name or a Method, got, the class AAT; write AAT\(\)"
+        message = r"method must be a name or a Method, got the class AAT; write AAT\(\)"
         for call in (AdaptedModel, mmtransfer.prepare):
             with pytest.raises(TypeError, match=message):
                 call(encoder, method)
