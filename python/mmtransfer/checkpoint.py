@@ -25,6 +25,7 @@ from mmtransfer.data.inputs import AudioInput, find_audio_input
 from mmtransfer.encoders.descriptions import ModelDescription
 from mmtransfer.encoders.edit import untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.precision import find_dtype
 from mmtransfer.method import Method
 from mmtransfer.model import AdaptedModel
 from mmtransfer.preparation import Prepared, get_prepared, is_prepared, prepare
@@ -82,16 +83,18 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
         if not base["name_or_path"]:
             raise ValueError(f"{folder} was saved from an unnamed encoder; pass it as model")
         # As it was trained; transformers itself would take the dtype that the weights are stored in.
-        precision = getattr(torch, base.get("encoder_dtype") or "float32")
+        precision = find_dtype(base.get("encoder_dtype", "float32"))
         model = AutoModel.from_pretrained(base["name_or_path"], dtype=precision)
     _check_base(Encoder(model), base, folder)
     method = _find_method(config, runtime)
     try:
         task = config["task"] and find_task(config["task"]["name"])(**config["task"]["options"])
         dtype = None if base["dtype"] is None else getattr(torch, base["dtype"])
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"the configuration in {folder} has a wrong task or dtype ({error})") from error
-    audio = None if config.get("input") is None else AudioInput.of(config["input"])
+        audio = None if config.get("input") is None else AudioInput.of(config["input"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the configuration in {folder} has a wrong task, dtype or input ({error})"
+        ) from error
     with untouched_on_error(Encoder(model).model):
         adapted = AdaptedModel(model, method, task, dtype=dtype)
         try:

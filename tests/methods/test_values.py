@@ -13,12 +13,12 @@ from command_line import QUICK, fails, run
 from small_experiment import build, small_experiment
 
 import mmtransfer
-from mmtransfer import AdaptedModel, Group, registry
+from mmtransfer import AdaptedModel, Group, Method, registry
 from mmtransfer.cli import values
 from mmtransfer.compare.experiment import user_experiment
 from mmtransfer.compare.settings import CompareSettings
 from mmtransfer.data.features import Collator
-from mmtransfer.tasks import Classification
+from mmtransfer.tasks import Classification, Task, register_task
 from mmtransfer.training.caching import EncoderCollator, cache_features
 from mmtransfer.training.loop import parameter_groups
 from mmtransfer.training.settings import Training
@@ -334,6 +334,17 @@ class TestPython:
         with pytest.raises(TypeError, match="task must be a Task or None, got 3"):
             AdaptedModel(encoder, "head", 3)
         assert AdaptedModel(encoder, "head", Classification(num_labels=2)).head is not None
+
+    def test_what_cannot_be_registered(self) -> None:
+        for register, found in ((registry.register, registry.find("lff")), (register_task, None)):
+            with pytest.raises(TypeError, match=r"takes a class of (methods|tasks), got"):
+                register(found)
+        nameless = type("Nameless", (Method,), {"title": "T", "paper": "P"})
+        with pytest.raises(TypeError, match="Nameless must have a class attribute name, a text"):
+            registry.register(nameless)
+        without = type("Without", (Task,), {"name": "without"})
+        with pytest.raises(TypeError, match="Without must have a class attribute metric, a Metric"):
+            register_task(without)
 
     def test_a_readout_without_a_width(self, monkeypatch) -> None:
         monkeypatch.setattr(type(registry.find("lff")), "readout", lambda *_: torch.nn.Identity())

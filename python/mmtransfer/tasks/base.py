@@ -106,8 +106,14 @@ _T = TypeVar("_T", bound=type[Task])
 def register_task(task: _T) -> _T:
     """Make a task known by its name, on the command line too; usable as a decorator.
 
-    ValueError if another task has the name.
+    ValueError if another task has the name. TypeError for what is no class of tasks, or one without name or
+    metric.
     """
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise TypeError(f"register_task takes a class of tasks, got {task!r}")
+    for attribute, kind in (("name", str), ("metric", Metric)):
+        if not isinstance(getattr(task, attribute, None), kind):
+            raise TypeError(f"{task.__name__} must have a class attribute {attribute}, a {kind.__name__}")
     if TASKS.get(task.name, task) is not task:
         raise ValueError(f"a task is called {task.name!r} already")
     TASKS[task.name] = task
