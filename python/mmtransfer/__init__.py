@@ -27,6 +27,7 @@ _NAMES = {
     "load": "checkpoint",
     "load_prepared": "checkpoint",
     "prepare": "preparation",
+    "recognize": "recognition",
     "revert": "preparation",
     "save": "checkpoint",
 }

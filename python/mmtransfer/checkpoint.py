@@ -22,13 +22,16 @@ from transformers import AutoModel
 import mmkernels
 from mmkernels.wrappers import chain
 from mmtransfer import registry
+from mmtransfer.data.inputs import AudioInput, find_audio_input
 from mmtransfer.encoders.descriptions import ModelDescription
 from mmtransfer.encoders.edit import untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.precision import find_dtype
 from mmtransfer.method import Method
 from mmtransfer.model import AdaptedModel
 from mmtransfer.preparation import Prepared, get_prepared, is_prepared, prepare
 from mmtransfer.tasks import find_task
+from mmtransfer.tasks.labels import class_names, find_labels, set_labels
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -82,14 +85,19 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
     if model is None:
         if not base["name_or_path"]:
             raise ValueError(f"{folder} was saved from an unnamed encoder; pass it as model")
-        model = AutoModel.from_pretrained(base["name_or_path"])
+        # As it was trained; transformers itself would take the dtype that the weights are stored in.
+        precision = find_dtype(base.get("encoder_dtype", "float32"))
+        model = AutoModel.from_pretrained(base["name_or_path"], dtype=precision)
     _check_base(Encoder(model), base, folder)
     method = _find_method(config, runtime)
     try:
         task = config["task"] and find_task(config["task"]["name"])(**config["task"]["options"])
         dtype = None if base["dtype"] is None else getattr(torch, base["dtype"])
-    except (AttributeError, TypeError) as error:
-        raise ValueError(f"the configuration in {folder} has a wrong task or dtype ({error})") from error
+        audio = None if config.get("input") is None else AudioInput.of(config["input"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"the configuration in {folder} has a wrong task, dtype or input ({error})"
+        ) from error
     with untouched_on_error(Encoder(model).model):
         adapted = AdaptedModel(model, method, task, dtype=dtype)
         try:
@@ -98,6 +106,7 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
         except BaseException:
             adapted.revert()
             raise
+    adapted.audio = audio
     return adapted.eval()
 
 
@@ -124,17 +133,21 @@ def load_prepared(
         prepared = get_prepared(model)
         _check_base(prepared.edit.encoder, config["base_model"], folder)
         _check_same(_describe(prepared), config, folder)
+        labels = find_labels(model, config, folder)
         with untouched_on_error(prepared.edit.encoder.root):
             _thaw(prepared.edit.encoder.root, config, folder)
             _copy_strictly(prepared.trained_tensors(), tensors, folder)
+        set_labels(model, labels)
         return prepared
     _check_base(Encoder(model, description), config["base_model"], folder)
     method = _find_method(config, runtime)
+    labels = find_labels(model, config, folder)
     done: Prepared | None = None
     try:
         done = prepare(model, method, head=config["head"], description=description)
         _thaw(done.edit.encoder.root, config, folder)
         _copy_strictly(done.trained_tensors(), tensors, folder)
+        set_labels(model, labels)
         return done
     except BaseException:
         if done is not None:
@@ -161,14 +174,28 @@ def _describe(model: AdaptedModel | Prepared) -> dict[str, Any]:
     if thawed := model.thawed():
         config["thawed"] = thawed
     if isinstance(model, Prepared):
-        return {**config, "head": model.head, "base_model": _describe_base(model.edit.encoder)}
+        parts = model.edit.encoder
+        base = _describe_base(parts)
+        audio = find_audio_input(base["name_or_path"])
+        return {
+            **config,
+            "head": model.head,
+            "labels": class_names(parts.root) if model.head else None,
+            "sampling_rate": None if audio is None else audio.sampling_rate,
+            "base_model": base,
+        }
     encoder, task = model.encoder, model.task
+    base = _describe_base(encoder.parts)
+    audio = find_audio_input(base["name_or_path"]) if model.audio is None else model.audio
     # A dtype only where the user chose one.
     dtype = str(encoder.dtype).removeprefix("torch.") if encoder.dtype_given else None
     return {
         **config,
         "task": None if task is None else {"name": task.name, "options": task.options()},
-        "base_model": {**_describe_base(encoder.parts), "dtype": dtype},
+        "labels": getattr(task, "labels", None),
+        "sampling_rate": None if audio is None else audio.sampling_rate,
+        "input": None if audio is None else audio.describe(),
+        "base_model": {**base, "dtype": dtype, "encoder_dtype": str(encoder.dtype).removeprefix("torch.")},
     }
 
 
@@ -267,6 +294,11 @@ def _copy_strictly(
         f"{name} has shape {tuple(tensors[name].shape)}, not {tuple(own[name].shape)}"
         for name in sorted(own.keys() & tensors.keys())
         if own[name].shape != tensors[name].shape
+    ]
+    differences += [
+        f"{name} was saved in {tensors[name].dtype} and would be rounded to {own[name].dtype}"
+        for name in sorted(own.keys() & tensors.keys())
+        if torch.promote_types(tensors[name].dtype, own[name].dtype) != own[name].dtype
     ]
     if differences:
         raise ValueError(f"the weights in {source} do not fit: {'; '.join(differences)}")

@@ -22,7 +22,7 @@ from mmtransfer.encoders.checks import check_distinct, check_unquantised
 from mmtransfer.encoders.edit import Edit, Forward, check_layers
 from mmtransfer.encoders.encoder import Encoder, Tap
 from mmtransfer.encoders.recompute import RECOMPUTE, add_recompute
-from mmtransfer.training.settings import Training
+from mmtransfer.training.settings import Training, check_number
 
 if TYPE_CHECKING:
     from mmtransfer.model import AdaptedModel
@@ -30,12 +30,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Group:
-    """Trained parameters with a peak learning rate that differs from the run's; they have no weight decay."""
+    """Trained parameters with a peak learning rate that differs from the run's; they have no weight decay.
+
+    ValueError for a rate that is negative or not finite.
+    """
 
     parameters: Iterable[nn.Parameter]
     learning_rate: float
 
     def __post_init__(self) -> None:
+        check_number("learning_rate", self.learning_rate)
         # An iterator would be empty for the second reader.
         object.__setattr__(self, "parameters", tuple(self.parameters))
 
@@ -258,7 +262,7 @@ class AdapterMethod(LayerEditMethod):
         width = encoder.hidden_size
         adapter = Adapter(
             width,
-            self.bottleneck or max(width // 4, 1),
+            max(width // 4, 1) if self.bottleneck is None else self.bottleneck,
             self.activation,
             scale=self.scale,
             backend=self.backend,
@@ -321,7 +325,8 @@ class Pair(Method):
 
     def baseline(self, model: AdaptedModel) -> AdaptedModel | None:
         twin = self.of[0].baseline(model)
-        return self.of[1].baseline(model if twin is None else twin) or twin
+        both = self.of[1].baseline(model if twin is None else twin)
+        return twin if both is None else both
 
     def insights(self, model: AdaptedModel) -> dict[str, dict[str, float]]:
         return self._both([part.insights(model) for part in self.of])
@@ -351,10 +356,27 @@ def _check_option(method: Method, each: dataclasses.Field[Any], hint: Any) -> No
         problem = f"one of {', '.join(choices)}"
     elif least is not None and value is not None and not value >= least:
         problem = f"at least {least}"
-    elif isinstance(value, float) and not math.isfinite(value):
+    elif not _is_finite(value):
         problem = "finite"
     if problem:
         raise ValueError(f"{method.name}: {each.name} must be {problem}, got {value!r}")
+
+
+def _is_finite(value: Any) -> bool:
+    """False for NaN and infinity, in a tuple too."""
+    if isinstance(value, tuple):
+        return all(map(_is_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_readout(method: Method, readout: Any) -> None:
+    """TypeError unless a readout is a module with the width of its result, which heads are made for."""
+    width = getattr(readout, "out_dim", None)
+    if not isinstance(readout, nn.Module) or isinstance(width, bool) or not isinstance(width, int):
+        raise TypeError(
+            f"the readout of {method.name} must be a module with an integer attribute out_dim, the width of "
+            f"its result, got {type(readout).__name__} with out_dim {width!r}"
+        )
 
 
 def _saved_fields(method: Method) -> dict[str, Any]:

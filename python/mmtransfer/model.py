@@ -13,15 +13,16 @@ from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
 from mmtransfer import registry
+from mmtransfer.data.inputs import AudioInput
 from mmtransfer.encoders.autocast import autocast_dtype
 from mmtransfer.encoders.edit import Edit, check_editable, untouched_on_error
-from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.encoder import Encoder, resolve_layers
 from mmtransfer.encoders.precision import check_trained
 from mmtransfer.encoders.recompute import add_recompute, find_recomputed
 from mmtransfer.encoders.tapped import TappedEncoder
 from mmtransfer.encoders.taps import Taps
-from mmtransfer.method import Group, Method
-from mmtransfer.tasks.base import Task
+from mmtransfer.method import Group, Method, check_readout
+from mmtransfer.tasks.base import Task, check_task
 
 
 @dataclass
@@ -58,6 +59,7 @@ class AdaptedModel(nn.Module):
     Attributes:
         encoder: the `TappedEncoder`, with its `edit`.
         readout, head: the modules on top of it; `head` is None without a task.
+        audio: how audio files become its input, for `recognize`; kept in checkpoints. None until it is set.
 
     Raises:
         TypeError, ValueError, ImportError: an encoder that cannot be tapped so or cannot have the method,
@@ -75,13 +77,16 @@ class AdaptedModel(nn.Module):
     ) -> None:
         super().__init__()
         self.method = registry.find(method, **options)
+        check_task(task)
         self.reverted = self._frozen_checked = False
+        self.audio: AudioInput | None = None
         self.task = task
         parts = Encoder(Encoder(model).model)
         check_editable(model, parts)
-        taps = self.method.select_taps(parts)
+        taps = resolve_layers("taps", self.method.select_taps(parts), parts.num_layers, embeddings=True)
         # Readout and head are drawn first: methods that differ in their edit alone start from the same ones.
         readout: Any = self.method.readout(parts)
+        check_readout(self.method, readout)
         self.readout = readout
         self.head = None if task is None else task.head(readout.out_dim)
         with untouched_on_error(parts.model):
@@ -108,9 +113,9 @@ class AdaptedModel(nn.Module):
     def fuse(self, taps: Taps) -> torch.Tensor:
         """The frames `(N, out_dim)` that the readout makes of tapped features."""
         features = taps.features
-        if autocast_dtype(features.device.type) is None:
-            weight = next(self._top_parameters(), None)
-            features = features if weight is None else features.to(weight.dtype)
+        weight = next(self._top_parameters(), None)
+        if weight is not None and not _autocast_takes(features):
+            features = features.to(weight.dtype)
         return self.readout(features)
 
     def forward(
@@ -135,8 +140,8 @@ class AdaptedModel(nn.Module):
                 run, so stored features train no edit.
 
         Raises:
-            ValueError: labels without a task, features with an input or without lengths, or as
-                `TappedEncoder.forward`.
+            ValueError: labels without a task or without utterances, features with an input, without lengths
+                or of other taps, or as `TappedEncoder.forward`.
         """
         inputs = {
             "input_values": input_values,
@@ -149,10 +154,18 @@ class AdaptedModel(nn.Module):
             if named or attention_mask is not None or lengths is None:
                 raise ValueError("features go with lengths (their frames per utterance) and with no input")
             taps = Taps.pack(features, lengths)
+            expected = len(self.encoder.taps), self.encoder.hidden_size
+            if tuple(features.shape[1:]) != expected:
+                raise ValueError(
+                    f"features must be (N, {expected[0]}, {expected[1]}), the taps "
+                    f"{', '.join(map(str, self.encoder.taps))}, got shape {tuple(features.shape)}"
+                )
         else:
             if self.training and torch.is_grad_enabled():
                 self._check_frozen()
             taps = self.encoder(lengths=lengths, attention_mask=attention_mask, **named)
+        if labels is not None and not len(taps.lengths):
+            raise ValueError("a batch of 0 utterances has no loss")
         frames = self.fuse(taps)
         if self.head is None or self.task is None:
             if labels is not None:
@@ -279,3 +292,9 @@ class AdaptedModel(nn.Module):
         yield from self.readout.parameters()
         if self.head is not None:
             yield from self.head.parameters()
+
+
+def _autocast_takes(features: torch.Tensor) -> bool:
+    """Whether autocast is on and casts features of this dtype; it takes no float16 if its own is another."""
+    dtype = autocast_dtype(features.device.type)
+    return dtype is not None and (features.dtype != torch.float16 or dtype == torch.float16)

@@ -157,6 +157,11 @@ def prepare(
 def _make_record(method: Method, heads: list[str], edit: Edit) -> Prepared:
     named = {plain_name(name): each for name, each in edit.encoder.root.named_parameters()}
     names = tuple(name for name, parameter in named.items() if parameter.requires_grad)
+    try:
+        check_trained(named.items())
+    except ValueError:
+        edit.revert()
+        raise
     if not names:
         raise ValueError(
             f"method {method.name!r} trains no part of the encoder, and the model has no head outside "

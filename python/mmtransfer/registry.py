@@ -21,8 +21,14 @@ _registered: dict[str, type[Method]] = {}
 def register(method: type[Method]) -> type[Method]:
     """Make a method known by its name, on the command line too; usable as a decorator.
 
-    ValueError if another method has the name, or if it is not letters, digits, "-" and "_" alone.
+    ValueError if another method has the name, or if it is not letters, digits, "-" and "_" alone. TypeError
+    for what is no class of methods, or one without name, title or paper.
     """
+    if not (isinstance(method, type) and issubclass(method, Method)):
+        raise TypeError(f"register takes a class of methods, got {method!r}")
+    for attribute in ("name", "title", "paper"):
+        if not isinstance(getattr(method, attribute, None), str):
+            raise TypeError(f"{method.__name__} must have a class attribute {attribute}, a text")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", method.name):
         raise ValueError(f"the name of a method must be letters, digits, '-' and '_', got {method.name!r}")
     if methods().get(method.name, method) is not method:
@@ -55,8 +61,13 @@ def find(name: str | Method, /, **options: Any) -> Method:
             the name of a part, as in checkpoints, is for that part alone, and wins.
 
     Raises:
+        TypeError: neither a name nor a method; a class must be called first.
         ValueError: no such method, a pair of other kinds, an unknown option, or a value out of range.
     """
+    if not isinstance(name, (Method, str)):
+        is_class = isinstance(name, type) and issubclass(name, Method)
+        given = f"the class {name.__name__}; write {name.__name__}()" if is_class else repr(name)
+        raise TypeError(f"method must be a name or a Method, got {given}")
     if isinstance(name, Method):
         parts = list(name.parts())
     else:

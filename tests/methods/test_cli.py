@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
 import mmkernels
 from mmtransfer import AdaptedModel, registry
+from mmtransfer.cli.options import describe_options
 from mmtransfer.compare import session
 from mmtransfer.compare import step as measure
 from mmtransfer.compare.settings import CompareSettings
@@ -145,7 +147,10 @@ def test_saved_runs_can_be_loaded(synthetic: tuple[Result, Path]) -> None:
         model = AdaptedModel.from_pretrained(folder / name, synthetic_experiment().model)
         assert model.method.name == name.rpartition("-")[0]
         assert model.task is not None
-        assert model.task.options() == {"num_labels": 8}
+        classes = synthetic_experiment().recordings.classes
+        assert model.task.options() == {"num_labels": 8, "labels": classes}
+        config = json.loads((folder / name / "config.json").read_text())
+        assert (config["labels"], config["sampling_rate"]) == (list(classes), 16_000)
 
 
 def test_a_folder_of_class_folders_with_wav2vec2(wav2vec2: Path, sounds: Path, tmp_path: Path) -> None:
@@ -374,10 +379,21 @@ def test_info_and_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 def test_the_methods_are_listed_with_their_options() -> None:
     result = run("methods")
     assert result.code == 0
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    # Entries begin in the first column; their lines are wrapped.
+    entries = {entry.split()[0]: " ".join(entry.split()) for entry in re.split(r"\n(?=\S)", result.stdout)}
     for name, method in registry.methods().items():
-        line = next(line for line in result.stdout.splitlines() if line.split()[:1] == [name])
-        assert method().paper in line
-    assert "bottleneck=None, activation=gelu" in result.stdout
+        assert method().paper in entries[name]
+        for option in describe_options(method()):
+            assert option.meaning, (name, option.name)
+            assert f"{option.name}={option.default} ({option.allowed}); {option.meaning}" in entries[name]
+    assert (
+        "bottleneck=null (an integer or null, at least 1); hidden width of the adapters; None for a quarter"
+        in entries["aat-ms"]
+    )
+    assert "activation=gelu (one of none, relu, gelu, gelu_tanh, silu)" in entries["aat-ms"]
+    assert "taps=null ([an integer or embeddings, ...] or null)" in entries["lff"]
+    assert "norm=true (true or false)" in entries["hff-b"]
     assert "A readout + an edit is a method too" in result.stdout
 
 

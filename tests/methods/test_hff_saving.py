@@ -105,13 +105,17 @@ class TestFiles:
             "options": {
                 "hff-b": {"taps": [0, 1, 2, 3], "out_dim": 6, "norm": True, "activation": "relu"},
             },
-            "task": {"name": "classification", "options": {"num_labels": 4}},
+            "task": {"name": "classification", "options": {"num_labels": 4, "labels": None}},
+            "labels": None,
+            "sampling_rate": None,
+            "input": None,
             "base_model": {
                 "name_or_path": "",
                 "model_type": "wav2vec2",
                 "hidden_size": 16,
                 "num_layers": 4,
                 "dtype": "bfloat16",
+                "encoder_dtype": "bfloat16",
             },
         }
         with safe_open(tmp_path / "model.safetensors", "pt") as weights:

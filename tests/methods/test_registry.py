@@ -137,7 +137,8 @@ class TestCheckpoints:
         assert (
             options.items() <= {k: v for part in config["options"].values() for k, v in part.items()}.items()
         )
-        assert config["task"] == {"name": task, "options": {"num_labels": 4}}
+        assert config["task"] == {"name": task, "options": json.loads(json.dumps(model.task.options()))}
+        assert config["task"]["options"]["num_labels"] == 4
         loaded = AdaptedModel.from_pretrained(tmp_path, small_experiment().model)
         assert (loaded.method, loaded.task) == (model.method, model.task)
         batch = examples.collate([examples[index] for index in range(5)])
@@ -237,11 +238,14 @@ class TestCommandLine:
         fails(self.compare(tmp_path, "--set", given), *parts)
 
     def test_the_list_of_methods(self) -> None:
-        printed = run("methods").stdout
-        assert re.search(r"^learnt-merge\s+edit\s+A learnt weight between .* \(a test\)$", printed, re.M)
-        assert re.search(r"^max-readout\s+readout\s+The largest value over .* \(a test\)$", printed, re.M)
-        assert "start=0.0, rate=0.1" in printed
-        assert "out_dim=24" in printed
+        entries = re.split(r"\n(?=\S)", run("methods").stdout)
+        (merge,) = [" ".join(each.split()) for each in entries if each.startswith("learnt-merge ")]
+        (largest,) = [" ".join(each.split()) for each in entries if each.startswith("max-readout ")]
+        assert re.match(r"learnt-merge edit A learnt weight between .* \(a test\) ", merge)
+        assert re.match(r"max-readout readout The largest value over .* \(a test\) ", largest)
+        assert "start=0.0 (a number)" in merge
+        assert "rate=0.1 (a number)" in merge
+        assert "out_dim=24 (an integer)" in largest
 
     def test_after_they_are_unregistered(self, tmp_path: Path) -> None:
         registry.unregister(READOUT)

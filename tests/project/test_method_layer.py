@@ -37,6 +37,7 @@ FLOORS = (
     ("model", "preparation"),
     ("checkpoint",),
     ("training",),
+    ("recognition",),
     ("compare",),
     ("demo",),
     ("cli",),

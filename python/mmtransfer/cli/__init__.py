@@ -6,6 +6,7 @@ User errors print one sentence to standard error and exit with status 1; wrong o
 from __future__ import annotations
 
 import inspect
+import itertools
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ import tyro
 
 from .compare import compare
 from .info import info, methods
+from .messages import fail
 from .recipes import expand
 
 
@@ -31,21 +33,40 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `mmtransfer` command."""
-    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    given = _command_first(list(sys.argv[1:] if arguments is None else arguments)) or ["--help"]
     if given[0] in ("-h", "--help"):
         print(_usage())
         sys.exit(0)
     if given[0] not in COMMANDS:
-        print(f"mmtransfer: no command {given[0]!r}; {_usage()}", file=sys.stderr)
-        sys.exit(2)
+        fail(f"no command {given[0]!r}; {_usage()}", 2)
     if given[0] == "bench":
         sys.exit(_bench(given[1:]))
+    expanded = expand(given)
+    _refuse_empty(expanded)
     tyro.cli(
         COMMANDS[given[0]],
         prog=f"mmtransfer {given[0]}",
-        args=expand(given)[1:],
+        args=expanded[1:],
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
+
+
+def _command_first(given: list[str]) -> list[str]:
+    """`--import FILE` may stand in front of the command."""
+    options: list[str] = []
+    while given and given[0].partition("=")[0] == "--import":
+        count = 1 if "=" in given[0] else 2
+        options, given = [*options, *given[:count]], given[count:]
+    return [*given[:1], *options, *given[1:]]
+
+
+def _refuse_empty(given: Sequence[str]) -> None:
+    """Exit for an option with an empty value: a folder "" would be the current one."""
+    for before, argument in itertools.pairwise(given):
+        if argument == "":
+            fail(f"{before} has an empty value", 2)
+        if argument.startswith("--") and argument.endswith("="):
+            fail(f"{argument[:-1]} has an empty value", 2)
 
 
 def _usage() -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from mmtransfer.compare.settings import CompareSettings
 
 from . import values
+from .imports import import_files
+from .info import Imports
+from .messages import fail
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -33,14 +35,17 @@ class Input:
         data: folder of class folders, or a CSV with the columns path, label and, if wanted, split.
         test_fraction: of --data, where it has no split.
         max_seconds: clips of --data are cropped to this.
+        dtype: of the model's weights, whatever they were stored in. float16 is for frozen encoders; it is
+            never trained.
     """
 
     demo: bool = False
     synthetic: bool = False
-    model: str | None = None
-    data: Path | None = None
+    model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     test_fraction: float = 0.2
     max_seconds: float = 10.0
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         own = self.model is not None or self.data is not None
@@ -52,6 +57,22 @@ class Input:
             raise ValueError(f"--test-fraction must be between 0 and 1, got {self.test_fraction}")
         if not 0 < self.max_seconds <= 30:
             raise ValueError(f"--max-seconds must be above 0 and at most 30, got {self.max_seconds}")
+        for name in ("test_fraction", "max_seconds"):
+            if not own and getattr(self, name) != getattr(type(self), name):
+                raise ValueError(f"--{name.replace('_', '-')} is for --data alone")
+        if own:
+            check_max_seconds(self.max_seconds)
+
+
+def check_max_seconds(seconds: float) -> None:
+    """ValueError for a crop that would leave no clip long enough."""
+    # Imported here: help needs no numpy.
+    from mmtransfer.data.audio import MIN_SECONDS
+
+    if seconds < MIN_SECONDS:
+        raise ValueError(
+            f"--max-seconds must be at least {MIN_SECONDS}, the shortest clip that is read, got {seconds}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +94,8 @@ def compare(
     source: Input,
     settings: CompareSettings,
     result: Result,
+    import_: Imports = (),
+    recipe: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None,
     set_: Annotated[
         tuple[tuple[str, ...], ...],
         tyro.conf.UseAppendAction,
@@ -82,13 +105,18 @@ def compare(
     """Train and measure ways to adapt a speech encoder: fusions of its layers, adapters, fine-tuning.
 
     Prints a table of test scores, parameters, time and memory, and writes it with figures as one HTML page
-    and as JSON. Runs on several GPUs under torchrun or accelerate launch. `--recipe FILE` reads options from
-    YAML; `mmtransfer methods` lists the methods and their options.
+    and as JSON. Runs on several GPUs under torchrun or accelerate launch. `mmtransfer methods` lists the
+    methods and their options.
 
     Args:
+        import_: Python file that registers methods or tasks of yours.
+        recipe: YAML file of options, or PAPER/NAME for one of the package; options given here win.
         set_: options of the methods, such as bottleneck=64; METHOD.bottleneck=64 is for one method alone.
     """
+    # `recipes.expand` has replaced it by its options.
+    assert recipe is None
     options = _parse_options(text for texts in set_ for text in texts)
+    import_files(import_)
     from mmtransfer.compare.session import find_methods
     from mmtransfer.compare.tables import MODELS_NAME, check_output
     from mmtransfer.data import DataError
@@ -102,12 +130,12 @@ def compare(
         # Before anything is fetched.
         find_methods(settings)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     try:
         check_output(result.output, force=result.force)
         _show(_run(_load(source), settings), result.output)
     except (DataError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 def _parse_options(given: Iterable[str]) -> dict[str, Any]:
@@ -116,11 +144,13 @@ def _parse_options(given: Iterable[str]) -> dict[str, Any]:
     for text in given:
         key, equals, value = text.partition("=")
         if not (key and equals):
-            _fail(f"--set takes field=value, got {text!r}", 2)
+            fail(f"--set takes field=value, got {text!r}", 2)
+        if not value.strip():
+            fail(f"--set {text!r} has no value; {key}=null leaves the choice to the method", 2)
         try:
             parsed = values.parse(value)
         except ValueError as error:
-            _fail(f"--set {text!r} has no value that YAML can read ({error})", 2)
+            fail(f"--set {text!r} has no value that YAML can read ({error})", 2)
         method, dot, field = key.rpartition(".")
         if not dot:
             # All that a recipe sets for one method, which is added to.
@@ -130,7 +160,7 @@ def _parse_options(given: Iterable[str]) -> dict[str, Any]:
             options[key] = parsed
             continue
         if not isinstance(options.setdefault(method, {}), dict):
-            _fail(f"--set takes {method!r} for a method in {text!r} and for a field elsewhere", 2)
+            fail(f"--set takes {method!r} for a method in {text!r} and for a field elsewhere", 2)
         options[method][field] = parsed
     return options
 
@@ -138,14 +168,21 @@ def _parse_options(given: Iterable[str]) -> dict[str, Any]:
 def _load(source: Input) -> Experiment:
     if source.demo or source.synthetic:
         from mmtransfer.demo import experiments
+        from mmtransfer.encoders.precision import find_dtype
 
-        return experiments.demo_experiment() if source.demo else experiments.synthetic_experiment()
+        experiment = experiments.demo_experiment() if source.demo else experiments.synthetic_experiment()
+        experiment.model.to(find_dtype(source.dtype))
+        return experiment
     from mmtransfer.compare.experiment import user_experiment
 
     assert source.model is not None
     assert source.data is not None
     return user_experiment(
-        source.model, source.data, test_fraction=source.test_fraction, max_seconds=source.max_seconds
+        source.model,
+        source.data,
+        test_fraction=source.test_fraction,
+        max_seconds=source.max_seconds,
+        dtype=source.dtype,
     )
 
 
@@ -168,12 +205,20 @@ def _show(comparison: Comparison, output: Path) -> None:
 
     if not is_main_process():
         return
+    notes = [*tables.failures(comparison), tables.caption(comparison)]
+    # Printed first: a disk that is full does not take the table away.
+    console = Console()
+    console.print(*tables.to_tables(comparison), sep="\n")
+    console.print(*filter(None, notes), sep="\n", markup=False, highlight=False)
     page, _ = tables.write_report(output, comparison)
-    Console().print(*tables.to_tables(comparison), tables.caption(comparison), sep="\n")
     print(f"Report: {page}")
+    if comparison.failed:
+        first, count = comparison.failed[0], len(comparison.failed)
+        others = f"; {count - 1} more failed, see the report" if count > 1 else ""
+        fail(f"{first.title} failed: {first.reason}{others}")
     wrong = [method for method in comparison.methods if not method.step.agrees]
     if wrong:
-        _fail(
+        fail(
             f"mmkernels and eager PyTorch differ by {wrong[0].step.difference:.1e} in {wrong[0].title}; "
             "the report shows no time for it, please report this with the output of mmtransfer info"
         )
@@ -185,16 +230,11 @@ def _progress(quiet: bool) -> Progress:
 
     console = Console(stderr=True, quiet=quiet)
     return Progress(
-        TextColumn("{task.description:20}"),
+        TextColumn("{task.description:20}", markup=False),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.fields[detail]}", markup=False),
         console=console,
         disable=not console.is_terminal,
     )
-
-
-def _fail(message: str, status: int = 1) -> NoReturn:
-    print(f"mmtransfer: {message}", file=sys.stderr)
-    sys.exit(status)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from mmtransfer.compare.settings import CompareSettings
 
 from . import values
 from .compare import Input, Result
+from .messages import fail
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 #: The options of `mmtransfer compare` that have a flag, with their defaults.
@@ -22,6 +22,9 @@ _DEFAULTS: dict[str, Any] = {
     for each in dataclasses.fields(kind)
     if each.name not in ("options", "save")
 } | {"set": ()}
+#: Options that are a list, and those that are text: YAML would read a folder 010 or 1.10 as a number.
+_LISTS = ("methods", "set")
+_TEXTS = ("model", "data", "task", "output", "dtype", "methods")
 
 
 def expand(arguments: list[str]) -> list[str]:
@@ -30,14 +33,17 @@ def expand(arguments: list[str]) -> list[str]:
     Those on the command line win; `--set` adds to a recipe's. NAME is a file, or `<paper>/<recipe>` for one
     that the package has. Exits with status 2 if it cannot be read, or has an option that there is not.
     """
-    place = next((i for i, each in enumerate(arguments) if each.partition("=")[0] == "--recipe"), None)
-    if place is None:
+    places = [i for i, each in enumerate(arguments) if each.partition("=")[0] == "--recipe"]
+    if not places:
         return arguments
+    if len(places) > 1:
+        fail("--recipe can be given once", 2)
+    place = places[0]
     name, count = arguments[place].partition("=")[2], 1
     if "=" not in arguments[place]:
         name, count = (arguments[place + 1], 2) if place + 1 < len(arguments) else ("", 1)
     if not name:
-        _fail("--recipe needs the name of a file")
+        fail("--recipe needs the name of a file", 2)
     rest = arguments[:place] + arguments[place + count :]
     path, content = _read(name)
     given = {_field(argument) for argument in rest if argument.startswith("--")} - {"set"}
@@ -58,38 +64,45 @@ def _read(name: str) -> tuple[Path, dict[str, Any]]:
     path = next((each for each in candidates if each.is_file()), None)
     if path is None:
         known = sorted(f"{each.parents[1].name}/{each.stem}" for each in _PACKAGE.glob("*/recipes/*.yaml"))
-        _fail(f"no recipe {name!r}: give a YAML file, or one of {', '.join(known)}")
+        fail(f"no recipe {name!r}: give a YAML file, or one of {', '.join(known)}", 2)
     try:
         content = values.parse(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        _fail(f"{path} cannot be read as YAML ({error})")
+        fail(f"{path} cannot be read as YAML ({error})", 2)
     if not isinstance(content, dict):
-        _fail(f"{path} must hold options, one `name: value` a line")
+        fail(f"{path} must hold options, one `name: value` a line", 2)
     return path, content
 
 
 def _options(path: Path, content: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
-    """Each field with the words that set it on a command line."""
+    """Each field with the words that set it on a command line; null leaves a field at its default."""
     for name, value in content.items():
         field = str(name).replace("-", "_")
         if field not in _DEFAULTS:
             known = ", ".join(sorted(each.replace("_", "-") for each in _DEFAULTS))
-            _fail(f"{path} has an option {name!r}, which is none of {known}")
-        flag, default = f"--{field.replace('_', '-')}", _DEFAULTS[field]
-        if isinstance(default, bool):
-            if not isinstance(value, bool):
-                _fail(f"{path}: {name} must be true or false, got {value!r}")
-            if value != default:
-                yield field, [flag if value else f"--no-{flag[2:]}"]
-        elif field == "set" and isinstance(value, dict):
-            yield field, [flag, *(f"{key}={json.dumps(item)}" for key, item in value.items())]
-        elif isinstance(value, dict) or (isinstance(value, list) and not isinstance(default, tuple)):
-            kind = "a list" if isinstance(default, tuple) else "one value"
-            _fail(f"{path}: {name} must be {kind}, got {value!r}")
-        else:
-            yield field, [flag, *(str(item) for item in (value if isinstance(value, list) else [value]))]
+            fail(f"{path} has an option {name!r}, which is none of {known}", 2)
+        if value is None and _DEFAULTS[field] is None:
+            continue
+        try:
+            words = _words(field, value)
+        except (TypeError, ValueError) as error:
+            fail(f"{path}: {name} {error}", 2)
+        if words:
+            yield field, words
 
 
-def _fail(message: str) -> NoReturn:
-    print(f"mmtransfer: {message}", file=sys.stderr)
-    sys.exit(2)
+def _words(field: str, value: Any) -> list[str]:
+    """The words for one field, none for a flag at its default; ValueError for a value of another kind."""
+    flag, default = f"--{field.replace('_', '-')}", _DEFAULTS[field]
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise ValueError(f"must be true or false, got {value!r}")
+        return [] if value == default else [flag if value else f"--no-{flag[2:]}"]
+    if field == "set" and isinstance(value, dict):
+        return [flag, *(f"{key}={json.dumps(item)}" for key, item in value.items())]
+    if value is None or isinstance(value, dict) or (isinstance(value, list) and field not in _LISTS):
+        raise ValueError(f"must be {'a list' if field in _LISTS else 'one value'}, got {value!r}")
+    items = value if isinstance(value, list) else [value]
+    if field in _TEXTS and (wrong := [item for item in items if not isinstance(item, str)]):
+        raise ValueError(f"must be text, in quotes where it looks like something else, got {wrong[0]!r}")
+    return [flag, *map(str, items)]

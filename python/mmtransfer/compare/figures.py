@@ -12,14 +12,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from .results import Comparison, MethodResult, in_parts
+from .results import Comparison, FailedMethod, MethodResult, in_parts
 
-_INK, _FAINT, _OURS, _OTHER = "#1d1f21", "#b9bdc2", "#1f6f8b", "#b8642f"
+_INK, _FAINT, _OURS, _OTHER, _FAILED = "#1d1f21", "#b9bdc2", "#1f6f8b", "#b8642f", "#a3232a"
 _COLOURS = (_OURS, _OTHER, "#5b8c3a", "#7a5aa6", "#a08020")
 _STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
+    # A title of a user's method may hold a dollar sign.
+    "text.parse_math": False,
     "text.color": _INK,
     "axes.labelcolor": _INK,
     "axes.edgecolor": _FAINT,
@@ -67,14 +69,19 @@ _STEP_TEXTS = {
 
 def _overview(comparison: Comparison) -> str:
     """Score and three costs of each method, side by side."""
-    methods = [method for part in in_parts(comparison.methods) for method in part]
+    methods = [method for part in comparison.rows() for method in part]
     figure = Figure(figsize=(_WIDTH, 0.75 + 0.36 * len(methods)), layout="constrained")
     panels = figure.subplots(1, 4, sharey=True, width_ratios=(1.5, 1, 1, 1))
     _score(panels[0], methods, comparison.task)
-    memory = [method.step.mmkernels.memory_mib for method in methods]
-    _cost(panels[1], "parameters", [method.trainable_parameters for method in methods])
-    _cost(panels[2], "s per epoch", [method.seconds_per_epoch for method in methods])
-    _cost(panels[3], "MiB per step", memory)
+    costs = [
+        (None, None, None)
+        if isinstance(method, FailedMethod)
+        else (method.trainable_parameters, method.seconds_per_epoch, method.step.mmkernels.memory_mib)
+        for method in methods
+    ]
+    labels = ("parameters", "s per epoch", "MiB per step")
+    for axes, label, each in zip(panels[1:], labels, zip(*costs, strict=True), strict=True):
+        _cost(axes, label, each)
     for axes in panels:
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)
@@ -83,8 +90,13 @@ def _overview(comparison: Comparison) -> str:
     return _svg(figure, "overview")
 
 
-def _score(axes: Axes, methods: list[MethodResult], task: dict[str, Any]) -> None:
+def _score(axes: Axes, methods: list[MethodResult | FailedMethod], task: dict[str, Any]) -> None:
     for row, method in enumerate(methods):
+        if isinstance(method, FailedMethod):
+            axes.annotate(
+                "failed", (0, row), xytext=(6, 0), textcoords="offset points", va="center", color=_FAILED
+            )
+            continue
         mean = 100 * method.score
         axes.barh(row, mean, height=0.56, color=_colour(method), alpha=0.35)
         axes.plot(

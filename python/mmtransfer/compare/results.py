@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from .step import StepComparison
 
@@ -70,10 +70,30 @@ class MethodResult:
 
 
 @dataclass(frozen=True)
+class FailedMethod:
+    """A method that has no result.
+
+    Attributes:
+        reason: one sentence.
+        runs: those that were done before.
+    """
+
+    name: str
+    title: str
+    about: str
+    through_encoder: bool
+    options: dict[str, dict[str, Any]]
+    reason: str
+    runs: list[Run]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that a report says.
 
     Attributes:
+        methods: those with a result.
+        failed: those without.
         feature_seconds: for the frozen encoder's features of all clips, None if they were not cached.
     """
 
@@ -81,11 +101,19 @@ class Comparison:
     settings: dict[str, Any]
     machine: dict[str, Any]
     methods: list[MethodResult]
+    failed: list[FailedMethod]
     feature_seconds: float | None
     total_seconds: float
 
+    def rows(self) -> list[list[MethodResult | FailedMethod]]:
+        """All methods in the parts of the tables; in each, those that failed come last."""
+        return in_parts([*self.methods, *self.failed])
 
-def in_parts(methods: Sequence[MethodResult]) -> list[list[MethodResult]]:
+
+_M = TypeVar("_M", MethodResult, FailedMethod, MethodResult | FailedMethod)
+
+
+def in_parts(methods: Sequence[_M]) -> list[list[_M]]:
     """The methods on the frozen encoder, then those that train through it; no part is empty."""
     ordered = sorted(methods, key=lambda method: method.through_encoder)
     return [list(part) for _, part in itertools.groupby(ordered, key=lambda method: method.through_encoder)]

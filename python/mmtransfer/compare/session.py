@@ -6,7 +6,6 @@ import copy
 import importlib.metadata
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -23,6 +22,7 @@ import mmkernels
 from mmtransfer import registry
 from mmtransfer.data import DataError
 from mmtransfer.data.features import Collator
+from mmtransfer.data.inputs import AudioInput
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.tapped import TappedEncoder, tap_name
 from mmtransfer.method import Method
@@ -36,11 +36,13 @@ from mmtransfer.training.caching import (
     cache_features,
     cache_inputs,
 )
+from mmtransfer.training.finite import NotFiniteError
 from mmtransfer.training.loop import OnEpoch, TrainResult, main_device, predict, train
 from mmtransfer.training.settings import Training
 
 from .experiment import Experiment
-from .results import Comparison, MethodResult, Run
+from .failures import failure_reason, finite_numbers
+from .results import Comparison, FailedMethod, MethodResult, Run
 from .settings import CompareSettings
 from .step import Step, StepComparison, compare_steps
 
@@ -50,19 +52,27 @@ def compare(
 ) -> Comparison:
     """Train and measure every method on `experiment`.
 
+    A method that fails in training, or whose numbers are not finite, is among `Comparison.failed`; the others
+    go on.
+
     Raises:
-        DataError: an unknown method, option or task, or a method that the encoder cannot have.
+        DataError: an unknown method, option or task, a method that the encoder cannot have, or recordings
+            that cannot be read.
     """
-    settings = settings or CompareSettings()
+    if settings is None:
+        settings = CompareSettings()
+    if progress is None:
+        progress = Progress(disable=True, console=Console(quiet=True))
     began = time.perf_counter()
-    session = _Session(experiment, settings, progress or Progress(disable=True, console=Console(quiet=True)))
+    session = _Session(experiment, settings, progress)
     session.prepare()
-    methods = [session.run_method(method) for method in session.methods]
+    found = [session.run_method(method) for method in session.methods]
     return Comparison(
         task=session.describe_task(),
         settings=session.describe_settings(),
         machine=describe_machine(session.device),
-        methods=methods,
+        methods=[result for result in found if isinstance(result, MethodResult)],
+        failed=[result for result in found if isinstance(result, FailedMethod)],
         feature_seconds=session.feature_seconds,
         total_seconds=time.perf_counter() - began,
     )
@@ -75,7 +85,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": process_count(),
         "python": platform.python_version(),
         "mmkernels": mmkernels.__version__,
         **versions,
@@ -93,7 +103,7 @@ class _Session:
             self.task = find_task(settings.task).of(self.recordings)
             self.methods = find_methods(settings)
             # Those that the methods start from are trained too.
-            starts = [find_start(each) for each in self.methods if each.starts_from]
+            starts = [find_start(each) for each in self.methods if each.starts_from is not None]
         except ValueError as error:
             raise DataError(str(error)) from error
         known = {each.name: each for each in self.methods}
@@ -127,33 +137,57 @@ class _Session:
         if any(self.through_encoder.values()):
             self.inputs = self._cache("Inputs", self._cache_inputs)
 
-    def run_method(self, method: Method) -> MethodResult:
-        """All runs of a method, and its step."""
+    def run_method(self, method: Method) -> MethodResult | FailedMethod:
+        """All runs of a method, and its step; or the reason why there is no result."""
         training, seeds = self._training(method)
         bar = self.progress.add_task(method.title, total=len(seeds) * training.epochs, detail="")
-        runs = [self._run(method, replace(training, seed=seed), bar) for seed in seeds]
-        self.progress.update(bar, detail="measuring a step")
-        model = self._build(method)
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        step = self._measure(method, model)
-        score = statistics.fmean(run.score for run in runs)
-        found = f"test {self.task.metric.title.lower()} {score:.1%}"
-        self.progress.update(bar, detail=found)
-        self._log(f"{method.title}: {found}")
-        return MethodResult(
+        runs: list[Run] = []
+        try:
+            for seed in seeds:
+                run = self._run(method, replace(training, seed=seed), bar)
+                runs.append(run)
+            self.progress.update(bar, detail="measuring a step")
+            return self._result(method, training, runs, bar)
+        except DataError:
+            raise
+        except Exception as error:
+            # The other processes may not have failed, and would wait for this one.
+            if process_count() > 1 and not isinstance(error, NotFiniteError):
+                raise
+            reason = failure_reason(error)
+        self._report(method, bar, f"failed, {reason}")
+        return FailedMethod(
             name=method.name,
             title=method.title,
             about=method.about(),
             through_encoder=self.through_encoder[method.name],
-            trainable_parameters=parameters,
+            options=method.options(),
+            reason=reason,
+            runs=runs,
+        )
+
+    def _result(self, method: Method, training: Training, runs: list[Run], bar: TaskID) -> MethodResult:
+        model = self._build(method)
+        result = MethodResult(
+            name=method.name,
+            title=method.title,
+            about=method.about(),
+            through_encoder=self.through_encoder[method.name],
+            trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             learning_rate=training.learning_rate,
             epochs=training.epochs,
             batch_size=training.batch_size,
             options=method.options(),
             taps=[tap_name(tap) for tap in model.encoder.taps],
             runs=runs,
-            step=step,
+            step=self._measure(method, model),
         )
+        self._report(method, bar, f"test {self.task.metric.title.lower()} {result.score:.1%}")
+        return result
+
+    def _report(self, method: Method, bar: TaskID, text: str) -> None:
+        self.progress.update(bar, detail=text)
+        self._log(f"{method.title}: {text}")
 
     def describe_task(self) -> dict[str, Any]:
         recordings, metric = self.recordings, self.task.metric
@@ -168,6 +202,7 @@ class _Session:
             "synthetic": recordings.synthetic,
             "note": self.experiment.note,
             "classes": len(recordings.classes),
+            "labels": list(recordings.classes),
             "train_clips": len(recordings.train),
             "test_clips": len(recordings.test),
             "train_seconds": sum(clip.seconds for clip in recordings.train),
@@ -175,7 +210,10 @@ class _Session:
             "max_seconds": self.experiment.max_seconds,
             "chance": self.task.chance(recordings),
             "model": self.experiment.model_name,
+            "model_path": getattr(self.encoder.model.config, "_name_or_path", None) or None,
             "model_type": self.encoder.description.model_type,
+            "dtype": str(self.encoder.dtype).removeprefix("torch."),
+            "sampling_rate": self.experiment.extractor.sampling_rate,
             "layers": self.encoder.num_layers,
             "hidden_size": self.encoder.hidden_size,
         }
@@ -195,7 +233,12 @@ class _Session:
         model, result = self._train(method, training, on_epoch)
         self.trained[method.name, training.seed] = model
         predictions = predict(model, *self._examples("test", model), training)
-        scores = self.task.score(predictions, self.collate.targets(self.recordings.test))
+        scores = finite_numbers(
+            "score", self.task.score(predictions, self.collate.targets(self.recordings.test))
+        )
+        insights = {
+            title: finite_numbers(title, figures) for title, figures in method.insights(model).items()
+        }
         if self.settings.save is not None and is_main_process():
             model.save_pretrained(self.settings.save / f"{method.name}-seed{training.seed}")
         if self.through_encoder[method.name]:
@@ -207,7 +250,7 @@ class _Session:
             scores=scores,
             loss=result.loss,
             seconds_per_epoch=result.seconds_per_epoch,
-            insights=method.insights(model),
+            insights=insights,
         )
 
     def _train(
@@ -227,7 +270,10 @@ class _Session:
         key = method.name, seed
         if key not in self.trained:
             training, _ = self._training(method)
-            self.trained[key], _ = self._train(method, replace(training, seed=seed))
+            try:
+                self.trained[key], _ = self._train(method, replace(training, seed=seed))
+            except NotFiniteError as error:
+                raise NotFiniteError(f"{method.title}, which it starts from, failed: {error}") from error
         return self.trained[key]
 
     def _build(self, method: Method) -> AdaptedModel:
@@ -235,14 +281,18 @@ class _Session:
         encoder: nn.Module = self.encoder.model
         if self.through_encoder[method.name]:
             encoder = copy.deepcopy(encoder)
-        return AdaptedModel(encoder, method, self.task)
+        model = AdaptedModel(encoder, method, self.task)
+        model.audio = AudioInput(self.experiment.extractor, self.experiment.max_seconds)
+        return model
 
     def _trains_encoder(self, method: Method) -> bool:
         """Asked of the method itself, by building it once. DataError if the encoder cannot have it."""
         try:
             model = AdaptedModel(self.experiment.model, method, self.task)
-        except (ValueError, ImportError) as error:
-            raise DataError(f"{method.title} cannot be used here: {error}") from error
+        except Exception as error:
+            plain = isinstance(error, (TypeError, ValueError, ImportError))
+            reason = str(error) if plain else failure_reason(error)
+            raise DataError(f"{method.title} cannot be used here: {reason}") from error
         found = not model.edit_is_empty
         model.revert()
         return found
@@ -311,7 +361,7 @@ class _Session:
     def _log(self, text: str) -> None:
         """A line for a log file, where no bar can move."""
         if not self.progress.console.is_terminal:
-            self.progress.console.print(text)
+            self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def find_methods(settings: CompareSettings) -> list[Method]:
@@ -319,7 +369,7 @@ def find_methods(settings: CompareSettings) -> list[Method]:
 
     ValueError for an unknown method, or an option that none of them has.
     """
-    names = dict.fromkeys(settings.methods or registry.default_names())
+    names = dict.fromkeys(registry.default_names() if settings.methods is None else settings.methods)
     found = [registry.find(name) for name in names]
     for key, value in registry.in_order(settings.options):
         owners = [index for index, method in enumerate(found) if registry.has_option(method, key)]
@@ -338,8 +388,9 @@ def find_start(method: Method) -> Method:
     for part in method.parts():
         if part.name == method.starts_from:
             return part
-    found = registry.find(method.starts_from or "")
-    if found.starts_from:
+    assert method.starts_from is not None
+    found = registry.find(method.starts_from)
+    if found.starts_from is not None:
         raise ValueError(f"{method.name} starts from {found.name}, which starts from another method itself")
     return found
 
@@ -355,3 +406,8 @@ def _perturb(model: nn.Module) -> None:
 def is_main_process() -> bool:
     """Whether this process prints and writes, under `torchrun` and `accelerate launch` too."""
     return int(os.environ.get("RANK", "0")) == 0
+
+
+def process_count() -> int:
+    """How many processes `torchrun` or `accelerate launch` started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
-from mmtransfer.training.settings import Training
+from mmtransfer.training.settings import Training, check_flags, check_integer
+
+_Count = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +18,8 @@ class CompareSettings:
     """The methods and their training. None leaves the choice to each method.
 
     Attributes:
-        methods: names of methods and pairs ("a+b"), separated by spaces; without any, a selection of every
-            paper. `mmtransfer methods` lists the names.
+        methods: names of methods and pairs ("a+b"), separated by spaces; None is a selection of every paper.
+            `mmtransfer methods` lists the names.
         options: of the methods, by field; one goes to every method that has it, and must have an owner. Those
             under the name of a method are for that method alone.
         task: the purpose that the models are trained for.
@@ -27,7 +29,8 @@ class CompareSettings:
         tuning_seeds: runs of each method that trains through the encoder.
         tuning_epochs: through the encoder.
         tuning_batch_size: clips per step and device, through the encoder.
-        learning_rate: for all methods.
+        learning_rate: of all methods, but for parameters with a rate among the method's options; 0 trains
+            nothing at all.
         bf16: train under bfloat16 autocast.
         cpu: use no GPU.
         cache: store the features of the frozen encoder and the inputs of a trained one; --no-cache makes them
@@ -37,27 +40,32 @@ class CompareSettings:
     ValueError for a value out of range.
     """
 
-    methods: tuple[str, ...] = ()
+    methods: Annotated[tuple[str, ...] | None, tyro.conf.arg(metavar="NAME [NAME ...]")] = None
     options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     task: str = "classification"
     seeds: int = 3
-    epochs: int | None = None
-    batch_size: int | None = None
+    epochs: _Count = None
+    batch_size: _Count = None
     tuning_seeds: int = 1
-    tuning_epochs: int | None = None
-    tuning_batch_size: int | None = None
-    learning_rate: float | None = None
+    tuning_epochs: _Count = None
+    tuning_batch_size: _Count = None
+    learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     bf16: bool = False
     cpu: bool = False
     cache: bool = True
     save: tyro.conf.Suppress[Path | None] = None
 
     def __post_init__(self) -> None:
-        counts = ("seeds", "epochs", "batch_size")
-        for name in (*counts, *(f"tuning_{count}" for count in counts)):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if isinstance(self.methods, str) or (self.methods is not None and not self.methods):
+            raise ValueError(f"methods must be a list of names, at least one, or None, got {self.methods!r}")
+        if self.save is not None:
+            object.__setattr__(self, "save", Path(self.save))
+        check_flags(self, "bf16", "cpu", "cache")
+        for name in ("seeds", "epochs", "batch_size"):
+            for field_name in (name, f"tuning_{name}"):
+                value = getattr(self, field_name)
+                if value is not None or name == "seeds":
+                    check_integer(field_name, value)
         # Training checks the rate.
         self.training(Training(), frozen=True)
 
@@ -71,6 +79,8 @@ class CompareSettings:
             batch_size=method.batch_size if batch_size is None else batch_size,
             learning_rate=method.learning_rate if rate is None else rate,
             weight_decay=method.weight_decay,
+            # Asked to train nothing, a method's own rates train nothing either.
+            group_rates=rate != 0,
             bf16=self.bf16,
             cpu=self.cpu,
         )

@@ -7,6 +7,7 @@ import datetime
 import importlib.resources
 import json
 import math
+import numbers
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -22,11 +23,12 @@ from mmtransfer.checkpoint import replace_file
 from mmtransfer.data import DataError
 
 from . import figures
-from .results import Comparison, MethodResult, in_parts
+from .results import Comparison, FailedMethod, MethodResult, in_parts
 
 JSON_NAME, HTML_NAME, MODELS_NAME = "report.json", "report.html", "models"
 FORMAT = "mmtransfer-compare"
 VERSION = 2
+FAILED = "failed"
 _NONE = "–"
 
 
@@ -56,7 +58,7 @@ def check_output(folder: Path, *, force: bool = False) -> None:
 def write_report(folder: Path, comparison: Comparison) -> tuple[Path, Path]:
     """Write the page and the JSON into `folder`, each in one step; returns their paths."""
     page, data = folder / HTML_NAME, folder / JSON_NAME
-    record = json.dumps(_finite(to_record(comparison)), indent=2, allow_nan=False) + "\n"
+    record = json.dumps(_plain(to_record(comparison)), indent=2, allow_nan=False) + "\n"
     replace_file(data, lambda path: path.write_text(record, encoding="utf-8"))
     text = to_html(comparison)
     replace_file(page, lambda path: path.write_text(text, encoding="utf-8"))
@@ -84,28 +86,36 @@ def to_record(comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def _finite(value: Any) -> Any:
-    """The same with null for numbers that are not finite, as a run that diverged has them."""
+def _plain(value: Any) -> Any:
+    """The same as JSON can have it: null for NaN and infinity, text for what a user's method may hold."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
 
 
 def to_tables(comparison: Comparison) -> list[Table]:
     """The results and the costs for a terminal of 80 columns, a line between frozen and trained encoders."""
-    parts = [[table_row(method) for method in methods] for methods in in_parts(comparison.methods)]
     results = ("Method", _metric_title(comparison), "Epochs", "Parameters", "s / epoch")
     costs = ("Method", "ms", "ms, eager", "ratio", "MiB", "MiB, eager")
-    return [
-        _terminal_table(headline(comparison), results, [[row[:5] for row in rows] for rows in parts]),
-        _terminal_table(
-            "One training step, with mmkernels and eager",
-            costs,
-            [[(row[0], *row[5:]) for row in rows] for rows in parts],
-        ),
-    ]
+    scores = [[table_row(method)[:5] for method in part] for part in comparison.rows()]
+    steps = [[(row[0], *row[5:]) for row in map(table_row, part)] for part in in_parts(comparison.methods)]
+    tables = [_terminal_table(headline(comparison), results, scores)]
+    if steps:
+        tables.append(_terminal_table("One training step, with mmkernels and eager", costs, steps))
+    return tables
+
+
+def failures(comparison: Comparison) -> list[str]:
+    """A line for each method without a result."""
+    return [f"{method.title} failed: {method.reason}" for method in comparison.failed]
 
 
 def _terminal_table(title: str, header: Sequence[str], parts: Sequence[Sequence[Sequence[str]]]) -> Table:
@@ -114,7 +124,8 @@ def _terminal_table(title: str, header: Sequence[str], parts: Sequence[Sequence[
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True)
     for rows in parts:
         for row in rows:
-            table.add_row(*row)
+            # As text: a title is no markup.
+            table.add_row(*map(Text, row))
         table.add_section()
     return table
 
@@ -135,8 +146,10 @@ def header(comparison: Comparison) -> tuple[str, ...]:
     return (*results, "mmkernels", "eager", "ratio", "mmkernels", "eager")
 
 
-def table_row(method: MethodResult) -> tuple[str, ...]:
+def table_row(method: MethodResult | FailedMethod) -> tuple[str, ...]:
     """One method's cells, in the order of `header`."""
+    if isinstance(method, FailedMethod):
+        return (method.title, FAILED, *[_NONE] * 8)
     step = method.step
     score = f"{100 * method.score:.1f}"
     if method.spread is not None:
@@ -171,7 +184,9 @@ def headline(comparison: Comparison) -> str:
 
 
 def caption(comparison: Comparison) -> str:
-    """The meaning of the table's numbers."""
+    """The meaning of the table's numbers, if there are any."""
+    if not comparison.methods:
+        return ""
     task = comparison.task
     steps = {
         False: "readout and head with the features of {} clips in memory",
@@ -190,7 +205,7 @@ def caption(comparison: Comparison) -> str:
     )
 
 
-def _part_title(comparison: Comparison, method: MethodResult) -> str:
+def _part_title(comparison: Comparison, method: MethodResult | FailedMethod) -> str:
     """The training that the methods of one part of the table have in common."""
     settings = comparison.settings
     if method.through_encoder:
@@ -214,14 +229,18 @@ def to_html(comparison: Comparison) -> str:
         header=header(comparison),
         parts=[
             (_part_title(comparison, part[0]), [table_row(method) for method in part])
-            for part in in_parts(methods)
+            for part in comparison.rows()
         ],
+        failures=failures(comparison),
+        failed=FAILED,
         caption=caption(comparison),
         figures=figures.draw(comparison),
-        best=_sampling_error(comparison),
+        best=_sampling_error(comparison) if methods else None,
         losses=[(method.title, statistics.fmean(run.loss for run in method.runs)) for method in methods],
         tuned=any(method.through_encoder for method in methods),
-        methods=[(method.title, method.about, _options(method)) for method in methods],
+        methods=[
+            (method.title, method.about, _options(method)) for part in comparison.rows() for method in part
+        ],
         runs=sorted({(m.through_encoder, len(m.runs), m.epochs, m.batch_size) for m in methods}),
         date=datetime.date.today().isoformat(),
     )
@@ -234,7 +253,7 @@ def _sampling_error(comparison: Comparison) -> tuple[float, float]:
     return best, (max(best * (1 - best), 0) / comparison.task["test_clips"]) ** 0.5
 
 
-def _options(method: MethodResult) -> str:
+def _options(method: MethodResult | FailedMethod) -> str:
     """The rate, and the options of each part but for those left to the method."""
     parts = {
         name: ", ".join(f"{key} {value}" for key, value in options.items() if value is not None)
@@ -242,7 +261,8 @@ def _options(method: MethodResult) -> str:
     }
     several = len(parts) > 1
     texts = [f"{name}: {text}" if several else text for name, text in parts.items() if text]
-    return "; ".join([f"learning rate {method.learning_rate:g}", *texts])
+    rate = [f"learning rate {method.learning_rate:g}"] if isinstance(method, MethodResult) else []
+    return "; ".join([*rate, *texts])
 
 
 def _number(value: float | None, digits: int) -> str:

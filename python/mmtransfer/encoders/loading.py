@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
@@ -16,25 +17,39 @@ from mmtransfer.data import DataError
 
 from .encoder import Encoder
 from .folders import find_fault, find_misfit
+from .precision import find_dtype
 
 # Weights that a checkpoint may lack: they serve pre-training only.
 _UNUSED_WEIGHTS = ("masked_spec_embed",)
 
 
-def load_model(source: str | Path) -> nn.Module:
-    """A speech model from a folder or the hub, in eval mode; DataError unless its encoder is complete.
+def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+    """A speech model from a folder or the hub, in eval mode.
 
-    transformers itself would fill weights that a checkpoint lacks with random numbers.
+    transformers itself would take over the precision that the weights were stored in, and fill those that a
+    checkpoint lacks with random numbers.
+
+    Args:
+        source: a folder, or a name on the hub.
+        dtype: of the weights, whatever they were stored in. float16 is for frozen encoders: nothing trains
+            float16 weights.
+
+    Raises:
+        DataError: no model can be loaded, or its encoder is not complete.
+        ValueError: `dtype` is none of float32, bfloat16, float16, float64.
     """
+    dtype = find_dtype(dtype)
     folder = Path(source).expanduser()
     if folder.is_dir() and (fault := find_fault(folder)) is not None:
         raise DataError(f"{folder} cannot be loaded: {fault}; it must be the folder of a speech model")
     if not folder.is_dir() and (folder.is_absolute() or str(source).startswith((".", "~"))):
         raise DataError(f"{folder} does not exist; give the folder or the hub name of a speech model")
+    # The model's configuration remembers where it is from; a relative path would mislead other programs.
+    place = str(folder.resolve()) if folder.is_dir() else str(source)
     try:
         with _quiet_transformers():
             model, report = AutoModel.from_pretrained(
-                str(source), output_loading_info=True, ignore_mismatched_sizes=True
+                place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except Exception as error:
         # Loaders of several libraries are behind this call; each has its own exceptions.
@@ -44,7 +59,8 @@ def load_model(source: str | Path) -> nn.Module:
             "model with its weights, or the name of one on the hub"
         ) from error
     _check_encoder(model, source, report)
-    return model.eval()
+    # Composite models may hold parts that keep a dtype of their own.
+    return model.to(dtype).eval()
 
 
 def _check_encoder(model: nn.Module, source: str | Path, report: dict[str, Any]) -> None:

@@ -36,7 +36,8 @@ class TappedEncoder(nn.Module):
     several tapped encoders may share one model. An edit is for one of them; the others refuse to run while it
     is in force, as their features would be those of the edited model. While `edit` is empty no graph is
     recorded; afterwards gradients reach the parameters that the edit trains, and inputs that ask for one, and
-    layers below the lowest of them record no graph. Autocast of the caller applies, unless `dtype` is given.
+    layers below the lowest of them record no graph. Autocast of the caller applies, unless `dtype` is given
+    or the weights are float16.
     The encoder runs eagerly: under `torch.compile` it is a graph break.
 
     Padding: with lengths given, the attention and the positional convolutions ignore padded frames, so an
@@ -175,7 +176,9 @@ class TappedEncoder(nn.Module):
         return points
 
     def _autocast(self, device_type: str) -> contextlib.AbstractContextManager[Any]:
-        return without_autocast(device_type) if self.dtype_given else contextlib.nullcontext()
+        # Not in float16: torch's norms refuse float16 weights next to the bfloat16 of autocast.
+        own = self.dtype_given or self.dtype == torch.float16
+        return without_autocast(device_type) if own else contextlib.nullcontext()
 
     def _main_input(self, inputs: torch.Tensor | None, named: dict[str, torch.Tensor]) -> torch.Tensor:
         name = self.description.main_input

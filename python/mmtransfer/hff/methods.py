@@ -131,7 +131,7 @@ class ProjectingMethod(FusionMethod):
     out_dim: int | None = option(None, least=1)
 
     def fusion_options(self, encoder: Encoder) -> dict[str, Any]:
-        return {"out_dim": self.out_dim or max(encoder.hidden_size * 5 // 8, 1)}
+        return {"out_dim": max(encoder.hidden_size * 5 // 8, 1) if self.out_dim is None else self.out_dim}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,9 +58,21 @@ class Task(abc.ABC):
     def decode(self, logits: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
         """One prediction for each utterance of a batch, in plain Python or as tensors on the CPU."""
 
+    def sound(self, logits: torch.Tensor, lengths: torch.Tensor) -> list[bool]:
+        """Whether each utterance of a batch has finite logits; those `(B, ...)`, or `(N, ...)` for N frames.
+
+        A task that masks classes with -inf overrides this.
+        """
+        each = logits.unbind() if len(logits) == len(lengths) else logits.split(lengths.tolist())
+        return [bool(values.isfinite().all()) for values in each]
+
     @abc.abstractmethod
     def score(self, predictions: Sequence[Any], targets: Sequence[Any]) -> dict[str, float]:
         """Figures of a test set by name, that of `metric` among them."""
+
+    def name_predictions(self, predictions: Sequence[Any]) -> list[Any]:
+        """The predictions as their users read them: names of classes where the task knows them."""
+        return list(predictions)
 
     def target(self, clip: Clip) -> Any:
         """The target of a clip."""
@@ -79,6 +91,14 @@ class Task(abc.ABC):
         return dataclasses.asdict(self)
 
 
+def check_task(task: Any) -> None:
+    """TypeError unless this is a task, or None."""
+    if task is not None and not isinstance(task, Task):
+        is_class = isinstance(task, type) and issubclass(task, Task)
+        hint = f"the class {task.__name__}; write {task.__name__}(...)" if is_class else f"{task!r}"
+        raise TypeError(f"task must be a Task or None, got {hint}")
+
+
 TASKS: dict[str, type[Task]] = {}
 _T = TypeVar("_T", bound=type[Task])
 
@@ -86,8 +106,14 @@ _T = TypeVar("_T", bound=type[Task])
 def register_task(task: _T) -> _T:
     """Make a task known by its name, on the command line too; usable as a decorator.
 
-    ValueError if another task has the name.
+    ValueError if another task has the name. TypeError for what is no class of tasks, or one without name or
+    metric.
     """
+    if not (isinstance(task, type) and issubclass(task, Task)):
+        raise TypeError(f"register_task takes a class of tasks, got {task!r}")
+    for attribute, kind in (("name", str), ("metric", Metric)):
+        if not isinstance(getattr(task, attribute, None), kind):
+            raise TypeError(f"{task.__name__} must have a class attribute {attribute}, a {kind.__name__}")
     if TASKS.get(task.name, task) is not task:
         raise ValueError(f"a task is called {task.name!r} already")
     TASKS[task.name] = task

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mmtransfer.data.recordings import Recordings
 from mmtransfer.encoders.taps import Taps
+from mmtransfer.training.settings import check_integer
 
 from .base import Metric, Task, register_task
 
@@ -37,20 +38,31 @@ class Classification(Task):
 
     Attributes:
         num_labels: number of classes.
+        labels: their names, in the order of the logits; None where they are not known.
+
+    ValueError for a count below 1, or names that are not as many, or not distinct.
     """
 
     name: ClassVar[str] = "classification"
     metric: ClassVar[Metric] = Metric("accuracy", "Accuracy")
 
     num_labels: int
+    labels: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels must be at least 1, got {self.num_labels}")
+        check_integer("num_labels", self.num_labels)
+        if self.labels is None:
+            return
+        # A checkpoint has a list.
+        object.__setattr__(self, "labels", tuple(self.labels))
+        if len(set(self.labels)) != self.num_labels or len(self.labels) != self.num_labels:
+            raise ValueError(
+                f"labels must be {self.num_labels} distinct names, as num_labels says, got {self.labels}"
+            )
 
     @classmethod
     def of(cls, recordings: Recordings) -> Classification:
-        return cls(num_labels=len(recordings.classes))
+        return cls(num_labels=len(recordings.classes), labels=recordings.classes)
 
     def head(self, dim: int) -> nn.Module:
         return ClassificationHead(dim, self.num_labels)
@@ -60,6 +72,9 @@ class Classification(Task):
 
     def decode(self, logits: torch.Tensor, lengths: torch.Tensor) -> list[Any]:
         return logits.argmax(dim=-1).tolist()
+
+    def name_predictions(self, predictions: Sequence[Any]) -> list[Any]:
+        return list(predictions) if self.labels is None else [self.labels[index] for index in predictions]
 
     def score(self, predictions: Sequence[Any], targets: Sequence[Any]) -> dict[str, float]:
         right = sum(a == b for a, b in zip(predictions, targets, strict=True))

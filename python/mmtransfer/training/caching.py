@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch.nn import functional as F
 from torch.utils.data import Dataset
-from transformers import WhisperFeatureExtractor
+from transformers import SequenceFeatureExtractor, WhisperFeatureExtractor
 
 from mmtransfer.data import DataError
 from mmtransfer.data.features import Collator
 from mmtransfer.data.recordings import Clip
-from mmtransfer.encoders.tapped import TappedEncoder
+from mmtransfer.encoders.tapped import TappedEncoder, tap_name
+from mmtransfer.encoders.taps import Taps
 from mmtransfer.tasks.base import Task
+
+from .finite import NotFiniteError
+from .settings import check_integer
 
 #: Called with the number of clips just done.
 OnClips = Callable[[int], None]
@@ -30,6 +35,8 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         targets: B targets of the task.
         task: makes labels of them.
         slots: indices of the taps that items have, in this order; None for all.
+        names: of the clips, for messages.
+        faults: a message for each tap with features that are not finite.
     """
 
     def __init__(
@@ -39,14 +46,28 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         targets: Sequence[Any],
         task: Task,
         slots: Sequence[int] | None = None,
+        *,
+        names: Sequence[str] | None = None,
+        faults: Mapping[int, str] | None = None,
     ) -> None:
         self.features, self.lengths, self.targets, self.task = features, lengths, targets, task
-        self.slots = _as_slice(list(range(features.shape[1]) if slots is None else slots))
+        self.names = names
+        self.faults = {} if faults is None else dict(faults)
+        self.chosen = list(range(features.shape[1]) if slots is None else slots)
+        self.slots = _as_slice(self.chosen)
         self._ends = lengths.cumsum(0).tolist()
 
     def select(self, slots: Sequence[int]) -> CachedFeatures:
         """The same clips with these taps only; nothing is copied."""
-        return CachedFeatures(self.features, self.lengths, self.targets, self.task, slots)
+        return CachedFeatures(
+            self.features, self.lengths, self.targets, self.task, slots, names=self.names, faults=self.faults
+        )
+
+    def check(self) -> None:
+        """NotFiniteError if a chosen tap had features that were not finite when they were made."""
+        for slot in self.chosen:
+            if slot in self.faults:
+                raise NotFiniteError(self.faults[slot])
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -84,17 +105,27 @@ class EncoderCollator:
 
     def __call__(self, clips: Sequence[Clip]) -> dict[str, torch.Tensor]:
         batch = self.collator(clips)
+        for clip, values in zip(clips, batch[self.main_input], strict=True):
+            if not bool(values.isfinite().all()):
+                raise DataError(f"{clip_name(clip)} holds NaN or infinite samples; leave it out")
         labels = self.task.collate(self.targets(clips))
-        inputs = {"labels": labels, self.main_input: batch[self.main_input]}
-        if isinstance(self.collator.extractor, WhisperFeatureExtractor):
-            # The extractor's own mask is of the padded 30 seconds; a mel frame begun by a clip is valid.
-            return {**inputs, "lengths": -(-batch["lengths"] // self.collator.extractor.hop_length)}
-        if "attention_mask" in batch:
-            return {**inputs, "attention_mask": batch["attention_mask"]}
-        return {**inputs, "lengths": batch["lengths"]}
+        return {"labels": labels, **encoder_inputs(batch, self.collator.extractor, self.main_input)}
 
     def targets(self, clips: Sequence[Clip]) -> list[Any]:
         return [self.task.target(clip) for clip in clips]
+
+
+def encoder_inputs(
+    batch: Mapping[str, torch.Tensor], extractor: SequenceFeatureExtractor, main_input: str
+) -> dict[str, torch.Tensor]:
+    """Of an extractor's tensors and `lengths` in samples: the main input with its valid lengths."""
+    inputs = {main_input: batch[main_input]}
+    if isinstance(extractor, WhisperFeatureExtractor):
+        # The extractor's own mask is of the padded 30 seconds; a mel frame begun by a clip is valid.
+        return {**inputs, "lengths": -(-batch["lengths"] // extractor.hop_length)}
+    if "attention_mask" in batch:
+        return {**inputs, "attention_mask": batch["attention_mask"]}
+    return {**inputs, "lengths": batch["lengths"]}
 
 
 def cache_features(
@@ -108,8 +139,17 @@ def cache_features(
     """Run the encoder once over `clips` and keep the tapped features of their valid frames, on the CPU.
 
     Clips of similar length share a batch; the result is in the order of `clips`. The encoder runs where its
-    weights are. DataError, after the first batch, if all features would not fit in memory.
+    weights are. Taps whose features are not finite are noted in `faults`: other taps may serve.
+
+    Raises:
+        DataError: after the first batch, if all features would not fit in memory; a clip that holds NaN.
+        ValueError: no clips, or a batch size below 1.
     """
+    check_integer("batch_size", batch_size)
+    if not clips:
+        raise ValueError("clips are empty; give at least one")
+    names = [clip_name(clip, index) for index, clip in enumerate(clips)]
+    faults: dict[int, str] = {}
     order = sorted(range(len(clips)), key=lambda index: clips[index].seconds)
     device = next(encoder.parameters()).device
     frames: list[torch.Tensor] = [torch.empty(0)] * len(clips)
@@ -120,6 +160,9 @@ def cache_features(
         taps = encoder(**{name: tensor.to(device) for name, tensor in batch.items()}).to("cpu")
         for index, features in zip(chosen, taps.split(), strict=True):
             frames[index] = features
+        for slot, index in _faults(taps, chosen).items():
+            place = tap_name(encoder.taps[slot])
+            faults.setdefault(slot, f"the features of {names[index]} at {place} are not finite")
         if start == 0:
             sizes = [_relative_size(clip, collate) for clip in clips]
             share = sum(sizes[index] for index in chosen) / sum(sizes)
@@ -129,7 +172,36 @@ def cache_features(
         if on_clips is not None:
             on_clips(len(chosen))
     lengths = torch.tensor([len(features) for features in frames])
-    return CachedFeatures(torch.cat(frames), lengths, collate.targets(clips), collate.task)
+    return CachedFeatures(
+        torch.cat(frames), lengths, collate.targets(clips), collate.task, names=names, faults=faults
+    )
+
+
+def _faults(taps: Taps, chosen: Sequence[int]) -> dict[int, int]:
+    """For each slot with features that are not finite, the first of the chosen clips that has them."""
+    if bool(taps.features.isfinite().all()):
+        return {}
+    found: dict[int, int] = {}
+    for index, features in zip(chosen, taps.split(), strict=True):
+        for slot in (~features.isfinite().all(dim=2).all(dim=0)).nonzero().flatten().tolist():
+            found.setdefault(slot, index)
+    return found
+
+
+def clip_name(clip: Clip, index: int | None = None) -> str:
+    """A clip in messages: its file, or its place."""
+    if isinstance(clip.source, Path):
+        return str(clip.source)
+    return "a generated clip" if index is None else f"clip {index}"
+
+
+def example_name(examples: Any, index: int) -> str:
+    """An example of a data set in messages, whether it is cached or a clip."""
+    names = getattr(examples, "names", None)
+    if names is not None:
+        return names[index]
+    example = examples[index]
+    return clip_name(example, index) if isinstance(example, Clip) else f"example {index}"
 
 
 class CachedInputs(Dataset[dict[str, Any]]):
@@ -144,6 +216,7 @@ class CachedInputs(Dataset[dict[str, Any]]):
         task: makes labels of them.
         main_input: the name of the encoder's input.
         time_dim: the time axis of a clip's tensor.
+        names: of the clips, for messages.
     """
 
     def __init__(
@@ -155,8 +228,10 @@ class CachedInputs(Dataset[dict[str, Any]]):
         *,
         main_input: str,
         time_dim: int,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.inputs, self.lengths, self.targets, self.task = list(inputs), list(lengths), targets, task
+        self.names = names
         self.main_input, self.time_dim = main_input, time_dim
 
     def __len__(self) -> int:
@@ -186,7 +261,11 @@ class CachedInputs(Dataset[dict[str, Any]]):
 def cache_inputs(
     clips: Sequence[Clip], collate: EncoderCollator, *, on_clips: OnClips | None = None
 ) -> CachedInputs:
-    """The inputs of `clips`, in their order. DataError, after the first, if all would not fit in memory."""
+    """The inputs of `clips`, in their order.
+
+    Raises:
+        DataError: after the first, if all would not fit in memory; a clip that holds NaN.
+    """
     inputs: list[torch.Tensor] = []
     lengths: list[int] = []
     for clip in clips:
@@ -206,6 +285,7 @@ def cache_inputs(
         collate.task,
         main_input=collate.main_input,
         time_dim=collate.time_dim - 1,
+        names=[clip_name(clip, index) for index, clip in enumerate(clips)],
     )
 
 

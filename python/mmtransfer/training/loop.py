@@ -20,9 +20,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from mmtransfer.encoders.precision import check_trained
 from mmtransfer.model import AdaptedModel
 
-from .caching import CachedInputs
+from .caching import CachedFeatures, CachedInputs, example_name
+from .finite import NotFiniteError, check_loss, check_rate, check_weights
 from .settings import Training
 
 #: Called by `train` with the epochs done and the training loss of the last one.
@@ -49,11 +51,21 @@ def train(
 
     The same settings and seed give the same weights on the same machine, given a model built after
     `transformers.set_seed(settings.seed)`.
+
+    Raises:
+        ValueError: no examples, or float16 weights that ask for gradients.
+        NotFiniteError: features, the loss of an epoch, or a trained tensor at the end are not finite.
     """
+    if not len(examples):  # type: ignore[arg-type]
+        raise ValueError("examples are empty; training needs at least one")
+    check_trained(model.named_parameters())
+    if isinstance(examples, CachedFeatures):
+        examples.check()
     clock = _EpochClock(on_epoch)
     with tempfile.TemporaryDirectory(prefix="mmtransfer-") as folder:
         trainer = _make_trainer(model, examples, collate, settings, folder, [clock])
         loss = float(trainer.train().training_loss)
+    check_weights(model)
     return TrainResult(clock.loss if clock.loss is not None else loss, statistics.median(clock.seconds))
 
 
@@ -64,8 +76,16 @@ def predict(
     collate: Callable[[Any], dict[str, torch.Tensor]],
     settings: Training,
 ) -> list[Any]:
-    """The task's prediction for each example, in their order; every process has all of them."""
-    assert model.task is not None
+    """The task's prediction for each example, in their order; every process has all of them.
+
+    Raises:
+        ValueError: a model without a task.
+        NotFiniteError: features or logits are not finite; the first such example is named.
+    """
+    if model.task is None:
+        raise ValueError("model has no task, which makes predictions of its output; build it with one")
+    if isinstance(examples, CachedFeatures):
+        examples.check()
     state = PartialState()
     order = list(range(len(examples)))  # type: ignore[arg-type]
     if isinstance(examples, CachedInputs):
@@ -74,12 +94,18 @@ def predict(
     model.to(device).eval()
     mine = order[state.process_index :: state.num_processes]
     found: list[Any] = []
+    sound: list[bool] = []
     for batch in DataLoader(Subset(examples, mine), settings.batch_size, collate_fn=collate):
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
             output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+        sound += model.task.sound(output.logits, output.lengths)
         found += model.task.decode(output.logits, output.lengths)
-    pairs = gather_object(list(zip(mine, found, strict=True)))
-    return [prediction for _, prediction in sorted(pairs, key=lambda pair: pair[0])]
+    # Gathered first: a process that raised alone would leave the others waiting.
+    rows = sorted(gather_object(list(zip(mine, sound, found, strict=True))), key=lambda row: row[0])
+    for index, is_sound, _ in rows:
+        if not is_sound:
+            raise NotFiniteError(f"the logits of {example_name(examples, index)} are not finite")
+    return [prediction for _, _, prediction in rows]
 
 
 def main_device(cpu: bool) -> torch.device:
@@ -99,7 +125,10 @@ class _Trainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             trained: Any = self.model if model is None else model
-            self.optimizer = torch.optim.AdamW(parameter_groups(trained, self.settings))
+            groups = parameter_groups(trained, self.settings)
+            for group in groups:
+                check_rate(group["lr"])
+            self.optimizer = torch.optim.AdamW(groups)
         return self.optimizer
 
 
@@ -119,7 +148,8 @@ def parameter_groups(model: AdaptedModel, settings: Training) -> list[dict[str, 
     ]
     for group in special.values():
         trained = [parameter for parameter in group.parameters if parameter.requires_grad]
-        groups.append({"params": trained, "lr": group.learning_rate, "weight_decay": 0.0})
+        own = group.learning_rate if settings.group_rates else rate
+        groups.append({"params": trained, "lr": own, "weight_decay": 0.0})
     return [group for group in groups if group["params"]]
 
 
@@ -131,7 +161,7 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
 
 def _make_trainer(
     model: AdaptedModel,
-    examples: Dataset[Any] | None,
+    examples: Dataset[Any],
     collate: Callable[[Any], dict[str, torch.Tensor]],
     settings: Training,
     folder: str,
@@ -143,11 +173,14 @@ def _make_trainer(
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        warmup_steps=0.1,
+        # The first step of a warm-up has the rate 0, and would be the only one.
+        warmup_steps=0.1 if settings.epochs > 1 or len(examples) > settings.batch_size else 0,  # type: ignore[arg-type]
         seed=settings.seed,
         bf16=settings.bf16,
         use_cpu=settings.cpu or not torch.cuda.is_available(),
         logging_strategy="epoch",
+        # The filter would leave NaN out of the logged loss.
+        logging_nan_inf_filter=False,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
@@ -192,5 +225,6 @@ class _EpochClock(TrainerCallback):
         logs = kwargs["logs"]
         if "loss" in logs:
             self.loss = float(logs["loss"])
+            check_loss(self.loss, len(self.seconds))
             if self.on_epoch is not None:
                 self.on_epoch(len(self.seconds), self.loss)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 
@@ -15,6 +16,7 @@ class Training:
         batch_size: clips per step and device.
         learning_rate: peak rate, but for parameter groups that a method gives a rate.
         weight_decay: of matrices; biases, norms and parameter groups of a method have none.
+        group_rates: whether those groups have their rate; False gives them the run's.
         seed: of the initial weights and of the order of the clips.
         bf16: train under bfloat16 autocast.
         cpu: stay on the CPU even if there is a GPU.
@@ -26,15 +28,42 @@ class Training:
     batch_size: int = 32
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
+    group_rates: bool = True
     seed: int = 0
     bf16: bool = False
     cpu: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be finite and not negative, got {value}")
+        check_integer("epochs", self.epochs)
+        check_integer("batch_size", self.batch_size)
+        # numpy's generator, which is seeded too, takes 32 bits.
+        check_integer("seed", self.seed, least=0, most=2**32 - 1)
+        check_number("learning_rate", self.learning_rate)
+        check_number("weight_decay", self.weight_decay)
+        check_flags(self, "group_rates", "bf16", "cpu")
+
+
+def check_integer(name: str, value: object, *, least: int = 1, most: int | None = None) -> None:
+    """ValueError, with the argument's name, unless `value` is an integer within the bounds."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if int(value) < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if most is not None and int(value) > most:
+        raise ValueError(f"{name} must be at most {most}, got {value}")
+
+
+def check_number(name: str, value: object) -> None:
+    """ValueError, with the argument's name, unless `value` is a finite number that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and float(value) >= 0):
+        raise ValueError(f"{name} must be finite and not negative, got {value}")
+
+
+def check_flags(settings: object, *names: str) -> None:
+    """ValueError, with the field's name, unless these fields are True or False: "no" would count as true."""
+    for name in names:
+        value = getattr(settings, name)
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be True or False, got {value!r}")
