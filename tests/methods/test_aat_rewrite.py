@@ -92,3 +92,40 @@ def test_autocast_is_as_close_to_float64_as_without_rewriting():
         one, other = apart.get_parameter(name).grad, inside.get_parameter(name).grad
         assert other.dtype == torch.float32
         assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0) > 0.95, name
+
+
+@pytest.mark.parametrize("derivative", ["penalty", "jvp", "per-sample gradient"])
+def test_every_derivative_is_that_of_separate_adapters(derivative):
+    plain = build("audio-spectrogram-transformer")
+    found = []
+    for rewrite in (False, True):
+        model = prepared(plain, rewrite=rewrite)
+        layer = layers_of(model)[0]
+        hidden = torch.randn(2, 5, model.config.hidden_size, dtype=torch.float64, generator=seeded())
+
+        def run(x, layer=layer):
+            out = layer(x)
+            return out[0] if isinstance(out, tuple) else out
+
+        def squared(x, run=run):
+            return run(x).square().sum()
+
+        if derivative == "penalty":
+            x = hidden.requires_grad_()
+            (first,) = torch.autograd.grad(squared(x), x, create_graph=True)
+            trained = [p for p in layer.parameters() if p.requires_grad]
+            found.append(torch.autograd.grad(first.square().sum(), [x, *trained], allow_unused=True))
+        elif derivative == "jvp":
+            found.append([torch.func.jvp(run, (hidden,), (torch.ones_like(hidden),))[1]])
+        else:
+            each = torch.func.vmap(torch.func.grad(lambda x, squared=squared: squared(x[None])))
+            found.append([each(hidden)])
+    for separate, inside in zip(*found, strict=True):
+        assert (separate is None) == (inside is None)
+        if separate is not None:
+            assert separate.abs().max() > 0
+            torch.testing.assert_close(inside, separate, rtol=1e-8, atol=1e-10)
+
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(3)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from mmkernels.activations import ACTIVATIONS
@@ -34,7 +34,7 @@ class SerialRewritten:
         x = _autocast(x)
         with without_autocast(x.device.type):
             down, shift = _compose(adapter, linear)
-            y = _StackedRows.apply(x, linear.weight, linear.bias, down, shift)
+            y = _stacked_rows(x, linear.weight, linear.bias, down, shift)
             # A view would keep all of y for the backward pass.
             hidden = y[..., linear.out_features :].contiguous()
             hidden = ACTIVATIONS[adapter.activation](hidden)
@@ -51,7 +51,7 @@ class EntryRewritten:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = _autocast(x)
         with without_autocast(x.device.type):
-            return _StackedRows.apply(
+            return _stacked_rows(
                 x, self.linear.weight, self.linear.bias, self.adapter.down_weight, self.adapter.down_bias
             )
 
@@ -77,7 +77,7 @@ class ExitRewritten:
                 own = self.linear.in_features
                 added = F.linear(z[..., own:], up.to(z.dtype), bias.to(z.dtype))
                 return added + F.linear(z[..., :own], self.linear.weight.to(z.dtype))
-            return _StackedColumns.apply(z, self.linear.weight, up, bias)
+            return _stacked_columns(z, self.linear.weight, up, bias)
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:
@@ -101,9 +101,35 @@ def _scaled_up(adapter: Adapter, dtype: torch.dtype) -> tuple[torch.Tensor, torc
     return (adapter.scale * adapter.up_weight).to(dtype), (adapter.scale * adapter.up_bias).to(dtype)
 
 
-class _StackedRows(torch.autograd.Function):
-    """`x @ [weight ; rows]^T + [bias ; rows_bias]`."""
+def _is_transformed() -> bool:
+    """Whether this runs inside `torch.func` or forward mode, which the functions below do not serve."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
+
+def _stacked_rows(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    rows: torch.Tensor,
+    rows_bias: torch.Tensor,
+) -> torch.Tensor:
+    """`x @ [weight ; rows]^T + [bias ; rows_bias]`."""
+    if _is_transformed():
+        own = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return torch.cat([own, F.linear(x, rows.to(x.dtype), rows_bias.to(x.dtype))], -1)
+    return _StackedRows.apply(x, weight, bias, rows, rows_bias)
+
+
+def _stacked_columns(
+    z: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor
+) -> torch.Tensor:
+    """`z @ [weight | columns]^T + bias`."""
+    if _is_transformed():
+        return F.linear(z, torch.cat([weight.to(z.dtype), columns.to(z.dtype)], 1), bias.to(z.dtype))
+    return _StackedColumns.apply(z, weight, columns, bias)
+
+
+class _StackedRows(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -119,7 +145,6 @@ class _StackedRows(torch.autograd.Function):
         return F.linear(x, _cat([weight, rows], 0, x.dtype), _cat([first, rows_bias], 0, x.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, rows = ctx.saved_tensors
         need_x, need_weight, need_bias, need_rows, need_rows_bias = ctx.needs_input_grad
@@ -134,8 +159,6 @@ class _StackedRows(torch.autograd.Function):
 
 
 class _StackedColumns(torch.autograd.Function):
-    """`z @ [weight | columns]^T + bias`."""
-
     @staticmethod
     def forward(
         ctx: Any, z: torch.Tensor, weight: torch.Tensor, columns: torch.Tensor, bias: torch.Tensor
@@ -148,7 +171,6 @@ class _StackedColumns(torch.autograd.Function):
         return F.linear(z, _cat([weight, columns], 1, z.dtype), bias.to(z.dtype))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         own, added, weight, columns = ctx.saved_tensors
         need_z, need_weight, need_columns, need_bias = ctx.needs_input_grad
