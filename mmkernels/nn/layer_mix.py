@@ -107,8 +107,9 @@ def softmax_layer_mix(
     """``(stack(layers) * softmax(logits)).sum()`` by ``layer_mix``, with the same dtype of the result.
 
     That product promotes: float32 weights and bfloat16 layers give float32. The sum itself is rounded once,
-    to the layers' dtype.
+    to the layers' dtype, or computed in float64 where the weights are.
     """
     weights = torch.softmax(logits, dim=-1)
-    mixed = layer_mix(promote_layers(layers), weights, norm=norm, lengths=lengths)
+    wide = [layer.double() for layer in layers] if weights.dtype == torch.float64 else layers
+    mixed = layer_mix(promote_layers(wide), weights, norm=norm, lengths=lengths)
     return mixed.to(torch.promote_types(mixed.dtype, weights.dtype))
