@@ -14,6 +14,8 @@ from typing import Any
 
 import tyro
 
+from mmtransfer import versions
+
 from .compare import compare
 from .info import info, methods
 from .recipes import expand
@@ -27,6 +29,7 @@ def bench() -> None:
 COMMANDS: dict[str, Callable[..., Any]] = {
     command.__name__: command for command in (compare, methods, info, bench)
 }
+NEEDS_NO_TRANSFORMERS = ("info", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -38,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given[0] not in COMMANDS:
         print(f"mmtransfer: no command {given[0]!r}; {_usage()}", file=sys.stderr)
         sys.exit(2)
+    if given[0] not in NEEDS_NO_TRANSFORMERS and (problem := versions.find_problem()):
+        print(problem, file=sys.stderr)
+        sys.exit(1)
     if given[0] == "bench":
         sys.exit(_bench(given[1:]))
     tyro.cli(
