@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from mmtransfer import registry
+from mmtransfer import registry, saving
 from mmtransfer.encoders.edit import untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.tapped import TappedEncoder
@@ -83,6 +83,7 @@ class AdaptedModel(nn.Module):
         with untouched_on_error(parts.model):
             self.encoder = TappedEncoder(model, taps, dtype=dtype)
             self.encoder.edit = self.method.edit(self.encoder.parts)
+        saving.install(self.encoder.edit, whole=None)
 
     @property
     def edit_is_empty(self) -> bool:
@@ -176,6 +177,7 @@ class AdaptedModel(nn.Module):
 
     def revert(self) -> None:
         """Give the encoder back as it was, but for its dtype, eval mode, and weights trained in place."""
+        saving.remove(self.encoder.edit)
         self.encoder.revert()
         self.reverted = True
 

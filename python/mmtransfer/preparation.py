@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mmtransfer import registry
+from mmtransfer import registry, saving
 from mmtransfer.encoders.descriptions import ModelDescription
 from mmtransfer.encoders.edit import Edit
 from mmtransfer.encoders.encoder import Encoder
@@ -45,6 +45,7 @@ class Prepared:
         model = self.edit.encoder.root
         if model.__dict__.get(_RECORD) is not self:
             raise ValueError("this preparation was reverted before")
+        saving.remove(self.edit)
         self.edit.revert()
         del model.__dict__[_RECORD]
 
@@ -138,6 +139,7 @@ def prepare(
         total_parameters=sum(parameter.numel() for parameter in named.values()),
     )
     model.__dict__[_RECORD] = prepared
+    saving.install(edit, model)
     return prepared
 
 

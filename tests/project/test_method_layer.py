@@ -35,6 +35,7 @@ FLOORS = (
     PAPERS,
     ("registry",),
     ("tasks",),
+    ("saving",),
     ("model", "preparation"),
     ("checkpoint",),
     ("training",),
