@@ -64,6 +64,8 @@ def save(
     if isinstance(own, AdaptedModel) and own.reverted:
         raise ValueError(f"the edit of {own.method.name} was reverted; there is nothing of it to save")
     call = "mmtransfer.load(folder)" if own is model else "mmtransfer.load_prepared(model, folder)"
+    if isinstance(own, Prepared):
+        _warn_of_thawed(own)
     described = _describe(own)
     config = {
         "format": FORMAT,
@@ -326,6 +328,18 @@ def _copy_strictly(
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def _warn_of_thawed(prepared: Prepared) -> None:
+    """Parameters that were thawed by hand are trained, and no part of what loading builds again."""
+    named = prepared.edit.encoder.root.named_parameters()
+    others = [name for name, each in named if each.requires_grad and name not in set(prepared.trainable)]
+    if others:
+        warnings.warn(
+            f"{len(others)} parameters that were thawed after prepare, such as {others[0]}, are not saved; "
+            "save the model's state_dict, or name them as head of prepare where they are outside the encoder",
+            stacklevel=3,
+        )
 
 
 def _warn_of_rounding(

@@ -215,6 +215,13 @@ def test_an_interrupted_save_is_noticed(tmp_path, monkeypatch, failing):
     mmtransfer.load_prepared(fresh, tmp_path)
 
 
+def test_parameters_thawed_by_hand_are_named(tmp_path):
+    model = prepare(build(), "aat-m")
+    model.wav2vec2.feature_projection.projection.bias.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"1 parameters .*projection\.bias, are not saved; save"):
+        mmtransfer.save(model, tmp_path)
+
+
 def test_rounding_is_said(tmp_path, recwarn):
     model = prepare(build(), "full")
     mmtransfer.save(model, tmp_path)

@@ -373,3 +373,14 @@ class TestConstruction:
         model.config.model_type = "sew"
         with pytest.raises(ValueError, match="pass a ModelDescription"):
             TappedEncoder(model, (0,))
+
+
+@pytest.mark.parametrize("model_type", ["wav2vec2", "whisper"])
+def test_layer_drop_has_no_effect_in_training(model_type):
+    name = "encoder_layerdrop" if model_type == "whisper" else "layerdrop"
+    model, inputs = TINY[model_type].build(**{name: 0.9}), make_input(model_type)
+    tapped = TappedEncoder(model, ALL_TAPS).train()
+    expected = tapped(inputs).features
+    tapped.model.train()
+    for _ in range(3):
+        assert torch.equal(tapped(inputs).features, expected)
