@@ -83,7 +83,7 @@ class AdaptedModel(nn.Module):
         with untouched_on_error(parts.model):
             self.encoder = TappedEncoder(model, taps, dtype=dtype)
             self.encoder.edit = self.method.edit(self.encoder.parts)
-        saving.install(self.encoder.edit, whole=None)
+        saving.install(self.encoder.edit)
 
     @property
     def edit_is_empty(self) -> bool:

@@ -139,7 +139,7 @@ def prepare(
         total_parameters=sum(parameter.numel() for parameter in named.values()),
     )
     model.__dict__[_RECORD] = prepared
-    saving.install(edit, model)
+    saving.install(edit, prepared.trained_tensors())
     return prepared
 
 

@@ -6,7 +6,7 @@ they were left over. The Trainer calls `save_pretrained` for its checkpoints.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from mmtransfer.encoders.edit import Edit
 
-_NAME = "save_pretrained"
+_NAME, _LEFT_OUT = "save_pretrained", "_keys_to_ignore_on_save"
 
 
 class SavePretrained:
@@ -46,6 +46,21 @@ class SavePretrained:
             checkpoint.save(self.model, save_directory, state_dict=state_dict)
 
 
+class SaveByOwnNames:
+    """Called in place of the method of a model whose own weights alone are trained.
+
+    Some models (AST, ViT) are written under the names of an earlier release. `from_pretrained` reads both;
+    the Trainer loads its best checkpoint untranslated, and leaves weights of other names as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: str | Path, *args: Any, **options: Any) -> None:
+        save = getattr(type(self.model), _NAME)
+        save(self.model, save_directory, *args, **{"save_original_format": False, **options})
+
+
 class Refusal:
     """Called in place of the method of a part of a model."""
 
@@ -59,15 +74,27 @@ class Refusal:
         )
 
 
-def install(edit: Edit, whole: nn.Module | None) -> None:
-    """Replace the method of each model with added parameters; `whole` is the one that can be saved."""
-    for module in edit.encoder.root.modules():
+def install(edit: Edit, saved: Iterable[str] | None = None) -> None:
+    """Replace the method of each model with added parameters, or of a model that is trained without any.
+
+    `saved` are the names of the root's tensors that its checkpoints have; None if it cannot be saved.
+    """
+    root = edit.encoder.root
+    if saved is not None and hasattr(type(root), _NAME) and not edit.adds_to(root):
+        root.__dict__[_NAME] = SaveByOwnNames(root)
+        return
+    for module in root.modules():
         if hasattr(type(module), _NAME) and edit.adds_to(module):
-            module.__dict__[_NAME] = SavePretrained(module) if module is whole else Refusal(edit.name)
+            whole = module is root and saved is not None
+            module.__dict__[_NAME] = SavePretrained(module) if whole else Refusal(edit.name)
+    if saved is not None and _NAME in root.__dict__:
+        # The Trainer warns of any other tensor that the checkpoint it loads lacks.
+        root.__dict__[_LEFT_OUT] = sorted(root.state_dict().keys() - set(saved))
 
 
 def remove(edit: Edit) -> None:
     """Give the methods back."""
     for module in edit.encoder.root.modules():
-        if isinstance(module.__dict__.get(_NAME), (SavePretrained, Refusal)):
+        if isinstance(module.__dict__.get(_NAME), (SavePretrained, SaveByOwnNames, Refusal)):
             del module.__dict__[_NAME]
+            module.__dict__.pop(_LEFT_OUT, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 from typing import Any
 
@@ -12,7 +13,7 @@ from prepared_models import perturb
 from safetensors.torch import load_file, load_model, save_file, save_model
 from tiny_encoders import TINY, make_input
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import mmtransfer
 from mmtransfer import AdaptedModel, registry
@@ -128,8 +129,18 @@ class Clips(torch.utils.data.Dataset):
         return {"input_values": self.inputs[index], "labels": index % 2}
 
 
-@pytest.mark.parametrize("method", ["aat-ms", "lora", "prompt", "full"])
-def test_checkpoints_of_the_trainer(tmp_path, method):
+class Snapshots(TrainerCallback):
+    """The model's tensors at each checkpoint."""
+
+    def __init__(self) -> None:
+        self.taken: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_save(self, args, state, control, model=None, **_):
+        self.taken[state.global_step] = {name: each.clone() for name, each in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("method", ["aat-ms", "lora", "prompt", "full", "partial", "bitfit", "head"])
+def test_checkpoints_of_the_trainer(tmp_path, method, caplog):
     model_type = AST
     model = prepare(build(model_type), method)
     arguments = TrainingArguments(
@@ -140,21 +151,35 @@ def test_checkpoints_of_the_trainer(tmp_path, method):
         eval_steps=1,
         save_strategy="steps",
         save_steps=1,
-        learning_rate=0.3,
+        learning_rate=0.05,
         load_best_model_at_end=True,
+        metric_for_best_model="earliness",
+        greater_is_better=True,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
     )
-    trainer = Trainer(model, arguments, train_dataset=Clips(), eval_dataset=Clips())
+    count, snapshots = itertools.count(), Snapshots()
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=Clips(),
+        eval_dataset=Clips(),
+        # The first checkpoint is the best: if it is not loaded, the model is that of the last.
+        compute_metrics=lambda _: {"earliness": -next(count)},
+        callbacks=[snapshots],
+    )
     trainer.train()
     best = trainer.state.best_model_checkpoint
-    losses = {row["step"]: row["eval_loss"] for row in trainer.state.log_history if "eval_loss" in row}
-    assert best.endswith(f"-{min(losses, key=losses.get)}")
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(min(losses.values()), rel=1e-4)
+    assert best.endswith("checkpoint-1")
+    trained = mmtransfer.get_prepared(model).trainable
+    assert not any(torch.equal(snapshots.taken[4][name], snapshots.taken[1][name]) for name in trained)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, snapshots.taken[1][name]), name
+    assert "missing keys" not in caplog.text
     trainer.save_model(str(tmp_path / "final"))
     for folder in (best, tmp_path / "final"):
-        if method == "full":
+        if method in INSIDE:
             again = type(model).from_pretrained(folder).eval()
         else:
             with pytest.raises(Exception, match=r"mmtransfer\.load_prepared\(model, folder\)"):
@@ -165,9 +190,14 @@ def test_checkpoints_of_the_trainer(tmp_path, method):
     resumed = prepare(build(model_type, seed=5), method)
     arguments.max_steps = 5
     arguments.load_best_model_at_end = False
-    Trainer(resumed, arguments, train_dataset=Clips(), eval_dataset=Clips()).train(
+    arguments.eval_strategy = arguments.save_strategy = "no"
+    start = Snapshots()
+    start.on_train_begin = start.on_save  # type: ignore[method-assign]
+    Trainer(resumed, arguments, train_dataset=Clips(), callbacks=[start]).train(
         resume_from_checkpoint=str(tmp_path / "checkpoint-4")
     )
+    for name in trained:
+        assert torch.equal(start.taken[4][name], snapshots.taken[4][name]), name
 
 
 def test_a_gathered_state_dict_is_what_is_saved(tmp_path):
