@@ -88,7 +88,9 @@ def install(edit: Edit, saved: Iterable[str] | None = None) -> None:
             whole = module is root and saved is not None
             module.__dict__[_NAME] = SavePretrained(module) if whole else Refusal(edit.name)
     if saved is not None and _NAME in root.__dict__:
-        # The Trainer warns of any other tensor that the checkpoint it loads lacks.
+        # The Trainer warns of any other tensor that the checkpoint it loads lacks. Reverting the edit gives
+        # the model its own list back.
+        edit.note(root, _LEFT_OUT)
         root.__dict__[_LEFT_OUT] = sorted(root.state_dict().keys() - set(saved))
 
 
@@ -97,4 +99,3 @@ def remove(edit: Edit) -> None:
     for module in edit.encoder.root.modules():
         if isinstance(module.__dict__.get(_NAME), (SavePretrained, SaveByOwnNames, Refusal)):
             del module.__dict__[_NAME]
-            module.__dict__.pop(_LEFT_OUT, None)

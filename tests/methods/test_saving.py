@@ -83,6 +83,19 @@ def test_a_part_of_a_model_is_refused(tmp_path):
         type(part).from_pretrained(tmp_path / str(index))
 
 
+@pytest.mark.parametrize("method", EDITS)
+def test_reverting_gives_every_attribute_back(method):
+    model = build()
+    model._keys_to_ignore_on_save = ["mine"]
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    mmtransfer.prepare(model, method)
+    mmtransfer.revert(model)
+    assert {name: vars(module).keys() for name, module in model.named_modules()} == {
+        name: attributes.keys() for name, attributes in before.items()
+    }
+    assert model._keys_to_ignore_on_save == ["mine"]
+
+
 def test_uploading_at_once_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"saved first and uploaded then"):
         prepare(build(), "aat-m").save_pretrained(tmp_path, push_to_hub=True)
