@@ -33,7 +33,8 @@ def find_problem() -> str | None:
             installed = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if _numbers(installed) < _numbers(floor):
+        # An install whose metadata cannot be read has the version None.
+        if installed and _numbers(installed) < _numbers(floor):
             old[name] = installed
     if not old:
         return None

@@ -86,6 +86,11 @@ def test_the_sentence_has_both_versions(monkeypatch: pytest.MonkeyPatch) -> None
     )
 
 
+def test_an_install_without_readable_metadata_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: None)
+    assert versions.find_problem() is None
+
+
 OLD = """
 import importlib.metadata, sys
 version = importlib.metadata.version
