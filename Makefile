@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt
 
-.PHONY: help setup test demo bench gpu lint format clean
+.PHONY: help setup test demo bench gpu floors lint format clean
 
 help:
 	@echo "make demo    set everything up and compare fusion methods on real speech"
 	@echo "make test    set everything up and run all tests"
 	@echo "make bench   measure the kernels on this machine, into benches/results"
 	@echo "make gpu     build, test, sanitize and measure on a machine with a CUDA GPU"
+	@echo "make floors  run tests in environments with the oldest versions allowed, and with the peers"
 	@echo "make lint    ruff, mypy, clang-format, and a build with warnings as errors"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 
@@ -64,6 +65,10 @@ format: setup
 # Uses the torch of $(PYTHON), which has to see the GPU; installs nothing but mmkernels itself, and that into a folder here.
 gpu:
 	PYTHON=$(PYTHON) bash tests/gpu/run.sh
+
+# Environments of its own under build/floors; needs the package index, and 20 minutes of two cores.
+floors: setup
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/floors/run.py
 
 clean:
 	rm -rf build $(VENV)

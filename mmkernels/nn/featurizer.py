@@ -26,10 +26,12 @@ class Featurizer(nn.Module):
     """Softmax-weighted sum of the hidden states of an upstream, without a stacked copy.
 
     A drop-in for ``s3prl.nn.Featurizer``: same arguments, parameter (``weights``, zeros), ``state_dict`` and
-    result. A single layer is returned as it is, without a parameter. Layers in half precision beside float32
-    weights give a float32 result and exact gradients, as in s3prl, at the price of a float32 copy of each
-    layer; ``module.to(layer.dtype)`` saves the copies. Other layers are kept for the backward pass, not
-    copied: overwriting one in between, which the stacked copy of s3prl allows, is an error there.
+    result. A single layer is returned as it is, without a parameter. Where s3prl fails in an assertion, a
+    ``ValueError`` says why; a selection of one layer, with which s3prl fails, gives that layer. Layers in
+    half precision beside float32 weights give a float32 result and exact gradients, as in s3prl, at the price
+    of a float32 copy of each layer; ``module.to(layer.dtype)`` saves the copies. Other layers are kept for
+    the backward pass, not copied: overwriting one in between, which the stacked copy of s3prl allows, is an
+    error there.
 
     Equivalent to (for a ``Featurizer`` named ``module``, all layers selected)::
 
@@ -96,7 +98,8 @@ class Featurizer(nn.Module):
         """Mix the selected layers.
 
         Args:
-            all_hs: hidden states of all layers, each ``(B, T, D)``.
+            all_hs: hidden states, each ``(B, T, D)``; those that ``layer_selections`` does not name are
+                ignored, however many there are. A single one is returned as it is.
             all_lens: valid frames, one ``(B,)`` for each layer; they are equal, and the first selected is
                 returned.
 
@@ -104,23 +107,27 @@ class Featurizer(nn.Module):
             The mix ``(B, T, D)`` and its lengths ``(B,)``.
 
         Raises:
-            ValueError: the number of layers is not that of the module; turn off layer drop in training.
+            ValueError: a selected layer is missing; turn off layer drop in training.
         """
-        if len(all_hs) != len(all_lens):
-            raise ValueError(
-                f"all_hs and all_lens must pair up, got {len(all_hs)} and {len(all_lens)} entries"
-            )
         if len(all_hs) == 1:
             return all_hs[0], all_lens[0]
-        if len(all_hs) != self.num_layers:
-            raise ValueError(
-                f"all_hs must have {self.num_layers} layers, got {len(all_hs)}; turn off layer drop, if that "
-                "changes the number of layers in training"
-            )
-        layers = [all_hs[index] for index in self.layer_selections]
-        lengths = all_lens[self.layer_selections[0]]
+        layers = self._select(all_hs, "all_hs")
+        lengths = self._select(all_lens, "all_lens")[0]
         valid = lengths.to(layers[0].device).clamp(max=layers[0].shape[1]) if self.skip_padding else None
         return softmax_layer_mix(layers, self.weights, norm=self.normalize, lengths=valid), lengths
+
+    def _select(self, values: Sequence[Tensor], name: str) -> list[Tensor]:
+        """The selected entries in the order of the layers, whatever that of ``layer_selections``."""
+        if not hasattr(self, "layer_selections"):
+            raise ValueError(f"{name} must have one layer, as the upstream has, got {len(values)}")
+        selected = [value for index, value in enumerate(values) if index in self.layer_selections]
+        if len(selected) != len(self.weights):
+            raise ValueError(
+                f"{name} must have the layers {list(self.layer_selections)}, which the {len(self.weights)} "
+                f"weights belong to, got {len(values)} entries; turn off layer drop, if that changes the "
+                "number of layers in training"
+            )
+        return selected
 
     def extra_repr(self) -> str:
         selections = getattr(self, "layer_selections", None)
@@ -140,8 +147,9 @@ def _common(values: Sequence[int], name: str) -> int:
 def _selected(selections: Sequence[int] | None, num_layers: int) -> list[int]:
     if selections is None:
         return list(range(num_layers))
-    if not selections or len(set(selections)) != len(selections):
-        raise ValueError(f"layer_selections must be distinct layer indices, got {list(selections)}")
-    if min(selections) < 0 or max(selections) >= num_layers:
-        raise ValueError(f"layer_selections must lie in [0, {num_layers}), got {list(selections)}")
-    return sorted(selections)
+    selected = sorted(selections)
+    if not selected or len(set(selected)) != len(selected):
+        raise ValueError(f"layer_selections must be distinct layer indices, got {selected}")
+    if selected[0] < 0 or selected[-1] >= num_layers:
+        raise ValueError(f"layer_selections must lie in [0, {num_layers}), got {selected}")
+    return selected

@@ -16,9 +16,10 @@ original statements stay as the ``else`` branch for inputs that the op does not 
 of decorators are copied around the new function; no decorator runs again.
 
 *Proven or refused.* The pattern must occur exactly once, the names in it must be bound to the expected
-objects, and the source must compile to the loaded code; a method that is replaced whole is compared with its
-replacement on random input (``patch/recognisers/s3prl.py``). Every other module is left as
-it is and listed in the report with the reason. All overrides are built before the first is installed.
+objects, and the source must compile to the loaded code. A module whose call is replaced (an adapter) must
+have a forward with the known source. Agreement on some inputs would prove little: a fork may differ in
+training alone, or once an attribute is set. Every other module is left as it is and listed in the report with
+the reason. All overrides are built before the first is installed.
 
 To support another library, add a ``Recogniser`` in ``patch/recognisers/<library>.py`` and list it in
 ``patch/recognisers/__init__.py``. Nothing here imports

@@ -5,12 +5,14 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
 from mmkernels.patch.bottleneck import Mismatch
+from mmkernels.patch.near_misses import near_misses
 from mmkernels.patch.recogniser import Unsupported
 from mmkernels.patch.recognisers import NAMED_ADAPTER, RECOGNISERS
-from mmkernels.patch.report import Replaced, Report, Skipped, Swap
+from mmkernels.patch.report import Note, Replaced, Report, Skipped, Swap
 from mmkernels.patch.subclass import accelerated_class, original_class
 from mmkernels.wrappers import is_wrapper, plain_name, unwrap
 
@@ -37,11 +39,13 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
         * the ``nn.Sequential`` bottlenecks that ``adapters`` names, by ``adapter``.
 
     Submodules are searched, so the model may be inside PEFT, DDP or another wrapper module, or compiled
-    (torch compiles it anew in its next call). Call it before tools that store a bound ``forward`` on the
-    module. Results agree with the unchanged model to rounding, in value and gradient (first derivatives);
-    parameters, ``state_dict`` keys and saved checkpoints are the same. If the op does not serve an input (for
-    example a layer dropped in training), the module's original statements run. Copies and pickles of an
-    accelerated module are accelerated too.
+    (torch compiles it anew in its next call). Call it after tools that replace a ``forward`` on a class, and
+    before those that store a bound one on the module. Only statements that are those of the library are
+    replaced: a fork that computes its sum or its adapter in another way is left alone. Results agree with the
+    unchanged model to rounding, in value and gradient (first derivatives); parameters, ``state_dict`` keys
+    and saved checkpoints are the same. If the op does not serve an input (for example a layer dropped in
+    training, or half-precision activations with float32 adapters, which the adapters library refuses too),
+    the module's original statements run. Copies and pickles of an accelerated module are accelerated too.
 
     Equivalent to (for a module that ``adapters`` names; iterating over it gives the plain layers)::
 
@@ -58,8 +62,9 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
             the op would bypass, are skipped; if you add these later, the plain layers run.
 
     Returns:
-        A report: the replaced modules, the recognised modules that were skipped with the reasons, and
-        ``.revert()``. A second call replaces nothing.
+        A report: the replaced modules, the recognised modules that were skipped with the reasons, notes
+        (layer drop, which the sum over layers does not go with; near misses where nothing was recognised),
+        and ``.revert()``. A second call replaces nothing.
 
     Raises:
         TypeError: ``model`` is not a module, or ``adapters`` not a sequence of strings.
@@ -71,8 +76,9 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
     named = _modules_named(model, adapters)
     report = Report()
     for name, module in model.named_modules():
-        if is_wrapper(module):
-            # It hands out the attributes of the module inside, which has a name of its own.
+        scripted = isinstance(module, torch.jit.ScriptModule) and module not in named
+        if scripted or is_wrapper(module):
+            # A wrapper hands out the attributes of the module inside, which has a name of its own.
             continue
         if original_class(type(module)) is not None:
             report.skipped.append(Skipped(name, "already accelerated"))
@@ -90,6 +96,7 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
             report.skipped.append(Skipped(name, str(reason)))
         else:
             report._swaps.append(Swap.of(name, module, accelerated, recogniser.what))
+            report.notes += [Note(name, text) for text in recogniser.notes(module)]
             prefix = f"{name}." if name else ""
             report.skipped += [
                 Skipped(prefix + inner, reason) for inner, reason in recogniser.exceptions(module)
@@ -102,6 +109,8 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
         for swap in report._swaps:
             swap.revert()
         raise
+    if not report.replaced and not report.skipped:
+        report.notes += near_misses(model)
     return report
 
 

@@ -14,6 +14,7 @@ from mmkernels.activations import ACTIVATIONS, TRANSFORMERS_CLASSES
 from mmkernels.ops._common import accumulate_dtype, autocasts, dtype_served
 from mmkernels.ops.adapter import adapter
 from mmkernels.patch.recogniser import Unsupported
+from mmkernels.patch.rewrite import Body
 
 _MODULES = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
 _FUNCTIONS = {
@@ -21,6 +22,12 @@ _FUNCTIONS = {
     torch.relu: "relu",
     functional.gelu: "gelu",
     functional.silu: "silu",
+}
+
+
+_wrappers: dict[object, bool] = {}
+_FORWARDS: dict[type[nn.Module], Any] = {
+    cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU)
 }
 
 
@@ -99,7 +106,7 @@ def find_bottleneck(layers: Iterable[nn.Module]) -> Bottleneck:
     kinds = [type_before_parametrizations(layer) for layer in layers]
     first = int(bool(kinds) and kinds[0] is nn.LayerNorm)
     if len(layers) != first + 3 or kinds[first] is not nn.Linear or kinds[-1] is not nn.Linear:
-        given = ", ".join(kind.__name__ for kind in kinds) or "no layer"
+        given = ", ".join(map(_class_name, kinds)) or "no layer"
         raise Mismatch(f"it has {given}; a bottleneck is [LayerNorm,] Linear, activation, Linear")
     norm = layers[0] if first else None
     down, function, up = layers[first:]
@@ -116,9 +123,20 @@ def find_bottleneck(layers: Iterable[nn.Module]) -> Bottleneck:
     return Bottleneck(norm, down, _activation(function), up)
 
 
+def _class_name(cls: type[Any]) -> str:
+    """With its module where torch has a class of that name (those of quantisation and of PEFT)."""
+    ours = cls is getattr(nn, cls.__name__, cls)
+    return cls.__name__ if ours else f"{cls.__module__}.{cls.__qualname__}"
+
+
 def check_intact(modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Raise ``Unsupported`` if a module does more than its class: hooks, parametrisations, an own forward."""
+    if torch.nn.modules.module._has_any_global_hook():
+        raise Unsupported("there are global module hooks, which the op would not call")
     for name, module in modules:
+        cls = type(module)
+        if cls.forward is not _FORWARDS.get(cls, cls.forward):
+            raise Unsupported(f"forward of the class of {name}, {cls.__name__}, was replaced")
         if is_parametrized(module):
             raise Unsupported(f"{name} is parametrised (torch.nn.utils.parametrize)")
         if "forward" in vars(module):
@@ -132,10 +150,19 @@ def check_intact(modules: Iterable[tuple[str, nn.Module]]) -> None:
             raise Unsupported(f"{name} has hooks, which the op would not call")
 
 
+def _calls_f(forward: Any) -> bool:
+    """Whether a forward is that of the adapters library's wrapper of an activation; it is read once."""
+    if forward not in _wrappers:
+        if torch.compiler.is_compiling():
+            raise Unsupported("not examined before torch.compile")
+        _wrappers[forward] = Body("def forward(self, x): return self.f(x)").matches(forward)
+    return _wrappers[forward]
+
+
 def _activation(function: Any) -> str:
     """Name of an activation that the op has. Known objects only: equal values on some inputs prove little."""
     cls = type(function)
-    if cls.__name__ == "Activation_Function_Class":  # the adapters library's wrapper
+    if cls.__name__ == "Activation_Function_Class" and _calls_f(cls.forward):
         function = getattr(function, "f", None)
         cls = type(function)
     name = _MODULES.get(cls)

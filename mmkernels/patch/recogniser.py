@@ -22,6 +22,8 @@ class Recogniser(ABC):
 
     what: str
     """The fragment and its replacement, for the report."""
+    method: str
+    """The method that the accelerated class overrides."""
 
     @abstractmethod
     def claims(self, module: nn.Module) -> bool:
@@ -35,9 +37,13 @@ class Recogniser(ABC):
         """Submodules (name, reason) that a replaced module still runs itself, for the report."""
         return ()
 
+    def notes(self, module: nn.Module) -> Iterable[str]:
+        """Remarks on a replaced module, for the report."""
+        return ()
+
     @abstractmethod
-    def methods(self, cls: type[Any]) -> dict[str, Callable[..., Any]]:
-        """The overriding methods for a claimed module's class; raise ``Unsupported`` if it is unknown."""
+    def override(self, cls: type[Any]) -> Callable[..., Any]:
+        """The overriding method for a claimed module's class; raise ``Unsupported`` if it is unknown."""
 
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other)

@@ -24,6 +24,13 @@ class Skipped(NamedTuple):
     reason: str
 
 
+class Note(NamedTuple):
+    """A remark on a module: a setting with which training fails, or a near miss."""
+
+    name: str
+    text: str
+
+
 @dataclass(frozen=True)
 class Swap:
     """One module whose class is replaced."""
@@ -59,15 +66,18 @@ class Swap:
 
 @dataclass
 class Report:
-    """Result of ``accelerate``; its text has one line for each replaced or skipped module.
+    """Result of ``accelerate``; its text has one line for each replaced or skipped module, and each note.
 
     Attributes:
         replaced: the modules that use a kernel now.
         skipped: the modules that were recognised and not replaced, each with the reason.
+        notes: settings of replaced modules with which training will fail; where no module was recognised, the
+            modules that came near.
     """
 
     replaced: list[Replaced] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
+    notes: list[Note] = field(default_factory=list)
     _swaps: list[Swap] = field(default_factory=list, repr=False)
 
     def revert(self) -> None:
@@ -89,6 +99,7 @@ class Report:
             f"  replaced {_display(name)} ({class_name}): {what}" for name, class_name, what in self.replaced
         ]
         lines += [f"  skipped  {_display(name)}: {reason}" for name, reason in self.skipped]
+        lines += [f"  note     {_display(name)}: {text}" for name, text in self.notes]
         return "\n".join(lines)
 
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 import __future__
 
 import ast
+import dataclasses
 import functools
 import inspect
 import textwrap
@@ -128,6 +129,35 @@ class Rewrite:
                 raise Unsupported(
                     f"unknown layout: its {tree.name} uses {name!r} outside the expected statements"
                 )
+
+
+@dataclass(frozen=True)
+class Body:
+    """The whole of a function: a definition whose upper-case names each stand for one variable.
+
+    Annotations, defaults and a docstring are not compared.
+    """
+
+    definition: str
+    meanings: Mapping[str, object] = dataclasses.field(default_factory=dict)
+    """Global names in the definition, and the objects that they must be bound to."""
+
+    def matches(self, function: object) -> bool:
+        """Whether a plain function has this source, and was compiled from it."""
+        if not isinstance(function, FunctionType) or "__wrapped__" in function.__dict__:
+            return False
+        try:
+            found = _Source(function).definition
+        except Unsupported:
+            return False
+        wanted = ast.parse(textwrap.dedent(self.definition)).body[0]
+        assert isinstance(wanted, ast.FunctionDef)
+        return (
+            not found.decorator_list
+            and _argument_names(wanted) == _argument_names(found)
+            and _unify(wanted.body, _without_docstring(found.body), {})
+            and all(function.__globals__.get(name) is meaning for name, meaning in self.meanings.items())
+        )
 
 
 def innermost(function: Any) -> FunctionType | None:
@@ -280,6 +310,16 @@ def _unify(pattern: Any, node: Any, variables: dict[str, str]) -> bool:
             _unify(p, n, variables) for p, n in zip(pattern, node, strict=True)
         )
     return bool(pattern == node)
+
+
+def _argument_names(definition: ast.FunctionDef) -> list[str]:
+    return [node.arg for node in ast.walk(definition.args) if isinstance(node, ast.arg)]
+
+
+def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
+    first = body[0]
+    documented = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return body[1:] if documented else body
 
 
 def _uses(name: str, trees: list[Any]) -> int:

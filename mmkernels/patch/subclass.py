@@ -10,7 +10,7 @@ from torch import nn
 from mmkernels.patch.recogniser import Recogniser, Unsupported
 
 _ORIGINAL = "_mmkernels_original_class"
-_accelerated_classes: dict[tuple[Any, Recogniser], type[nn.Module]] = {}
+_accelerated_classes: dict[tuple[Any, Recogniser, Any], type[nn.Module]] = {}
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:
@@ -19,8 +19,11 @@ def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:
 
 
 def accelerated_class(base: type[nn.Module], recogniser: Recogniser) -> type[nn.Module]:
-    """``base`` with the recogniser's methods. Cached, so that modules of one class stay of one class."""
-    key = base, recogniser
+    """``base`` with the recogniser's method. Cached, so that modules of one class stay of one class.
+
+    A method that was set on the class since (a patch of another package) makes another class.
+    """
+    key = base, recogniser, getattr(base, recogniser.method, None)
     if key not in _accelerated_classes:
         _accelerated_classes[key] = _derive(base, recogniser)
     return _accelerated_classes[key]
@@ -40,7 +43,7 @@ def _derive(base: type[nn.Module], recogniser: Recogniser) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "__reduce_ex__": reduce_ex,
         _ORIGINAL: base,
-        **recogniser.methods(base),
+        recogniser.method: recogniser.override(base),
     }
     accelerated: type[Any] = types.new_class(
         base.__name__, (base,), exec_body=lambda scope: scope.update(namespace)

@@ -36,6 +36,9 @@ __all__ = [*_MODULES, *_NAMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name in __all__:
+        versions = importlib.import_module(f"{__name__}.versions")
+        versions.check()
     if name in _NAMES:
         return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
     if name in _MODULES:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import uuid
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModel
 
@@ -27,7 +29,7 @@ from mmtransfer.encoders.descriptions import ModelDescription
 from mmtransfer.encoders.edit import untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.precision import find_dtype
-from mmtransfer.method import Method
+from mmtransfer.method import Foreign, Method
 from mmtransfer.model import AdaptedModel
 from mmtransfer.preparation import Prepared, get_prepared, is_prepared, prepare
 from mmtransfer.tasks import find_task
@@ -36,16 +38,28 @@ from mmtransfer.tasks.labels import class_names, find_labels, set_labels
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 FORMAT = "mmtransfer"
+_SAVE = "save_id"
+#: Fields whose type each configuration of transformers checks; its base class, by which the Trainer reads the
+#: file, does not.
+_CHECKED_BY_TRANSFORMERS = ("hidden_size", "d_model", "dim")
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
+def save(
+    model: nn.Module, folder: str | Path, *, state_dict: Mapping[str, torch.Tensor] | None = None
+) -> None:
     """Write the trained part of an `AdaptedModel`, or of a model that `prepare` prepared, into `folder`.
 
     The model may be inside wrappers (compiled, DistributedDataParallel); names are those without them.
     Parameters that were thawed by hand are written too, and thawed when the folder is loaded.
     Running statistics of batch norms are written too: they move in training mode even where the rest of the
     model is frozen. How the method is computed (backend, rewrite, recompute) is not part of it. An earlier
-    checkpoint there is replaced, each file in one step; other files are left alone.
+    checkpoint there is replaced, each file in one step; files of two saves are not loaded together. Other
+    files are left alone. transformers' `from_pretrained` refuses the folder.
+
+    Args:
+        model: in which the tensors are.
+        folder: made where it is missing.
+        state_dict: the model's, where its own tensors are not whole (sharded training).
 
     Raises:
         ValueError: the model is neither of the two, or was reverted.
@@ -55,13 +69,34 @@ def save(model: nn.Module, folder: str | Path) -> None:
     own = _find_adapted(model) or get_prepared(model)
     if isinstance(own, AdaptedModel) and own.reverted:
         raise ValueError(f"the edit of {own.method.name} was reverted; there is nothing of it to save")
-    config = {"format": FORMAT, "mmkernels_version": mmkernels.__version__, **_describe(own)}
+    call = "mmtransfer.load(folder)" if own is model else "mmtransfer.load_prepared(model, folder)"
+    if isinstance(own, Prepared):
+        _warn_of_thawed(own)
+    described = _describe(own)
+    config = {
+        "format": FORMAT,
+        "mmkernels_version": mmkernels.__version__,
+        # In both files, so that an interrupted save is noticed.
+        _SAVE: uuid.uuid4().hex,
+        # transformers would build a model from this file, of its default size: it shows this text instead.
+        "model_type": described["base_model"]["model_type"],
+        **dict.fromkeys(_CHECKED_BY_TRANSFORMERS, f"this is no model of transformers: load it by {call}"),
+        **described,
+    }
     _refuse_foreign_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in own.trained_tensors().items()}
+    ready = _detach(own.trained_tensors(), state_dict)
+    foreign = (
+        own.method.foreign_files(own.edit.encoder.root, own.head, ready) if isinstance(own, Prepared) else {}
+    )
     text = json.dumps(config, indent=2) + "\n"
-    replace_file(folder / WEIGHTS, lambda path: save_file(ready, path, metadata={"format": "pt"}))
+    metadata = {"format": "pt", _SAVE: config[_SAVE]}
+    replace_file(folder / WEIGHTS, lambda path: save_file(ready, path, metadata=metadata))
+    for name in _foreign_names():
+        (folder / name).unlink(missing_ok=True)
     replace_file(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    for name, write in foreign.items():
+        replace_file(folder / name, write)
 
 
 def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> AdaptedModel:
@@ -115,6 +150,8 @@ def load_prepared(
 ) -> Prepared:
     """Load what `save` wrote from a prepared model into the same model, prepared or not.
 
+    A folder that `peft.PeftModel.save_pretrained` wrote with LoRA on queries and values is read too.
+
     Args:
         model: prepared here as the folder says, unless it is prepared already.
         description: as for `prepare`.
@@ -125,6 +162,8 @@ def load_prepared(
         ValueError: another kind of checkpoint, a model prepared in another way, or weights that do not fit,
             each named. The model is untouched.
     """
+    if not (Path(folder) / CONFIG).exists() and (foreign := _read_foreign(folder, model, description)):
+        return _load_foreign(model, foreign, folder, description, runtime)
     config, tensors = _read(folder)
     if "task" in config:
         raise ValueError(f"{folder} was saved from an AdaptedModel; load it by load(folder, model)")
@@ -166,6 +205,36 @@ def _thaw(model: nn.Module, config: Mapping[str, Any], folder: str | Path) -> No
             model.get_parameter(name).requires_grad_(True)
     except AttributeError as error:
         raise ValueError(f"{folder} has trained a parameter that the model lacks ({error})") from error
+
+
+def _read_foreign(
+    folder: str | Path, model: nn.Module, description: ModelDescription | None
+) -> Foreign | None:
+    encoder = get_prepared(model).edit.encoder if is_prepared(model) else Encoder(model, description)
+    found = (method.read_foreign(Path(folder), encoder) for method in registry.methods().values())
+    return next((foreign for foreign in found if foreign is not None), None)
+
+
+def _load_foreign(
+    model: nn.Module,
+    foreign: Foreign,
+    folder: str | Path,
+    description: ModelDescription | None,
+    runtime: Mapping[str, Any],
+) -> Prepared:
+    if is_prepared(model):
+        prepared = get_prepared(model)
+        _copy_strictly(prepared.trained_tensors(), foreign.tensors, folder)
+        return prepared
+    prepared = prepare(
+        model, registry.find(foreign.method, **runtime), head=foreign.head, description=description
+    )
+    try:
+        _copy_strictly(prepared.trained_tensors(), foreign.tensors, folder)
+    except BaseException:
+        prepared.revert()
+        raise
+    return prepared
 
 
 def _describe(model: AdaptedModel | Prepared) -> dict[str, Any]:
@@ -279,9 +348,18 @@ def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             f'{folder / CONFIG} must have "format": {FORMAT!r}; it is no checkpoint of mmtransfer'
         )
     try:
-        return config, load_file(folder / WEIGHTS)
+        with safe_open(folder / WEIGHTS, "pt") as weights:
+            save = (weights.metadata() or {}).get(_SAVE)
+            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} cannot be read ({error})") from error
+    # Weights that another tool wrote have no mark.
+    if save is not None and save != config.get(_SAVE):
+        raise ValueError(
+            f"{CONFIG} and {WEIGHTS} in {folder} are from two saves, of which the later was interrupted; "
+            "save again"
+        )
+    return config, tensors
 
 
 def _copy_strictly(
@@ -302,13 +380,61 @@ def _copy_strictly(
     ]
     if differences:
         raise ValueError(f"the weights in {source} do not fit: {'; '.join(differences)}")
+    _warn_of_rounding(own, tensors, source)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
 
 
+def _warn_of_thawed(prepared: Prepared) -> None:
+    """Parameters that were thawed by hand are trained, and no part of what loading builds again."""
+    named = prepared.edit.encoder.root.named_parameters()
+    others = [name for name, each in named if each.requires_grad and name not in set(prepared.trainable)]
+    if others:
+        warnings.warn(
+            f"{len(others)} parameters that were thawed after prepare, such as {others[0]}, are not saved; "
+            "save the model's state_dict, or name them as head of prepare where they are outside the encoder",
+            stacklevel=3,
+        )
+
+
+def _warn_of_rounding(
+    own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str | Path
+) -> None:
+    rounded = [name for name, tensor in own.items() if not _holds(tensor.dtype, tensors[name].dtype)]
+    if rounded:
+        saved, loaded = tensors[rounded[0]].dtype, own[rounded[0]].dtype
+        warnings.warn(
+            f"{len(rounded)} of {len(own)} tensors in {source} are rounded, such as {rounded[0]} from "
+            f"{saved} to {loaded}; load the model with dtype={saved} to keep them as they were trained",
+            stacklevel=4,
+        )
+
+
+def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
+    """Whether every value of the second is one of the first."""
+    return torch.promote_types(wide, narrow) == wide
+
+
+def _detach(
+    own: Mapping[str, torch.Tensor], given: Mapping[str, torch.Tensor] | None
+) -> dict[str, torch.Tensor]:
+    """Copies for a file, where tensors of the model share memory, which the format does not have."""
+    if given is not None and (missing := own.keys() - given.keys()):
+        raise ValueError(f"state_dict lacks {len(missing)} trained tensors, such as {min(missing)}")
+    source = own if given is None else {name: given[name] for name in own}
+    ready: dict[str, torch.Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in source.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        ready[name] = tensor.clone() if place in seen else tensor
+        seen.add(place)
+    return ready
+
+
 def _refuse_foreign_files(folder: Path) -> None:
-    present = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
+    present = [name for name in (CONFIG, WEIGHTS, *_foreign_names()) if (folder / name).exists()]
     if not present:
         return
     config = _read_config(folder / CONFIG) if CONFIG in present else None
@@ -316,6 +442,11 @@ def _refuse_foreign_files(folder: Path) -> None:
         raise FileExistsError(
             f"{folder} holds a {present[0]} that is not from mmtransfer; save into another folder"
         )
+
+
+def _foreign_names() -> list[str]:
+    """Files of other libraries that a checkpoint may have."""
+    return [name for method in registry.methods().values() for name in method.FOREIGN_FILES]
 
 
 def _read_config(path: Path) -> dict[str, Any] | None:

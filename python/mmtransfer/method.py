@@ -7,8 +7,9 @@ import dataclasses
 import inspect
 import math
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -58,6 +59,16 @@ def option(
     return field(default=default, metadata={"choices": tuple(choices), "least": least, "runtime": runtime})
 
 
+@dataclass(frozen=True)
+class Foreign:
+    """A checkpoint of another library: the method, the names of the head's modules, and the tensors of a
+    model that is prepared so."""
+
+    method: Method
+    head: Sequence[str]
+    tensors: Mapping[str, torch.Tensor]
+
+
 class Serial:
     """Called in place of a module's `forward`: `adapter(A)` for its (first) output A."""
 
@@ -99,6 +110,7 @@ class Method:
         training: epochs, batch size and rates that suit it.
         starts_from: a method that is trained first, whose readout and head this one begins with. Gradients
             through a random head would disturb an encoder before the head is of any use.
+        FOREIGN_FILES: names of the files of another library that `foreign_files` may add to a checkpoint.
     """
 
     name: ClassVar[str]
@@ -106,6 +118,7 @@ class Method:
     paper: ClassVar[str]
     training: ClassVar[Training] = Training()
     starts_from: ClassVar[str | None] = None
+    FOREIGN_FILES: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
@@ -148,6 +161,29 @@ class Method:
     def insights(self, model: AdaptedModel) -> dict[str, dict[str, float]]:
         """Figures of the trained model: `{"layer weight": {"layer 0": 0.08}}`."""
         return {}
+
+    def foreign_files(
+        self, model: nn.Module, head: Sequence[str], tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Callable[[Path], object]]:
+        """Further files of the checkpoint of a prepared model, in another library's format.
+
+        Args:
+            model: that is prepared.
+            head: the names of the modules outside the encoder that are trained.
+            tensors: all that is trained, by the model's names.
+
+        Returns:
+            Functions that write the files, by the names of these, which `FOREIGN_FILES` lists.
+        """
+        return {}
+
+    @classmethod
+    def read_foreign(cls, folder: Path, encoder: Encoder) -> Foreign | None:
+        """The checkpoint of another library in a folder; None if the method knows none there.
+
+        ValueError for one that it knows and that cannot be had.
+        """
+        return None
 
     @property
     def has_readout(self) -> bool:

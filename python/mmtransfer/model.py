@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import ModelOutput
 
-from mmtransfer import registry
+from mmtransfer import registry, saving
 from mmtransfer.data.inputs import AudioInput
 from mmtransfer.encoders.autocast import autocast_dtype
 from mmtransfer.encoders.edit import Edit, check_editable, untouched_on_error
@@ -96,8 +96,10 @@ class AdaptedModel(nn.Module):
                 edit = self.method.edit(self.encoder.parts)
                 self.encoder.edit = edit
                 check_trained(self.named_parameters())
+                saving.install(edit)
             except BaseException:
                 if edit is not None:
+                    saving.remove(edit)
                     edit.revert()
                 raise
 
@@ -261,6 +263,7 @@ class AdaptedModel(nn.Module):
 
     def revert(self) -> None:
         """Give the encoder back as it was, but for its dtype, eval mode, and weights trained in place."""
+        saving.remove(self.encoder.edit)
         self.encoder.revert()
         self.reverted = True
 

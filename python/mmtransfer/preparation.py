@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mmkernels.wrappers import chain, plain_name
-from mmtransfer import registry
+from mmtransfer import registry, saving
 from mmtransfer.encoders.checks import check_trainable, check_unquantised, is_packed
 from mmtransfer.encoders.descriptions import ModelDescription
 from mmtransfer.encoders.edit import Edit, check_editable
@@ -50,6 +50,7 @@ class Prepared:
         model = self.edit.encoder.root
         if model.__dict__.get(_RECORD) is not self:
             raise ValueError("this preparation was reverted before")
+        saving.remove(self.edit)
         self.edit.revert()
         del model.__dict__[_RECORD]
 
@@ -146,10 +147,12 @@ def prepare(
         add_watch(edit, encoder, trained_head)
         prepared = _make_record(found, heads, edit)
         encoder.root.__dict__[_RECORD] = prepared
+        saving.install(edit, prepared.trained_tensors())
         return prepared
     except BaseException:
         encoder.root.__dict__.pop(_RECORD, None)
         if edit is not None:
+            saving.remove(edit)
             edit.revert()
         raise
 
@@ -157,17 +160,12 @@ def prepare(
 def _make_record(method: Method, heads: list[str], edit: Edit) -> Prepared:
     named = {plain_name(name): each for name, each in edit.encoder.root.named_parameters()}
     names = tuple(name for name, parameter in named.items() if parameter.requires_grad)
-    try:
-        check_trained(named.items())
-    except ValueError:
-        edit.revert()
-        raise
+    check_trained(named.items())
     if not names:
         raise ValueError(
             f"method {method.name!r} trains no part of the encoder, and the model has no head outside "
             "it; name one"
         )
-    check_trained((name, named[name]) for name in names)
     return Prepared(
         method=method,
         head=heads,

@@ -98,9 +98,13 @@ class TestFiles:
         model.save_pretrained(tmp_path)
         assert tree(tmp_path) == ["config.json", "model.safetensors"]
         config = json.loads((tmp_path / "config.json").read_text())
+        assert len(config.pop("save_id")) == 32
+        refusal = "this is no model of transformers: load it by mmtransfer.load(folder)"
         assert config == {
             "format": "mmtransfer",
             "mmkernels_version": mmkernels.__version__,
+            "model_type": "wav2vec2",
+            **dict.fromkeys(("hidden_size", "d_model", "dim"), refusal),
             "method": "hff-b",
             "options": {
                 "hff-b": {"taps": [0, 1, 2, 3], "out_dim": 6, "norm": True, "activation": "relu"},

@@ -118,12 +118,16 @@ def test_compiles_without_a_break() -> None:
     torch.testing.assert_close(mixed, copy.deepcopy(module)(layers, lens)[0])
 
 
-def test_another_number_of_layers_is_an_error() -> None:
-    with pytest.raises(ValueError, match="all_hs must have 4 layers, got 3; turn off layer drop"):
+def test_missing_layers_are_an_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"all_hs must have the layers \[0, 1, 2, 3\], .*got 3 entries; turn off layer drop"
+    ):
         Featurizer(UPSTREAM)(*make_layers(3))
     layers, lens = make_layers()
-    with pytest.raises(ValueError, match="got 4 and 3 entries"):
+    with pytest.raises(ValueError, match=r"all_lens must have the layers .*got 3 entries"):
         Featurizer(UPSTREAM)(layers, lens[1:])
+    with pytest.raises(ValueError, match="all_hs must have one layer, as the upstream has, got 4"):
+        Featurizer(1, hidden_size=16, downsample_rate=320)(layers, lens)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import subprocess
 import sys
+import types
 from types import ModuleType
 from typing import Any
 
@@ -268,6 +269,109 @@ def test_parameters_that_the_op_does_not_take() -> None:
     assert "torch.float8_e5m2 on cpu has no kernel" in only_reason(
         mmkernels.accelerate(Mixer().to(torch.float8_e5m2))
     )
+
+
+class Bottlenecks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "adapter": nn.Sequential(nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 8)),
+                    "mlp": nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)),
+                }
+            )
+            for _ in range(3)
+        )
+
+
+class OwnAdapter(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 2), nn.Linear(2, 8)
+
+
+class OwnSum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.zeros(5))
+
+
+class NoSum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = types.SimpleNamespace(use_weighted_layer_sum=False)
+
+
+class BottleneckLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapters = nn.ModuleDict()
+
+
+def with_lora() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), nn.Sequential(nn.Linear(8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("make", "place", "text"),
+    [
+        (
+            Bottlenecks,
+            "layers.*.adapter",
+            "it is a bottleneck; if it is an adapter, name it: "
+            "accelerate(model, adapters=['layers.*.adapter']) (3 modules)",
+        ),
+        (lambda: nn.Sequential(OwnAdapter()), "*", "OwnAdapter has the projections of a bottleneck adapter"),
+        (OwnSum, "", "if its parameter weights (5,) weighs layers, mmkernels.nn.LayerMix"),
+        (NoSum, "", "NoSum sums no layers; transformers' audio classifiers do, with config.use_weighted"),
+        (BottleneckLayer, "", "it is a BottleneckLayer without adapters; call accelerate after add_adapter"),
+        (with_lora, "*", "it is a Linear of peft, for which there is no op"),
+        (lambda: torch.jit.script(nn.Linear(2, 2)), "", "it is a TorchScript module"),
+        (lambda: nn.Sequential(nn.Linear(2, 2)), "", "no module of this Sequential resembles one that"),
+    ],
+)
+def test_where_nothing_is_recognised_the_report_says_what_came_near(make: Any, place: str, text: str) -> None:
+    report = mmkernels.accelerate(make())
+    assert (report.replaced, report.skipped) == ([], [])
+    assert [note.name for note in report.notes] == [place]
+    assert report.notes[0].text.startswith(text)
+    assert f"note     {place or '(model)'}: {text}" in str(report)
+
+
+def test_a_report_with_replaced_or_skipped_modules_has_no_near_misses() -> None:
+    assert mmkernels.accelerate(nn.ModuleList([Mixer(), OwnSum()])).notes == []
+    assert mmkernels.accelerate(nn.ModuleList([SumOverBatch(), OwnSum()])).notes == []
+
+
+@pytest.mark.parametrize("convert", [torch.jit.script, torch.fx.symbolic_trace, torch.compile])
+def test_converted_modules_among_others(convert: Any) -> None:
+    model = nn.ModuleList([convert(nn.Sequential(nn.Linear(8, 8))), Mixer()])
+    assert [r.name for r in mmkernels.accelerate(model).replaced] == ["1"]
+
+
+def test_a_wrapper_that_shows_the_attributes_of_its_module_is_no_module_of_its_own() -> None:
+    report = mmkernels.accelerate(torch.compile(Mixer(), backend="eager"))
+    assert [r.name for r in report.replaced] == ["_orig_mod"]
+    assert report.skipped == []
+
+
+def test_parametrised_weights_are_left_alone() -> None:
+    mixer, twin = Mixer(), Mixer()
+    nn.utils.parametrize.register_parametrization(mixer, "layer_weights", nn.Tanh())
+    assert only_reason(mmkernels.accelerate(mixer)) == "it is parametrised (torch.nn.utils.parametrize)"
+    late = Mixer()
+    mmkernels.accelerate(late)
+    for module in (late, twin):
+        nn.utils.parametrize.register_parametrization(module, "layer_weights", nn.Tanh())
+    torch.testing.assert_close(late(make_layers()), twin(make_layers()))
+
+
+def test_weights_in_double_with_layers_in_single_keep_their_precision() -> None:
+    mixer, twin = Mixer().double(), Mixer().double()
+    mmkernels.accelerate(mixer)
+    assert torch.equal(mixer(make_layers()), twin(make_layers()))
 
 
 def test_wrapped_instances_are_left_alone() -> None:

@@ -12,6 +12,7 @@ import torch
 from tiny_adapterhub import (
     BOTTLENECK,
     WIDTH,
+    Activation_Function_Class,
     Adapter,
     BottleneckLayer,
     BottleneckState,
@@ -41,6 +42,59 @@ class AnotherComputation(Adapter):
 
 
 AnotherComputation.__name__ = AnotherComputation.__qualname__ = "Adapter"
+
+
+class DropsHidden(Adapter):
+    """A fork that differs in training alone."""
+
+    def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple[Tensor, ...]:
+        down = self.adapter_down(x)
+        down = nn.functional.dropout(down, 0.5, self.training)
+        up = self.adapter_up(down)
+        up = up * self.scaling
+        output = self.dropout(up)
+        if self.use_gating:
+            gate = torch.sigmoid(self.gate(x))
+            gate = torch.mean(gate, dim=1).unsqueeze(-1)
+            output = output * gate
+        if self.add_layer_norm_after:
+            output = self.adapter_norm_after(output)
+        if self.use_gating and output_gating:
+            return output, down, up, gate
+        return output, down, up
+
+
+class Tempered(Adapter):
+    """A fork that differs once its temperature is set."""
+
+    temperature = 1.0
+
+    def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple[Tensor, ...]:
+        output, down, up = super().forward(x / self.temperature, residual_input)
+        return output, down, up
+
+
+class TakesSum(BottleneckLayer):
+    """A fork whose stack reads the up-projection."""
+
+    def compose_stack(self, setup: Stack, state: BottleneckState) -> BottleneckState:
+        state = super().compose_stack(setup, state)
+        self.norm = state.bottleneck_up.norm()
+        return state
+
+
+class DoubledActivation(Activation_Function_Class):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.f(2 * x)
+
+
+for fork, name in (
+    (DropsHidden, "Adapter"),
+    (Tempered, "Adapter"),
+    (TakesSum, "BottleneckLayer"),
+    (DoubledActivation, "Activation_Function_Class"),
+):
+    fork.__name__ = fork.__qualname__ = name
 
 
 class InheritedAdapter(Adapter):
@@ -262,6 +316,12 @@ def wrapped() -> Adapter:
     return adapter
 
 
+def doubled_activation() -> Adapter:
+    adapter = Adapter()
+    adapter.adapter_down[1] = DoubledActivation("relu")
+    return adapter
+
+
 def odd_dropout() -> Adapter:
     adapter = Adapter()
     adapter.dropout = nn.AlphaDropout(0.0)  # type: ignore[assignment]
@@ -286,6 +346,9 @@ def odd_dropout() -> Adapter:
         (odd_dropout, "its dropout or scaling is of another type"),
         (OverridesForward, "its forward is overridden in OverridesForward"),
         (AnotherComputation, "its forward is another computation"),
+        (lambda: DropsHidden().eval(), "its forward is another computation"),
+        (Tempered, "its forward is another computation"),
+        (doubled_activation, "its activation is Activation_Function_Class"),
     ],
 )
 def test_other_adapters_are_left_alone(make: Any, reason: str) -> None:
@@ -297,6 +360,7 @@ def test_other_adapters_are_left_alone(make: Any, reason: str) -> None:
     [
         (ReadsUp, "the expected statements occur 0 times in its compose_single"),
         (OwnStack, "compose_stack is missing or overridden in OwnStack"),
+        (TakesSum, "compose_stack reads the up-projection"),
     ],
 )
 def test_other_layers_are_left_alone(cls: type[BottleneckLayer], reason: str) -> None:

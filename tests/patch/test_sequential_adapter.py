@@ -37,6 +37,10 @@ class OwnForward(nn.Sequential):
         return super().forward(input) + input
 
 
+class Linear(nn.Linear):
+    """A layer of the name of torch's, as those of quantisation."""
+
+
 class Named(nn.Sequential):
     """A subclass that is a Sequential in all but its name."""
 
@@ -169,6 +173,12 @@ def test_again_and_back() -> None:
             lambda: nn.Sequential(*make_adapter()[:2], nn.Conv1d(HIDDEN, WIDTH, 1)),
             "it has Linear, ReLU, Conv1d",
         ),
+        (
+            lambda: nn.Sequential(Linear(16, 6), nn.ReLU(), Linear(6, 16)),
+            r"it has test_seq.*\.Linear, ReLU",
+        ),
+        (lambda: with_lora(make_adapter()), r"it has peft\.tuners\.lora\.layer\.Linear, ReLU, Linear"),
+        (lambda: torch.jit.script(make_adapter()), "it is a TorchScript module"),
     ],
 )
 def test_other_modules_are_refused_and_nothing_is_replaced(make: Any, reason: str) -> None:
@@ -189,6 +199,11 @@ def test_names_that_match_nothing_are_refused_and_nothing_is_replaced() -> None:
 def test_names_must_be_strings(adapters: Any) -> None:
     with pytest.raises(TypeError, match="adapters must be a list of module names or patterns, got"):
         mmkernels.accelerate(make_model(make_adapter()), adapters=adapters)
+
+
+def with_lora(adapter: nn.Sequential) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    return peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["0"]), adapter)
 
 
 def hooked() -> nn.Sequential:
@@ -230,6 +245,35 @@ def test_layers_with_more_to_them_are_skipped(make: Any, reason: str) -> None:
     assert [r.name for r in report.replaced] == ["1.adapter"]
     assert [s.name for s in report.skipped] == ["0.adapter"]
     assert reason in report.skipped[0].reason
+
+
+def test_global_hooks_see_the_layers(calls: list[Any]) -> None:
+    model = make_model(make_adapter())
+    mmkernels.accelerate(model, adapters=["*.adapter"])
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, out: seen.append(module))
+    try:
+        model(make_input())
+    finally:
+        handle.remove()
+    assert set(model[0].adapter) <= set(seen)
+    assert calls == []
+
+
+def test_a_forward_that_was_replaced_on_its_class_runs(
+    calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(make_adapter())
+    mmkernels.accelerate(model, adapters=["*.adapter"])
+    forward = nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: 2 * forward(self, x))
+    other = make_model(make_adapter())
+    reason = mmkernels.accelerate(other, adapters=["*.adapter"]).skipped[0].reason
+    assert reason == "forward of the class of 0, Linear, was replaced"
+    x = make_input()
+    adapter = model[0].adapter
+    assert torch.equal(adapter(x), adapter[2](adapter[1](adapter[0](x))))
+    assert calls == []
 
 
 def test_changes_after_the_replacement_are_respected(calls: list[Any]) -> None:

@@ -144,6 +144,22 @@ def test_given_encoder_outputs() -> None:
         )
 
 
+@pytest.mark.parametrize(
+    ("class_name", "option"),
+    [
+        ("HubertForSequenceClassification", "layerdrop"),
+        ("WhisperForAudioClassification", "encoder_layerdrop"),
+    ],
+)
+def test_layer_drop_is_named_in_the_report(class_name: str, option: str) -> None:
+    report = mmkernels.accelerate(make_model(class_name, **{option: 0.1}))
+    assert len(report.replaced) == 1
+    assert [note.name for note in report.notes] == [""]
+    assert f"config.{option} is 0.1: " in report.notes[0].text
+    assert f"set config.{option} = 0" in str(report)
+    assert mmkernels.accelerate(make_model(class_name, **{option: 0.0})).notes == []
+
+
 def test_dropped_layers_fail_as_in_the_class_itself() -> None:
     name = "WavLMForSequenceClassification"
     messages = []

@@ -78,29 +78,27 @@ class Adapter(nn.Module):
             hidden = layer_norm(hidden + block_input)
         return hidden, before if self.residual_before_ln else hidden
 
-    def _bottleneck(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple[Tensor, ...]:
+        """The statements of the library, which ``accelerate`` compares."""
         down = self.adapter_down(x)
         up = self.adapter_up(down)
         if hasattr(self, "DropPath"):
             up = self.DropPath(up)
-        return down, up * self.scaling
-
-    def _gated(self, x: Tensor, output: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        if not self.use_gating:
-            return output, ()
-        gate = self.gate(x).sigmoid().mean(dim=1, keepdim=True)
-        return output * gate, (gate,)
-
-    def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple[Tensor, ...]:
-        down, up = self._bottleneck(x)
-        output, gate = self._gated(x, self.dropout(up))
+        up = up * self.scaling
+        output = self.dropout(up)
+        if self.use_gating:
+            gate = torch.sigmoid(self.gate(x))
+            gate = torch.mean(gate, dim=1).unsqueeze(-1)
+            output = output * gate
         if self.adapter_residual_before_ln:
             output = output + residual_input
         if self.add_layer_norm_after:
             output = self.adapter_norm_after(output)
         if not self.adapter_residual_before_ln:
             output = output + residual_input
-        return (output, down, up, *gate) if output_gating else (output, down, up)
+        if self.use_gating and output_gating:
+            return output, down, up, gate
+        return output, down, up
 
 
 class ParallelAdapter(Adapter):
@@ -108,11 +106,19 @@ class ParallelAdapter(Adapter):
         return block_input, block_input
 
     def forward(self, x: Tensor, residual_input: Tensor, output_gating: bool = False) -> tuple[Tensor, ...]:
-        down, up = self._bottleneck(x)
-        output, gate = self._gated(x, self.dropout(up))
+        down = self.adapter_down(x)
+        up = self.adapter_up(down)
+        up = up * self.scaling
+        output = self.dropout(up)
+        if self.use_gating:
+            gate = torch.sigmoid(self.gate(x))
+            gate = torch.mean(gate, dim=1).unsqueeze(-1)
+            output = output * gate
         if self.add_layer_norm_after:
             output = self.adapter_norm_after(output)
-        return (output, down, up, *gate) if output_gating else (output, down, up)
+        if self.use_gating and output_gating:
+            return output, down, up, gate
+        return output, down, up
 
 
 class Stack(tuple):  # type: ignore[type-arg]

@@ -14,6 +14,7 @@ LAYERS = 4  # three transformer layers and their input
 HIDDEN = 32
 BATCH = 2
 LABELS = 3
+RELEASE = tuple(int(number) for number in transformers.__version__.split(".")[:2])
 
 _ENCODER = {
     "hidden_size": HIDDEN,
@@ -80,6 +81,7 @@ def classes_with_weighted_sum() -> list[str]:
     classes = (
         body
         for file in sorted(models.glob("*/modeling_*.py"))
+        if not file.name.startswith(("modeling_tf_", "modeling_flax_"))
         for body in re.split(r"^class ", file.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     )
     return [body[: body.index("(")] for body in classes if "softmax(self.layer_weights" in body]
@@ -115,7 +117,9 @@ def make_inputs(class_name: str, dtype: torch.dtype = torch.float32) -> dict[str
         inputs = {name: value.to(dtype) for name, value in inputs.items()}
         mask = torch.ones(shape[:2], dtype=torch.long)
         mask[1, shape[1] * 2 // 3 :] = 0
-        inputs["attention_mask"] = mask
+        if not class_name.startswith("SEW") or RELEASE >= (5, 16):
+            # SEW of earlier releases fails with a mask.
+            inputs["attention_mask"] = mask
         frames = 30 if featured else 39
     if "AudioFrame" in class_name:
         labels = torch.randint(LABELS, (BATCH, frames), generator=generator)

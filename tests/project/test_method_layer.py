@@ -27,6 +27,7 @@ FILES_OF_A_PAPER = (
 GENERAL = ("compare", "training", "cli", "tasks", "encoders", "data")
 #: Each imports from those before it alone, when it is imported.
 FLOORS = (
+    ("versions",),
     ("data",),
     ("training.settings", "training.memory"),
     ("encoders",),
@@ -34,6 +35,7 @@ FLOORS = (
     PAPERS,
     ("registry",),
     ("tasks",),
+    ("saving",),
     ("model", "preparation"),
     ("checkpoint",),
     ("training",),

@@ -11,7 +11,6 @@ computes the up-projection, and the residual is added to it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -25,20 +24,21 @@ from mmkernels.patch.bottleneck import (
     takes_residual,
 )
 from mmkernels.patch.recogniser import Recogniser, Unsupported
-from mmkernels.patch.rewrite import Rewrite
+from mmkernels.patch.rewrite import Body, Rewrite
 
 _LAYER_CLASSES = ("BottleneckLayer", "ComposableAdapterLayerBase")
 # The methods that run between compose_single and the end of a layer with a stack of adapters.
 _LAYER_METHODS = ("bottleneck_layer_forward", "compose", "compose_stack", "pre_block")
 
-_verdicts: dict[tuple[object, ...], str | None] = {}
-"""Per class of adapter: None if its forward is the computation below, else the difference."""
+_kinds: dict[object, str | None] = {}
+"""Per forward of an adapter's class: "sequential", "parallel", or None if it is none of the library's."""
 
 
 class AdapterHubLayer(Recogniser):
     """A ``BottleneckLayer`` of ``adapters``, or a module that inherits from it, with at least one adapter."""
 
     what = "bottleneck adapters of BottleneckLayer.compose_single -> adapter"
+    method = "compose_single"
 
     def claims(self, module: nn.Module) -> bool:
         return (
@@ -62,12 +62,15 @@ class AdapterHubLayer(Recogniser):
             except Unsupported as reason:
                 yield f"adapters.{name}", str(reason)
 
-    def methods(self, cls: type[Any]) -> dict[str, Callable[..., Any]]:
+    def override(self, cls: type[Any]) -> Callable[..., Any]:
         for method in _LAYER_METHODS:
             owner = _owner(cls, method)
             if owner not in _LAYER_CLASSES:
                 raise Unsupported(f"unknown layout: {method} is missing or overridden in {owner}")
-        return {"compose_single": CALL_OF_ADAPTER.apply(cls.compose_single)}
+            # A stack's state holds no up-projection.
+            if "bottleneck_up" in getattr(cls, method).__code__.co_names:
+                raise Unsupported(f"unknown layout: {method} reads the up-projection")
+        return CALL_OF_ADAPTER.apply(cls.compose_single)
 
 
 def _serves(adapter: Any, state: Any, output_gating: bool) -> bool:
@@ -109,7 +112,7 @@ def _run(adapter: Any, x: Tensor, residual: Any, keep_up: bool) -> tuple[Tensor,
     bottleneck = find_bottleneck([*adapter.adapter_down, adapter.adapter_up])
     scaling = adapter.scaling
     learned = isinstance(scaling, Tensor)
-    sequential = _owner(type(adapter), "forward") == "Adapter"
+    sequential = _kind(type(adapter)) == "sequential"
     if sequential and not learned and not keep_up and takes_residual(residual, x):
         return bottleneck(x, residual, float(scaling)), None
     up = bottleneck(x) * scaling if learned else bottleneck(x, scale=float(scaling))
@@ -141,9 +144,8 @@ def _bottleneck(adapter: Any) -> Bottleneck:
     if type(dropout) is not nn.Dropout or not isinstance(scaling, (int, float, Tensor)):
         raise Unsupported("unknown layout: its dropout or scaling is of another type")
     check_intact((name or "it", module) for name, module in adapter.named_modules())
-    verdict = _verdict(adapter, down[-1], bottleneck)
-    if verdict is not None:
-        raise Unsupported(verdict)
+    if _kind(type(adapter)) is None:
+        raise Unsupported("unknown layout: its forward is another computation")
     return bottleneck
 
 
@@ -158,45 +160,52 @@ def _adapters(module: Any) -> nn.ModuleDict:
     return adapters
 
 
-def _verdict(adapter: nn.Module, activation: nn.Module, bottleneck: Bottleneck) -> str | None:
-    key = type(adapter), type(activation), bottleneck.activation
-    if key not in _verdicts:
+def _kind(cls: type[Any]) -> str | None:
+    """The library's adapter with the forward of this class; it is read once."""
+    forward = cls.forward
+    if forward not in _kinds:
         if torch.compiler.is_compiling():
-            return "not examined before torch.compile"
-        _verdicts[key] = _prove(adapter, activation)
-    return _verdicts[key]
+            raise Unsupported("not examined before torch.compile")
+        _kinds[forward] = next((kind for kind, body in FORWARDS if body.matches(forward)), None)
+    return _kinds[forward]
 
 
-def _prove(adapter: nn.Module, activation: nn.Module) -> str | None:
-    """Compare the class's forward with ``_run`` on a small copy with random weights."""
-    generator = torch.Generator().manual_seed(0)
+def _forward_of_adapter(drop: str, residual: bool) -> Body:
+    """The forward that all versions have but for the two differences; ``_run`` computes the same."""
+    before, after = ("", "")
+    if residual:
+        before = """
+            if self.adapter_residual_before_ln:
+                OUTPUT = OUTPUT + residual_input"""
+        after = """
+            if not self.adapter_residual_before_ln:
+                OUTPUT = OUTPUT + residual_input"""
+    return Body(
+        f"""
+        def forward(self, x, residual_input, output_gating):
+            DOWN = self.adapter_down(x)
+            UP = self.adapter_up(DOWN){drop}
+            UP = UP * self.scaling
+            OUTPUT = self.dropout(UP)
+            if self.use_gating:
+                GATE = torch.sigmoid(self.gate(x))
+                GATE = torch.mean(GATE, dim=1).unsqueeze(-1)
+                OUTPUT = OUTPUT * GATE{before}
+            if self.add_layer_norm_after:
+                OUTPUT = self.adapter_norm_after(OUTPUT){after}
+            if self.use_gating and output_gating:
+                return OUTPUT, DOWN, UP, GATE
+            return OUTPUT, DOWN, UP
+        """,
+        meanings={"torch": torch},
+    )
 
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    def module(kind: Callable[..., nn.Module], *sizes: int) -> nn.Module:
-        made = nn.utils.skip_init(kind, *sizes, device="cpu", dtype=torch.float64)
-        for parameter in made.parameters():
-            parameter.copy_(random(*parameter.shape))
-        return made
-
-    with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        twin: Any = copy.copy(adapter)
-        twin._parameters = {}
-        twin.__dict__.pop("scaling", None)
-        twin._modules = {
-            **adapter._modules,
-            "adapter_down": nn.Sequential(module(nn.LayerNorm, 8), module(nn.Linear, 8, 4), activation),
-            "adapter_up": module(nn.Linear, 4, 8),
-            "dropout": nn.Dropout(0.0),
-        }
-        for scaling in (0.5, nn.Parameter(random(8))):
-            twin.scaling = scaling
-            x, residual = random(2, 3, 8), random(2, 3, 8)
-            try:
-                output, _, up = type(adapter).forward(twin, x, residual_input=residual, output_gating=False)
-                torch.testing.assert_close((output, up), _run(twin, x, residual, keep_up=True))
-                torch.testing.assert_close(output, _run(twin, x, residual, keep_up=False)[0])
-            except Exception as error:
-                return f"unknown layout: its forward is another computation ({type(error).__name__})"
-    return None
+_DROP = """
+            if hasattr(self, "DropPath"):
+                UP = self.DropPath(UP)"""
+FORWARDS = (
+    ("sequential", _forward_of_adapter(_DROP, residual=True)),
+    ("sequential", _forward_of_adapter("", residual=True)),  # before 1.1
+    ("parallel", _forward_of_adapter("", residual=False)),
+)

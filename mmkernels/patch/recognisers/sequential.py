@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from mmkernels.patch.bottleneck import Bottleneck, Mismatch, check_intact, find_bottleneck
@@ -15,12 +16,15 @@ class SequentialAdapter(Recogniser):
     """The bottleneck without residual, which the caller of the ``Sequential`` adds."""
 
     what = "Sequential of down-projection, activation, up-projection -> adapter"
+    method = "forward"
 
     def claims(self, module: nn.Module) -> bool:
         return False  # Only the user knows that such a Sequential is an adapter.
 
     def check(self, module: nn.Module) -> None:
         cls = type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            raise Mismatch("it is a TorchScript module, whose code is fixed")
         if not isinstance(module, nn.Sequential):
             raise Mismatch(f"it is a {cls.__name__}, not a torch.nn.Sequential")
         if cls.forward is not nn.Sequential.forward:
@@ -30,7 +34,7 @@ class SequentialAdapter(Recogniser):
             raise Unsupported("forward is overridden on the instance, by a hook or a wrapper")
         check_intact(module.named_children())
 
-    def methods(self, cls: type[Any]) -> dict[str, Callable[..., Any]]:
+    def override(self, cls: type[Any]) -> Callable[..., Any]:
         original = cls.forward
 
         def forward(self: Any, input: Any) -> Any:
@@ -39,7 +43,7 @@ class SequentialAdapter(Recogniser):
                 return bottleneck(input)
             return original(self, input)
 
-        return {"forward": forward}
+        return forward
 
 
 def _intact_bottleneck(module: nn.Sequential) -> Bottleneck | None:

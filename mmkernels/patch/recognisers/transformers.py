@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class WeightedLayerSum(Recogniser):
     """Any class whose ``forward`` holds the stacked sum as transformers writes it."""
 
     what = "stacked weighted sum of hidden states -> layer_mix"
+    method = "forward"
 
     def claims(self, module: nn.Module) -> bool:
         forward = innermost(type(module).forward)
         reads_weights = forward is not None and "layer_weights" in forward.__code__.co_names
-        return reads_weights or isinstance(getattr(module, "layer_weights", None), nn.Parameter)
+        # Not getattr: wrappers (compiled, PEFT) give the attributes of the module inside.
+        return reads_weights or module._parameters.get("layer_weights") is not None
 
     def check(self, module: nn.Module) -> None:
         config = getattr(module, "config", None)
@@ -45,5 +47,14 @@ class WeightedLayerSum(Recogniser):
             raise Unsupported("it has no layer_weights")
         check_instance(module, "forward", weights)
 
-    def methods(self, cls: type[Any]) -> dict[str, Callable[..., Any]]:
-        return {"forward": STACKED_SUM.apply(cls.forward)}
+    def notes(self, module: nn.Module) -> Iterable[str]:
+        config = getattr(module, "config", None)
+        for name in ("layerdrop", "encoder_layerdrop"):
+            if getattr(config, name, 0):
+                yield (
+                    f"config.{name} is {getattr(config, name)}: where a layer that is dropped in training "
+                    f"leaves no hidden state, the sum fails, replaced or not; set config.{name} = 0"
+                )
+
+    def override(self, cls: type[Any]) -> Callable[..., Any]:
+        return STACKED_SUM.apply(cls.forward)

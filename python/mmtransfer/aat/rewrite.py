@@ -50,10 +50,10 @@ class EntryRewritten:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         x = _autocast(x)
+        linear, adapter = self.linear, self.adapter
+        assert adapter.down_bias is not None
         with without_autocast(x.device.type):
-            return _stacked_rows(
-                x, self.linear.weight, self.linear.bias, self.adapter.down_weight, self.adapter.down_bias
-            )
+            return _stacked_rows(x, linear.weight, linear.bias, adapter.down_weight, adapter.down_bias)
 
 
 class ExitRewritten:

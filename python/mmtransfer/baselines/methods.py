@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 
 from mmtransfer.encoders.edit import Edit, check_layers
 from mmtransfer.encoders.encoder import Encoder
-from mmtransfer.method import AdapterMethod, EditMethod, LayerEditMethod, Method, option
+from mmtransfer.method import AdapterMethod, EditMethod, Foreign, LayerEditMethod, Method, option
 from mmtransfer.training.settings import Training
+
+from . import peft_format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +127,8 @@ class LoRA(LayerEditMethod):
     title: ClassVar[str] = "LoRA"
     paper: ClassVar[str] = "arXiv 2106.09685"
 
+    FOREIGN_FILES: ClassVar[tuple[str, ...]] = (peft_format.CONFIG, peft_format.WEIGHTS)
+
     rank: int = option(8, least=1)
 
     def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
@@ -155,6 +160,31 @@ class LoRA(LayerEditMethod):
                 # peft takes the dtype of the projection.
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             edit.train(added)
+
+    def foreign_files(
+        self, model: nn.Module, head: Sequence[str], tensors: Mapping[str, torch.Tensor]
+    ) -> dict[str, Callable[[Path], object]]:
+        """Peft's own files, where its format has all that is trained."""
+        return peft_format.files(model, head, tensors)
+
+    @classmethod
+    def read_foreign(cls, folder: Path, encoder: Encoder) -> Foreign | None:
+        found = peft_format.read(folder)
+        if found is None:
+            return None
+        names = {module: name for name, module in encoder.root.named_modules()}
+        projections = [
+            {names[layer.get_submodule(path)] for _, path in cls._targets(encoder, [layer])}
+            for layer in encoder.all_layers
+        ]
+        layers = [index for index, own in enumerate(projections) if own <= set(found.targets)]
+        others = set(found.targets).difference(*(projections[index] for index in layers))
+        if others or not layers:
+            raise ValueError(
+                f"{folder} has updates of {', '.join(sorted(others)[:3]) or 'no layer'}; {cls.name} has them "
+                "of queries and values in the encoder's layers; load others by peft.PeftModel.from_pretrained"
+            )
+        return Foreign(cls(rank=found.rank, layers=tuple(layers)), found.head, found.tensors)
 
     @staticmethod
     def _targets(encoder: Encoder, layers: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import tyro
 
+from mmtransfer import versions
+
 from .compare import compare
 from .info import info, methods
 from .messages import fail
@@ -29,6 +31,7 @@ def bench() -> None:
 COMMANDS: dict[str, Callable[..., Any]] = {
     command.__name__: command for command in (compare, methods, info, bench)
 }
+NEEDS_NO_TRANSFORMERS = ("info", "bench")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -39,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
     if given[0] not in COMMANDS:
         fail(f"no command {given[0]!r}; {_usage()}", 2)
+    if given[0] not in NEEDS_NO_TRANSFORMERS and (problem := versions.find_problem()):
+        print(problem, file=sys.stderr)
+        sys.exit(1)
     if given[0] == "bench":
         sys.exit(_bench(given[1:]))
     expanded = expand(given)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+# ruff: noqa: E402
+from mmtransfer import versions
+
+# Before transformers is imported, whose earlier releases lack names that are imported below.
+versions.check()
+
 from .descriptions import DESCRIPTIONS, ModelDescription
 from .edit import Edit
 from .encoder import Encoder, Tap, default_taps, describe

@@ -104,6 +104,11 @@ class Edit:
         """Whether the encoder computes as before and nothing in it is trained."""
         return not (self._changed or self.parameters)
 
+    def adds_to(self, module: nn.Module) -> bool:
+        """Whether a child of the module was added or replaced."""
+        inside = set(module.modules())
+        return any(owner in inside for owner, *_ in (*self._added, *self._replaced))
+
     def check_alone(self) -> None:
         """Raise a ValueError if another edit of the encoder is in force."""
         if not self._in_force and (name := self.encoder.model.__dict__.get(_MARK)) is not None:
