@@ -184,7 +184,9 @@ class _StackedColumns(torch.autograd.Function):
 
 
 def _cat(parts: list[torch.Tensor], dim: int, dtype: torch.dtype) -> torch.Tensor:
-    """`torch.cat` and the cast in one pass."""
+    """`torch.cat` and the cast in one pass; in two where gradients of a gradient are wanted."""
+    if torch.is_grad_enabled():
+        return torch.cat([part.to(dtype) for part in parts], dim)
     sizes = [part.shape[dim] for part in parts]
     shape = [*parts[0].shape]
     shape[dim] = sum(sizes)
