@@ -78,7 +78,8 @@ def test_frozen_weights_that_are_thawed_later_get_their_gradients():
 
 def test_autocast_is_as_close_to_float64_as_without_rewriting():
     exact = prepared(build("audio-spectrogram-transformer"))
-    apart = copy.deepcopy(exact).float()
+    # The reference computes in float32 under autocast too.
+    apart = prepared(build("audio-spectrogram-transformer"), backend="auto").float()
     inside = prepared(build("audio-spectrogram-transformer"), rewrite=True).float()
     inputs = make_input("audio-spectrogram-transformer")
     wanted = encode(exact)
