@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 
 #: Names under which wrapper classes hold their only child: torch.compile, FSDP, activation checkpointing.
@@ -61,6 +62,8 @@ def parallel_class(model: nn.Module) -> str | None:
 
 def _inside(model: nn.Module) -> nn.Module | None:
     """The module that a known wrapper holds."""
+    if isinstance(model, torch.jit.ScriptModule):  # its children are no modules of Python
+        return None
     for name in _CHILDREN:
         if (child := model._modules.get(name)) is not None:
             return child
@@ -77,7 +80,9 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 def _inside_own(model: nn.Module) -> nn.Module | None:
     """The only child of a wrapper that a user wrote, if it leads to a model of a library."""
-    if _of_library(model) or len(model._modules) != 1 or any(True for _ in model.parameters(recurse=False)):
+    if isinstance(model, torch.jit.ScriptModule) or _of_library(model):
+        return None
+    if len(model._modules) != 1 or any(True for _ in model.parameters(recurse=False)):
         return None
     (child,) = model._modules.values()
     return child if child is not None and _of_library(unwrap(child)) else None
