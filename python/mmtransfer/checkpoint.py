@@ -10,7 +10,6 @@ import json
 import os
 import tempfile
 import uuid
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -70,8 +69,6 @@ def save(
     if isinstance(own, AdaptedModel) and own.reverted:
         raise ValueError(f"the edit of {own.method.name} was reverted; there is nothing of it to save")
     call = "mmtransfer.load(folder)" if own is model else "mmtransfer.load_prepared(model, folder)"
-    if isinstance(own, Prepared):
-        _warn_of_thawed(own)
     described = _describe(own)
     config = {
         "format": FORMAT,
@@ -374,46 +371,16 @@ def _copy_strictly(
         if own[name].shape != tensors[name].shape
     ]
     differences += [
-        f"{name} was saved in {tensors[name].dtype} and would be rounded to {own[name].dtype}"
+        f"{name} was saved in {tensors[name].dtype} and would be rounded to {own[name].dtype}; load the "
+        f"model in {tensors[name].dtype}"
         for name in sorted(own.keys() & tensors.keys())
         if torch.promote_types(tensors[name].dtype, own[name].dtype) != own[name].dtype
     ]
     if differences:
         raise ValueError(f"the weights in {source} do not fit: {'; '.join(differences)}")
-    _warn_of_rounding(own, tensors, source)
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
-
-
-def _warn_of_thawed(prepared: Prepared) -> None:
-    """Parameters that were thawed by hand are trained, and no part of what loading builds again."""
-    named = prepared.edit.encoder.root.named_parameters()
-    others = [name for name, each in named if each.requires_grad and name not in set(prepared.trainable)]
-    if others:
-        warnings.warn(
-            f"{len(others)} parameters that were thawed after prepare, such as {others[0]}, are not saved; "
-            "save the model's state_dict, or name them as head of prepare where they are outside the encoder",
-            stacklevel=3,
-        )
-
-
-def _warn_of_rounding(
-    own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str | Path
-) -> None:
-    rounded = [name for name, tensor in own.items() if not _holds(tensor.dtype, tensors[name].dtype)]
-    if rounded:
-        saved, loaded = tensors[rounded[0]].dtype, own[rounded[0]].dtype
-        warnings.warn(
-            f"{len(rounded)} of {len(own)} tensors in {source} are rounded, such as {rounded[0]} from "
-            f"{saved} to {loaded}; load the model with dtype={saved} to keep them as they were trained",
-            stacklevel=4,
-        )
-
-
-def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Whether every value of the second is one of the first."""
-    return torch.promote_types(wide, narrow) == wide
 
 
 def _detach(

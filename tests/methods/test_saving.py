@@ -258,24 +258,13 @@ def test_an_interrupted_save_is_noticed(tmp_path, monkeypatch, failing):
     mmtransfer.load_prepared(fresh, tmp_path)
 
 
-def test_parameters_thawed_by_hand_are_named(tmp_path):
-    model = prepare(build(), "aat-m")
-    model.wav2vec2.feature_projection.projection.bias.requires_grad_(True)
-    with pytest.warns(UserWarning, match=r"1 parameters .*projection\.bias, are not saved; save"):
-        mmtransfer.save(model, tmp_path)
-
-
-def test_rounding_is_said(tmp_path, recwarn):
-    model = prepare(build(), "full")
-    mmtransfer.save(model, tmp_path)
-    with pytest.warns(
-        UserWarning, match=r"rounded, such as .* from torch\.float32 to torch\.bfloat16; load the"
-    ):
-        mmtransfer.load_prepared(build().bfloat16(), tmp_path)
-    recwarn.clear()
-    mmtransfer.load_prepared(build(), tmp_path)
+def test_weights_are_widened_and_never_rounded(tmp_path):
+    mmtransfer.save(prepare(build(), "full"), tmp_path)
+    narrow = build().bfloat16()
+    with pytest.raises(ValueError, match=r"rounded to torch\.bfloat16; load the model in torch\.float32"):
+        mmtransfer.load_prepared(narrow, tmp_path)
+    assert not mmtransfer.preparation.is_prepared(narrow)
     mmtransfer.load_prepared(build().double(), tmp_path)
-    assert not [w for w in recwarn if "rounded" in str(w.message)]
 
 
 def test_tensors_that_share_memory_are_saved(tmp_path):
