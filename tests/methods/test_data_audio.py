@@ -191,7 +191,7 @@ class TestValues:
         samples = INTEGERS.astype(np.float32)
         recordings = with_samples(samples)
         with pytest.raises(
-            ValueError, match=r"source of a clip of made reaches 16383, .*divide 16-bit values"
+            DataError, match=r"source of a clip of made reaches 16383, .*divide 16-bit values"
         ):
             recordings.load(recordings.train[0])
         with pytest.raises(ValueError, match=r"audio\[0\] reaches 16383"):
@@ -226,7 +226,7 @@ class TestValues:
         with pytest.raises(ValueError, match=r"must have the shape \(samples,\), one channel, got \("):
             extract(Wav2Vec2FeatureExtractor(), [samples])
         recordings = with_samples(samples)
-        with pytest.raises(ValueError, match="the source of a clip of made must have the shape"):
+        with pytest.raises(DataError, match="the source of a clip of made must have the shape"):
             recordings.load(recordings.train[0])
 
     def test_no_clip(self):

@@ -78,7 +78,8 @@ class TestReentrantCheckpointing:
         perturb(model)
         expected = gradients(model, model_type)
         model.gradient_checkpointing_enable(REENTRANT)
-        if method in ("bitfit", "full"):
+        # transformers lets the embeddings of text models ask for a gradient.
+        if method in ("bitfit", "full") or not make_input(model_type).is_floating_point():
             assert_trained_as(model, model_type, expected)
         else:
             with pytest.raises(ValueError, match="use_reentrant=False is needed"):

@@ -65,8 +65,11 @@ def compare(
         progress = Progress(disable=True, console=Console(quiet=True))
     began = time.perf_counter()
     session = _Session(experiment, settings, progress)
-    session.prepare()
-    found = [session.run_method(method) for method in session.methods]
+    try:
+        session.prepare()
+        found = [session.run_method(method) for method in session.methods]
+    finally:
+        session.close()
     return Comparison(
         task=session.describe_task(),
         settings=session.describe_settings(),
@@ -136,6 +139,12 @@ class _Session:
         self._log(f"Features of {clips} clips: {self.feature_seconds:.0f} s")
         if any(self.through_encoder.values()):
             self.inputs = self._cache("Inputs", self._cache_inputs)
+
+    def close(self) -> None:
+        """Give the experiment's model back as it was."""
+        for model in self.trained.values():
+            model.revert()
+        self.encoder.revert()
 
     def run_method(self, method: Method) -> MethodResult | FailedMethod:
         """All runs of a method, and its step; or the reason why there is no result."""

@@ -57,13 +57,16 @@ class Recordings:
     ) -> np.ndarray:
         """Mono float32 samples `(samples,)` of `clip` at `sample_rate` Hz, at most `max_seconds` of it.
 
-        DataError for a file as in `read_audio`; TypeError or ValueError for samples that are not one finite
-        floating-point channel between -1 and 1.
+        DataError for a file as in `read_audio`, and for samples that are not one finite channel between -1
+        and 1; TypeError for samples that are not floating-point.
         """
         if isinstance(clip.source, Path):
             return read_audio(clip.source, sample_rate, max_seconds)
         check_max_seconds(max_seconds)
-        check_samples(clip.source, f"the source of a clip of {self.name}")
+        try:
+            check_samples(clip.source, f"the source of a clip of {self.name}")
+        except ValueError as error:
+            raise DataError(str(error)) from None
         samples = clip.source if max_seconds is None else clip.source[: round(max_seconds * SAMPLE_RATE)]
         return resample(samples.astype(np.float32, copy=False), SAMPLE_RATE, sample_rate)
 
