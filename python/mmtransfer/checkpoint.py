@@ -64,7 +64,7 @@ def save(
         ValueError: the model is neither of the two, or was reverted.
         FileExistsError: the folder has files of these names that are not a checkpoint of this package.
     """
-    folder = Path(folder)
+    folder = _named(folder)
     own = _find_adapted(model) or get_prepared(model)
     if isinstance(own, AdaptedModel) and own.reverted:
         raise ValueError(f"the edit of {own.method.name} was reverted; there is nothing of it to save")
@@ -96,12 +96,13 @@ def save(
         replace_file(folder / name, write)
 
 
-def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> AdaptedModel:
+def load(folder: str | Path, model: nn.Module | str | Path | None = None, **runtime: Any) -> AdaptedModel:
     """The `AdaptedModel` that `save` wrote, in eval mode.
 
     Args:
         folder: where `config.json` and `model.safetensors` are.
-        model: the transformers model with the encoder; None loads the one named in the configuration.
+        model: the transformers model with the encoder, or its folder or hub name; None loads the one named in
+            the configuration.
         runtime: options of the method that say how it is computed: backend, rewrite, recompute.
 
     Raises:
@@ -114,12 +115,8 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
         raise ValueError(f"{folder} was saved from a prepared model; load it by load_prepared(model, folder)")
     _check_whole(config, "task", folder)
     base = config["base_model"]
-    if model is None:
-        if not base["name_or_path"]:
-            raise ValueError(f"{folder} was saved from an unnamed encoder; pass it as model")
-        # As it was trained; transformers itself would take the dtype that the weights are stored in.
-        precision = find_dtype(base.get("encoder_dtype", "float32"))
-        model = AutoModel.from_pretrained(base["name_or_path"], dtype=precision)
+    if not isinstance(model, nn.Module):
+        model = _load_base(model, base, folder)
     _check_base(Encoder(model), base, folder)
     method = _find_method(config, runtime)
     try:
@@ -140,6 +137,22 @@ def load(folder: str | Path, model: nn.Module | None = None, **runtime: Any) -> 
             raise
     adapted.audio = audio
     return adapted.eval()
+
+
+def _load_base(source: str | Path | None, base: Mapping[str, Any], folder: str | Path) -> nn.Module:
+    """The encoder that a checkpoint was trained on, from `source` or where the configuration says."""
+    place = source or base["name_or_path"]
+    if not place:
+        raise ValueError(f"{folder} was saved from an unnamed encoder; pass it as model")
+    # As it was trained; transformers itself would take the dtype that the weights are stored in.
+    precision = find_dtype(base.get("encoder_dtype", "float32"))
+    try:
+        return AutoModel.from_pretrained(place, dtype=precision)
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"the encoder of {folder} cannot be loaded from {place}; give it, or the folder where it is now: "
+            "load(folder, encoder)"
+        ) from error
 
 
 def load_prepared(
@@ -334,8 +347,15 @@ def _check_same(own: Mapping[str, Any], saved: Mapping[str, Any], folder: str | 
         raise ValueError(f"{folder} was saved from a model prepared with {'; '.join(differences)}")
 
 
+def _named(folder: str | Path) -> Path:
+    """The folder's path; an empty name would be the current folder."""
+    if not isinstance(folder, (str, Path)) or str(folder) == "":
+        raise ValueError(f"folder must be a path, got {folder!r}")
+    return Path(folder)
+
+
 def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    folder = Path(folder)
+    folder = _named(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}; a checkpoint has {CONFIG} and {WEIGHTS}")
@@ -362,7 +382,7 @@ def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
 def _copy_strictly(
     own: Mapping[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], source: str | Path
 ) -> None:
-    """Copy tensors over exactly these, of these shapes; a ValueError lists all differences."""
+    """Copy tensors over exactly these, of these shapes; a ValueError lists the differences."""
     differences = [f"{name} is missing" for name in sorted(own.keys() - tensors.keys())]
     differences += [f"{name} is unknown" for name in sorted(tensors.keys() - own.keys())]
     differences += [
@@ -376,8 +396,12 @@ def _copy_strictly(
         for name in sorted(own.keys() & tensors.keys())
         if torch.promote_types(tensors[name].dtype, own[name].dtype) != own[name].dtype
     ]
+    differences += [
+        f"{name} is on the meta device, load its model first" for name in own if own[name].is_meta
+    ]
     if differences:
-        raise ValueError(f"the weights in {source} do not fit: {'; '.join(differences)}")
+        more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+        raise ValueError(f"the weights in {source} do not fit: {'; '.join(differences[:8])}{more}")
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
@@ -393,6 +417,8 @@ def _detach(
     ready: dict[str, torch.Tensor] = {}
     seen: set[int] = set()
     for name, tensor in source.items():
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no values to save")
         tensor = tensor.detach().cpu().contiguous()
         place = tensor.untyped_storage().data_ptr()
         ready[name] = tensor.clone() if place in seen else tensor

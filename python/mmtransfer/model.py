@@ -14,7 +14,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from mmtransfer import registry, saving
 from mmtransfer.data.inputs import AudioInput
-from mmtransfer.encoders.autocast import autocast_dtype
+from mmtransfer.encoders.autocast import autocast_takes
 from mmtransfer.encoders.edit import Edit, check_editable, untouched_on_error
 from mmtransfer.encoders.encoder import Encoder, resolve_layers
 from mmtransfer.encoders.precision import check_trained
@@ -116,7 +116,7 @@ class AdaptedModel(nn.Module):
         """The frames `(N, out_dim)` that the readout makes of tapped features."""
         features = taps.features
         weight = next(self._top_parameters(), None)
-        if weight is not None and not _autocast_takes(features):
+        if weight is not None and not autocast_takes(features):
             features = features.to(weight.dtype)
         return self.readout(features)
 
@@ -143,7 +143,7 @@ class AdaptedModel(nn.Module):
 
         Raises:
             ValueError: labels without a task or without utterances, features with an input, without lengths
-                or of other taps, or as `TappedEncoder.forward`.
+                or of other taps, float16 weights in training, or as `TappedEncoder.forward`.
         """
         inputs = {
             "input_values": input_values,
@@ -152,6 +152,8 @@ class AdaptedModel(nn.Module):
             "pixel_values": pixel_values,
         }
         named = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            check_trained(self.named_parameters())  # the model may have been cast since it was built
         if features is not None:
             if named or attention_mask is not None or lengths is None:
                 raise ValueError("features go with lengths (their frames per utterance) and with no input")
@@ -295,9 +297,3 @@ class AdaptedModel(nn.Module):
         yield from self.readout.parameters()
         if self.head is not None:
             yield from self.head.parameters()
-
-
-def _autocast_takes(features: torch.Tensor) -> bool:
-    """Whether autocast is on and casts features of this dtype; it takes no float16 if its own is another."""
-    dtype = autocast_dtype(features.device.type)
-    return dtype is not None and (features.dtype != torch.float16 or dtype == torch.float16)

@@ -60,7 +60,13 @@ class Prepared:
         """
         model = self.edit.encoder.root
         names = [*self.trainable, *self.thawed()]
-        tensors: dict[str, torch.Tensor] = {name: model.get_parameter(name) for name in names}
+        known = dict(_named(model))
+        if lost := [name for name in names if name not in known]:
+            raise ValueError(
+                f"{lost[0]}, which is trained since prepare, is gone; was its module replaced, pruned or "
+                "parametrised? Do that before prepare"
+            )
+        tensors: dict[str, torch.Tensor] = {name: known[name] for name in names}
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 buffers = module.named_buffers()

@@ -143,6 +143,15 @@ class TestParts:
             from_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "names", ["tr cv tt", "trn tst", "trainval tests", "split1 split2", "part-1 part-2", "seen unseen"]
+)
+def test_parts_under_other_names_are_no_classes(tmp_path, names):
+    root = classes_in(tmp_path, *names.split())
+    with pytest.raises(DataError, match=r"holds parts of a data set .*, not classes"):
+        from_folder(root)
+
+
 class TestHidden:
     @pytest.mark.parametrize(
         "path",

@@ -303,3 +303,11 @@ def test_any_format_that_can_be_read_may_be_listed(folder):
     assert len(recordings.train) + len(recordings.test) == 10
     (folder / "c.raw").write_bytes(bytes(9_000))
     assert "c.raw cannot be read as audio" in refusal(write(folder, "path,label", *ROWS, "c.raw,crow"))
+
+
+@pytest.mark.parametrize("name", ["set", "Subset", "splits", "is_test"])
+def test_a_split_under_another_name_is_not_drawn_again(folder, name):
+    """Also where its values are no parts, or more than parts."""
+    for values in ("01", ("train", "eval"), ("tr", "tt"), ("train", "extra")):
+        rows = [f"{row},{values[number % 2]}" for number, row in enumerate(ROWS)]
+        assert "looks like a split; call it split" in refusal(write(folder, f"path,label,{name}", *rows))

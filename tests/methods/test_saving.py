@@ -267,6 +267,33 @@ def test_weights_are_widened_and_never_rounded(tmp_path):
     mmtransfer.load_prepared(build().double(), tmp_path)
 
 
+def test_what_has_no_values_or_no_name_is_refused(tmp_path):
+    model = prepare(build(), "aat-m")
+    for folder in ("", None):
+        with pytest.raises(ValueError, match="folder must be a path"):
+            mmtransfer.save(model, folder)
+    mmtransfer.save(model, tmp_path / "saved")
+    with pytest.raises(ValueError, match="is on the meta device, load its model first"):
+        mmtransfer.load_prepared(build().to("meta"), tmp_path / "saved")
+    with pytest.raises(ValueError, match="is on the meta device and has no values to save"):
+        mmtransfer.save(prepare(build().to("meta"), "aat-m"), tmp_path / "meta")
+    torch.nn.utils.parametrizations.weight_norm(model.wav2vec2.encoder.layers[0].adapter_mlp, "down_weight")
+    with pytest.raises(ValueError, match=r"down_weight, which is trained since prepare, is gone"):
+        mmtransfer.save(model, tmp_path / "changed")
+
+
+def test_an_encoder_that_moved_is_named(tmp_path):
+    encoder = TINY["wav2vec2"].build()
+    encoder.save_pretrained(tmp_path / "encoder")
+    from mmtransfer.encoders.loading import load_model
+
+    AdaptedModel(load_model(tmp_path / "encoder"), "aat-m").save_pretrained(tmp_path / "saved")
+    (tmp_path / "encoder").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=r"encoder cannot|cannot be loaded from .*encoder; give it"):
+        mmtransfer.load(tmp_path / "saved")
+    assert mmtransfer.load(tmp_path / "saved", tmp_path / "moved").encoder.num_layers == 4
+
+
 def test_tensors_that_share_memory_are_saved(tmp_path):
     adapted = AdaptedModel(TINY["wav2vec2"].build(), "lff", Classification(num_labels=2), depth=2)
     adapted.readout.projector.add_module("again", adapted.readout.projector[0])

@@ -355,3 +355,9 @@ def test_parameter_counts() -> None:
     """AAT's adapter, and HFF's with its LayerNorm."""
     assert sum(p.numel() for p in Adapter(768, 192, activation="gelu").parameters()) == 295_872
     assert sum(p.numel() for p in Adapter(1024, 128, norm=True).parameters()) == 265_344
+
+
+def test_a_learnt_scale_is_refused() -> None:
+    x, down, up = torch.randn(3, 8), torch.randn(4, 8), torch.randn(8, 4)
+    with pytest.raises(TypeError, match=r"scale must be a number, .* multiply the result"):
+        mmkernels.adapter(x, down, None, up, None, scale=torch.ones((), requires_grad=True))

@@ -140,6 +140,10 @@ def adapter(
     """
     _check(x, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
     _common.check_activation("adapter", activation)
+    if isinstance(scale, Tensor) and scale.requires_grad:
+        raise TypeError(
+            "adapter: scale must be a number, got a tensor that requires a gradient; multiply the result"
+        )
     source = x
     x = _common.as_autocast(x)
     if residual is not None:

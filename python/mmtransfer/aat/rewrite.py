@@ -172,6 +172,11 @@ class _StackedColumns(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            # Only parts of z are saved, and nothing leads from them to z.
+            raise RuntimeError(
+                "rewrite=True has first derivatives only; prepare with rewrite=False for others"
+            )
         own, added, weight, columns = ctx.saved_tensors
         need_z, need_weight, need_columns, need_bias = ctx.needs_input_grad
         rows = grad.flatten(0, -2)

@@ -24,6 +24,8 @@ _PEFTS = re.compile(r"^(?P<target>.+)\.lora_(?P<side>[AB])\.weight$")
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "use_dora": (False,),
+    # The others begin by changing the weights of the model.
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
     "fan_in_fan_out": (False,),
     "bias": ("none",),
     "lora_bias": (False,),

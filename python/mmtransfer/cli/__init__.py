@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -36,6 +37,18 @@ NEEDS_NO_TRANSFORMERS = ("info", "bench")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `mmtransfer` command."""
+    try:
+        _run(arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The reader of a pipe has ended (`mmtransfer methods | head`); nothing more can be written to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        fail("interrupted", 130)
+
+
+def _run(arguments: Sequence[str] | None) -> None:
     given = _command_first(list(sys.argv[1:] if arguments is None else arguments)) or ["--help"]
     if given[0] in ("-h", "--help"):
         print(_usage())

@@ -151,10 +151,13 @@ class _Session:
         training, seeds = self._training(method)
         bar = self.progress.add_task(method.title, total=len(seeds) * training.epochs, detail="")
         runs: list[Run] = []
+        place = ""
         try:
             for seed in seeds:
+                place = f"seed {seed}: " if len(seeds) > 1 else ""
                 run = self._run(method, replace(training, seed=seed), bar)
                 runs.append(run)
+            place = ""
             self.progress.update(bar, detail="measuring a step")
             return self._result(method, training, runs, bar)
         except DataError:
@@ -163,7 +166,7 @@ class _Session:
             # The other processes may not have failed, and would wait for this one.
             if process_count() > 1 and not isinstance(error, NotFiniteError):
                 raise
-            reason = failure_reason(error)
+            reason = place + failure_reason(error)
         self._report(method, bar, f"failed, {reason}")
         return FailedMethod(
             name=method.name,
@@ -212,6 +215,7 @@ class _Session:
             "note": self.experiment.note,
             "classes": len(recordings.classes),
             "labels": list(recordings.classes),
+            "ignored": list(recordings.ignored),
             "train_clips": len(recordings.train),
             "test_clips": len(recordings.test),
             "train_seconds": sum(clip.seconds for clip in recordings.train),

@@ -12,7 +12,7 @@ from pathlib import Path
 from .building import Row, build, identity
 from .errors import DataError, counted, first, shortened
 from .finding import Finder
-from .names import HELD_OUT, normal, part_of
+from .names import HELD_OUT, SPLIT_COLUMNS, normal, part_of
 from .recordings import SPLITS, Recordings
 from .table import Table, read_table
 
@@ -93,9 +93,16 @@ def _columns(manifest: Path, table: Table) -> dict[str, int]:
 def _check_no_other_split(manifest: Path, table: Table, columns: dict[str, int]) -> None:
     """A split under another name must not give way to a drawn one."""
     for index, name in enumerate(table.header):
+        if index in columns.values():
+            continue
         parts = {part_of(cells[index]) for _, cells in table.records}
-        if index not in columns.values() and set(SPLITS) <= parts and None not in parts:
+        if set(SPLITS) <= parts and None not in parts:
             raise DataError(f"{manifest} has train and test in the column {name!r}; call it split")
+        if name in SPLIT_COLUMNS:
+            raise DataError(
+                f"{manifest} has the column {name!r}, which looks like a split; call it split, with train "
+                "and test in it, or remove it to have the test part drawn"
+            )
 
 
 def _other_columns(table: Table, columns: dict[str, int]) -> list[str]:

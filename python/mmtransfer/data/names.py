@@ -11,6 +11,13 @@ PARTS = {
     "test": ("test", "testing"),
     "held out": ("validation", "valid", "val", "dev", "development", "eval", "evaluation"),
 }
+# Names that others give to parts; a folder of such a name is refused as a class, and never taken for a part.
+_LIKE_PARTS = {
+    *("tr", "trn", "tt", "ts", "tst", "te", "tests", "cv", "dv", "devel", "validate", "trainval", "traindev"),
+    *("holdout", "heldout", "unseen", "seen", "enroll", "enrol", "trial", "trials"),
+}
+#: Columns of a manifest that are a split by their name.
+SPLIT_COLUMNS = ("splits", "set", "subset", "partition", "part", "is_train", "is_test", "is_training")
 _PART_OF = {word: part for part, words in PARTS.items() for word in words}
 HELD_OUT = "held out"
 # What operating systems and programs leave between the files of people.
@@ -49,7 +56,8 @@ def names_a_part(name: str) -> bool:
     """Whether a word of `name` is that of a part (`train-clean-100`, `testset`) or of a fold (`fold_3`)."""
     text = normal(name).casefold()
     words = (re.sub(r"(?<=.)(set|data)$", "", word) for word in re.findall(r"[^\W\d_]+", text))
-    return any(word in _PART_OF for word in words) or bool(re.search(r"\bfold[\W_]*\d", text))
+    numbered = re.search(r"\b(fold|split|part|partition|subset|set)[\W_]*\d", text)
+    return numbered is not None or any(word in _PART_OF or word in _LIKE_PARTS for word in words)
 
 
 def look_alike(labels: Iterable[str]) -> list[list[str]]:

@@ -15,6 +15,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def autocast_takes(features: torch.Tensor) -> bool:
+    """Whether autocast is on and casts features of this dtype; it takes no float16 if its own is another."""
+    dtype = autocast_dtype(features.device.type)
+    return dtype is not None and (features.dtype != torch.float16 or dtype == torch.float16)
+
+
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
     """Autocast off in the body."""
     if not torch.amp.is_autocast_available(device_type):

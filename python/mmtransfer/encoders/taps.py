@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,20 @@ def attach_states(
     """
     if not states:
         return features
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return _stacked(features, index, states)
     return _StatesInSlots.apply(features, index, tuple(states), *states.values())
+
+
+def _stacked(
+    features: torch.Tensor, index: torch.Tensor | None, states: Mapping[int, torch.Tensor]
+) -> torch.Tensor:
+    """The same by statements of torch, which have every derivative."""
+    slots = list(features.detach().unbind(1))
+    for slot, state in states.items():
+        rows = state.reshape(-1, state.shape[-1])
+        slots[slot] = rows if index is None else rows[index]
+    return torch.stack(slots, 1)
 
 
 class _StatesInSlots(torch.autograd.Function):

@@ -41,7 +41,7 @@ class Watch:
                 "a prepared model cannot run in DataParallel, whose copies would call the layers of the "
                 "original; use DistributedDataParallel, or one device"
             )
-        state = tuple((each.dtype, each.requires_grad) for each in self.trained[:1])
+        state = tuple((each.dtype, each.requires_grad) for each in self.trained)
         if state != self._seen:
             self._check()
             self._seen = state

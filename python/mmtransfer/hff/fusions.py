@@ -12,6 +12,7 @@ from torch import nn
 
 from mmkernels import layer_mix
 from mmkernels.nn import LayerProject
+from mmtransfer.encoders.autocast import autocast_takes
 
 
 class Fusion(nn.Module):
@@ -23,10 +24,12 @@ class Fusion(nn.Module):
             check_positive(name, size)
         self.taps, self.dim, self.out_dim = taps, dim, out_dim
 
-    def check_input(self, x: torch.Tensor) -> None:
-        """Raise unless `x` is `(N, taps, dim)`."""
+    def checked(self, x: torch.Tensor) -> torch.Tensor:
+        """`x` in the weights' dtype, unless autocast is on; ValueError unless it is `(N, taps, dim)`."""
         if x.dim() != 3 or x.shape[1] != self.taps or x.shape[2] != self.dim:
             raise ValueError(f"features must be (N, {self.taps}, {self.dim}), got shape {tuple(x.shape)}")
+        weight = next(self.parameters(), None)
+        return x if weight is None or autocast_takes(x) else x.to(weight.dtype)
 
 
 class WeightedSum(Fusion):
@@ -51,7 +54,7 @@ class WeightedSum(Fusion):
         self.project = nn.Identity() if out_dim is None else nn.Linear(dim, out_dim)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.check_input(x)
+        x = self.checked(x)
         mixed = layer_mix(x.unbind(1), self.weights.softmax(0), norm=self.norm, backend=self.backend)
         return self.project(mixed)
 
@@ -74,7 +77,7 @@ class LFF(Fusion):
         self.projector = make_projector(taps * dim, out_dim, depth)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.check_input(x)
+        x = self.checked(x)
         return self.projector(x.flatten(1))
 
 
@@ -116,7 +119,7 @@ class HFFb(Fusion):
         self.projector = make_projector(plan[-1] * dim, out_dim, depth=3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.check_input(x)
+        x = self.checked(x)
         for level in self.levels:
             odd = x.shape[1] % 2
             # A split's backward pass is one concatenation; slices would pad their gradients and add them.
@@ -159,7 +162,7 @@ class HFFub(Fusion):
         self.projector = make_projector(min(taps, 3) * dim, out_dim, depth=3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.check_input(x)
+        x = self.checked(x)
         if self.top is None:
             bottom, *middle = x.split(self.bottom.taps, dim=1)
             ends = [self.bottom(bottom), *(tap.squeeze(1) for tap in middle)]
