@@ -13,7 +13,7 @@ inline Tensor dense_rows(const Tensor& tensor) {
 }
 
 inline AdapterRows rows_of(const Tensor& tensor) {
-  return {tensor.numel() == 0 ? nullptr : tensor.const_data_ptr(), tensor.stride(0)};
+  return {tensor.numel() == 0 ? nullptr : tensor.const_data_ptr(), stride_of(tensor, 0)};
 }
 
 inline AdapterRows rows_of(const OptionalTensor& tensor) {

@@ -43,7 +43,7 @@ Tensor transposed(const Tensor& matrix) {
 }
 
 LayerProjectInput input_of(const Tensor& x) {
-  return {rows_of(x).data, x.stride(0), 0};
+  return {rows_of(x).data, stride_of(x, 0), 0};
 }
 
 // ---- forward

@@ -101,6 +101,12 @@ inline OptionalTensor checked(const OptionalTensor& tensor, std::initializer_lis
   return checked(*tensor, sizes, dtype, like, name);
 }
 
+// The stride of a dimension, 0 where it has at most one element: torch lets that stride be anything, and no
+// address needs it, but it would count as one that breaks the alignment of rows.
+inline int64_t stride_of(const Tensor& tensor, int64_t dimension) {
+  return tensor.size(dimension) > 1 ? tensor.stride(dimension) : 0;
+}
+
 inline const void* data_or_null(const OptionalTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }

@@ -59,8 +59,9 @@ struct LayerMixInputs {
     layers.push_back(unit_stride ? layer : torch::stable::contiguous(layer));
     const auto strides = layers.back().strides();
     params.layer[l] = layers.back().const_data_ptr();
-    params.batch_stride[l] = strides[0];
-    params.frame_stride[l] = strides[1];
+    // As stride_of, with the sizes at hand.
+    params.batch_stride[l] = params.batch > 1 ? strides[0] : 0;
+    params.frame_stride[l] = params.frames > 1 ? strides[1] : 0;
   }
 };
 
@@ -114,8 +115,8 @@ struct LayerMixGradients {
     args = {};
     args.mix = p;
     args.grad = grad.const_data_ptr();
-    args.grad_batch_stride = grad.stride(0);
-    args.grad_frame_stride = grad.stride(1);
+    args.grad_batch_stride = stride_of(grad, 0);
+    args.grad_frame_stride = stride_of(grad, 1);
     args.stats = p.norm ? stats.const_data_ptr() : nullptr;
     d_layers.reserve(wanted.size());
     for (const int64_t l : wanted) {

@@ -35,7 +35,7 @@ struct LayerProjectInputs {
 };
 
 inline LayerProjectInput view_of(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1)};
+  return {x.const_data_ptr(), stride_of(x, 0), stride_of(x, 1)};
 }
 
 }  // namespace mmk::glue

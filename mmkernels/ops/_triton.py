@@ -10,8 +10,10 @@ two), so that loops can be pipelined and unrolled.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -31,6 +33,16 @@ INTERPRETED = tl.constexpr(TRITON_INTERPRETED)
 def on_device(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's device current, because Triton launches on the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+@cache
+def shared_memory_limit(device: torch.device) -> int:
+    """The most bytes of shared memory that a block may have; the interpreter has no limit."""
+    if TRITON_INTERPRETED:
+        return sys.maxsize
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index)
+    limit: int = properties["max_shared_mem"]
+    return limit
 
 
 def expect(

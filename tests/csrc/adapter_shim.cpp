@@ -23,10 +23,9 @@ extern "C" {
 
 // plan: tile_rows, rows_per_block, tiles_per_block, blocks, chunk_columns, held, shared_bytes, tiles,
 // column_sums
-int adapter_plan(const int64_t* sizes, int64_t hold, int64_t multiprocessors, int64_t shared_limit,
-                 int64_t* plan) {
-  const mmk::cuda::AdapterTiles tiles =
-      mmk::cuda::adapter_tiles(shape_of(sizes), hold, multiprocessors, shared_limit);
+int adapter_plan(const int64_t* sizes, int64_t hold, int64_t* plan) {
+  mmk::cuda::AdapterTiles tiles = {};
+  if (const int error = mmk::cuda::adapter_tiles(shape_of(sizes), hold != 0, &tiles)) return error;
   const int64_t values[] = {tiles.tile_rows,    tiles.rows_per_block, tiles.tiles_per_block,
                             tiles.blocks,       tiles.chunk_columns,  tiles.held ? 1 : 0,
                             tiles.shared_bytes, tiles.tiles(),        tiles.column_sums()};
@@ -50,11 +49,10 @@ int adapter_fold(const int64_t* sizes, const void* down_weight, const void* down
   return mmk::cuda::adapter_fold(dtype_of(sizes), args, nullptr);
 }
 
-int adapter_forward(const int64_t* sizes, int64_t multiprocessors, int64_t shared_limit, double scale,
-                    double eps, const void* x, int64_t x_stride, const void* residual,
-                    int64_t residual_stride, int64_t add_input, int64_t out_type, const void* down,
-                    const void* bias, const void* sum, const void* up, const void* up_bias, void* out,
-                    void* hidden, void* stats) {
+int adapter_forward(const int64_t* sizes, double scale, double eps, const void* x, int64_t x_stride,
+                    const void* residual, int64_t residual_stride, int64_t add_input, int64_t out_type,
+                    const void* down, const void* bias, const void* sum, const void* up, const void* up_bias,
+                    void* out, void* hidden, void* stats) {
   const mmk::cuda::AdapterForward args = {shape_of(sizes),
                                           activation_of(sizes),
                                           scale,
@@ -71,14 +69,13 @@ int adapter_forward(const int64_t* sizes, int64_t multiprocessors, int64_t share
                                           out,
                                           hidden,
                                           stats};
-  const mmk::cuda::AdapterTiles tiles =
-      mmk::cuda::adapter_tiles(shape_of(sizes), add_input != 0, multiprocessors, shared_limit);
+  mmk::cuda::AdapterTiles tiles = {};
+  if (const int error = mmk::cuda::adapter_tiles(shape_of(sizes), add_input != 0, &tiles)) return error;
   return mmk::cuda::adapter_forward(dtype_of(sizes), args, tiles, nullptr);
 }
 
-int adapter_backward(const int64_t* sizes, int64_t multiprocessors, int64_t shared_limit, double scale,
-                     const void* grad, int64_t grad_stride, const void* x, int64_t x_stride,
-                     int64_t add_input, const void* down, const void* bias, const void* up,
+int adapter_backward(const int64_t* sizes, double scale, const void* grad, int64_t grad_stride, const void* x,
+                     int64_t x_stride, int64_t add_input, const void* down, const void* bias, const void* up,
                      const void* hidden, const void* stats, void* dx, void* activated, void* scaled_grad,
                      void* partial_bias, void* partial_up_bias) {
   const mmk::cuda::AdapterBackward args = {shape_of(sizes),
@@ -97,8 +94,9 @@ int adapter_backward(const int64_t* sizes, int64_t multiprocessors, int64_t shar
                                            scaled_grad,
                                            partial_bias,
                                            partial_up_bias};
-  const mmk::cuda::AdapterTiles tiles = mmk::cuda::adapter_tiles(
-      shape_of(sizes), dx != nullptr && add_input != 0, multiprocessors, shared_limit);
+  const bool hold = dx != nullptr && add_input != 0;
+  mmk::cuda::AdapterTiles tiles = {};
+  if (const int error = mmk::cuda::adapter_tiles(shape_of(sizes), hold, &tiles)) return error;
   return mmk::cuda::adapter_backward(dtype_of(sizes), args, tiles, nullptr);
 }
 

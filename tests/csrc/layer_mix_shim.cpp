@@ -67,12 +67,30 @@ extern "C" int layer_mix_backward(const int64_t* sizes, const void* const* layer
   return mmk::cuda::layer_mix_backward(args, nullptr);
 }
 
+namespace {
+
+mmk::cuda::LayerMixBackwardPlan plan_of(const int64_t* sizes, const int64_t* need) {
+  return mmk::cuda::layer_mix_backward_plan(static_cast<mmk::DType>(sizes[0]), sizes[2] * sizes[3], sizes[4],
+                                            static_cast<int32_t>(sizes[1]), sizes[5] != 0, need[0] != 0,
+                                            need[1] != 0, need[2] != 0);
+}
+
+}  // namespace
+
 // need: weights, affine, layers; sizes as above. result: dot partials, affine partials
 extern "C" int layer_mix_partials(const int64_t* sizes, const int64_t* need, int64_t* result) {
-  const mmk::cuda::LayerMixBackwardPlan plan = mmk::cuda::layer_mix_backward_plan(
-      static_cast<mmk::DType>(sizes[0]), sizes[2] * sizes[3], sizes[4], static_cast<int32_t>(sizes[1]),
-      sizes[5] != 0, need[0] != 0, need[1] != 0, need[2] != 0);
+  const mmk::cuda::LayerMixBackwardPlan plan = plan_of(sizes, need);
   result[0] = plan.dot_partials;
   result[1] = plan.affine_partials;
+  return 0;
+}
+
+// result: rows and number of the blocks of the gradients, rows and number of the chunks of the sums, blocks
+// of the sums
+extern "C" int layer_mix_plan(const int64_t* sizes, const int64_t* need, int64_t* result) {
+  const mmk::cuda::LayerMixBackwardPlan plan = plan_of(sizes, need);
+  const int64_t values[] = {plan.rows_per_block, plan.gradient_blocks, plan.sum_plan.rows_per_chunk,
+                            plan.sum_plan.chunks, plan.sum_plan.blocks()};
+  for (int i = 0; i < 5; ++i) result[i] = values[i];
   return 0;
 }

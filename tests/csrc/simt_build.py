@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -11,12 +12,14 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from devices import SMALL, Device
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "simt"
@@ -166,17 +169,62 @@ def compile_for_gpus(source: Path) -> Path:
     return _run(["nvcc", *flags, "-I", "csrc", "-I", "csrc/include", "-c", source.relative_to(ROOT)], target)
 
 
+@dataclass(frozen=True)
+class Launch:
+    """A recorded launch. kernel: the mangled symbol; sizes in bytes; opted_in: of dynamic shared memory."""
+
+    kernel: str
+    blocks: int
+    threads: int
+    dynamic_shared: int
+    opted_in: int
+
+
 class Library:
     """A loaded simt library; its extern "C" functions are attributes of `functions`."""
 
     def __init__(self, path: Path) -> None:
         self.functions = ctypes.CDLL(str(path))
         self.functions.mmk_simt_set_order.argtypes = [ctypes.c_uint64]
+        self.functions.mmk_simt_record.argtypes = [ctypes.c_int64]
+        self.functions.mmk_simt_recorded.restype = ctypes.c_char_p
         self.functions.mmk_simt_last_error.restype = ctypes.c_char_p
 
     def set_order(self, seed: int) -> None:
         """Thread and block order of launches: 0 by index, 1 reversed, others shuffled with that seed."""
         self.functions.mmk_simt_set_order(seed)
+
+    @contextlib.contextmanager
+    def on(self, device: Device) -> Iterator[None]:
+        """The device that launchers see and whose limits hold."""
+        self._set_device(device)
+        try:
+            yield
+        finally:
+            self._set_device(SMALL)
+
+    def _set_device(self, device: Device) -> None:
+        attributes = (
+            device.multiprocessors,
+            device.shared_per_block,
+            device.shared_per_multiprocessor,
+            device.threads_per_multiprocessor,
+            device.capability,
+        )
+        self.functions.mmk_simt_set_device((ctypes.c_int64 * len(attributes))(*attributes))
+
+    @contextlib.contextmanager
+    def recording(self, *, run: bool) -> Iterator[list[Launch]]:
+        """Fills the list with the launches at its end. Unless `run`, they are checked, and no thread runs."""
+        launches: list[Launch] = []
+        self.functions.mmk_simt_record(run)
+        try:
+            yield launches
+        finally:
+            recorded: bytes = self.functions.mmk_simt_recorded()
+            for line in recorded.decode().splitlines():
+                kernel, *numbers = line.split(" ")
+                launches.append(Launch(kernel, *map(int, numbers)))
 
     def last_error(self) -> str:
         """The message of the first fault since it was last cleared, or an empty string."""

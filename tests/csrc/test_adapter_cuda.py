@@ -6,7 +6,7 @@ They run in the order in which csrc/torch/adapter_cuda.cpp starts them; the libr
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import simt_build
 import torch
+from devices import A10, A100, DEVICES, H100, L4, SMALL, Device
 from hypothesis import given
 from hypothesis import strategies as st
 from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, pointer
@@ -40,15 +41,12 @@ SOURCES = [
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
 CHUNK = 256  # rows of a partial sum around library products
-#: Most shared memory of a block.
-SHARED_BYTES = {"sm_80": 163 * 1024, "sm_86": 99 * 1024, "sm_90": 227 * 1024}
-MULTIPROCESSORS = 3  # few, so that blocks have several tiles
 
 
 @dataclass
 class Problem:
     """Inputs of one call: rows of x and of the gradient `gap` elements apart, `offset` elements past an
-    aligned address. residual: "none", "x", "same" (of x's dtype), or "float". shared: bytes of a block."""
+    aligned address. residual: "none", "x", "same" (of x's dtype), or "float"."""
 
     dtype: torch.dtype
     shape: tuple[int, int, int]  # rows, width, bottleneck
@@ -60,7 +58,7 @@ class Problem:
     gap: int = 0
     offset: int = 0
     mean: float = 0.0
-    shared: int = SHARED_BYTES["sm_90"]
+    device: Device = SMALL
     memory: GuardedTensors = field(default_factory=GuardedTensors)
 
     def __post_init__(self) -> None:
@@ -209,21 +207,20 @@ def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2, sa
     if not result.fused:
         forward_by_products(kernels, problem, folded, result, order)
     else:
-        kernels.call(
-            "adapter_forward",
-            problem.sizes,
-            MULTIPROCESSORS,
-            problem.shared,
-            problem.scale,
-            EPS,
-            *rows_of(problem.x),
-            *rows_of(residual),
-            problem.residual == "x",
-            DTYPE_CODES[problem.out_dtype],
-            *map(pointer, (folded.down, folded.bias, folded.total, folded.up, problem.up_bias)),
-            *map(pointer, (result.out, result.hidden, result.stats)),
-            order=order,
-        )
+        with kernels.on(problem.device):
+            kernels.call(
+                "adapter_forward",
+                problem.sizes,
+                problem.scale,
+                EPS,
+                *rows_of(problem.x),
+                *rows_of(residual),
+                problem.residual == "x",
+                DTYPE_CODES[problem.out_dtype],
+                *map(pointer, (folded.down, folded.bias, folded.total, folded.up, problem.up_bias)),
+                *map(pointer, (result.out, result.hidden, result.stats)),
+                order=order,
+            )
     problem.memory.check()
     return result
 
@@ -316,6 +313,8 @@ def test_fused_forward(kernels: simt_build.Library, dtype: torch.dtype, shape: t
     check_forward(kernels, Problem(dtype, shape), fused=True)
 
 
+NARROW = replace(SMALL, shared_per_block=A10.shared_per_block)
+
 # The widest rows, and the plans of smaller GPUs: rings of few slots, for every tile size.
 NARROW_SHAPES = [(300, 768, 64), (70, 520, 128), (300, 520, 128), (40, 200, 192), (40, 200, 256)]
 
@@ -325,7 +324,7 @@ NARROW_SHAPES = [(300, 768, 64), (70, 520, 128), (300, 520, 128), (40, 200, 192)
 def test_forward_in_little_shared_memory(
     kernels: simt_build.Library, shape: tuple[int, int, int], residual: str
 ) -> None:
-    problem = Problem(torch.bfloat16, shape, residual=residual, shared=SHARED_BYTES["sm_86"])
+    problem = Problem(torch.bfloat16, shape, residual=residual, device=NARROW)
     check_forward(kernels, problem, fused=True)
 
 
@@ -509,20 +508,19 @@ def rows_fused(
     chunks = planned["tiles"], planned["column_sums"]
     result = wanted_rows(problem, need, chunks, bool(need & {"down", "norm"}))
     folded = fold(kernels, problem, order=order)
-    kernels.call(
-        "adapter_backward",
-        problem.sizes,
-        MULTIPROCESSORS,
-        problem.shared,
-        problem.scale,
-        *rows_of(problem.grad),
-        *rows_of(problem.x),
-        add_input,
-        *map(pointer, (folded.down, folded.bias, folded.up, saved.hidden, saved.stats)),
-        *map(pointer, (result.dx, result.activated, result.scaled)),
-        *map(pointer, (result.partial_bias, result.partial_up_bias)),
-        order=order,
-    )
+    with kernels.on(problem.device):
+        kernels.call(
+            "adapter_backward",
+            problem.sizes,
+            problem.scale,
+            *rows_of(problem.grad),
+            *rows_of(problem.x),
+            add_input,
+            *map(pointer, (folded.down, folded.bias, folded.up, saved.hidden, saved.stats)),
+            *map(pointer, (result.dx, result.activated, result.scaled)),
+            *map(pointer, (result.partial_bias, result.partial_up_bias)),
+            order=order,
+        )
     return result
 
 
@@ -637,7 +635,7 @@ def test_fused_backward(kernels: simt_build.Library, dtype: torch.dtype, shape: 
 def test_backward_in_little_shared_memory(
     kernels: simt_build.Library, shape: tuple[int, int, int], residual: str
 ) -> None:
-    problem = Problem(torch.bfloat16, shape, residual=residual, shared=SHARED_BYTES["sm_86"])
+    problem = Problem(torch.bfloat16, shape, residual=residual, device=NARROW)
     check_backward(kernels, problem, fused=True)
 
 
@@ -674,6 +672,28 @@ def test_backward_computes_what_is_asked_for(
 
 
 # ---- both
+
+
+#: Gradients with sums of the plan's tiles: d_bias, and of norm_bias and down_weight the terms with d_bias.
+SUMS_OF_TILES = {"down_bias", "up_bias", "norm_bias", "down_weight"}
+SLICE = replace(H100, name="slice", multiprocessors=7)
+
+
+@pytest.mark.parametrize("device", [H100, A100, A10, L4, SLICE], ids=lambda device: device.name)
+@pytest.mark.parametrize("shape", [(300, 64, 24), (140, 40, 200)])
+def test_only_sums_of_tiles_depend_on_the_device(
+    kernels: simt_build.Library, shape: tuple[int, int, int], device: Device
+) -> None:
+    here, there = Problem(torch.bfloat16, shape), Problem(torch.bfloat16, shape, device=device)
+    assert plan(kernels, here, True)["blocks"] != plan(kernels, there, True)["blocks"]
+    check_backward(kernels, there, fused=True)
+    one, other = forward(kernels, here), forward(kernels, there)
+    for name in ("out", "hidden", "stats"):
+        assert torch.equal(getattr(one, name), getattr(other, name)), name
+    gradients = backward(kernels, here), backward(kernels, there)
+    differ = {name for name, value in gradients[0].items() if not torch.equal(value, gradients[1][name])}
+    # The docstring of mmkernels.adapter names exactly these.
+    assert {"down_bias"} <= differ <= SUMS_OF_TILES
 
 
 @pytest.mark.parametrize("shape", [(140, 72, 40), (300, 40, 128), (70, 72, 200), (9, 24, 6)])
@@ -730,27 +750,21 @@ PLAN = (
 )
 
 
-def plan(
-    kernels: simt_build.Library, problem: Problem, hold: bool, multiprocessors: int = MULTIPROCESSORS
-) -> dict[str, int]:
-    values = integers(*[0] * len(PLAN))
-    kernels.call("adapter_plan", problem.sizes, hold, multiprocessors, problem.shared, values)
-    return dict(zip(PLAN, values.tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class Size:
-    """A problem for plans: only its sizes matter."""
-
-    sizes: np.ndarray
-    shared: int
+def plan(kernels: simt_build.Library, problem: Problem, hold: bool) -> dict[str, int]:
+    return plan_of(kernels, problem.shape, hold, problem.device)
 
 
 def plan_of(
-    kernels: simt_build.Library, shape: tuple[int, int, int], hold: bool, multiprocessors: int, shared: int
+    kernels: simt_build.Library, shape: tuple[int, int, int], hold: bool, device: Device
 ) -> dict[str, int]:
-    size: Any = Size(integers(DTYPE_CODES[torch.bfloat16], *shape, 0), shared)
-    return plan(kernels, size, hold, multiprocessors)
+    values = integers(*[0] * len(PLAN))
+    with kernels.on(device):
+        kernels.call("adapter_plan", integers(DTYPE_CODES[torch.bfloat16], *shape, 0), hold, values)
+    return dict(zip(PLAN, values.tolist(), strict=True))
+
+
+#: Whole GPUs, and slices of one.
+COUNTS = sorted({device.multiprocessors for device in DEVICES} | {7, 14, 16})
 
 
 @given(
@@ -758,8 +772,8 @@ def plan_of(
     width=st.integers(1, 512).map(lambda n: 8 * n),
     bottleneck=st.integers(1, 32).map(lambda n: 8 * n),
     hold=st.booleans(),
-    multiprocessors=st.integers(1, 160),
-    shared=st.sampled_from(sorted(SHARED_BYTES.values())),
+    multiprocessors=st.sampled_from(COUNTS) | st.integers(1, 170),
+    device=st.sampled_from(DEVICES),
 )
 def test_plans_fit_and_cover_all_rows(
     kernels: simt_build.Library,
@@ -768,22 +782,25 @@ def test_plans_fit_and_cover_all_rows(
     bottleneck: int,
     hold: bool,
     multiprocessors: int,
-    shared: int,
+    device: Device,
 ) -> None:
-    found = plan_of(kernels, (rows, width, bottleneck), hold, multiprocessors, shared)
-    assert found["shared_bytes"] <= shared
+    device = replace(device, multiprocessors=multiprocessors)
+    found = plan_of(kernels, (rows, width, bottleneck), hold, device)
+    assert found["shared_bytes"] <= device.shared_per_block
     assert 1 <= found["blocks"] <= multiprocessors
     assert (found["blocks"] - 1) * found["rows_per_block"] < rows <= found["blocks"] * found["rows_per_block"]
-    assert found["rows_per_block"] <= found["tiles_per_block"] * found["tile_rows"]
+    # No block has 16 rows more than the average, or more than the 32 of one warp.
+    assert found["rows_per_block"] <= max(32, -(-rows // multiprocessors) + 15)
+    assert 0 <= found["tiles_per_block"] * found["tile_rows"] - found["rows_per_block"] < found["tile_rows"]
     assert hold or not found["held"]
 
 
 def test_the_plan_of_an_audio_transformer_on_each_gpu(kernels: simt_build.Library) -> None:
     shape = (38_848, 768, 64)
-    h200 = plan_of(kernels, shape, True, 132, SHARED_BYTES["sm_90"])
-    assert (h200["tile_rows"], h200["held"], h200["shared_bytes"]) == (128, 1, 230_400)
-    assert (h200["blocks"], h200["tiles_per_block"]) == (128, 3)
-    a100 = plan_of(kernels, shape, True, 108, SHARED_BYTES["sm_80"])
+    h100 = plan_of(kernels, shape, True, H100)
+    assert (h100["tile_rows"], h100["held"], h100["shared_bytes"]) == (128, 1, 230_400)
+    assert (h100["blocks"], h100["tiles_per_block"]) == (128, 3)
+    a100 = plan_of(kernels, shape, True, A100)
     assert (a100["tile_rows"], a100["held"]) == (64, 1)
-    l40 = plan_of(kernels, shape, True, 142, SHARED_BYTES["sm_86"])
-    assert (l40["tile_rows"], l40["held"]) == (128, 0)
+    l4 = plan_of(kernels, shape, True, L4)
+    assert (l4["tile_rows"], l4["held"]) == (128, 0)

@@ -158,6 +158,55 @@ def test_rows_of_a_fused_adapter_do_not_depend_on_each_other(norm: bool) -> None
         assert torch.equal(mmkernels.adapter(**rows.arguments), together[begin:end])
 
 
+def odd_strides(tensor: Tensor) -> Tensor:
+    """The same tensor, with strides of 1 where a dimension has one element: torch allows any there."""
+    strides = [1 if size == 1 else stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    return tensor.as_strided(tensor.shape, strides)
+
+
+def adapt(x: Tensor) -> Tensor:
+    down, up = torch.ones(24, x.shape[-1]), torch.ones(x.shape[-1], 24)
+    native_forward, _ = adapter_schema.OPS["native"]
+    out: Tensor = native_forward(x, down, None, up, None, None, None, None, 0.5, 1e-5, 0, True, False)[0]
+    return out
+
+
+def mix(x: Tensor) -> Tensor:
+    return mmkernels.layer_mix([x, x], torch.ones(2), norm=True, backend="native")
+
+
+def project(x: Tensor) -> Tensor:
+    weight = torch.ones(x.shape[1], 24, x.shape[2])
+    return mmkernels.layer_project(x, weight, None, norm_weight=torch.ones(x.shape[1:]), backend="native")
+
+
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (adapt, (1, 64)),
+        (mix, (1, 3, 64)),
+        (mix, (3, 1, 64)),
+        (project, (1, 3, 64)),
+        (project, (3, 1, 64)),
+    ],
+)
+def test_strides_of_single_elements_choose_no_kernel(
+    function: Callable[[Tensor], Tensor], shape: tuple[int, ...]
+) -> None:
+    kernels, _ = library()
+    launched, results = [], []
+    x = torch.randn(shape).bfloat16()
+    for given in (x, odd_strides(x)):
+        given = given.requires_grad_(function is not adapt)
+        with kernels.recording(run=True) as launches:
+            results.append(function(given))
+            if given.requires_grad:
+                results[-1].backward(odd_strides(torch.ones_like(results[-1])))
+        launched.append([launch.kernel for launch in launches])
+    assert launched[0] == launched[1]
+    assert torch.equal(*results)
+
+
 TestAdapter = on_the_cpu(test_adapter.SPEC)
 TestLayerMix = on_the_cpu(test_layer_mix.SPEC)
 TestLayerProject = on_the_cpu(test_layer_project.SPEC)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import simt_build
 import torch
+from devices import DEVICES
 from hypothesis import given
 from hypothesis import strategies as st
 from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, pointer, pointers
@@ -374,6 +375,33 @@ def test_sums_of_no_rows_are_zero(kernels: simt_build.Library) -> None:
 
 
 # ---- launch plans
+
+
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 10**7),
+    st.sampled_from([384, 768, 1024, 1280, 2048]),
+    st.integers(1, 25),
+    st.booleans(),
+)
+def test_backward_fills_every_device_evenly(
+    kernels: simt_build.Library, dtype: torch.dtype, rows: int, width: int, layers: int, affine: bool
+) -> None:
+    """No block is empty, and one is a small part of the work of a multiprocessor, or as small as can be."""
+    found = integers(*[0] * 5)
+    kernels.call(
+        "layer_mix_plan",
+        integers(DTYPE_CODES[dtype], layers, 1, rows, width, True),
+        integers(True, affine, True),
+        found,
+    )
+    block_rows, blocks, chunk_rows, chunks, sum_blocks = found.tolist()
+    assert (blocks - 1) * block_rows < rows <= blocks * block_rows
+    assert (chunks - 1) * chunk_rows < rows <= chunks * chunk_rows
+    most = max(device.multiprocessors for device in DEVICES)
+    assert block_rows == 4 or blocks >= 6 * most
+    assert chunk_rows == 16 or sum_blocks >= 6 * most
+
 
 _C = compiled_module()
 sizes = st.integers(0, 2**20) | st.integers(0, 2**40)

@@ -53,8 +53,12 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 
 @dataclass(frozen=True)
 class Usage:
+    """One instance of a kernel; shared: bytes of static shared memory."""
+
     kernel: str
+    symbol: str
     registers: int
+    shared: int
     stack: int
     spilled: int
 
@@ -68,6 +72,14 @@ def kernel_name(mangled: str) -> str:
     return name
 
 
+def host_symbol(mangled: str) -> str:
+    """The symbol with which g++ compiles the kernel: nvcc names anonymous namespaces after the file."""
+    while match := re.search(r"(\d+)_GLOBAL__N__", mangled):
+        start, length = match.end(1), int(match[1])
+        mangled = f"{mangled[: match.start()]}12_GLOBAL__N_1{mangled[start + length :]}"
+    return mangled
+
+
 def parse(report: str) -> list[Usage]:
     found = []
     for entry in re.split(r"Compiling entry function ", report)[1:]:
@@ -76,8 +88,17 @@ def parse(report: str) -> list[Usage]:
         registers = re.search(r"Used (\d+) registers", entry)
         if mangled is None or stack is None or registers is None:
             raise ValueError(f"ptxas reports in an unknown form: {entry}")
-        spilled = int(stack[2]) + int(stack[3])
-        found.append(Usage(kernel_name(mangled[1]), int(registers[1]), int(stack[1]), spilled))
+        shared = re.search(r"(\d+) bytes smem", entry)
+        found.append(
+            Usage(
+                kernel_name(mangled[1]),
+                host_symbol(mangled[1]),
+                registers=int(registers[1]),
+                shared=0 if shared is None else int(shared[1]),
+                stack=int(stack[1]),
+                spilled=int(stack[2]) + int(stack[3]),
+            )
+        )
     return found
 
 

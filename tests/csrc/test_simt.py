@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import simt_build
+from devices import DEVICES, H100, Device
 from simt_build import ORDERS, Guarded, Library, SimtFault
 
 KERNELS = Path("tests/simt/cases")
@@ -342,7 +343,7 @@ def test_gemm_without_its_wait_is_found(rng: np.random.Generator) -> None:
         ((1, 1, 1, 1025, 1, 1, 0), "more than 1024 threads"),
         ((1, 1, 1, 32, 33, 1, 0), "more than 1024 threads"),
         ((1, 1, 1, 1, 1, 65, 0), "block is larger"),
-        ((1, 1, 1, 32, 1, 1, 227 * 1024 + 1), "more than 227 KB"),
+        ((1, 1, 1, 32, 1, 1, 227 * 1024 + 1), "more shared memory than the device has"),
     ],
 )
 def test_geometry_no_gpu_takes(geometry: tuple[int, ...], reason: str) -> None:
@@ -353,6 +354,37 @@ def test_geometry_no_gpu_takes(geometry: tuple[int, ...], reason: str) -> None:
 @needs_headers
 def test_largest_geometry_runs() -> None:
     open_library("faults").call("launch_nothing", 2, 2, 2, 32, 4, 8, 227 * 1024)
+
+
+@needs_headers
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_launches_over_the_limit_of_a_device_are_refused(device: Device) -> None:
+    library = open_library("faults")
+    limit = device.shared_per_block
+    with library.on(device):
+        library.call("launch_nothing", 1, 1, 1, 32, 1, 1, limit)
+        with pytest.raises(SimtFault, match="more shared memory than the device has"):
+            library.call("launch_nothing", 1, 1, 1, 32, 1, 1, limit + 1)
+        # 256 bytes of static shared memory.
+        values, out = np.zeros(64, np.float32), np.zeros(64, np.float32)
+        library.call("static_and_dynamic", values, out, limit - 256)
+        with pytest.raises(SimtFault, match=rf"256 bytes of static and {limit - 252} of dynamic"):
+            library.call("static_and_dynamic", values, out, limit - 252)
+    library.call("launch_nothing", 1, 1, 1, 32, 1, 1, H100.shared_per_block)
+
+
+@needs_headers
+def test_launches_are_recorded() -> None:
+    library = open_library("faults")
+    out = Guarded(64, np.float32)
+    for run in (False, True):
+        with library.recording(run=run) as launches:
+            library.call("static_and_dynamic", np.ones(64, np.float32), out.array, 40_000)
+        (launch,) = launches
+        assert "no_opt_in" in launch.kernel
+        assert (launch.blocks, launch.threads) == (1, 64)
+        assert (launch.dynamic_shared, launch.opted_in) == (40_000, 40_000)
+        assert np.isfinite(out.array).all() == run
 
 
 @needs_headers

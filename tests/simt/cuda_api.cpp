@@ -1,11 +1,30 @@
-// The few functions of the CUDA runtime that launchers call. The device is an H100 with few multiprocessors.
+// The few functions of the CUDA runtime that launchers call, and the device that they see.
 #include <cuda_runtime_api.h>
 
 #include <cstring>
 
 #include "simt/runtime.h"
 
+namespace mmk::simt {
+namespace {
+
+// An H100, but with few multiprocessors and an odd number, so that persistent kernels loop and have a
+// remainder.
+Device device = {3, 227 * 1024, 228 * 1024, 2048, 90};
+
+}  // namespace
+
+const Device& current_device() {
+  return device;
+}
+
+}  // namespace mmk::simt
+
 extern "C" {
+
+void mmk_simt_set_device(const int64_t* attributes) {
+  mmk::simt::device = {attributes[0], attributes[1], attributes[2], attributes[3], attributes[4]};
+}
 
 cudaError_t cudaMemsetAsync(void* memory, int value, size_t bytes, cudaStream_t) {
   std::memset(memory, value, bytes);
@@ -25,25 +44,24 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const mmk::simt::Device& device = mmk::simt::current_device();
+  const auto give = [&](int64_t given) {
+    *value = static_cast<int>(given);
+    return cudaSuccess;
+  };
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = 3;  // small and odd, so that persistent kernels loop and have a remainder
-      return cudaSuccess;
+      return give(device.multiprocessors);
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(mmk::simt::kMaxSharedBytes);
-      return cudaSuccess;
+      return give(device.shared_per_block);
     case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
-      *value = 228 * 1024;
-      return cudaSuccess;
+      return give(device.shared_per_multiprocessor);
     case cudaDevAttrMaxThreadsPerMultiProcessor:
-      *value = 2048;
-      return cudaSuccess;
+      return give(device.threads_per_multiprocessor);
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
-      return cudaSuccess;
+      return give(device.capability / 10);
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      return cudaSuccess;
+      return give(device.capability % 10);
     default:
       return cudaErrorInvalidValue;
   }

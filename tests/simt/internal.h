@@ -20,7 +20,8 @@ void block_fault(const std::string& text);
 // Index of the running thread in its block.
 unsigned thread_index();
 
-// The demangled name of a function of this program or library, or its address.
+// The symbol of a function of this program or library, or its address; and the demangled name.
+std::string kernel_symbol(const void* function);
 std::string kernel_name(const void* function);
 
 // File and line of an instruction, and of the calls that it was inlined into.
@@ -29,7 +30,9 @@ std::string source_place(const void* instruction);
 // shared_memory.cpp. The first use in a block poisons an array; end_block_shared faults on changed guard
 // bytes.
 void begin_grid_shared(size_t dynamic_bytes);
-// Whether the kernel opted in to this much dynamic shared memory.
+// The dynamic shared memory that the kernel opted in to, and whether it is enough.
+size_t allowed_dynamic_shared(const void* function);
+void forget_opt_ins();
 bool may_use_dynamic_shared(const void* function, size_t bytes);
 void begin_block_shared();
 void end_block_shared();

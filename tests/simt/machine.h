@@ -33,6 +33,9 @@ struct Fiber {
   int64_t atomics;
 };
 
+// Whether launches are recorded: also, as they run, or only, without running.
+enum class Recording { kOff, kAlso, kOnly };
+
 // A warp; the fields are lane masks.
 struct Warp {
   unsigned live;     // not exited
@@ -57,6 +60,8 @@ struct Machine {
   uint64_t seed = 0;
   uint64_t random = 0;
   std::string error;
+  Recording recording = Recording::kOff;
+  std::string recorded;
 };
 extern Machine machine;
 

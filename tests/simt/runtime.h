@@ -14,7 +14,16 @@ inline constexpr unsigned kWarpSize = 32;
 inline constexpr size_t kMaxStaticSharedBytes = 48 * 1024;
 // Static and dynamic, of a kernel that did not opt in by cudaFuncSetAttribute.
 inline constexpr size_t kMaxSharedBytesWithoutOptIn = 48 * 1024;
-inline constexpr size_t kMaxSharedBytes = 227 * 1024;  // static and dynamic, on sm_90
+
+// The attributes of the current device that launchers ask for, and that limit a launch.
+struct Device {
+  int64_t multiprocessors;
+  int64_t shared_per_block;  // static and dynamic
+  int64_t shared_per_multiprocessor;
+  int64_t threads_per_multiprocessor;
+  int64_t capability;  // 10 * major + minor
+};
+const Device& current_device();
 
 // A kernel with its arguments: `invoke(arguments)` runs it once, as the current thread.
 struct Kernel {
@@ -107,6 +116,13 @@ void cp_async_wait_all();
 extern "C" {
 // The order in which threads and blocks run: 0 by index, 1 reversed, others shuffled with that seed.
 void mmk_simt_set_order(uint64_t seed);
+// The device of the launches that follow. attributes: those of mmk::simt::Device, in order.
+void mmk_simt_set_device(const int64_t* attributes);
+// From now on launches are recorded; unless `run`, their geometry is checked and no thread runs.
+void mmk_simt_record(int64_t run);
+// Ends the recording. A line per launch: symbol of the kernel, blocks, threads, bytes of dynamic shared
+// memory, bytes that the kernel opted in to. Valid until the next call.
+const char* mmk_simt_recorded();
 // The first fault since the last mmk_simt_clear_error, or "".
 const char* mmk_simt_last_error();
 void mmk_simt_clear_error();

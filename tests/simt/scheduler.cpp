@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -148,11 +149,26 @@ const char* check_geometry(const void* function, dim3 grid, dim3 block, size_t d
   if (threads == 0) return "the block is empty";
   if (threads > kMaxThreads) return "more than 1024 threads";
   if (block.z > 64) return "the block is larger than (1024, 1024, 64)";
-  if (dynamic_smem_bytes > kMaxSharedBytes) return "more than 227 KB of shared memory";
+  if (dynamic_smem_bytes > static_cast<size_t>(current_device().shared_per_block))
+    return "more shared memory than the device has";
   if (dynamic_smem_bytes > kMaxSharedBytesWithoutOptIn &&
       !may_use_dynamic_shared(function, dynamic_smem_bytes))
     return "more than 48 KB of shared memory without opt-in";
   return nullptr;
+}
+
+void record_launch(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic_smem_bytes) {
+  const auto blocks = uint64_t{grid.x} * grid.y * grid.z;
+  const auto threads = uint64_t{block.x} * block.y * block.z;
+  static std::unordered_map<const void*, std::string> symbols;
+  std::string& symbol = symbols[kernel.function];
+  if (symbol.empty()) symbol = kernel_symbol(kernel.function);
+  machine.recorded += symbol;
+  for (const uint64_t value :
+       {blocks, threads, uint64_t{dynamic_smem_bytes}, uint64_t{allowed_dynamic_shared(kernel.function)}}) {
+    machine.recorded += ' ' + std::to_string(value);
+  }
+  machine.recorded += '\n';
 }
 
 }  // namespace
@@ -165,6 +181,8 @@ cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic
   if (const char* reason = check_geometry(kernel.function, grid, block, dynamic_smem_bytes)) {
     return geometry_fault(reason, grid, block, dynamic_smem_bytes);
   }
+  if (machine.recording != Recording::kOff) record_launch(kernel, grid, block, dynamic_smem_bytes);
+  if (machine.recording == Recording::kOnly) return cudaSuccess;
   machine.faulted = false;
   machine.threads = block.x * block.y * block.z;
   machine.random = machine.seed;
@@ -187,4 +205,17 @@ cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic
 
 void mmk_simt_set_order(uint64_t seed) {
   mmk::simt::machine.seed = seed;
+}
+
+void mmk_simt_record(int64_t run) {
+  using namespace mmk::simt;
+  forget_opt_ins();
+  machine.recorded.clear();
+  machine.recording = run != 0 ? Recording::kAlso : Recording::kOnly;
+}
+
+const char* mmk_simt_recorded() {
+  using namespace mmk::simt;
+  machine.recording = Recording::kOff;
+  return machine.recorded.c_str();
 }

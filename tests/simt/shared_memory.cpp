@@ -59,8 +59,11 @@ void require_capacity() {
   for (const Array& array : arrays) (array.site == &kDynamicSite ? dynamic : fixed) += array.bytes;
   if (fixed > kMaxStaticSharedBytes)
     fail("uses %zu bytes of static shared memory; the limit is 48 KB", fixed);
-  if (fixed + dynamic > kMaxSharedBytes)
-    fail("uses %zu bytes of shared memory; the limit is 227 KB", fixed + dynamic);
+  const auto limit = static_cast<size_t>(current_device().shared_per_block);
+  if (fixed + dynamic > limit) {
+    fail("uses %zu bytes of static and %zu of dynamic shared memory; the device has %zu", fixed, dynamic,
+         limit);
+  }
   if (fixed + dynamic > kMaxSharedBytesWithoutOptIn &&
       !may_use_dynamic_shared(machine.kernel.function, dynamic)) {
     fail("uses %zu bytes of static and %zu of dynamic shared memory; over 48 KB a launch needs the opt-in",
@@ -81,9 +84,17 @@ void allow_dynamic_shared(const void* function, size_t bytes) {
   opt_ins[function] = bytes;
 }
 
-bool may_use_dynamic_shared(const void* function, size_t bytes) {
+size_t allowed_dynamic_shared(const void* function) {
   const auto found = opt_ins.find(function);
-  return found != opt_ins.end() && bytes <= found->second;
+  return found == opt_ins.end() ? 0 : found->second;
+}
+
+void forget_opt_ins() {
+  opt_ins.clear();
+}
+
+bool may_use_dynamic_shared(const void* function, size_t bytes) {
+  return bytes <= allowed_dynamic_shared(function);
 }
 
 void begin_grid_shared(size_t dynamic_bytes) {

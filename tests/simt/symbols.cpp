@@ -19,14 +19,6 @@
 namespace mmk::simt {
 namespace {
 
-std::string demangle(const char* symbol) {
-  int status = 0;
-  char* text = abi::__cxa_demangle(symbol, nullptr, nullptr, &status);
-  std::string name = status == 0 ? text : symbol;
-  std::free(text);
-  return name;
-}
-
 // The function symbol at `offset` from the load address of an ELF file, or "".
 std::string symbol_at(const char* path, ElfW(Addr) offset) {
   std::ifstream stream(path, std::ios::binary);
@@ -48,17 +40,26 @@ std::string symbol_at(const char* path, ElfW(Addr) offset) {
 
 }  // namespace
 
-std::string kernel_name(const void* function) {
+std::string kernel_symbol(const void* function) {
   Dl_info info;
   link_map* map = nullptr;
   if (dladdr1(function, &info, reinterpret_cast<void**>(&map), RTLD_DL_LINKMAP) != 0 && map != nullptr) {
     const char* path = map->l_name[0] != '\0' ? map->l_name : "/proc/self/exe";
     const std::string symbol = symbol_at(path, reinterpret_cast<ElfW(Addr)>(function) - map->l_addr);
-    if (!symbol.empty()) return demangle(symbol.c_str());
+    if (!symbol.empty()) return symbol;
   }
   char address[32];
   std::snprintf(address, sizeof(address), "at %p", function);
   return address;
+}
+
+std::string kernel_name(const void* function) {
+  const std::string symbol = kernel_symbol(function);
+  int status = 0;
+  char* text = abi::__cxa_demangle(symbol.c_str(), nullptr, nullptr, &status);
+  std::string name = status == 0 ? text : symbol;
+  std::free(text);
+  return name;
 }
 
 std::string source_place(const void* instruction) {

@@ -1,4 +1,4 @@
-"""Every Triton kernel, compiled to sm_80 and sm_90 without a GPU: types, layouts, shared memory, spills."""
+"""Every Triton kernel, compiled without a GPU: types, layouts, shared memory, spills."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import pathlib
 import re
 import subprocess
 from collections.abc import Collection
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from devices import DEVICES, LEAST_SHARED
 
 from mmkernels.backends import TRITON_INTERPRETED
 from mmkernels.ops._common import ACTIVATION_CODES
@@ -28,7 +30,11 @@ from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 #: Bytes of shared memory that one block may have.
-SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_MEMORY = {device.capability: device.shared_per_block for device in DEVICES}
+#: Kernels without a product use what every GPU has: two architectures show them, held to the least limit.
+CAPABILITIES = (80, 90)
+#: The others compile each tile of a product once. sm_86 has the instructions and the limit of sm_89.
+GRAPHICS_CAPABILITIES = (89, 120)
 #: A few words that the compiler keeps on the stack cost nothing; a spilled tile is hundreds of bytes.
 STACK_BYTES = 32
 
@@ -81,8 +87,8 @@ def compile_kernel(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def check_resources(compiled: Any, capability: int, folder: pathlib.Path) -> None:
-    assert compiled.metadata.shared <= SHARED_MEMORY[capability]
+def check_resources(compiled: Any, shared_memory: int, folder: pathlib.Path) -> None:
+    assert compiled.metadata.shared <= shared_memory
     binary = folder / "kernel.cubin"
     binary.write_bytes(compiled.asm["cubin"])
     tool = triton.knobs.nvidia.cuobjdump.path
@@ -158,7 +164,7 @@ def test_sizes_that_launches_specialise(kernel: Any, constants: dict[str, Any], 
     compile_kernel(kernel, 90, "bf16", constants, absent, size=size)
 
 
-each_capability = pytest.mark.parametrize("capability", SHARED_MEMORY)
+each_capability = pytest.mark.parametrize("capability", CAPABILITIES)
 each_element = pytest.mark.parametrize("element", ELEMENTS.values(), ids=ELEMENTS)
 
 MIX_CASES = [
@@ -196,7 +202,7 @@ def test_mix_forward(
     affine_arguments = ["norm_weight", "mixed_bias"]
     absent = {"plain": [*affine_arguments, "stats"], "norm": affine_arguments}.get(kind, [])
     compiled = compile_kernel(mix.layer_mix_fwd_kernel, capability, element, constants, absent, tile.warps)
-    check_resources(compiled, capability, tmp_path)
+    check_resources(compiled, LEAST_SHARED, tmp_path)
     # The point of ALIGNMENT: layers are loaded 16 bytes at a time, although their addresses come from memory.
     assert re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", compiled.asm["ptx"])
 
@@ -223,7 +229,7 @@ def test_mix_backward(
     if kind != "wide":
         absent = [*absent, "row_dots"]
     compiled = compile_kernel(mix.layer_mix_bwd_kernel, capability, element, constants, absent, tile.warps)
-    check_resources(compiled, capability, tmp_path)
+    check_resources(compiled, LEAST_SHARED, tmp_path)
 
 
 @each_capability
@@ -235,11 +241,11 @@ def test_row_kernels(element: str, capability: int, tmp_path: pathlib.Path) -> N
         compiled = compile_kernel(
             shared.row_stats_kernel, capability, element, {**sizes, "EPS": 1e-5}, num_warps=warps
         )
-        check_resources(compiled, capability, tmp_path)
+        check_resources(compiled, LEAST_SHARED, tmp_path)
         compiled = compile_kernel(
             mix.row_dots_kernel, capability, element, {**sizes, "LAYERS": 13}, num_warps=warps
         )
-        check_resources(compiled, capability, tmp_path)
+        check_resources(compiled, LEAST_SHARED, tmp_path)
         compiled = compile_kernel(
             norm_product.norm_product_fold_kernel,
             capability,
@@ -247,7 +253,7 @@ def test_row_kernels(element: str, capability: int, tmp_path: pathlib.Path) -> N
             {"WIDTH": width, "BLOCK_C": block},
             num_warps=warps,
         )
-        check_resources(compiled, capability, tmp_path)
+        check_resources(compiled, LEAST_SHARED, tmp_path)
 
 
 @each_capability
@@ -260,7 +266,7 @@ def test_table_of_the_most_layers(capability: int, tmp_path: pathlib.Path) -> No
     )
     assert all(value % 2 == 1 and value >= 2**31 for value in map(shared.encode_for_table, (-1, 0, 1, 2**56)))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
-    check_resources(compiled, capability, tmp_path)
+    check_resources(compiled, LEAST_SHARED, tmp_path)
 
 
 def uses_tensor_cores(compiled: Any) -> bool:
@@ -271,12 +277,18 @@ def constants_of(options: dict[str, int]) -> dict[str, int]:
     return {name: value for name, value in options.items() if name.isupper()}
 
 
-@each_capability
-@pytest.mark.parametrize(
-    ("dtype", "activation"),
-    [("float16", "gelu"), ("bfloat16", "relu"), ("float32", "silu"), ("float32", "gelu_tanh")],
-)
-def test_products(dtype: str, activation: str, capability: int, tmp_path: pathlib.Path) -> None:
+PRODUCT_CASES = [
+    *product(
+        [("float16", "gelu"), ("bfloat16", "relu"), ("float32", "silu"), ("float32", "gelu_tanh")],
+        CAPABILITIES,
+    ),
+    *product([("bfloat16", "relu")], GRAPHICS_CAPABILITIES),
+]
+
+
+@pytest.mark.parametrize(("case", "capability"), PRODUCT_CASES)
+def test_products(case: tuple[str, str], capability: int, tmp_path: pathlib.Path) -> None:
+    dtype, activation = case
     by_library = shared.library_multiplies(getattr(torch, dtype))
     norm_absent = ["x", "folded_weight"] if by_library else []
     for kernel, own, absent in (
@@ -298,7 +310,7 @@ def test_products(dtype: str, activation: str, capability: int, tmp_path: pathli
             num_warps=shared.PRODUCT_TILE.warps,
             num_stages=shared.PRODUCT_TILE.stages,
         )
-        check_resources(compiled, capability, tmp_path)
+        check_resources(compiled, SHARED_MEMORY[capability], tmp_path)
         assert uses_tensor_cores(compiled) != by_library
 
 
@@ -312,27 +324,29 @@ def test_project_gradients(element: str, capability: int, tmp_path: pathlib.Path
         "BLOCK_O": norm_product.GRADIENT_COLUMNS,
     }
     compiled = compile_kernel(norm_product.norm_product_gradient_kernel, capability, element, constants)
-    check_resources(compiled, capability, tmp_path)
+    check_resources(compiled, LEAST_SHARED, tmp_path)
 
 
 @each_capability
 def test_project_unfold(capability: int, tmp_path: pathlib.Path) -> None:
     constants = {"OUTPUTS": 250, "BLOCK_O": norm_product.UNFOLD_ROWS, "BLOCK_C": norm_product.UNFOLD_COLUMNS}
     compiled = compile_kernel(norm_product.norm_product_unfold_kernel, capability, "fp32", constants)
-    check_resources(compiled, capability, tmp_path)
+    check_resources(compiled, LEAST_SHARED, tmp_path)
 
 
-@each_capability
+ADAPTER_TILES = [("fp16", 64, True), ("bf16", 128, True), ("fp16", 256, True)]
+ADAPTER_CASES = [
+    *product([*ADAPTER_TILES, ("bf16", 8, False), ("bf16", 192, False)], CAPABILITIES),
+    *product(ADAPTER_TILES, GRAPHICS_CAPABILITIES),
+]
+
+
 @pytest.mark.parametrize("kernel", [adapter.adapter_fwd_kernel, adapter.adapter_bwd_kernel])
-@pytest.mark.parametrize(
-    ("element", "bottleneck", "norm"),
-    [("bf16", 8, False), ("fp16", 64, True), ("bf16", 128, True), ("bf16", 192, False), ("fp16", 256, True)],
-)
-def test_adapter(
-    element: str, bottleneck: int, norm: bool, kernel: Any, capability: int, tmp_path: pathlib.Path
-) -> None:
+@pytest.mark.parametrize(("case", "capability"), ADAPTER_CASES)
+def test_adapter(case: tuple[str, int, bool], kernel: Any, capability: int, tmp_path: pathlib.Path) -> None:
+    element, bottleneck, norm = case
     forward = kernel is adapter.adapter_fwd_kernel
-    table = adapter.FORWARD_TILES if forward else adapter.BACKWARD_TILES
+    table = adapter.forward_tiles(SHARED_MEMORY[capability]) if forward else adapter.BACKWARD_TILES
     tile = adapter.fused_tile(table, torch.float16, bottleneck)
     constants = {
         **constants_of(adapter.fused_options(tile, 768, bottleneck)),
@@ -342,7 +356,7 @@ def test_adapter(
     compiled = compile_kernel(
         kernel, capability, element, constants, [] if norm else ["stats"], tile.warps, tile.stages
     )
-    check_resources(compiled, capability, tmp_path)
+    check_resources(compiled, SHARED_MEMORY[capability], tmp_path)
     assert uses_tensor_cores(compiled)
     assert re.search(r"cp\.async\.cg\.shared\.global \[[^]]*\], \[[^]]*\], 0x10", compiled.asm["ptx"])
 

@@ -126,8 +126,12 @@ def adapter(
     the value before the activation (rows x d), and 8 bytes of statistics per row with LayerNorm. ``x`` is
     kept, not copied: overwriting it before the backward pass is an error there. The gradients of float32
     parameters beside ``x`` in half precision are float32 sums of products in half precision, as under
-    autocast; ``x.float()`` makes them exact. Forward mode, ``torch.func`` and gradients of gradients are the
-    reference's: ``"auto"`` takes it by itself, a kernel asked for by name raises.
+    autocast; ``x.float()`` makes them exact. On CUDA the compiled kernels sum these over tiles of rows that
+    follow the GPU's multiprocessors and shared memory: between GPUs of different size, the gradients of
+    ``down_bias``, ``up_bias``, ``norm_bias`` and, with ``norm_bias``, ``down_weight`` may differ by the
+    rounding of float32 sums. Nothing else does, and one GPU repeats all bits. Forward mode, ``torch.func``
+    and gradients of gradients are the reference's: ``"auto"`` takes it by itself, a kernel asked for by name
+    raises.
 
     Raises:
         TypeError: A value of the wrong type or dtype.

@@ -223,6 +223,12 @@ extern "C" int no_opt_in_fault(const float* in, float* out, int64_t fixed) {
 }
 #endif
 
+// Dynamic shared memory besides 256 bytes of static.
+extern "C" int static_and_dynamic(const float* in, float* out, int64_t dynamic_smem_bytes) {
+  return mmk::launch(no_opt_in<true>, dim3(1), dim3(kThreads), static_cast<size_t>(dynamic_smem_bytes),
+                     nullptr, in, out);
+}
+
 // A kernel that does nothing, to try launch geometries.
 extern "C" int launch_nothing(int64_t grid_x, int64_t grid_y, int64_t grid_z, int64_t block_x,
                               int64_t block_y, int64_t block_z, int64_t dynamic_smem_bytes) {

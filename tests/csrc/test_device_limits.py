@@ -1,0 +1,191 @@
+"""The launches of real shapes against the limits of real GPUs: shared memory, opt-in, registers.
+
+The launchers run on the host SIMT runtime, which records what they ask for and starts no thread; static
+shared memory and registers of each kernel are those of ptxas. Only the two together decide whether a GPU
+accepts a launch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+from collections.abc import Iterator
+from functools import cache
+from itertools import product
+
+import pytest
+import simt_build
+import test_adapter_cuda
+import test_layer_mix_cuda
+import test_layer_project_cuda
+import torch
+from devices import DEVICES, H100, REGISTERS, RESERVED_SHARED, SHARED_WITHOUT_OPT_IN, Device
+from simt_build import Launch, Library
+from simt_tensors import DTYPE_CODES, integers
+from test_ptxas import MOST_REGISTERS, Usage, usages
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc"),
+    pytest.mark.skipif(simt_build.missing_tools() is not None, reason=str(simt_build.missing_tools())),
+]
+SOURCES = sorted(
+    {
+        *test_adapter_cuda.SOURCES,
+        *test_layer_mix_cuda.SOURCES,
+        *test_layer_project_cuda.SOURCES,
+    }
+)
+#: Of wav2vec2, HuBERT, WavLM, Whisper and their kind; the last is too wide for the registers of a block.
+WIDTHS = (384, 512, 768, 1024, 1280, 1920, 2048, 5120)
+LAYERS = (5, 13, 25)
+BOTTLENECKS = (64, 96, 128, 192, 256)
+ROWS = 38_848
+MEMORY = ctypes.c_void_p(1 << 20)  # an aligned address that no launcher reads
+UNALIGNED = ctypes.c_void_p((1 << 20) + 4)
+OUTPUTS = 250
+
+
+@cache
+def library() -> Library:
+    return simt_build.load(simt_build.build("limits", SOURCES, races=True))
+
+
+def some(wanted: object) -> ctypes.c_void_p | None:
+    return MEMORY if wanted else None
+
+
+def launch_layer_mix(width: int, layers: int, dtype: torch.dtype, norm: bool, affine: bool) -> None:
+    call = library().call
+    sizes = integers(DTYPE_CODES[dtype], layers, 1, ROWS, width, norm)
+    for address in (MEMORY, UNALIGNED):
+        pointers = integers(*[address.value or 0] * layers)
+        strides = integers(*[ROWS * width, width] * layers)
+        inputs = (sizes, pointers, strides, None, MEMORY, some(affine), some(affine))
+        call("layer_mix_forward", *inputs, 1e-5, MEMORY, some(norm), some(affine))
+        for wanted, needs_affine in ((True, False), (True, affine), (False, affine)):
+            d_layers = integers(*[(address.value or 0) if wanted else 0] * layers)
+            gradients = (address, integers(ROWS * width, width), some(norm), d_layers)
+            call("layer_mix_backward", *inputs, *gradients, integers(True, needs_affine), *[MEMORY] * 6)
+
+
+def launch_layer_project(width: int, taps: int, dtype: torch.dtype, norm: bool) -> None:
+    call = library().call
+    for outputs, address in product((OUTPUTS, 64, 128), (MEMORY, UNALIGNED)):
+        sizes = integers(DTYPE_CODES[dtype], 500, taps, width, outputs, 1)
+        strides, stats = integers(taps * width, width), some(norm)
+        call("project_fold", sizes, address, MEMORY, *[stats] * 2, MEMORY, MEMORY, stats)
+        call("project_stats", sizes, address, strides, 1e-5, MEMORY)
+        fuses = integers(0)
+        call("project_fuses", sizes, address, strides, fuses)
+        if fuses[0]:
+            call("project_product", sizes, address, strides, MEMORY, stats, MEMORY, stats, MEMORY, MEMORY)
+        call("project_activate", sizes, stats, MEMORY, stats, address, MEMORY)
+        call("project_gradient", sizes, address, MEMORY, stats, MEMORY, MEMORY, stats, MEMORY)
+        call("project_input_gradient", sizes, address, strides, MEMORY, MEMORY, MEMORY)
+        call("project_unfold", sizes, MEMORY, MEMORY, *[stats] * 2, *[MEMORY] * 2, *[stats] * 2, MEMORY)
+
+
+def launch_adapter(width: int, bottleneck: int, dtype: torch.dtype, norm: bool) -> None:
+    call, code = library().call, DTYPE_CODES[dtype]
+    sizes, stats, nothing = integers(code, ROWS, width, bottleneck, 1), some(norm), (None, 0)
+    call("adapter_fold", sizes, *[MEMORY] * 3, stats, stats, MEMORY, MEMORY, stats, MEMORY)
+    if dtype == torch.float32:
+        for address in (MEMORY, UNALIGNED):
+            call("adapter_activate", sizes, 0.5, address, MEMORY)
+            addend, x = (address, width), (MEMORY, width)
+            call("adapter_finish", sizes, 0.5, MEMORY, MEMORY, *addend, *x, stats, stats, code, MEMORY)
+        call("adapter_column_sums", sizes, MEMORY, width, MEMORY)
+        call("adapter_up_bias", width, 100, 0.5, MEMORY, MEMORY)
+        return
+    float_code, rows = DTYPE_CODES[torch.float32], (MEMORY, width)
+    for residual, add_input, out in ((nothing, True, code), (rows, False, code), (rows, False, float_code)):
+        options = (0.5, 1e-5, *rows, *residual, add_input, out)
+        weights = (MEMORY, MEMORY, stats, MEMORY, MEMORY)
+        call("adapter_forward", sizes, *options, *weights, MEMORY, MEMORY, stats)
+        inputs = (*rows, *rows, add_input, *[MEMORY] * 4, stats)
+        call("adapter_backward", sizes, 0.5, *inputs, *[MEMORY] * 5)
+
+
+def launch_everything() -> None:
+    for width, dtype in product(WIDTHS, DTYPE_CODES):
+        for count, norm in product(LAYERS, (False, True)):
+            for affine in {False, norm}:
+                launch_layer_mix(width, count, dtype, norm, affine)
+            launch_layer_project(width, count, dtype, norm)
+        for bottleneck, norm in product(BOTTLENECKS, (False, True)):
+            launch_adapter(width, bottleneck, dtype, norm)
+
+
+@cache
+def launches(device: Device) -> frozenset[Launch]:
+    with library().on(device), library().recording(run=False) as found:
+        launch_everything()
+    return frozenset(found)
+
+
+@cache
+def usage_of(architecture: int) -> dict[str, Usage]:
+    return {usage.symbol: usage for usage in usages(architecture)}
+
+
+def refusals(launch: Launch, usage: Usage, device: Device) -> Iterator[str]:
+    """Why the device would not run a launch."""
+    shared = usage.shared + launch.dynamic_shared
+    sizes = f"{usage.shared} bytes of static and {launch.dynamic_shared} of dynamic shared memory"
+    if shared > device.shared_per_block:
+        yield f"{sizes}: a block may have {device.shared_per_block}"
+    if shared > SHARED_WITHOUT_OPT_IN and launch.opted_in < launch.dynamic_shared:
+        yield f"{sizes}, without opt-in"
+    warps = -(-launch.threads // 32)
+    registers = warps * -(-usage.registers * 32 // 256) * 256  # allocated to warps in units of 256
+    if registers > REGISTERS:
+        yield f"{registers} registers: a block may have {REGISTERS}"
+        return
+    resident = min(
+        device.blocks_per_multiprocessor,
+        device.threads_per_multiprocessor // (warps * 32),
+        device.shared_per_multiprocessor // (shared + RESERVED_SHARED),
+        REGISTERS // registers,
+    )
+    if resident < 1:
+        yield "no block fits a multiprocessor"
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
+def test_devices_accept_the_launches_of_real_shapes(device: Device) -> None:
+    usage = usage_of(device.cubin)
+    found = launches(device)
+    assert {usage[launch.kernel].kernel for launch in found} == set(MOST_REGISTERS), "launch every kernel"
+    refused = {
+        f"{usage[launch.kernel].kernel}: {reason}"
+        for launch in found
+        for reason in refusals(launch, usage[launch.kernel], device)
+    }
+    assert not refused
+
+
+def test_only_the_plan_of_the_adapter_depends_on_the_device() -> None:
+    fused = {"adapt", "adapt_backward"}
+
+    def others(device: Device) -> set[Launch]:
+        names = usage_of(device.cubin)
+        return {launch for launch in launches(device) if names[launch.kernel].kernel not in fused}
+
+    first, *rest = map(others, DEVICES)
+    assert all(found == first for found in rest)
+
+
+def test_refusals_are_found() -> None:
+    def found(dynamic: int, opted_in: int, registers: int = 32, threads: int = 128) -> list[str]:
+        launch = Launch("", 1, threads, dynamic, opted_in)
+        usage = Usage("", "", registers, shared=1024, stack=0, spilled=0)
+        return list(refusals(launch, usage, H100))
+
+    assert found(47 * 1024, 0) == []
+    assert found(48 * 1024, 48 * 1024) == []
+    assert "without opt-in" in found(48 * 1024, 0)[0]
+    assert found(226 * 1024, 226 * 1024) == []
+    assert "may have 232448" in found(227 * 1024, 227 * 1024)[0]
+    assert found(0, 0, registers=255, threads=256) == []
+    assert "registers" in found(0, 0, registers=72, threads=1024)[0]
