@@ -1,4 +1,4 @@
-"""ptxas reports for every kernel: no local memory, for every architecture that is built, and few registers."""
+"""ptxas reports for every kernel: no local memory on any architecture that is built, and few registers."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ MOST_REGISTERS = {
 }
 
 #: Bytes of local memory. Four instances of mix_norm (float32 rows of 1,280 columns, and long rows at odd
-#: addresses) lack a few registers on sm_120; with two blocks per multiprocessor instead of three all would be
-#: slower on the others.
+#: addresses) lack a few registers on sm_120; more would allow two blocks per multiprocessor instead of three.
 MOST_LOCAL_BYTES = {(120, "mix_norm"): 156}
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
