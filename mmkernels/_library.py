@@ -22,6 +22,8 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 _LIBRARY_FILES = {"cpu": "libmmkernels_cpu.so", "cuda": "libmmkernels_cuda.so"}
 #: Why a device's compiled kernels are missing; a device that is not a key has them.
 load_errors: dict[str, str] = {}
+#: The compiled library of a device, where it is loaded.
+paths: dict[str, pathlib.Path] = {}
 
 
 def _library_folders() -> list[pathlib.Path]:
@@ -53,6 +55,8 @@ def load() -> None:
             torch.ops.load_library(str(path))
         except OSError as error:
             load_errors[device] = f"{path} does not load into torch {torch.__version__}: {error}"
+        else:
+            paths[device] = path
 
 
 def compiled_module() -> ModuleType | None:
@@ -61,6 +65,14 @@ def compiled_module() -> ModuleType | None:
         return importlib.import_module(f"{__package__}._C")
     except ImportError:
         return None
+
+
+def first_use_in_capture(what: str) -> str:
+    """The message where CUDA refuses to load a kernel because the stream is being captured."""
+    return (
+        f"{what}: a kernel is used for the first time inside a CUDA graph capture, where it cannot be "
+        "loaded; run the step once before the capture"
+    )
 
 
 def define(name: str, arguments: str, returns: str, fake: Callable[..., Any], python: str) -> None:
@@ -72,7 +84,13 @@ def define(name: str, arguments: str, returns: str, fake: Callable[..., Any], py
     """
 
     def triton_kernel(*args: Any) -> Any:
-        return getattr(importlib.import_module(python), name)(*args)
+        function = getattr(importlib.import_module(python), name)
+        try:
+            return function(*args)
+        except RuntimeError as error:
+            if "stream is capturing" in str(error):
+                raise RuntimeError(first_use_in_capture(name)) from error
+            raise
 
     for op in (name, f"{name}_triton"):
         LIBRARY.define(f"{op}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))

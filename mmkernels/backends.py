@@ -7,7 +7,7 @@ import os
 
 import torch
 
-from mmkernels import _library
+from mmkernels import _cuda, _library
 
 #: Values of the argument ``backend`` of every op.
 BACKENDS = ("auto", "native", "triton", "reference")
@@ -26,20 +26,27 @@ TRITON_INSTALLED = _triton_installed()
 TRITON_INTERPRETED = TRITON_INSTALLED and os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def why_not(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    """The reason why ``backend`` cannot serve tensors of this device type and dtype, or None if it can."""
+def why_not(backend: str, device: torch.device | str, dtype: torch.dtype) -> str | None:
+    """The reason why ``backend`` cannot serve tensors of this device and dtype, or None if it can.
+
+    ``"cuda"`` is the current device.
+    """
     if backend == "reference":
         return None
-    if dtype == torch.float64 and device != "cpu":
+    device = torch.device(device) if isinstance(device, str) else device
+    kind = device.type
+    if dtype == torch.float64 and kind != "cpu":
         return "float64 is offered on the CPU only; cast to float32, or use backend='reference'"
     if backend == "native":
-        if device not in ("cpu", "cuda"):
-            return f"there are no compiled kernels for device type {device!r}"
-        return _library.load_errors.get(device)
+        if kind == "cuda":
+            return _cuda.why_not(device.index)
+        if kind != "cpu":
+            return f"there are no compiled kernels for device type {kind!r}"
+        return _library.load_errors.get(kind)
     if not TRITON_INSTALLED:
         return "Triton is not installed"
-    if device == "cpu" and not TRITON_INTERPRETED:
+    if kind == "cpu" and not TRITON_INTERPRETED:
         return "Triton kernels need a CUDA tensor (or TRITON_INTERPRET=1 set before Python starts)"
-    if device not in ("cpu", "cuda"):
-        return f"there are no Triton kernels for device type {device!r}"
+    if kind not in ("cpu", "cuda"):
+        return f"there are no Triton kernels for device type {kind!r}"
     return None

@@ -49,8 +49,12 @@ class CudaScope {
 
 // Throws unless `status`, from a launcher of mmk::cuda, is cudaSuccess.
 inline void check_launch(int status, const char* kernel) {
-  STD_TORCH_CHECK(status == cudaSuccess, kernel,
-                  ": CUDA launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(status)));
+  const bool capture =
+      status >= cudaErrorStreamCaptureUnsupported && status <= cudaErrorStreamCaptureWrongThread;
+  STD_TORCH_CHECK(
+      status == cudaSuccess, kernel,
+      ": CUDA launch failed: ", cudaGetErrorString(static_cast<cudaError_t>(status)),
+      capture ? "; run the step once before a CUDA graph capture, where no kernel can be loaded" : "");
 }
 
 }  // namespace mmk::glue

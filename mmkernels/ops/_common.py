@@ -32,15 +32,15 @@ def choose_backend(op: str, backend: str, tensor: Tensor) -> str:
         return _choose_automatically(op, tensor)
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    reason = why_not(backend, tensor.device.type, tensor.dtype)
+    reason = why_not(backend, tensor.device, tensor.dtype)
     if reason is not None:
         raise ValueError(f"{op}: backend={backend!r} cannot be used: {reason}")
     return backend
 
 
 def _choose_automatically(op: str, tensor: Tensor) -> str:
-    device, dtype = tensor.device.type, tensor.dtype
-    if device == "cuda" and dtype == torch.float64:
+    device, dtype = tensor.device, tensor.dtype
+    if tensor.is_cuda and dtype == torch.float64:
         raise ValueError(f"{op}: got a float64 tensor on CUDA; {why_not('native', device, dtype)}")
     for name in ("native", "triton"):
         if why_not(name, device, dtype) is None:

@@ -66,7 +66,7 @@ def norm_product_fold_kernel(
     tl.store(weight_sum + row, tl.sum(rounded_sum, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_product_fwd_kernel(
     x,
     folded_weight,
@@ -124,7 +124,7 @@ def norm_product_fwd_kernel(
     tl.store(y + target, activate(z, ACTIVATION).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_product_gradient_kernel(
     grad,
     value,
@@ -171,7 +171,7 @@ def norm_product_gradient_kernel(
         tl.store(pull + line, pull_sum * rstd / inputs, mask=row < rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_product_dx_kernel(
     scaled_grad,
     folded_weight,

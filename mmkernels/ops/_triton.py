@@ -3,8 +3,9 @@ row statistics.
 
 Rules of all Triton kernels here: cast program ids to int64 before multiplying them, so that offsets never
 wrap; take launch configurations from fixed tables, because autotuning would make results depend on timing;
-mask every dimension; make the bounds of loops constants of a compilation (sizes of a model, or powers of
-two), so that loops can be pipelined and unrolled.
+mask every dimension; make the bounds of loops with products constants of a compilation (sizes of a model), so
+that they can be pipelined; do not specialise on sizes that vary from batch to batch, because each kind of
+value would compile again while a model trains.
 """
 
 from __future__ import annotations
@@ -124,6 +125,16 @@ def add_product(a, b, total):
     return tl.dot(a, b, total, out_dtype=total.dtype)
 
 
+@triton.jit
+def loop_bound(value):
+    """An integer argument, as the bound of a loop."""
+    if INTERPRETED:
+        # Triton 3.6's interpreter has an array of one element, to which NumPy 2.4 does not count.
+        return value.handle.data.item()
+    else:
+        return value
+
+
 @dataclass(frozen=True)
 class ProductTile:
     """Tile of a product, BLOCK_M x BLOCK_N in steps of BLOCK_K; GROUP tiles of rows share columns in L2."""
@@ -222,7 +233,7 @@ def locate_rows(first, rows, inner, lengths, BLOCK_ROWS: tl.constexpr):
     return row, outer_index, inner_index, valid
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["inner"])
 def row_stats_kernel(
     x,
     lengths,

@@ -50,7 +50,7 @@ SCHEMAS: dict[str, ModuleType] = {
 }
 SOURCES = sorted(
     path.relative_to(simt_build.ROOT)
-    for folder, pattern in (("cuda", "*.cu"), ("torch", "*_cuda.cpp"))
+    for folder, pattern in (("cuda", "**/*.cu"), ("torch", "*_cuda.cpp"))
     for path in (simt_build.ROOT / "csrc" / folder).glob(pattern)
 )
 # CUDA kernels have no float64, and these tests do not depend on the device.

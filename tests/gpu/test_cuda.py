@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +12,8 @@ import torch
 from torch import Tensor
 
 import mmkernels
-from op_tests import backends
+from mmkernels import _cuda, _library, backends
+from op_tests import backends as kernel_backends
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,7 +21,7 @@ pytestmark = [
         not torch.cuda.is_available(), reason="needs a CUDA GPU; run `make gpu` on a machine with one"
     ),
 ]
-BACKENDS = backends("cuda", torch.float32)
+BACKENDS = kernel_backends("cuda", torch.float32)
 
 
 def mix_inputs(dtype: torch.dtype = torch.bfloat16) -> tuple[list[Tensor], Tensor, Tensor]:
@@ -69,6 +73,46 @@ def adapter_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
 STEPS = {"layer_mix": mix_step, "layer_project": project_step, "adapter": adapter_step}
 each = pytest.mark.parametrize("op", list(STEPS))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@pytest.mark.skipif("cuda" in _library.load_errors, reason="no compiled CUDA kernels")
+def test_the_compiled_kernels_run_here() -> None:
+    """Else "auto", and the tests of all backends, would leave them out without a word."""
+    error, driver, built_with = _cuda._probe(0)
+    assert error is None
+    assert driver > 0
+    assert built_with >= 12000
+    assert backends.why_not("native", "cuda", torch.float32) is None
+
+
+FIRST_USE = """
+import sys
+import torch, test_cuda
+
+step, _ = test_cuda.STEPS[sys.argv[1]](sys.argv[2])
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+try:
+    with torch.cuda.graph(graph):
+        captured = step()
+except Exception as error:
+    while error is not None and "run the step once before" not in str(error):
+        error = error.__cause__ or error.__context__
+    assert error is not None
+else:
+    graph.replay()
+    assert torch.equal(captured, step())
+"""
+
+
+@each
+@each_backend
+def test_first_use_inside_a_capture(op: str, backend: str) -> None:
+    """It works, or the error says what to do. In a process of its own, which has loaded no kernel."""
+    folder = str(pathlib.Path(__file__).parent)
+    code = f"import sys; sys.path.insert(0, {folder!r})\n{FIRST_USE}"
+    done = subprocess.run([sys.executable, "-c", code, op, backend], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @each

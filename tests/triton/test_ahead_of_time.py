@@ -43,7 +43,7 @@ OF_ELEMENT_TYPE = {
     *("grad", "value", "scaled_grad", "addend", "dx"),
     *("left", "right", "up_weight", "hidden", "activated"),
 }
-INTEGERS = {"rows", "columns", "frames", "width", "inner", "taps", "inputs", "outputs"}
+INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
 INT64_POINTERS = {"table", "lengths"}
 
 
@@ -71,16 +71,17 @@ def compile_kernel(
     signature, fixed, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         kind = type_of(name, element)
+        varies = kernel.params[position].do_not_specialize
         if name in constants or name in absent:
             signature[name] = "constexpr"
             fixed[(position,)] = constants.get(name)
-        elif kind == "i32" and size == 1:
+        elif kind == "i32" and size == 1 and not varies:
             # Launches turn integers that are 1 into constants.
             signature[name] = "constexpr"
             fixed[(position,)] = 1
         else:
             signature[name] = kind
-            if kind.startswith("*") or (kind == "i32" and size % 16 == 0):
+            if kind.startswith("*") or (kind == "i32" and size % 16 == 0 and not varies):
                 attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=fixed, attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -120,7 +121,7 @@ MIX_BACKWARD = {
     "LAYERS": 3,
     "WRITES_LAYERS": True,
     "ALIGNMENT": 2,
-    "TILES": 2,
+    "ONE_TILE": False,
     "BLOCK_ROWS": 4,
     "BLOCK_D": 32,
 }
@@ -219,7 +220,7 @@ def test_mix_backward(
         "NORM": norm,
         "WRITES_LAYERS": True,
         "ALIGNMENT": 16,
-        "TILES": 4 if affine else 1,
+        "ONE_TILE": not affine,
         "BLOCK_ROWS": tile.rows,
         "BLOCK_D": tile.columns,
     }

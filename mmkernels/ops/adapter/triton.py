@@ -107,7 +107,7 @@ def store_sum(product, bias, addend, out, row, column, rows, addend_stride, scal
     tl.store(target, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def adapter_fwd_kernel(
     x,
     folded_weight,
@@ -164,7 +164,7 @@ def adapter_fwd_kernel(
         store_sum(total, up_bias, addend, out, row, column, rows, addend_stride, scale, WIDTH)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def adapter_product_kernel(
     left,
     right,
@@ -208,7 +208,7 @@ def adapter_product_kernel(
     store_sum(total, bias, addend, out, row, column, rows, addend_stride, scale, columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def adapter_bwd_kernel(
     grad,
     x,

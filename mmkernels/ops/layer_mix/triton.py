@@ -27,6 +27,7 @@ from mmkernels.ops._triton import (
     expect,
     expect_optional,
     locate_rows,
+    loop_bound,
     on_device,
     row_block,
     row_stats,
@@ -81,7 +82,7 @@ def load_layer(
     return tl.load(tl.multiple_of(source, (1, ALIGNMENT)), mask=inside, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "frames"])
 def layer_mix_fwd_kernel(
     table,
     weights,
@@ -150,7 +151,7 @@ def load_grad(grad, batch_stride, frame_stride, batch, frame, column, inside, ac
     return tl.load(grad + offset, mask=inside, other=0.0).to(accumulate)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "frames", "tiles"])
 def layer_mix_bwd_kernel(
     table,
     grad,
@@ -165,6 +166,7 @@ def layer_mix_bwd_kernel(
     partial_shift,
     rows,
     frames,
+    tiles,
     width,
     grad_batch_stride,
     grad_frame_stride,
@@ -172,14 +174,14 @@ def layer_mix_bwd_kernel(
     NORM: tl.constexpr,
     WRITES_LAYERS: tl.constexpr,
     ALIGNMENT: tl.constexpr,
-    TILES: tl.constexpr,
+    ONE_TILE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Gradients of the layers that have an address in the table's fourth row, and a chunk's part of row sums.
 
-    A chunk is TILES tiles of rows. Layers are the outer loop, so that sums as wide as a row are in registers.
-    One tile of the gradient is read once, several are read again for each layer, from cache.
+    A chunk is ``tiles`` tiles of rows. Layers are the outer loop, so that sums as wide as a row are in
+    registers. One tile of the gradient is read once, several are read again for each layer, from cache.
     """
     accumulate: tl.constexpr = weights.dtype.element_ty
     element: tl.constexpr = grad.dtype.element_ty
@@ -189,8 +191,8 @@ def layer_mix_bwd_kernel(
 
     if partial_shift is not None:
         shift_sum = tl.zeros((BLOCK_D,), accumulate)
-        for tile in range(TILES):
-            first_row = (chunk * TILES + tile) * BLOCK_ROWS
+        for tile in range(1 if ONE_TILE else loop_bound(tiles)):
+            first_row = (chunk * tiles + tile) * BLOCK_ROWS
             row, batch, frame, valid = locate_rows(first_row, rows, frames, lengths, BLOCK_ROWS)
             inside = valid[:, None] & used[None, :]
             g = load_grad(
@@ -198,7 +200,7 @@ def layer_mix_bwd_kernel(
             )
             shift_sum += tl.sum(g, 0)
         tl.store(partial_shift + chunk * width + column, shift_sum, mask=used)
-    if TILES == 1:
+    if ONE_TILE:
         row, batch, frame, valid = locate_rows(chunk * BLOCK_ROWS, rows, frames, lengths, BLOCK_ROWS)
         inside = valid[:, None] & used[None, :]
         g = load_grad(grad, grad_batch_stride, grad_frame_stride, batch, frame, column, inside, accumulate)
@@ -207,9 +209,9 @@ def layer_mix_bwd_kernel(
         weight = tl.load(weights + layer)
         dot_sum = tl.zeros((BLOCK_ROWS,), accumulate)
         scale_sum = tl.zeros((BLOCK_D,), accumulate)
-        for tile in range(TILES):
-            if TILES > 1:
-                first_row = (chunk * TILES + tile) * BLOCK_ROWS
+        for tile in range(1 if ONE_TILE else loop_bound(tiles)):
+            if not ONE_TILE:
+                first_row = (chunk * tiles + tile) * BLOCK_ROWS
                 row, batch, frame, valid = locate_rows(first_row, rows, frames, lengths, BLOCK_ROWS)
                 inside = valid[:, None] & used[None, :]
                 g = load_grad(
@@ -257,7 +259,7 @@ def layer_mix_bwd_kernel(
             tl.store(partial_scale + (chunk * LAYERS + layer) * width + column, scale_sum, mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames"])
 def row_dots_kernel(
     x,
     grad,
@@ -406,7 +408,7 @@ def layer_mix_bwd(
     tile = tile_for(width, whole_rows=norm, least_warps=AFFINE_WARPS if need_affine else 1)
     tiles = 1
     if need_affine:
-        tiles = triton.next_power_of_2(triton.cdiv(rows, tile.rows * MOST_AFFINE_CHUNKS))
+        tiles = triton.cdiv(rows, tile.rows * MOST_AFFINE_CHUNKS)
     grid = (triton.cdiv(rows, tile.rows * tiles), triton.cdiv(width, tile.columns))
     partial_dot = new((rows if sums_given else grid[0] * grid[1], count))
     partial_scale = new((grid[0], count, width)) if need_affine else None
@@ -427,6 +429,7 @@ def layer_mix_bwd(
             partial_shift,
             rows,
             frames,
+            tiles,
             width,
             grad.stride(0),
             grad.stride(1),
@@ -434,7 +437,7 @@ def layer_mix_bwd(
             NORM=norm,
             WRITES_LAYERS=bool(wanted),
             ALIGNMENT=inputs.alignment(d_layers.values()),
-            TILES=tiles,
+            ONE_TILE=tiles == 1,
             BLOCK_ROWS=tile.rows,
             BLOCK_D=tile.columns,
             num_warps=tile.warps,

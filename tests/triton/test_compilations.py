@@ -1,0 +1,97 @@
+"""How often Triton compiles while the lengths of batches vary, as in training: counted without a GPU, by the
+keys that a launch on sm_90 would look up."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from mmkernels.backends import TRITON_INTERPRETED
+
+triton = pytest.importorskip("triton")
+if TRITON_INTERPRETED:
+    pytest.skip("compiling needs a process without TRITON_INTERPRET", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import make_backend  # noqa: E402
+from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature  # noqa: E402
+
+from mmkernels.ops._common import ACTIVATION_CODES  # noqa: E402
+from mmkernels.ops.adapter import triton as adapter  # noqa: E402
+from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
+from mmkernels.ops.layer_project import triton as project  # noqa: E402
+
+BACKEND = make_backend(GPUTarget("cuda", 90, 32))
+BATCH = 3
+GELU = ACTIVATION_CODES["gelu"]
+
+
+@pytest.fixture
+def keys(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
+    """For each kernel the compilations that its launches ask for; nothing is compiled or run."""
+    found: dict[str, set[str]] = defaultdict(set)
+
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        bind = create_function_from_signature(kernel.signature, kernel.params, BACKEND)
+        _, specialization, rest = bind(*args, **options, debug=False)
+        found[kernel.__name__].add(compute_cache_key({}, specialization, rest))
+
+    monkeypatch.setattr(JITFunction, "run", launch)
+    return found
+
+
+def mix_step(frames: int, dtype: torch.dtype, width: int) -> None:
+    layers = [torch.zeros(BATCH, frames, width, dtype=dtype) for _ in range(4)]
+    affine = torch.ones(4, width), torch.zeros(4, width)
+    lengths = torch.full((BATCH,), frames)
+    for norm_weight, norm_bias, norm in ((None, None, False), (None, None, True), (*affine, True)):
+        arguments = (layers, torch.ones(4), norm_weight, norm_bias, lengths)
+        out, stats = mix.layer_mix_fwd(*arguments, norm, 1e-5, True)
+        need_affine = norm_weight is not None
+        mix.layer_mix_bwd(out, *arguments, stats, norm, True, need_affine, [0, 3])
+
+
+def project_step(rows: int, dtype: torch.dtype, width: int) -> None:
+    x = torch.zeros(rows, 2, width, dtype=dtype)
+    norm = torch.ones(2, width), torch.zeros(2, width)
+    arguments = (x, torch.zeros(2, 48, width), torch.zeros(2, 48), *norm)
+    y, value, stats = project.layer_project_fwd(*arguments, 1e-5, GELU, True)
+    project.layer_project_bwd(y, *arguments, value, stats, GELU, True, True, True)
+
+
+def adapter_step(rows: int, dtype: torch.dtype, width: int) -> None:
+    x, residual = torch.zeros(2, rows, width, dtype=dtype).unbind()
+    down, up = (torch.zeros(32, width), torch.zeros(32)), (torch.zeros(width, 32), torch.zeros(width))
+    norm = torch.ones(width), torch.zeros(width)
+    out, hidden, stats = adapter.adapter_fwd(x, *down, *up, residual, *norm, 1.0, 1e-5, GELU, False, True)
+    adapter.adapter_bwd(out, x, *down, up[0], *norm, hidden, stats, 1.0, GELU, False, True, True, True, True)
+
+
+#: Step, width, frames: 1, multiples of 16, powers of two, and others.
+CASES: dict[str, tuple[Callable[[int, torch.dtype, int], None], int, tuple[int, ...]]] = {
+    "layer_mix": (mix_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
+    "layer_mix of wide rows": (mix_step, mix.WIDEST_HELD_ROW + 16, (1, 2, 15, 16, 31, 48)),
+    "layer_project": (project_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
+    "adapter": (adapter_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_lengths_compile_nothing_again(
+    case: str, dtype: torch.dtype, keys: dict[str, set[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a short and a long batch: chunks of several tiles are another kernel than those of one."""
+    monkeypatch.setattr(mix, "MOST_AFFINE_CHUNKS", 4)
+    step, width, lengths = CASES[case]
+    step(lengths[0], dtype, width)
+    step(lengths[-1], dtype, width)
+    before = {kernel: len(found) for kernel, found in keys.items()}
+    assert len(before) >= 3
+    for frames in lengths:
+        step(frames, dtype, width)
+    assert {kernel: len(found) for kernel, found in keys.items()} == before
