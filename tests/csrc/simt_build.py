@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -91,9 +92,12 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def _run(command: Sequence[str | Path], target: Path) -> Path:
-    """Runs a compiler; writes `target` atomically, since two processes may build the same file at once."""
+    """Runs a compiler, unless another process is at the same file: then waits for it. Writes atomically."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+    with open(f"{target}.lock", "w") as lock, tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():
+            return target
         scratch = Path(folder) / target.name
         full_command = [*map(str, command), "-o", str(scratch)]
         done = subprocess.run(full_command, capture_output=True, text=True, cwd=ROOT)
