@@ -36,7 +36,7 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
 
 setup: $(VENV)/.installed
 
-# A process per core, at most 4, since each takes up to 2 GB. Triton's interpreter has to be chosen before Triton
+# A process per core, at most 4, since each takes 1 to 2 GB. Triton's interpreter has to be chosen before Triton
 # is imported, hence a second run.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 test: setup
