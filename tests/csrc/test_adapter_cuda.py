@@ -664,7 +664,7 @@ def test_backward_options(
 SUBSETS = [s for n in range(1, 4) for s in combinations(sorted(ALL), n)]
 
 
-@pytest.mark.parametrize("need", map(frozenset, SUBSETS), ids=map("-".join, SUBSETS))
+@pytest.mark.parametrize("need", [frozenset(s) for s in SUBSETS], ids=["-".join(s) for s in SUBSETS])
 @pytest.mark.parametrize("shape", [(200, 72, 24), (9, 24, 6)])
 def test_backward_computes_what_is_asked_for(
     kernels: simt_build.Library, shape: tuple[int, int, int], need: frozenset[str]
