@@ -36,10 +36,12 @@ $(VENV)/.installed: $(VENV)/.torch pyproject.toml $(SOURCES)
 
 setup: $(VENV)/.installed
 
-# Triton's interpreter has to be chosen before Triton is imported, hence a second process.
+# A process per core, at most 4, since each takes 1 to 2 GB. Triton's interpreter has to be chosen before Triton
+# is imported, hence a second run.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 test: setup
-	$(BIN)/python -m pytest
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton/test_interpreter.py
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton/test_interpreter.py
 
 demo: setup
 	$(BIN)/mmtransfer compare --demo

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from simt_build import ORDERS, Guarded, Library, SimtFault
 
 KERNELS = Path("tests/simt/cases")
 SOURCES = sorted((simt_build.ROOT / KERNELS).glob("*.cu"))
+STATM = Path("/proc/self/statm")
 
 MISSING = simt_build.missing_tools()
 needs_headers = pytest.mark.skipif(MISSING is not None, reason=str(MISSING))
@@ -399,6 +401,10 @@ def test_faults_leave_nothing_behind() -> None:
 # ---- planted races, in the build with the race detector ----------------------------------------------------
 
 
+def resident_bytes() -> int:
+    return int(STATM.read_text().split()[1]) * mmap.PAGESIZE
+
+
 def run_race(name: str, order: int, fixed: bool) -> np.ndarray:
     values, scratch = np.linspace(1, 2, 64).astype(np.float32), np.zeros(129, np.float32)
     out = Guarded(128, np.float32)
@@ -449,6 +455,21 @@ def test_races_are_found(name: str, order: int) -> None:
 def test_fixed_races_are_none(name: str) -> None:
     out = simt_build.same_in_all_orders(lambda order: run_race(name, order, fixed=True))
     assert np.isfinite(out).all()
+
+
+@needs_headers
+@pytest.mark.skipif(not STATM.exists(), reason="no /proc")
+def test_the_race_detector_uses_its_memory_again() -> None:
+    """It needs 72 times the memory that a kernel uses, and once the next grid has begun, for nothing."""
+    size, arrays = 2**15, []
+    for launch in range(20):
+        arrays += [np.zeros((1, size), np.uint16), np.empty(size, np.uint16)]  # at other addresses each time
+        open_library("vector_mix").call(
+            "vector_mix_bfloat16", arrays[-2], np.ones(1, "f4"), arrays[-1], 1, size
+        )
+        if launch == 0:
+            first = resident_bytes()
+    assert resident_bytes() - first < 5 * 72 * 4 * size
 
 
 # ---- other builds -----------------------------------------------------------------------------------------

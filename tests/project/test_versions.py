@@ -37,7 +37,8 @@ def test_the_check_knows_what_is_declared() -> None:
 
 def test_the_floors_that_are_tried_are_those_declared() -> None:
     tried, asked = pinned("floors.txt"), declared()
-    development = {"clang-format", "cmake", "mypy", "ruff", "torch-abi-audit", "pytest", "pytest-benchmark"}
+    development = {"clang-format", "cmake", "mypy", "ruff", "torch-abi-audit"}
+    development |= {"pytest", "pytest-benchmark", "pytest-xdist"}
     assert tried.keys() == asked.keys() - development
     # The one torch that the test machines can install is not the floor.
     assert {name for name in tried if versions._numbers(tried[name]) != versions._numbers(asked[name])} == {

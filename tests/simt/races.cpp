@@ -46,7 +46,10 @@ struct Cell {
 
 constexpr uintptr_t kCellBytes = 2;  // the smallest element that kernels write
 constexpr uintptr_t kPageBytes = 512;
-using Page = std::array<Cell, kPageBytes / kCellBytes>;
+struct Page {
+  std::array<Cell, kPageBytes / kCellBytes> cells;
+  Time used = 0;  // the last grid that accessed it
+};
 
 struct WarpOrder {
   Time known[kWarpSize][kWarpSize] =
@@ -72,6 +75,7 @@ std::vector<bool> has_waited;  // per thread: for the previous grid
 std::vector<WarpOrder> warps;
 std::vector<Published> published;
 std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
+std::vector<std::unique_ptr<Page>> spare;  // pages whose accesses are all ordered before any to come
 
 unsigned warp_of(unsigned thread) {
   return thread / kWarpSize;
@@ -116,10 +120,10 @@ void require_order(const Event& earlier, const Event& event, uintptr_t address, 
 }
 
 void require_order(const History& earlier, const Event& event, uintptr_t address, bool shared) {
-  for (const Event& one :
-       {earlier.latest, earlier.of_other_lane, earlier.of_other_warp, earlier.of_other_block}) {
-    require_order(one, event, address, shared);
-  }
+  require_order(earlier.latest, event, address, shared);
+  require_order(earlier.of_other_lane, event, address, shared);
+  require_order(earlier.of_other_warp, event, address, shared);
+  require_order(earlier.of_other_block, event, address, shared);
 }
 
 void remember(History& history, const Event& event) {
@@ -136,20 +140,42 @@ void remember(History& history, const Event& event) {
   history.latest = event;
 }
 
+std::unique_ptr<Page> new_page() {
+  if (spare.empty()) return std::make_unique<Page>();
+  std::unique_ptr<Page> page = std::move(spare.back());
+  spare.pop_back();
+  return page;
+}
+
 Page& page_of(uintptr_t address) {
   struct Recent {
     uintptr_t key = ~uintptr_t{0};
+    Time grid = 0;
     Page* page = nullptr;
   };
   static std::array<Recent, 256> recent;
   const uintptr_t key = address / kPageBytes;
   Recent& entry = recent[key % recent.size()];
-  if (entry.key != key) {
+  if (entry.key != key || entry.grid != grid) {
     auto& page = pages[key];
-    if (page == nullptr) page = std::make_unique<Page>();
-    entry = {key, page.get()};
+    if (page == nullptr) page = new_page();
+    page->used = grid;
+    entry = {key, grid, page.get()};
   }
   return *entry.page;
+}
+
+// Cells take 72 times the memory that they describe, so pages are used again for other addresses. They need
+// not be cleared: accesses before `oldest` are ordered before all to come.
+void retire_pages(Time oldest) {
+  for (auto page = pages.begin(); page != pages.end();) {
+    if (page->second->used >= oldest) {
+      ++page;
+      continue;
+    }
+    spare.push_back(std::move(page->second));
+    page = pages.erase(page);
+  }
 }
 
 }  // namespace
@@ -164,7 +190,7 @@ void record_access(const void* address, size_t bytes, AccessKind kind, const voi
   const auto last = (reinterpret_cast<uintptr_t>(address) + bytes - 1) / kCellBytes;
   for (uintptr_t index = first; index <= last; ++index) {
     const uintptr_t place = index * kCellBytes;
-    Cell& cell = page_of(place)[place % kPageBytes / kCellBytes];
+    Cell& cell = page_of(place).cells[place % kPageBytes / kCellBytes];
     require_order(cell.write, event, place, shared);
     if (kind != AccessKind::kRead) require_order(cell.reads, event, place, shared);
     if (kind != AccessKind::kAtomic) require_order(cell.atomics, event, place, shared);
@@ -186,6 +212,7 @@ void begin_grid_order(bool overlaps) {
   previous_grid = grid;
   grid = ++now;
   overlapping = overlaps;
+  retire_pages(overlaps ? previous_grid : grid);
   published.clear();
 }
 

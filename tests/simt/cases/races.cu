@@ -154,6 +154,7 @@ __global__ void write_scratch(const float* in, float* scratch) {
 }
 template <bool Fixed>
 __global__ void read_before_grid_dependency(const float*, float* out, float* scratch) {
+  out[place()] = 0.0f;  // a page that is new to the detector, before one of the previous grid
   const float early = Fixed ? 0.0f : scratch[place()];
   mmk::grid_dependency_wait();
   out[place()] = Fixed ? scratch[place()] : early;
