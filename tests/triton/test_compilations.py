@@ -41,6 +41,7 @@ def keys(monkeypatch: pytest.MonkeyPatch) -> dict[str, set[str]]:
         found[kernel.__name__].add(compute_cache_key({}, specialization, rest))
 
     monkeypatch.setattr(JITFunction, "run", launch)
+    monkeypatch.setattr(adapter, "shared_memory_limit", lambda device: 227 * 1024)
     return found
 
 
