@@ -86,7 +86,7 @@ def _overview(comparison: Comparison) -> str:
         axes.tick_params(length=0)
         axes.spines["left"].set_visible(False)
     panels[0].set_yticks(range(len(methods)), [method.title for method in methods])
-    panels[0].invert_yaxis()
+    panels[0].set_ylim(len(methods) - 0.5, -0.5)  # the first on top, and room for rows without a bar
     return _svg(figure, "overview")
 
 
