@@ -422,3 +422,10 @@ def test_the_module_runs_as_a_program(tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.count("\n") == 1
     assert done.stderr.startswith("mmtransfer: ")
+
+
+def test_a_reader_that_ends_early_is_no_fault() -> None:
+    command = f"set -o pipefail; {sys.executable} -m mmtransfer.cli methods | head -n 1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("head")
+    assert done.stderr == ""

@@ -361,6 +361,8 @@ class TestPeft:
             ({"target_modules": ["q_proj", "v_proj", "k_proj"]}, r"updates of .*k_proj"),
             ({"target_modules": ["q_proj"]}, r"updates of .*q_proj"),
             ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
+            ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+            ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
         ],
     )
     def test_other_adapters_of_peft_are_refused(self, tmp_path, options, message):

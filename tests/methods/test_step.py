@@ -118,3 +118,24 @@ def test_the_twin_of_a_rewritten_model_has_adapters_next_to_the_products(experim
 @pytest.mark.parametrize("method", ["head", "full", "partial", "bitfit", "prompt", "lora"])
 def test_methods_without_kernels_have_no_twin(experiment, method: str) -> None:
     assert registry.find(method).baseline(build(experiment, method)) is None
+
+
+class Fixed:
+    """A step whose logits and gradients are given."""
+
+    def __init__(self, **gradients: float) -> None:
+        self._gradients = {name: torch.tensor([value]) for name, value in gradients.items()}
+
+    def backward(self) -> torch.Tensor:
+        return torch.tensor([1.0])
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return self._gradients
+
+
+def test_a_gradient_that_is_rounding_alone_does_not_differ() -> None:
+    """As that of a factor in front of a LayerNorm; a wrong one of the size of the others does."""
+    ours = Fixed(weight=1e-2, factor=2.4e-8)
+    assert measure._difference(ours, Fixed(weight=1e-2, factor=2.5e-8)) < measure._TOLERANCE
+    assert measure._difference(ours, Fixed(weight=1e-2, factor=2e-6)) > measure._TOLERANCE
+    assert measure._difference(ours, Fixed(weight=1.1e-2, factor=2.4e-8)) > measure._TOLERANCE
