@@ -180,13 +180,14 @@ class AdaptedModel(nn.Module):
         return AdaptedOutput(loss=loss, logits=logits, lengths=taps.lengths)
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """All tensors that training changes, by name, for a checkpoint."""
+        """All tensors that training changes or the method brings, by name, for a checkpoint."""
         edited = {id(parameter) for parameter in self.encoder.edit.parameters}
+        edited |= {id(buffer) for buffer in self.encoder.edit.added_buffers()}
         thawed = set(self.thawed())
         tensors: dict[str, torch.Tensor] = {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if id(parameter) in edited or name in thawed
+            f"encoder.{name}": tensor
+            for name, tensor in self.encoder.state_dict(keep_vars=True).items()
+            if id(tensor) in edited or f"encoder.{name}" in thawed
         }
         for name in ("readout", "head"):
             part = getattr(self, name)

@@ -55,8 +55,10 @@ class Prepared:
         del model.__dict__[_RECORD]
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
-        """All that training changes, by name: trainable parameters, those that were thawed since, and running
-        statistics of batch norms.
+        """All that training changes or the method brings, by name.
+
+        Trainable parameters, those that were thawed since, running statistics of batch norms, and the buffers
+        of added modules and of the head.
         """
         model = self.edit.encoder.root
         names = [*self.trainable, *self.thawed()]
@@ -71,6 +73,12 @@ class Prepared:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 buffers = module.named_buffers()
                 tensors |= {f"{plain_name(name)}.{buffer}": value for buffer, value in buffers}
+        brought = {id(buffer) for buffer in self.edit.added_buffers()}
+        heads = tuple(f"{name}." for name in self.head)
+        for name, value in model.state_dict(keep_vars=True).items():
+            name = plain_name(name)
+            if not isinstance(value, nn.Parameter) and (id(value) in brought or name.startswith(heads)):
+                tensors[name] = value
         return tensors
 
     def thawed(self) -> list[str]:

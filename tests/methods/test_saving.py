@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import mmtransfer
-from mmtransfer import AdaptedModel, registry
+from mmtransfer import AdaptedModel, EditMethod, registry
 from mmtransfer.tasks import Classification
 
 EDITS = [name for name, method in registry.methods().items() if method().has_edit or name == "head"]
@@ -280,6 +281,62 @@ def test_what_has_no_values_or_no_name_is_refused(tmp_path):
     torch.nn.utils.parametrizations.weight_norm(model.wav2vec2.encoder.layers[0].adapter_mlp, "down_weight")
     with pytest.raises(ValueError, match=r"down_weight, which is trained since prepare, is gone"):
         mmtransfer.save(model, tmp_path / "changed")
+
+
+class Drawn(torch.nn.Module):
+    """A frozen random projection with a learnt scale."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("projection", torch.randn(width, width) / 4)
+        self.scale = torch.nn.Parameter(torch.full((width,), 0.5))
+
+    def forward(self, x):
+        return x + (x @ self.projection) * self.scale
+
+
+class ThroughDrawn:
+    def __init__(self, inner, drawn):
+        self.inner, self.drawn = inner, drawn
+
+    def __call__(self, *args, **kwargs):
+        output = self.inner(*args, **kwargs)
+        return (self.drawn(output[0]), *output[1:]) if isinstance(output, tuple) else self.drawn(output)
+
+
+@pytest.fixture
+def drawn():
+    @dataclass(frozen=True, kw_only=True)
+    class DrawnMethod(EditMethod):
+        """Frozen random projections."""
+
+        name: ClassVar[str] = "drawn"
+        title: ClassVar[str] = "Drawn"
+        paper: ClassVar[str] = "none"
+
+        def change(self, edit, encoder, layers):
+            for layer in layers:
+                module = edit.add(layer, "drawn", Drawn(encoder.hidden_size))
+                edit.override(layer, ThroughDrawn(layer.forward, module))
+
+    registry.register(DrawnMethod)
+    yield "drawn"
+    registry.unregister("drawn")
+
+
+def test_buffers_that_a_method_brings_are_saved(tmp_path, drawn):
+    model = prepare(build(), drawn)
+    mmtransfer.save(model, tmp_path / "prepared")
+    fresh = build()
+    mmtransfer.load_prepared(fresh, tmp_path / "prepared")
+    assert torch.equal(logits(fresh), logits(model))
+    adapted = AdaptedModel(TINY["wav2vec2"].build(), drawn)
+    base = TINY["wav2vec2"].build()
+    base.load_state_dict({k: v for k, v in adapted.encoder.model.state_dict().items() if "drawn" not in k})
+    adapted.save_pretrained(tmp_path / "adapted")
+    again = mmtransfer.load(tmp_path / "adapted", base)
+    inputs = make_input("wav2vec2")
+    assert torch.equal(again(inputs).last_hidden_state, adapted.eval()(inputs).last_hidden_state)
 
 
 def test_an_encoder_that_moved_is_named(tmp_path):

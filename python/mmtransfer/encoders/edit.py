@@ -109,6 +109,12 @@ class Edit:
         inside = set(module.modules())
         return any(owner in inside for owner, *_ in (*self._added, *self._replaced))
 
+    def added_buffers(self) -> Iterator[torch.Tensor]:
+        """The buffers of the modules that were added, such as projections that are drawn once and frozen."""
+        for owner, name in self._added:
+            if isinstance(added := getattr(owner, name), nn.Module):
+                yield from added.buffers()
+
     def check_alone(self) -> None:
         """Raise a ValueError if another edit of the encoder is in force."""
         if not self._in_force and (name := self.encoder.model.__dict__.get(_MARK)) is not None:
