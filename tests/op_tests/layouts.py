@@ -50,9 +50,9 @@ class GradientLayouts(OpTests):
             grad = laid_out(grad, layout)
         _, found = value_and_gradients(self.spec.function, call.detached(), grad, backend=backend)
         _, dense = value_and_gradients(self.spec.function, call.detached(), grad.clone(), backend=backend)
-        by_library = (device, backend) in self.spec.library_products
+        by_library = device == "cuda" and (device, backend) in self.spec.library_products
         for a, b in zip(found, dense, strict=True):
-            if by_library:  # the BLAS takes another kernel for another layout
+            if by_library:  # cuBLAS takes another kernel for another layout
                 torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * b.abs().max().item())
             else:
                 assert torch.equal(a, b)
