@@ -378,15 +378,14 @@ void check_case(Report& report, const Case& c) {
   check_kernels<T, T>(report, problem);
 }
 
-// Both tile heights, held and not, every padded bottleneck, partial tiles in every dimension, and problems
-// that are not fused.
+// Both tile heights, held and not, every padded bottleneck, partial tiles in every dimension and in the
+// columns alone, and problems that are not fused.
 constexpr Case kCases[] = {
     {1, 8, 8, Activation::kNone, true, Residual::kInput, 132, 0},
     {70, 200, 40, Activation::kGelu, true, Residual::kInput, 3, 8},
     {300, 136, 64, Activation::kSilu, true, Residual::kInput, 1, 0},
     {200, 520, 64, Activation::kGelu, false, Residual::kFloat, 1, 0},
-    {128, 136, 64, Activation::kRelu, false, Residual::kSame, 1,
-     0},  // all rows of the last tile, not all columns
+    {128, 136, 64, Activation::kRelu, false, Residual::kSame, 1, 0},
     {150, 72, 128, Activation::kGeluTanh, true, Residual::kSame, 1, 0},
     {20, 72, 128, Activation::kRelu, false, Residual::kInput, 3, 0},
     {40, 264, 192, Activation::kRelu, true, Residual::kNone, 3, 0},
