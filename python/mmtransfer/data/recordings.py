@@ -1,9 +1,9 @@
-"""Labelled recordings with a train and a test part."""
+"""Labelled or transcribed recordings with a train and a test part."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +18,27 @@ SPLITS = ("train", "test")
 class Clip:
     """One recording: a file, or float32 samples at 16 kHz.
 
-    `label` indexes `Recordings.classes`; `seconds` is the whole duration, before any cropping.
+    Attributes:
+        source: the file or the samples.
+        label: index in `Recordings.classes`; None for a clip that has a transcript instead.
+        seconds: the whole duration, before any cropping.
+        text: the transcript, if there is one.
+        speaker: who speaks, if that is known.
     """
 
     source: Path | np.ndarray
-    label: int
+    label: int | None
     seconds: float
+    text: str | None = None
+    speaker: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Recordings:
-    """A classification task on audio; `train` and `test` are lists, usable as map-style torch data sets.
+    """A task on audio: clips with labels, or clips with transcripts (`classes` is empty then).
 
-    `ignored` says what the source holds besides: `("4 .m4a files", "2 hidden")`.
+    `train`, `validation` (may be empty) and `test` are lists, usable as map-style torch data sets. `ignored`
+    says what the source holds besides: `("4 .m4a files", "2 hidden")`.
     """
 
     name: str
@@ -39,8 +47,12 @@ class Recordings:
     test: list[Clip]
     synthetic: bool = False
     ignored: tuple[str, ...] = ()
+    validation: list[Clip] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if self.transcribed:
+            self._check_transcripts()
+            return
         if len(self.classes) < 2:
             raise DataError(f"{self.name} has {len(self.classes)} class; at least two are needed")
         for split in SPLITS:
@@ -51,6 +63,19 @@ class Recordings:
                     f"{self.name} has no {split} clip of {first(missing, 'class', 'classes')}; "
                     "every class must occur in train and in test"
                 )
+
+    @property
+    def transcribed(self) -> bool:
+        """Whether the clips have transcripts, and no labels."""
+        return not self.classes
+
+    def _check_transcripts(self) -> None:
+        for split in SPLITS:
+            if not getattr(self, split):
+                raise DataError(f"{self.name} has no {split} clip")
+        for clip in (*self.train, *self.validation, *self.test):
+            if clip.text is None:
+                raise DataError(f"{self.name} has neither a class nor a transcript for {clip.source}")
 
     def load(
         self, clip: Clip, sample_rate: int = SAMPLE_RATE, max_seconds: float | None = None
@@ -72,11 +97,15 @@ class Recordings:
 
     def describe(self) -> str:
         """One line: name, classes, clips and seconds of audio per part, chance accuracy, what was ignored."""
+        splits = [split for split in ("train", "validation", "test") if getattr(self, split)]
         parts = ", ".join(
-            f"{split} {len(clips)} clips ({sum(clip.seconds for clip in clips):.0f} s)"
-            for split, clips in zip(SPLITS, (self.train, self.test), strict=True)
+            f"{split} {len(getattr(self, split))} clips "
+            f"({sum(clip.seconds for clip in getattr(self, split)):.0f} s)"
+            for split in splits
         )
         kind = " [synthetic]" if self.synthetic else ""
-        chance = max(Counter(clip.label for clip in self.test).values()) / len(self.test)
         ignored = f"; ignored: {', '.join(self.ignored)}" if self.ignored else ""
+        if self.transcribed:
+            return f"{self.name}{kind}: transcribed speech, {parts}{ignored}"
+        chance = max(Counter(clip.label for clip in self.test).values()) / len(self.test)
         return f"{self.name}{kind}: {len(self.classes)} classes, {parts}, chance {chance:.1%}{ignored}"
