@@ -155,6 +155,20 @@ def _load_base(source: str | Path | None, base: Mapping[str, Any], folder: str |
         ) from error
 
 
+def save_trained(model: AdaptedModel, folder: Path) -> None:
+    """Write what training changes into `folder`, without what `load` needs: a state of a run in progress."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ready = _detach(model.trained_tensors(), None)
+    replace_file(folder / WEIGHTS, lambda path: save_file(ready, path, metadata={"format": "pt"}))
+
+
+def load_trained(model: AdaptedModel, folder: Path) -> None:
+    """Copy what `save_trained` wrote into a model of the same kind; ValueError if it does not fit."""
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    _copy_strictly(model.trained_tensors(), tensors, folder)
+
+
 def load_prepared(
     model: nn.Module, folder: str | Path, *, description: ModelDescription | None = None, **runtime: Any
 ) -> Prepared:

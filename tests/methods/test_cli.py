@@ -201,7 +201,7 @@ def test_a_manifest_with_whisper_chosen_taps_and_methods(whisper: Path, sounds: 
         (["--methods", "lff", "mean"], ["'mean'", "weighted-sum-norm"]),
         (["--methods", "lff,hff-b"], ["'lff,hff-b'"]),
         (["--methods", "aat-ms+lff"], ["must be one method, or a readout + an edit"]),
-        (["--task", "translation"], ["task must be one of classification"]),
+        (["--task", "translation"], ["task must be one of classification, ctc"]),
     ],
 )
 def test_wrong_taps_methods_and_options(

@@ -228,7 +228,7 @@ class TestRefusals:
             ({"format": "aat"}, "must have \"format\": 'mmtransfer'"),
             ({"method": "hff-c"}, "no method is called 'hff-c'.*did you mean 'hff-"),
             ({"method": "lff"}, "lff has no option 'hff-b'"),
-            ({"task": {"name": "ctc"}}, "task must be one of .*classification.*, got 'ctc'"),
+            ({"task": {"name": "words"}}, "task must be one of .*classification.*, got 'words'"),
             ({"task": {"options": {"num_labels": 5}}}, r"head.classifier.bias has shape \(4,\), not \(5,\)"),
             ({"task": None}, "head.classifier.bias is unknown"),
             ({"options": {"hff-b": {"taps": [0, 1, 2]}}}, r"readout\.levels\.0\.bias is unknown"),

@@ -55,16 +55,9 @@ class TestTraining:
         examples = inputs_of(experiment, model, task)["train"]
         before = {name: value.detach().clone() for name, value in model.named_parameters()}
         trained = {name for name, value in model.named_parameters() if value.requires_grad}
-        losses: list[float] = []
-        train(
-            model,
-            examples,
-            examples.collate,
-            replace(QUICK, epochs=6),
-            on_epoch=lambda _, loss: losses.append(loss),
-        )
-        assert len(losses) == 6
-        assert losses[-1] < 0.95 * losses[0]
+        first = train(model, examples, examples.collate, replace(QUICK, epochs=1)).loss
+        last = train(model, examples, examples.collate, replace(QUICK, epochs=5)).loss
+        assert last < 0.95 * first
         moved = {name for name, value in model.named_parameters() if not torch.equal(value, before[name])}
         assert moved == trained
         assert any("merge_lambda" in name for name in trained) == (method != READOUT)
@@ -255,7 +248,10 @@ class TestCommandLine:
         finally:
             registry.register(MaxReadout)
         del TASKS["frames"]
-        fails(self.compare(tmp_path, "--task", "frames"), "task must be one of classification, got 'frames'")
+        fails(
+            self.compare(tmp_path, "--task", "frames"),
+            "task must be one of classification, ctc, got 'frames'",
+        )
         tasks.register_task(FrameLabels)
 
 

@@ -228,7 +228,7 @@ def test_unused_parameters_are_looked_for_where_there_may_be_some(
     """Under DDP looking costs time, and not looking where there are some ends in an error."""
     model = build(experiment, method)
     examples = inputs_of(experiment, model)["train"]
-    trainer = loop._make_trainer(model, examples, examples.collate, QUICK, str(tmp_path), [])
+    trainer = loop._Trainer.of(model, examples, examples.collate, QUICK, None, None, tmp_path, None)
     assert trainer.args.ddp_find_unused_parameters is unused
     assert trainer.args.n_gpu <= 1
 

@@ -36,8 +36,9 @@ from mmtransfer.training.caching import (
     cache_features,
     cache_inputs,
 )
+from mmtransfer.training.clock import OnStep
 from mmtransfer.training.finite import NotFiniteError
-from mmtransfer.training.loop import OnEpoch, TrainResult, main_device, predict, train
+from mmtransfer.training.loop import TrainResult, main_device, predict, train
 from mmtransfer.training.settings import Training
 
 from .experiment import Experiment
@@ -149,7 +150,8 @@ class _Session:
     def run_method(self, method: Method) -> MethodResult | FailedMethod:
         """All runs of a method, and its step; or the reason why there is no result."""
         training, seeds = self._training(method)
-        bar = self.progress.add_task(method.title, total=len(seeds) * training.epochs, detail="")
+        steps = len(seeds) * training.steps(len(self.clips["train"]))
+        bar = self.progress.add_task(method.title, total=steps, detail="")
         runs: list[Run] = []
         place = ""
         try:
@@ -240,10 +242,11 @@ class _Session:
         }
 
     def _run(self, method: Method, training: Training, bar: TaskID) -> Run:
-        def on_epoch(_: int, loss: float) -> None:
-            self.progress.update(bar, advance=1, detail=f"seed {training.seed}, training loss {loss:.3f}")
+        def on_step(_: int, __: int, loss: float | None) -> None:
+            text = "" if loss is None else f", training loss {loss:.3f}"
+            self.progress.update(bar, advance=1, detail=f"seed {training.seed}{text}")
 
-        model, result = self._train(method, training, on_epoch)
+        model, result = self._train(method, training, on_step)
         self.trained[method.name, training.seed] = model
         predictions = predict(model, *self._examples("test", model), training)
         scores = finite_numbers(
@@ -267,7 +270,7 @@ class _Session:
         )
 
     def _train(
-        self, method: Method, training: Training, on_epoch: OnEpoch | None = None
+        self, method: Method, training: Training, on_step: OnStep | None = None
     ) -> tuple[AdaptedModel, TrainResult]:
         start = None
         if method.starts_from is not None:
@@ -276,7 +279,7 @@ class _Session:
         model = self._build(method)
         if start is not None:
             model.begin_with(start)
-        return model, train(model, *self._examples("train", model), training, on_epoch=on_epoch)
+        return model, train(model, *self._examples("train", model), training, on_step=on_step)
 
     def _trained_start(self, method: Method, seed: int) -> AdaptedModel:
         """The model that others begin with, as the comparison has trained it, or would."""

@@ -11,7 +11,7 @@ from .errors import DataError
 from .folders import from_folder
 from .manifests import from_manifest
 from .recordings import Clip, Recordings
-from .synthetic import synthetic
+from .synthetic import synthetic, synthetic_speech
 
 __all__ = [
     "SAMPLE_RATE",
@@ -23,4 +23,5 @@ __all__ = [
     "read_audio",
     "resample",
     "synthetic",
+    "synthetic_speech",
 ]

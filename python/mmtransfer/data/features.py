@@ -31,7 +31,7 @@ class Collator:
 
     A call returns a dict: the extractor's tensors (`input_features` or `input_values`, and `attention_mask`
     where the extractor makes one), `lengths` (B,) int64, the true samples per clip at the extractor's rate
-    before any padding, and `labels` (B,) int64.
+    before any padding, and `labels` (B,) int64 where the clips have labels.
     """
 
     def __init__(
@@ -54,7 +54,9 @@ class Collator:
         rate = self.extractor.sampling_rate
         audio = [self.recordings.load(clip, rate, self.max_seconds) for clip in clips]
         batch = extract(self.extractor, audio, pad_to=self.pad_to)
-        batch["labels"] = torch.tensor([clip.label for clip in clips], dtype=torch.int64)
+        labels = [clip.label for clip in clips]
+        if None not in labels:
+            batch["labels"] = torch.tensor(labels, dtype=torch.int64)
         return batch
 
 

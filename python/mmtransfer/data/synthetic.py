@@ -41,6 +41,39 @@ def synthetic(
     return Recordings("synthetic words", names, parts[0], parts[1], synthetic=True)
 
 
+def synthetic_speech(
+    *, train_clips: int = 48, test_clips: int = 16, letters: str = "abcde", seed: int = 0
+) -> Recordings:
+    """Generated transcribed recordings: words of `letters`, each a tone of its pitch, spaces as silence.
+
+    A voice changes pitch, tempo, loudness and background noise; test voices are others. Clips last 1 to 3
+    seconds, float32 at 16 kHz with peak below 1, and depend on the arguments alone.
+    """
+    _check(train_clips=(train_clips, 1), test_clips=(test_clips, 1), letters=(len(letters), 2))
+    parts = []
+    for part, count in enumerate((train_clips, test_clips)):
+        rngs = [np.random.default_rng((seed, 3 + part, index)) for index in range(count)]
+        parts.append(
+            [_utterance(letters, f"voice {part}-{index % 4}", rng) for index, rng in enumerate(rngs)]
+        )
+    return Recordings("synthetic speech", (), parts[0], parts[1], synthetic=True)
+
+
+def _utterance(letters: str, speaker: str, rng: np.random.Generator) -> Clip:
+    words = ["".join(rng.choice(list(letters), size=rng.integers(1, 4))) for _ in range(rng.integers(2, 5))]
+    text = " ".join(words)
+    pitch, tempo = rng.uniform(0.9, 1.1), rng.uniform(0.8, 1.2)
+    sounds = []
+    for letter in text:
+        time = np.arange(round(0.16 * tempo * SAMPLE_RATE)) / SAMPLE_RATE
+        hertz = pitch * _BASE_PITCH_HZ * 2 ** (1 + letters.find(letter) / 2)
+        envelope = np.sqrt(np.abs(np.sin(np.pi * time / time[-1])))
+        sounds.append(envelope * np.sin(2 * np.pi * hertz * time) * (letter != " "))
+    samples = rng.uniform(0.2, 0.6) * np.concatenate(sounds)
+    samples = (samples + 0.01 * rng.standard_normal(len(samples))).astype(np.float32)
+    return Clip(samples, None, len(samples) / SAMPLE_RATE, text=text, speaker=speaker)
+
+
 def _check(**arguments: tuple[int, int]) -> None:
     for name, (value, least) in arguments.items():
         if value < least:

@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from .base import TASKS, Metric, Task, find_task, register_task
 from .classification import Classification
+from .ctc import CTC
 
-__all__ = ["TASKS", "Classification", "Metric", "Task", "find_task", "register_task"]
+__all__ = ["CTC", "TASKS", "Classification", "Metric", "Task", "find_task", "register_task"]

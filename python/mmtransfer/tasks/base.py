@@ -36,10 +36,12 @@ class Task(abc.ABC):
     Attributes:
         name: on the command line, in checkpoints and reports.
         metric: the first value of `score`.
+        by_length: whether training batches hold clips of like length, as where the loss has a value a frame.
     """
 
     name: ClassVar[str]
     metric: ClassVar[Metric]
+    by_length: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
@@ -77,6 +79,10 @@ class Task(abc.ABC):
     def target(self, clip: Clip) -> Any:
         """The target of a clip."""
         return clip.label
+
+    def frames_needed(self, target: Any) -> int:
+        """The frames that a clip with this target needs to be trained on."""
+        return 0
 
     def collate(self, targets: Sequence[Any]) -> torch.Tensor:
         """The targets of a batch as the tensor that `loss` takes; its first dimension is the batch."""

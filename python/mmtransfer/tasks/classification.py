@@ -62,6 +62,10 @@ class Classification(Task):
 
     @classmethod
     def of(cls, recordings: Recordings) -> Classification:
+        if recordings.transcribed:
+            raise ValueError(
+                f"{recordings.name} has transcripts; the task classification needs labels, in a column label"
+            )
         return cls(num_labels=len(recordings.classes), labels=recordings.classes)
 
     def head(self, dim: int) -> nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         slots: indices of the taps that items have, in this order; None for all.
         names: of the clips, for messages.
         faults: a message for each tap with features that are not finite.
+
+    Attributes:
+        lengths: frames per clip.
     """
 
     def __init__(
@@ -50,7 +54,8 @@ class CachedFeatures(Dataset[dict[str, Any]]):
         names: Sequence[str] | None = None,
         faults: Mapping[int, str] | None = None,
     ) -> None:
-        self.features, self.lengths, self.targets, self.task = features, lengths, targets, task
+        self.features, self.targets, self.task = features, list(targets), task
+        self.lengths: list[int] = lengths.tolist()
         self.names = names
         self.faults = {} if faults is None else dict(faults)
         self.chosen = list(range(features.shape[1]) if slots is None else slots)
@@ -59,9 +64,19 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
     def select(self, slots: Sequence[int]) -> CachedFeatures:
         """The same clips with these taps only; nothing is copied."""
-        return CachedFeatures(
-            self.features, self.lengths, self.targets, self.task, slots, names=self.names, faults=self.faults
-        )
+        chosen = copy.copy(self)
+        chosen.chosen = list(slots)
+        chosen.slots = _as_slice(chosen.chosen)
+        return chosen
+
+    def subset(self, indices: Sequence[int]) -> CachedFeatures:
+        """Some of the clips, in this order; nothing is copied."""
+        chosen = copy.copy(self)
+        for name in ("lengths", "targets", "names", "_ends"):
+            values = getattr(self, name)
+            if values is not None:
+                setattr(chosen, name, [values[index] for index in indices])
+        return chosen
 
     def check(self) -> None:
         """NotFiniteError if a chosen tap had features that were not finite when they were made."""
@@ -74,7 +89,7 @@ class CachedFeatures(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         end = self._ends[index]
-        frames = self.features[end - int(self.lengths[index]) : end]
+        frames = self.features[end - self.lengths[index] : end]
         return {"features": frames[:, self.slots], "target": self.targets[index]}
 
     def collate(self, items: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -113,6 +128,14 @@ class EncoderCollator:
 
     def targets(self, clips: Sequence[Clip]) -> list[Any]:
         return [self.task.target(clip) for clip in clips]
+
+    def input_length(self, seconds: float) -> int | None:
+        """Valid positions of the main input of a clip of this duration; None where that is not known."""
+        extractor = self.collator.extractor
+        samples = round(seconds * extractor.sampling_rate)
+        if isinstance(extractor, WhisperFeatureExtractor):
+            return -(-samples // extractor.hop_length)
+        return samples if self.main_input == "input_values" and not self.fixed else None
 
 
 def encoder_inputs(
@@ -230,9 +253,18 @@ class CachedInputs(Dataset[dict[str, Any]]):
         time_dim: int,
         names: Sequence[str] | None = None,
     ) -> None:
-        self.inputs, self.lengths, self.targets, self.task = list(inputs), list(lengths), targets, task
-        self.names = names
+        self.inputs, self.lengths, self.targets = list(inputs), list(lengths), list(targets)
+        self.names, self.task = names, task
         self.main_input, self.time_dim = main_input, time_dim
+
+    def subset(self, indices: Sequence[int]) -> CachedInputs:
+        """Some of the clips, in this order; nothing is copied."""
+        chosen = copy.copy(self)
+        for name in ("inputs", "lengths", "targets", "names"):
+            values = getattr(self, name)
+            if values is not None:
+                setattr(chosen, name, [values[index] for index in indices])
+        return chosen
 
     def __len__(self) -> int:
         return len(self.inputs)

@@ -1,42 +1,100 @@
 """Training and evaluation of an adapted model on cached features, on cached inputs or on clips.
 
-transformers' Trainer brings several GPUs (`torchrun`, `accelerate launch`), mixed precision and schedules.
-This file adds packed batches without padding, and the methods' parameter groups.
+transformers' Trainer brings several GPUs (`torchrun`, `accelerate launch`), mixed precision, schedules and
+checkpoints of a run. This file adds packed batches without padding, batches of clips of like length, the
+methods' parameter groups, and evaluation by the task.
 """
 
 from __future__ import annotations
 
-import statistics
+import contextlib
+import shutil
 import tempfile
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, Subset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from mmtransfer.checkpoint import load_trained, save_trained
 from mmtransfer.encoders.precision import check_trained
 from mmtransfer.model import AdaptedModel
 
+from .batches import LengthBatches, example_lengths
 from .caching import CachedFeatures, CachedInputs, example_name
-from .finite import NotFiniteError, check_loss, check_rate, check_weights
+from .clock import SECONDS, Clock, OnStep, Point, curve, seconds_per_epoch
+from .finite import NotFiniteError, check_rate, check_weights
 from .settings import Training
 
-#: Called by `train` with the epochs done and the training loss of the last one.
-OnEpoch = Callable[[int, float], None]
+_PREFIX = "eval_"
+#: In a checkpoint of a run that was written to its end.
+_WHOLE = "whole"
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """Mean training loss of the last epoch, and the median of the seconds per epoch."""
+    """The outcome of a run.
+
+    Attributes:
+        loss: mean training loss of the last epoch.
+        seconds_per_epoch: median of the whole epochs; of a run that ends within the first, in proportion.
+        seconds: of training in all, evaluations and checkpoints excluded.
+        steps: of the optimiser.
+        curve: the evaluations.
+        stopped: whether it ended early, as nothing improved any more.
+        best: the scores of the weights that were kept, with `Evaluation.keep_best`.
+    """
 
     loss: float
     seconds_per_epoch: float
+    seconds: float
+    steps: int
+    curve: list[Point]
+    stopped: bool = False
+    best: dict[str, float] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Scores of the model while it trains.
+
+    Attributes:
+        examples, collate: as for `predict`.
+        targets: the task's, one an example.
+        every: steps from one to the next; None: after each epoch.
+        first: the weights before the first step are scored too.
+        keep_best: the model ends with the weights of the best score, not the last.
+        patience: evaluations without a better score after which training ends; None: never.
+    """
+
+    examples: Dataset[Any]
+    collate: Callable[[Any], dict[str, torch.Tensor]]
+    targets: Sequence[Any]
+    every: int | None = None
+    first: bool = False
+    keep_best: bool = False
+    patience: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoints:
+    """States of a run on disk, from which it goes on after an interruption.
+
+    Attributes:
+        folder: of the run; the states are `checkpoint-<steps>` in it.
+        resume: go on from the latest that is whole, if there is one.
+        log: a folder for TensorBoard, or None.
+    """
+
+    folder: Path
+    resume: bool = False
+    log: Path | None = None
 
 
 def train(
@@ -45,12 +103,14 @@ def train(
     collate: Callable[[Any], dict[str, torch.Tensor]],
     settings: Training,
     *,
-    on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
+    evaluation: Evaluation | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> TrainResult:
     """Train the parameters of `model` that ask for gradients, on batches that `collate` makes of examples.
 
     The same settings and seed give the same weights on the same machine, given a model built after
-    `transformers.set_seed(settings.seed)`.
+    `transformers.set_seed(settings.seed)`, also where the run was interrupted and resumed.
 
     Raises:
         ValueError: no examples, or float16 weights that ask for gradients.
@@ -61,12 +121,29 @@ def train(
     check_trained(model.named_parameters())
     if isinstance(examples, CachedFeatures):
         examples.check()
-    clock = _EpochClock(on_epoch)
-    with tempfile.TemporaryDirectory(prefix="mmtransfer-") as folder:
-        trainer = _make_trainer(model, examples, collate, settings, folder, [clock])
-        loss = float(trainer.train().training_loss)
+    with contextlib.ExitStack() as stack:
+        folder = (
+            Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmtransfer-")))
+            if checkpoints is None
+            else checkpoints.folder
+        )
+        trainer = _Trainer.of(model, examples, collate, settings, evaluation, checkpoints, folder, on_step)
+        start = _latest_state(folder) if checkpoints is not None and checkpoints.resume else None
+        trainer.args.restore_callback_states_from_checkpoint = start is not None
+        loss = float(trainer.train(resume_from_checkpoint=start).training_loss)
     check_weights(model)
-    return TrainResult(clock.loss if clock.loss is not None else loss, statistics.median(clock.seconds))
+    state = trainer.state
+    points = curve(state.log_history, _PREFIX)
+    best = next((point.scores for point in points if point.steps == state.best_global_step), None)
+    return TrainResult(
+        loss=loss if trainer.clock.loss is None else trainer.clock.loss,
+        seconds_per_epoch=seconds_per_epoch(state.log_history),
+        seconds=trainer.clock.seconds,
+        steps=state.global_step,
+        curve=points,
+        stopped=state.global_step < state.max_steps,
+        best=best if evaluation is not None and evaluation.keep_best else None,
+    )
 
 
 @torch.no_grad()
@@ -88,15 +165,24 @@ def predict(
         examples.check()
     state = PartialState()
     order = list(range(len(examples)))  # type: ignore[arg-type]
-    if isinstance(examples, CachedInputs):
-        order.sort(key=examples.lengths.__getitem__)
+    if isinstance(examples, CachedInputs) or model.task.by_length:
+        order.sort(key=example_lengths(examples, collate).__getitem__)
     device = main_device(settings.cpu)
     model.to(device).eval()
     mine = order[state.process_index :: state.num_processes]
     found: list[Any] = []
     sound: list[bool] = []
-    for batch in DataLoader(Subset(examples, mine), settings.batch_size, collate_fn=collate):
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16):
+    loader: DataLoader[Any] = DataLoader(
+        Subset(examples, mine),
+        settings.batch_size,
+        collate_fn=collate,
+        num_workers=_workers(examples, settings),
+        # An iterator draws a number, which is not to be that of a training run.
+        generator=torch.Generator(),
+    )
+    half = torch.float16 if settings.fp16 else torch.bfloat16
+    for batch in loader:
+        with torch.autocast(device.type, half, enabled=settings.bf16 or settings.fp16):
             output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
         sound += model.task.sound(output.logits, output.lengths)
         found += model.task.decode(output.logits, output.lengths)
@@ -116,11 +202,43 @@ def main_device(cpu: bool) -> torch.device:
 
 
 class _Trainer(Trainer):
-    """The Trainer with parameter groups of our own."""
+    """The Trainer with the methods' parameter groups, batches of like length, and scores by the task."""
 
-    def __init__(self, settings: Training, **options: Any) -> None:
-        self.settings = settings
-        super().__init__(**options)
+    settings: Training
+    evaluation: Evaluation | None
+    clock: Clock
+
+    @classmethod
+    def of(
+        cls,
+        model: AdaptedModel,
+        examples: Dataset[Any],
+        collate: Callable[[Any], dict[str, torch.Tensor]],
+        settings: Training,
+        evaluation: Evaluation | None,
+        checkpoints: Checkpoints | None,
+        folder: Path,
+        on_step: OnStep | None,
+    ) -> _Trainer:
+        arguments = _arguments(model, examples, settings, evaluation, checkpoints, folder)
+        clock = Clock(on_step)
+        callbacks: list[TrainerCallback] = [clock]
+        if evaluation is not None and evaluation.patience is not None:
+            callbacks.append(EarlyStoppingCallback(evaluation.patience))
+        trainer = cls(
+            model=model,
+            args=arguments,
+            data_collator=collate,
+            train_dataset=examples,
+            # The Trainer asks for one where it evaluates; `evaluate` takes those of `evaluation`.
+            eval_dataset=None if evaluation is None else evaluation.examples,
+            callbacks=callbacks,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.settings, trainer.evaluation, trainer.clock = settings, evaluation, clock
+        if evaluation is not None and evaluation.first:
+            trainer.add_callback(_FirstEvaluation(trainer))
+        return trainer
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -130,6 +248,51 @@ class _Trainer(Trainer):
                 check_rate(group["lr"])
             self.optimizer = torch.optim.AdamW(groups)
         return self.optimizer
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        model: Any = self.model
+        if model.task is None or not model.task.by_length:
+            return super()._get_train_sampler(train_dataset)
+        lengths = example_lengths(self.train_dataset, self.data_collator)
+        return LengthBatches(lengths, self.settings.batch_size, self.settings.seed)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The task's scores; the clock stands still, and the random state is as before."""
+        evaluation, model = self.evaluation, self.model
+        assert evaluation is not None
+        assert isinstance(model, AdaptedModel)
+        assert model.task is not None
+        with self.clock.stopped():
+            predictions = predict(model, evaluation.examples, evaluation.collate, self.settings)
+            scores = model.task.score(predictions, evaluation.targets)
+            metrics = {f"{_PREFIX}{name}": float(value) for name, value in scores.items()}
+            self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Each entry of the run's history has the time of training."""
+        super().log({**logs, SECONDS: self.clock.seconds}, start_time)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        with self.clock.stopped():
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                (_state_folder(self.args.output_dir, self.state.global_step) / _WHOLE).touch()
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """What training changes; the pretrained weights are the user's."""
+        assert isinstance(self.model, AdaptedModel)
+        save_trained(self.model, Path(output_dir or self.args.output_dir or "."))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert isinstance(self.model, AdaptedModel)
+        load_trained(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        assert isinstance(self.model, AdaptedModel)
+        # Not the path in the state, which is that of the folder when the state was written.
+        load_trained(self.model, _state_folder(self.args.output_dir, self.state.best_global_step))
 
 
 def parameter_groups(model: AdaptedModel, settings: Training) -> list[dict[str, Any]]:
@@ -159,72 +322,94 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     return parameter.dim() > 1 and leaf.endswith("weight") and "norm" not in leaf
 
 
-def _make_trainer(
+def _workers(examples: Any, settings: Training) -> int:
+    """What is cached needs no process to make it."""
+    return 0 if isinstance(examples, (CachedFeatures, CachedInputs)) else settings.workers
+
+
+def _arguments(
     model: AdaptedModel,
-    examples: Dataset[Any],
-    collate: Callable[[Any], dict[str, torch.Tensor]],
+    examples: Any,
     settings: Training,
-    folder: str,
-    callbacks: list[TrainerCallback],
-) -> _Trainer:
+    evaluation: Evaluation | None,
+    checkpoints: Checkpoints | None,
+    folder: Path,
+) -> TrainingArguments:
+    keeps = checkpoints is not None or (evaluation is not None and evaluation.keep_best)
+    strategy: dict[str, Any] = {}
+    if evaluation is not None:
+        assert model.task is not None
+        metric = model.task.metric
+        when = "epoch" if evaluation.every is None else "steps"
+        strategy = {
+            "eval_strategy": when,
+            "eval_steps": evaluation.every,
+            "save_strategy": when if keeps else "no",
+            "save_steps": evaluation.every or 500,
+            "load_best_model_at_end": evaluation.keep_best,
+            "metric_for_best_model": metric.name,
+            "greater_is_better": metric.higher_is_better,
+        }
+    elif keeps:
+        strategy = {"save_strategy": "epoch"}
+    else:
+        strategy = {"save_strategy": "no"}
+    log = None if checkpoints is None else checkpoints.log
+    steps = settings.steps(len(examples))
+    ends_early = steps < replace(settings, max_steps=None).steps(len(examples))
     arguments = TrainingArguments(
-        output_dir=folder,
+        output_dir=str(folder),
         num_train_epochs=settings.epochs,
+        max_steps=steps if ends_early else -1,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         # The first step of a warm-up has the rate 0, and would be the only one.
-        warmup_steps=0.1 if settings.epochs > 1 or len(examples) > settings.batch_size else 0,  # type: ignore[arg-type]
+        warmup_steps=0.1 if steps > 1 else 0,
         seed=settings.seed,
         bf16=settings.bf16,
+        fp16=settings.fp16,
         use_cpu=settings.cpu or not torch.cuda.is_available(),
         logging_strategy="epoch",
         # The filter would leave NaN out of the logged loss.
         logging_nan_inf_filter=False,
-        save_strategy="no",
-        report_to="none",
+        save_total_limit=2,
+        report_to="none" if log is None else "tensorboard",
         disable_tqdm=True,
         remove_unused_columns=False,
+        dataloader_num_workers=_workers(examples, settings),
         # A last layer that is tapped before its norm, an embedding of masked frames: not all that is trained
         # takes part in a step through the encoder.
         ddp_find_unused_parameters=not model.edit_is_empty,
         label_names=["labels"],
+        **strategy,
     )
     # One process drives one device: DataParallel would cut packed features at the wrong frames.
     arguments._n_gpu = min(arguments.n_gpu, 1)
-    trainer = _Trainer(
-        settings,
-        model=model,
-        args=arguments,
-        data_collator=collate,
-        train_dataset=examples,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    return trainer
+    return arguments
 
 
-class _EpochClock(TrainerCallback):
-    """Seconds and training loss of each epoch."""
+def _latest_state(folder: Path) -> str | None:
+    """The latest checkpoint of a run that was written to its end; later ones, cut short, are removed."""
+    states = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    for path in sorted(states, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if (path / _WHOLE).exists():
+            return str(path)
+        shutil.rmtree(path)
+    return None
 
-    def __init__(self, on_epoch: OnEpoch | None) -> None:
-        self.on_epoch = on_epoch
-        self.seconds: list[float] = []
-        self.loss: float | None = None
-        self._start = 0.0
 
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self._start = time.perf_counter()
+def _state_folder(folder: str | Path | None, step: int | None) -> Path:
+    return Path(folder or ".") / f"checkpoint-{step}"
 
-    def on_epoch_end(self, *_: Any, **__: Any) -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
 
-    def on_log(self, *_: Any, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
-        if "loss" in logs:
-            self.loss = float(logs["loss"])
-            check_loss(self.loss, len(self.seconds))
-            if self.on_epoch is not None:
-                self.on_epoch(len(self.seconds), self.loss)
+class _FirstEvaluation(TrainerCallback):
+    """Scores the weights before the first step."""
+
+    def __init__(self, trainer: _Trainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0:
+            self.trainer.evaluate()

@@ -13,34 +13,54 @@ class Training:
 
     Attributes:
         epochs: passes over the training clips.
-        batch_size: clips per step and device.
+        max_steps: the run ends after so many steps if not earlier, and its rate decays to 0 by then.
+        batch_size: clips per batch and device.
+        accumulate: batches per step.
         learning_rate: peak rate, but for parameter groups that a method gives a rate.
         weight_decay: of matrices; biases, norms and parameter groups of a method have none.
         group_rates: whether those groups have their rate; False gives them the run's.
         seed: of the initial weights and of the order of the clips.
         bf16: train under bfloat16 autocast.
+        fp16: train under float16 autocast, with a scaled loss; on a GPU alone.
         cpu: stay on the CPU even if there is a GPU.
+        workers: processes that decode clips that are not cached; 0 for this one.
 
     ValueError for a value out of range.
     """
 
     epochs: int = 30
+    max_steps: int | None = None
     batch_size: int = 32
+    accumulate: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     group_rates: bool = True
     seed: int = 0
     bf16: bool = False
+    fp16: bool = False
     cpu: bool = False
+    workers: int = 0
 
     def __post_init__(self) -> None:
         check_integer("epochs", self.epochs)
         check_integer("batch_size", self.batch_size)
+        check_integer("accumulate", self.accumulate)
+        check_integer("workers", self.workers, least=0)
+        if self.max_steps is not None:
+            check_integer("max_steps", self.max_steps)
         # numpy's generator, which is seeded too, takes 32 bits.
         check_integer("seed", self.seed, least=0, most=2**32 - 1)
         check_number("learning_rate", self.learning_rate)
         check_number("weight_decay", self.weight_decay)
-        check_flags(self, "group_rates", "bf16", "cpu")
+        check_flags(self, "group_rates", "bf16", "fp16", "cpu")
+        if self.bf16 and self.fp16:
+            raise ValueError("bf16 and fp16 exclude each other")
+
+    def steps(self, clips: int) -> int:
+        """The optimiser's steps of a run on so many clips, in one process."""
+        in_epoch = math.ceil(math.ceil(clips / self.batch_size) / self.accumulate)
+        steps = self.epochs * in_epoch
+        return steps if self.max_steps is None else min(steps, self.max_steps)
 
 
 def check_integer(name: str, value: object, *, least: int = 1, most: int | None = None) -> None:

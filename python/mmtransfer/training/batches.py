@@ -1,0 +1,111 @@
+"""The order of training examples: batches of like length, and clips that a loss cannot use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Sampler
+
+from mmtransfer.data.recordings import Clip
+from mmtransfer.encoders.tapped import TappedEncoder
+from mmtransfer.tasks.base import Task
+
+from .caching import CachedFeatures, CachedInputs, EncoderCollator, example_name
+
+#: Clips are sorted by length within groups of so many batches: enough for batches of like length, and few
+#: enough that the same clips seldom meet again.
+_BATCHES_OF_A_GROUP = 24
+
+
+class LengthBatches(Sampler[int]):
+    """An order of examples in which each run of `batch_size` has like lengths.
+
+    The order is random and follows from `seed` and the epoch alone, so a run that is resumed has the same.
+
+    Args:
+        lengths: of the examples, in any unit.
+        batch_size: as the batches are cut.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[float], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the training loop at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        size = self.batch_size
+        batches: list[list[int]] = []
+        for start in range(0, len(order), _BATCHES_OF_A_GROUP * size):
+            group = order[start : start + _BATCHES_OF_A_GROUP * size]
+            group.sort(key=self.lengths.__getitem__, reverse=True)
+            batches += [group[first : first + size] for first in range(0, len(group), size)]
+        # A batch that is not full comes last, so that all others are cut where they were made.
+        full = [batch for batch in batches if len(batch) == size]
+        rest = [batch for batch in batches if len(batch) < size]
+        for index in torch.randperm(len(full), generator=generator).tolist():
+            yield from full[index]
+        for batch in rest:
+            yield from batch
+
+
+def example_lengths(examples: Any, collate: Any) -> list[float]:
+    """A length of each example: frames, positions of the input, or seconds; clips are not decoded."""
+    if isinstance(examples, (CachedFeatures, CachedInputs)):
+        return list(examples.lengths)
+    most = collate.collator.max_seconds if isinstance(collate, EncoderCollator) else None
+    seconds = [example.seconds for example in examples]
+    return seconds if most is None else [min(each, most) for each in seconds]
+
+
+def drop_infeasible(examples: Any, collate: Any, encoder: TappedEncoder, task: Task) -> tuple[Any, list[str]]:
+    """The examples that the task's loss can use, and the names of the others.
+
+    A transcript needs a frame for each of its characters and one between two that are equal.
+    """
+    frames = frame_counts(examples, collate, encoder)
+    if frames is None:
+        return examples, []
+    kept, dropped = [], []
+    for index, count in enumerate(frames):
+        needed = task.frames_needed(_target(examples, index, task))
+        if needed <= count:
+            kept.append(index)
+        else:
+            dropped.append(f"{example_name(examples, index)} ({needed} frames needed, {count} there)")
+    if not dropped:
+        return examples, []
+    if isinstance(examples, (CachedFeatures, CachedInputs)):
+        return examples.subset(kept), dropped
+    return [examples[index] for index in kept], dropped
+
+
+def frame_counts(examples: Any, collate: Any, encoder: TappedEncoder) -> list[int] | None:
+    """Frames that the encoder makes of each example, for clips from their durations; None if not known."""
+    if isinstance(examples, CachedFeatures):
+        return examples.lengths
+    if encoder.description.frames == "fixed":
+        return None
+    lengths: Sequence[Any] = example_lengths(examples, collate)
+    if not isinstance(examples, CachedInputs):
+        lengths = [collate.input_length(seconds) for seconds in lengths]
+        if None in lengths:
+            return None
+    return encoder.parts.frame_lengths(torch.tensor(lengths, dtype=torch.int64)).tolist()
+
+
+def _target(examples: Any, index: int, task: Task) -> Any:
+    if isinstance(examples, (CachedFeatures, CachedInputs)):
+        return examples.targets[index]
+    example = examples[index]
+    return task.target(example) if isinstance(example, Clip) else example["target"]
