@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from .czech import czech_dialogues
 from .italian import italian_prompts
 from .whisper import whisper_tiny_en
 
-__all__ = ["italian_prompts", "whisper_tiny_en"]
+__all__ = ["czech_dialogues", "italian_prompts", "whisper_tiny_en"]

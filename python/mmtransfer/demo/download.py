@@ -128,6 +128,19 @@ def debian_tree(package: DebianPackage, cache: str | Path | None = None) -> Path
     return cached_folder(f"{package.name}-{package.sha256[0][:12]}", build, cache) / package.tree
 
 
+def tree_in(folder: Path, package: DebianPackage) -> Path:
+    """The files of `package.tree` in a user's `folder`: the unpacked package, or the parent of their folder.
+
+    DataError if they are in neither place.
+    """
+    folder = folder.expanduser()
+    name = package.tree.rpartition("/")[2]
+    for candidate in (folder / package.tree, folder / name):
+        if candidate.is_dir():
+            return candidate
+    raise DataError(f"{folder} holds neither {package.tree} nor {name}; unpack {package.name} there")
+
+
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()

@@ -9,10 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmtransfer.data.audio import duration
-from mmtransfer.data.errors import DataError
 from mmtransfer.data.recordings import Clip, Recordings
 
-from .download import DebianPackage, debian_tree
+from .download import DebianPackage, debian_tree, tree_in
 
 _SOUNDS = "usr/share/asterisk/sounds"
 MAN = DebianPackage(
@@ -59,7 +58,7 @@ def italian_prompts(cache: str | Path | None = None, *, folder: str | Path | Non
     if folder is None:
         man, woman = debian_tree(MAN, cache), debian_tree(WOMAN, cache)
     else:
-        man, woman = (_voice(Path(folder).expanduser(), package) for package in (MAN, WOMAN))
+        man, woman = (tree_in(Path(folder), package) for package in (MAN, WOMAN))
     seconds = {root: _durations(root) for root in (man, woman)}
     classes = tuple(
         key
@@ -71,14 +70,6 @@ def italian_prompts(cache: str | Path | None = None, *, folder: str | Path | Non
         for root in (man, woman)
     )
     return Recordings("italian prompts", classes, train, test)
-
-
-def _voice(folder: Path, package: DebianPackage) -> Path:
-    voice = package.tree.rpartition("/")[2]
-    for candidate in (folder / package.tree, folder / voice):
-        if candidate.is_dir():
-            return candidate
-    raise DataError(f"{folder} holds neither {package.tree} nor {voice}; unpack {package.name} there")
 
 
 def _durations(root: Path) -> dict[str, float]:
