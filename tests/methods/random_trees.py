@@ -26,6 +26,7 @@ class RandomTree:
         layout: "drawn" has no part folders, "above" has train/cat, "below" has cat/train.
         used: the label and the part of each clip that must be used; the part is empty if it is drawn.
         ignored: how many files, hidden entries and links must be reported as ignored.
+        damaged: clips that cannot be read, which are errors when strict.
         refused: whether nothing but a refusal is right.
     """
 
@@ -36,6 +37,7 @@ class RandomTree:
     parts: dict[str, str] = field(default_factory=lambda: {part: part for part in ("train", "test")})
     used: dict[Path, tuple[str, str]] = field(default_factory=dict)
     ignored: int = 0
+    damaged: list[Path] = field(default_factory=list)
     refused: bool = False
     _clips: int = 0
 
@@ -227,7 +229,8 @@ def broken_link(tree: RandomTree) -> None:
 def damaged_file(tree: RandomTree) -> None:
     folder, _, _ = tree.some_folder()
     (folder / "damaged.wav").write_bytes(tree.random.choice((b"", b"RIFF", b"no audio")))
-    tree.refused = True
+    tree.damaged.append(folder / "damaged.wav")
+    tree.ignored += 1
 
 
 def _new_class_folder(tree: RandomTree) -> Path:
@@ -253,14 +256,23 @@ def class_folder_of_foreign_files(tree: RandomTree) -> None:
 @change
 def held_out_part(tree: RandomTree) -> None:
     word = tree.random.choice(HELD_OUT)
-    below = {
-        "drawn": f"{word}/cat",
-        "above": f"{word}/cat",
-        "below": f"{next(iter(tree.folders.values()))}/{word}",
-    }
-    tree.clip(tree.root / below[tree.layout] / "0.wav")
+    label, own = tree.random.choice(list(tree.folders.items()))
+    if tree.layout == "drawn":
+        tree.clip(tree.root / word / own / "0.wav")
+        tree.refused = True
+        return
+    tree.use(
+        tree.root / {"above": f"{word}/{own}", "below": f"{own}/{word}"}[tree.layout] / "0.wav",
+        label,
+        "validation",
+    )
+
+
+@change
+def class_in_the_held_out_part_alone(tree: RandomTree) -> None:
+    tree.clip(tree.root / "dev" / "wren" / "0.wav")
     tree.ignored += 1
-    tree.refused |= tree.layout == "drawn"
+    tree.refused |= tree.layout != "above"
 
 
 @change

@@ -171,9 +171,35 @@ class TestFromFolder:
         ):
             from_folder(tmp_path / "split")
 
-    def test_unreadable_file_is_found_at_once(self, folder):
+    def test_unreadable_files_are_left_out_and_named(self, folder, caplog):
+        for take in range(4):
+            (folder / "owl" / f"9{take}.wav").write_bytes(b"RIFF")
+        recordings = from_folder(folder)
+        assert len(recordings.train) + len(recordings.test) == 10
+        assert recordings.ignored == ("4 unusable clips (owl/90.wav, owl/91.wav, owl/92.wav, ...)",)
+        assert "birds: left out 4 clips that cannot be used: " in caplog.text
+        assert "owl/92.wav cannot be read as audio (" in caplog.text
+        assert "owl/93.wav cannot" not in caplog.text
+
+    def test_too_short_files_are_left_out(self, folder):
+        write_clip(folder / "owl" / "9.wav", seconds=0.02)
+        assert from_folder(folder).ignored == ("1 unusable clip (owl/9.wav)",)
+
+    def test_strict_stops_at_an_unreadable_file(self, folder):
         (folder / "owl" / "9.wav").write_bytes(b"RIFF")
-        with pytest.raises(DataError, match=r"9\.wav cannot be read as audio"):
+        with pytest.raises(DataError, match=r"owl/9\.wav cannot be read as audio"):
+            from_folder(folder, strict=True)
+
+    def test_more_than_half_unreadable(self, folder):
+        for take in range(5):
+            (folder / "owl" / f"{take}.wav").write_bytes(b"RIFF")
+        with pytest.raises(DataError, match=r"birds has no train clip of 1 class \(owl\)"):
+            from_folder(folder)
+        (folder / "crow" / "0.wav").write_bytes(b"")
+        with pytest.raises(
+            DataError,
+            match=r"birds has 10 clips, of which 6 cannot be used, the first for this: .*crow/0\.wav cannot",
+        ):
             from_folder(folder)
 
     @pytest.mark.parametrize("fraction", [0.0, 1.0, -1.0])
@@ -221,7 +247,10 @@ class TestFromManifest:
     @pytest.mark.parametrize(
         ("rows", "message"),
         [
-            (["file,label", "a,b"], r"lacks the column 'path'; expected path,label and optionally split"),
+            (
+                ["file,label", "a,b"],
+                r"lacks the column 'path'; expected path, label or text, and optionally split and speaker",
+            ),
             (["path,class", "a,b"], r"lacks the column 'label'"),
             (["path,label"], r"lists no clip"),
             (["path,label", "owl/0.wav,owl", "owl/1.wav,"], r"line 3 has no label"),

@@ -12,7 +12,7 @@ from audio_files import write_tiny_clip
 
 from mmtransfer.data import DataError, from_folder
 from mmtransfer.data.audio import SUFFIXES
-from mmtransfer.data.manifests import PATH_COLUMNS
+from mmtransfer.data.columns import SYNONYMS
 from mmtransfer.data.names import LITTER, PARTS
 
 
@@ -48,12 +48,43 @@ class TestParts:
         assert [len(recordings.train), len(recordings.test)] == [6, 6]
 
     @pytest.mark.parametrize("word", ["validation", "valid", "val", "dev", "Eval", "DEV", "development"])
-    def test_a_third_part_is_left_out_and_said(self, tmp_path, word):
+    def test_a_validation_part(self, tmp_path, word):
         recordings = from_folder(classes_in(tmp_path, "train", "test", word))
         assert recordings.classes == ("cat", "dog")
         assert not any(word in clip.source.parts for clip in recordings.train + recordings.test)
-        assert recordings.ignored == (f"6 clips in {word}",)
-        assert recordings.describe().endswith(f"chance 50.0%; ignored: 6 clips in {word}")
+        assert all(clip.source.parts[-3] == word for clip in recordings.validation)
+        assert [clip.label for clip in recordings.validation] == [0, 0, 0, 1, 1, 1]
+        assert recordings.ignored == ()
+        assert ", validation 6 clips (0 s), test 6 clips" in recordings.describe()
+
+    def test_two_folders_of_validation_are_one_part(self, tmp_path, caplog):
+        recordings = from_folder(classes_in(tmp_path, "train", "test", "dev", "val"))
+        assert {clip.source.parts[-3] for clip in recordings.validation} == {"dev", "val"}
+        assert "dev and val are one validation part" in caplog.text
+
+    def test_a_class_in_validation_alone_is_left_out_and_said(self, tmp_path):
+        classes_in(classes_in(tmp_path, "train", "test"), "dev", labels=("cat", "owl"))
+        recordings = from_folder(tmp_path)
+        assert recordings.classes == ("cat", "dog")
+        assert [clip.source.parent.name for clip in recordings.validation] == ["cat"] * 3
+        assert recordings.ignored == ("3 clips in validation alone of 1 class (owl)",)
+
+    def test_validation_without_class_folders(self, tmp_path):
+        write_tiny_clip(classes_in(tmp_path, "train", "test") / "dev" / "0.wav", 99)
+        assert from_folder(tmp_path).ignored == ("1 clip outside class folders",)
+
+    def test_validation_is_a_link_to_test(self, tmp_path):
+        classes_in(tmp_path, "train", "test")
+        (tmp_path / "dev").symlink_to("test")
+        with pytest.raises(DataError, match="are one file, in two parts; remove one"):
+            from_folder(tmp_path)
+
+    def test_clips_in_validation_alone(self, tmp_path):
+        classes_in(tmp_path, "dev")
+        for number, part in enumerate(("train", "test")):
+            write_tiny_clip(tmp_path / part / "0.wav", 90 + number)
+        with pytest.raises(DataError, match="has no class folders with audio for train and test; add them"):
+            from_folder(tmp_path)
 
     @pytest.mark.parametrize(
         "parts",
@@ -82,7 +113,7 @@ class TestParts:
     def test_parts_without_class_folders_are_no_classes(self, tmp_path):
         for number, part in enumerate(("train", "validation", "test")):
             write_tiny_clip(tmp_path / part / "0.wav", number)
-        with pytest.raises(DataError, match=r"has no class folders with audio; found .*2 clips outside"):
+        with pytest.raises(DataError, match=r"has no class folders with audio; found 3 clips outside"):
             from_folder(tmp_path)
 
     def test_a_part_without_class_folders(self, tmp_path):
@@ -123,7 +154,8 @@ class TestParts:
         assert recordings.classes == ("cat", "dog")
         assert {clip.source.parent.name for clip in recordings.train} == {"train"}
         assert {clip.source.parent.name for clip in recordings.test} == {"TEST"}
-        assert recordings.ignored == ("6 clips in val",)
+        assert {clip.source.parent.name for clip in recordings.validation} == {"val"}
+        assert [len(recordings.train), len(recordings.validation), len(recordings.test)] == [6, 6, 6]
 
     def test_parts_inside_some_classes(self, tmp_path):
         classes_in(classes_in(tmp_path, "cat", labels=("train", "test")), labels=("dog",))
@@ -372,5 +404,5 @@ class TestCopies:
 
 def test_the_documentation_names_what_is_recognised():
     page = (Path(__file__).resolve().parents[2] / "docs" / "data.md").read_text().casefold()
-    words = [word for words in PARTS.values() for word in words]
-    assert not [word for word in (*SUFFIXES, *PATH_COLUMNS, *LITTER, *words) if f"`{word}`" not in page]
+    words = [word for words in (*PARTS.values(), *SYNONYMS.values()) for word in words]
+    assert not [word for word in (*SUFFIXES, *SYNONYMS, *LITTER, *words) if f"`{word}`" not in page]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import unicodedata
 from pathlib import Path
@@ -80,14 +81,15 @@ class TestHeader:
             ("file;class", "path", "file,class"),
             ("Path,Class ID", "label", "path,class_id"),
             ("crow/0.wav,crow", "path", "crow/0.wav,crow"),
-            ("file_name,transcription", "label", "file_name,transcription"),
+            ("file_name,words", "label", "file_name,words"),
             ("path label", "path", "path_label"),
             (",".join(f"column{index}" for index in range(20)), "path", "column7,..."),
         ],
     )
     def test_a_missing_column_shows_those_that_are_there(self, folder, header, column, found):
         message = refusal(write(folder, header, *ROWS))
-        assert f"lacks the column {column!r}; expected path,label and optionally split" in message
+        missing = {"path": "'path'", "label": "'label' or 'text'"}[column]
+        assert f"lacks the column {missing}; expected path, label or text, and optionally split" in message
         assert message.endswith(found)
 
     def test_path_is_used_before_its_synonyms(self, folder):
@@ -107,8 +109,8 @@ class TestHeader:
 
     def test_other_columns_are_said(self, folder):
         rows = [f"{index},{row},x,1" for index, row in enumerate(ROWS)]
-        recordings = from_manifest(write(folder, ",path,label,Speaker,fold", *rows))
-        assert recordings.describe().endswith("; ignored: columns (unnamed), speaker, fold")
+        recordings = from_manifest(write(folder, ",path,label,Notes,fold", *rows))
+        assert recordings.describe().endswith("; ignored: columns (unnamed), notes, fold")
 
     @pytest.mark.parametrize("name", ["subset", "Set", "partition", "fold"])
     def test_a_split_by_another_name(self, folder, name):
@@ -143,12 +145,17 @@ class TestSplit:
         assert [clip.source.name for clip in recordings.test] == ["0.wav", "0.wav"]
 
     @pytest.mark.parametrize("word", ["validation", "dev", "Val"])
-    def test_a_third_part_is_left_out_and_said(self, folder, word):
+    def test_a_validation_part(self, folder, word):
         words = ("train", "test", word, "train")
         rows = [f"{row},{words[index % 4]}" for index, row in enumerate(ROWS)]
         recordings = from_manifest(write(folder, "path,label,split", *rows))
         assert [len(recordings.train), len(recordings.test)] == [4, 2]
-        assert recordings.ignored == (f"2 clips in {word}",)
+        assert [str(clip.source.relative_to(folder)) for clip in recordings.validation] == [
+            "crow/2.wav",
+            "owl/2.wav",
+        ]
+        assert [clip.label for clip in recordings.validation] == [0, 1]
+        assert recordings.ignored == ()
 
     @pytest.mark.parametrize("word", ["validation", "dev", "trian", "0", ""])
     def test_a_part_that_cannot_be_meant(self, folder, word):
@@ -202,10 +209,28 @@ class TestLines:
         assert "lists 2 missing files (line 3: " in message
         assert "gone.wav, line 4: " in message
 
-    def test_a_damaged_file_has_its_line(self, folder):
+    def test_a_damaged_file_has_its_line(self, folder, caplog):
         (folder / "owl" / "1.wav").write_bytes(b"no audio")
-        message = refusal(write(folder, "path,label", *ROWS))
-        assert f"list.csv line 7: {folder / 'owl' / '1.wav'} cannot be read as audio" in message
+        path = write(folder, "path,label", *ROWS)
+        assert from_manifest(path).ignored == ("1 unusable clip (owl/1.wav)",)
+        expected = f"list.csv line 7: {folder / 'owl' / '1.wav'} cannot be read as audio"
+        assert expected in caplog.text
+        with pytest.raises(DataError, match=re.escape(expected)):
+            from_manifest(path, strict=True)
+
+    def test_a_class_of_damaged_files_does_not_vanish(self, folder):
+        for take in range(4):
+            (folder / "owl" / f"{take}.wav").write_bytes(b"no audio")
+        assert "has no train clip of 1 class (owl)" in refusal(write(folder, "path,label", *ROWS))
+        write_tiny_clip(folder / "owl" / "0.wav", 0)
+        assert "line 6: class 'owl' has one clip" in refusal(write(folder, "path,label", *ROWS))
+
+    def test_more_than_half_damaged(self, folder):
+        for name in NAMES[:5]:
+            (folder / name).write_bytes(b"no audio")
+        assert "list has 8 clips, of which 5 cannot be used, the first for this: " in refusal(
+            write(folder, "path,label", *ROWS)
+        )
 
     def test_a_class_with_one_clip_has_its_line(self, folder):
         message = refusal(write(folder, "path,label", *ROWS[:-1], "owl/3.wav,wren"))
@@ -302,7 +327,8 @@ def test_any_format_that_can_be_read_may_be_listed(folder):
     recordings = from_manifest(write(folder, "path,label", *ROWS, "a.aiff,crow", "b.opus,owl"))
     assert len(recordings.train) + len(recordings.test) == 10
     (folder / "c.raw").write_bytes(bytes(9_000))
-    assert "c.raw cannot be read as audio" in refusal(write(folder, "path,label", *ROWS, "c.raw,crow"))
+    with pytest.raises(DataError, match=r"c\.raw cannot be read as audio"):
+        from_manifest(write(folder, "path,label", *ROWS, "c.raw,crow"), strict=True)
 
 
 @pytest.mark.parametrize("name", ["set", "Subset", "splits", "is_test"])

@@ -16,6 +16,7 @@ from random_trees import CHANGES, NAMES, RandomTree, listed_in_another_order
 
 from mmtransfer.data import DataError, Recordings, from_folder, from_manifest
 
+PARTS = ("train", "validation", "test")
 LAYOUTS = ("drawn", "above", "below")
 SEVERAL = strategies.sets(strategies.sampled_from([*NAMES, *CHANGES]), max_size=5).map(sorted)
 SEEDS = strategies.integers(0, 2**16)
@@ -29,14 +30,14 @@ def number_ignored(recordings: Recordings) -> int:
 
 def found(recordings: Recordings) -> dict[Path, tuple[str, str]]:
     return {
-        clip.source.resolve(): (recordings.classes[clip.label], part)
-        for part in ("train", "test")
+        clip.source.resolve(): (clip.text if clip.label is None else recordings.classes[clip.label], part)
+        for part in PARTS
         for clip in getattr(recordings, part)
     }
 
 
 def check_each_file_once(recordings: Recordings) -> None:
-    clips = recordings.train + recordings.test
+    clips = recordings.train + recordings.validation + recordings.test
     assert len({clip.source.resolve() for clip in clips}) == len(clips)
     assert all(label == unicodedata.normalize("NFC", label).strip() for label in recordings.classes)
 
@@ -57,6 +58,9 @@ def check(changes: list[str], layout: str, seed: int) -> None:
                 from_folder(tree.root)
             assert tree.root.name in str(refusal.value)
             return
+        for clip in tree.damaged:
+            with pytest.raises(DataError, match=re.escape(f"{clip} cannot be read as audio")):
+                from_folder(tree.root, strict=True)
         recordings = from_folder(tree.root)
         check_each_file_once(recordings)
         meanings = found(recordings)
@@ -67,7 +71,7 @@ def check(changes: list[str], layout: str, seed: int) -> None:
         with listed_in_another_order(seed):
             again = from_folder(tree.root)
         assert again.describe() == recordings.describe()
-        for part in ("train", "test"):
+        for part in PARTS:
             sources = [[clip.source for clip in getattr(each, part)] for each in (recordings, again)]
             assert sources[0] == sources[1]
 
@@ -85,39 +89,63 @@ def test_a_tree_with_several(changes: list[str], layout: str, seed: int) -> None
     check(changes, layout, seed)
 
 
-def check_manifest(mistake: str, has_split: bool, plain: bool, seed: int) -> None:
+def check_manifest(mistake: str, kind: str, form: str, has_split: bool, plain: bool, seed: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        manifest = RandomManifest(Path(folder).resolve(), random.Random(seed), has_split, plain)
+        manifest = RandomManifest(
+            Path(folder).resolve(), random.Random(seed), has_split, plain, kind=kind, form=form
+        )
         manifest.build()
         if mistake in MISTAKES:
             MISTAKES[mistake](manifest)
         path = manifest.write()
-        if manifest.wrong is not None:
-            with pytest.raises(DataError, match=r"list\.csv") as refusal:
-                from_manifest(path)
-            for entry in manifest.wrong:
+        for wrong, strict in ((manifest.wrong, False), (manifest.unusable or None, True)):
+            if wrong is None:
+                continue
+            with pytest.raises(DataError, match=rf"\blist(\.{form})?\b") as refusal:
+                from_manifest(path, strict=strict)
+            for entry in wrong:
                 assert re.search(rf"\bline {manifest.lines[id(entry)]}\b", str(refusal.value))
-            return
-        recordings = from_manifest(path)
-        check_each_file_once(recordings)
-        meanings = found(recordings)
-        assert meanings.keys() == manifest.used.keys()
-        for file, (label, part) in manifest.used.items():
-            assert meanings[file] in ([(label, part)] if part else [(label, "train"), (label, "test")])
-        assert number_ignored(recordings) == manifest.ignored
-        assert ("speaker" in recordings.describe()) == (manifest.header["more"] == "speaker")
+        if manifest.wrong is None:
+            check_all_is_read(manifest, from_manifest(path))
+
+
+def check_all_is_read(manifest: RandomManifest, recordings: Recordings) -> None:
+    check_each_file_once(recordings)
+    assert recordings.transcribed == (manifest.kind == "text")
+    meanings = found(recordings)
+    assert meanings.keys() == manifest.used.keys()
+    for file, (value, part, _) in manifest.used.items():
+        assert meanings[file] in ([(value, part)] if part else [(value, "train"), (value, "test")])
+    assert number_ignored(recordings) == manifest.ignored
+    assert ("notes" in recordings.describe()) == (manifest.header["more"] == "notes")
+    speakers = {part: {clip.speaker for clip in getattr(recordings, part)} - {None} for part in PARTS}
+    assert set.union(*speakers.values()) == {speaker for _, _, speaker in manifest.used.values()} - {None}
+    for clip in recordings.train + recordings.validation + recordings.test:
+        assert clip.speaker == manifest.used[clip.source.resolve()][2]
+    assert manifest.has_split or not speakers["train"] & speakers["test"]
+
+
+KINDS = ("label", "text")
+FORMS = ("csv", "jsonl")
 
 
 @pytest.mark.parametrize("has_split", [False, True], ids=["drawn", "given"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mistake", ["none", *MISTAKES])
-def test_a_manifest_with(mistake: str, has_split: bool) -> None:
-    for seed in range(4):
-        check_manifest(mistake, has_split, seed == 0, seed)
+def test_a_manifest_with(mistake: str, kind: str, form: str, has_split: bool) -> None:
+    for seed in range(2):
+        check_manifest(mistake, kind, form, has_split, seed == 0, seed)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=80, deadline=None, derandomize=True, database=None)
 @hypothesis.given(
-    strategies.sampled_from(["none", *MISTAKES]), strategies.booleans(), strategies.booleans(), SEEDS
+    strategies.sampled_from(["none", *MISTAKES]),
+    strategies.sampled_from(KINDS),
+    strategies.sampled_from(FORMS),
+    strategies.booleans(),
+    strategies.booleans(),
+    SEEDS,
 )
-def test_any_manifest(mistake: str, has_split: bool, plain: bool, seed: int) -> None:
-    check_manifest(mistake, has_split, plain, seed)
+def test_any_manifest(mistake: str, kind: str, form: str, has_split: bool, plain: bool, seed: int) -> None:
+    check_manifest(mistake, kind, form, has_split, plain, seed)

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-import importlib.metadata
-import os
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import cpuinfo
 import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import nn
 from transformers import set_seed
 
-import mmkernels
 from mmtransfer import registry
 from mmtransfer.data import DataError
 from mmtransfer.data.features import Collator
@@ -35,11 +30,14 @@ from mmtransfer.training.caching import (
     OnClips,
     cache_features,
     cache_inputs,
+    examples_for,
 )
 from mmtransfer.training.clock import OnStep
 from mmtransfer.training.finite import NotFiniteError
 from mmtransfer.training.loop import TrainResult, main_device, predict, train
+from mmtransfer.training.machine import describe_machine, is_main_process, process_count
 from mmtransfer.training.settings import Training
+from mmtransfer.training.starting import find_start
 
 from .experiment import Experiment
 from .failures import failure_reason, finite_numbers
@@ -80,20 +78,6 @@ def compare(
         feature_seconds=session.feature_seconds,
         total_seconds=time.perf_counter() - began,
     )
-
-
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Processor, threads and versions; nothing that names the host."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
-    cpu = cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
-        "threads": torch.get_num_threads(),
-        "processes": process_count(),
-        "python": platform.python_version(),
-        "mmkernels": mmkernels.__version__,
-        **versions,
-    }
 
 
 class _Session:
@@ -329,13 +313,14 @@ class _Session:
 
     def _examples(self, split: str, model: AdaptedModel) -> tuple[Any, Any]:
         """A data set and its collate function as `model` needs them."""
-        if not self.settings.cache:
-            return self.clips[split], self.collate
-        if not model.edit_is_empty:
-            return self.inputs[split], self.inputs[split].collate
-        slots = [self.encoder.taps.index(tap) for tap in model.encoder.taps]
-        features = self.features[split].select(slots)
-        return features, features.collate
+        return examples_for(
+            model,
+            self.clips[split],
+            self.collate,
+            features=self.features.get(split),
+            taps=self.encoder.taps,
+            inputs=self.inputs.get(split),
+        )
 
     def _measure(self, method: Method, model: AdaptedModel) -> StepComparison:
         """A training step on the first clips, with their features or inputs in memory."""
@@ -396,34 +381,9 @@ def find_methods(settings: CompareSettings) -> list[Method]:
     return found
 
 
-def find_start(method: Method) -> Method:
-    """The method that `starts_from` names; in a pair the readout, with the options that it has there.
-
-    ValueError if that one has a start too.
-    """
-    for part in method.parts():
-        if part.name == method.starts_from:
-            return part
-    assert method.starts_from is not None
-    found = registry.find(method.starts_from)
-    if found.starts_from is not None:
-        raise ValueError(f"{method.name} starts from {found.name}, which starts from another method itself")
-    return found
-
-
 @torch.no_grad()
 def _perturb(model: nn.Module) -> None:
     """Give what starts as zero a value: gradients that are all zero could not differ."""
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dim() > 1 and not parameter.any():
             nn.init.trunc_normal_(parameter, std=0.02)
-
-
-def is_main_process() -> bool:
-    """Whether this process prints and writes, under `torchrun` and `accelerate launch` too."""
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def process_count() -> int:
-    """How many processes `torchrun` or `accelerate launch` started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -7,27 +7,34 @@ import os
 from pathlib import Path
 
 from .audio import SUFFIXES
-from .building import Row, build, identity
+from .building import build
 from .errors import DataError, counted
 from .layout import Labelled, arrange
 from .names import is_text, normal
 from .recordings import Recordings
+from .rows import Row, identity, relative_name
 from .tree import Place, count_suffixes, read_tree
+from .unusable import Unusable
 
 _logger = logging.getLogger(__name__)
 
 
-def from_folder(path: str | Path, *, test_fraction: float = 0.2, seed: int = 0) -> Recordings:
+def from_folder(
+    path: str | Path, *, test_fraction: float = 0.2, seed: int = 0, strict: bool = False
+) -> Recordings:
     """Read a tree of class folders, `<path>/<class>/**/*.{wav,flac,ogg,mp3}`.
 
     `<path>/train/<class>` and `<path>/test/<class>`, or `<path>/<class>/train` and `<path>/<class>/test`, in
     any case, give the split; otherwise it is drawn per class, the same on every machine for the same file
-    names and `seed`. Links are followed. Hidden files, a validation part beside train and test, and files of
-    other types are left out, counted in `Recordings.ignored` and logged. docs/data.md has all rules.
+    names and `seed`. A validation part next to train and test becomes `Recordings.validation`. Links are
+    followed. Hidden files, files of other types and audio that cannot be read are left out, counted in
+    `Recordings.ignored` and logged; if `strict`, audio that cannot be read is an error. docs/data.md has all
+    rules.
 
-    DataError if the folder is missing or empty, a file cannot be read, a class folder has no audio, a file
-    has two labels or parts, folders are parts of a data set without being train and test, there are fewer
-    than two classes, or a class is missing from train or test. ValueError for a bad `test_fraction`.
+    DataError if the folder is missing or empty, more than half of its audio cannot be read, a class folder
+    has no audio, a file has two labels or parts, folders are parts of a data set without being train and
+    test, there are fewer than two classes, or a class is missing from train or test. ValueError for a bad
+    `test_fraction`.
     """
     root = Path(os.path.expanduser(path))
     if not root.is_dir():
@@ -46,7 +53,9 @@ def from_folder(path: str | Path, *, test_fraction: float = 0.2, seed: int = 0) 
     if links := repeated + tree.repeated:
         ignored.append(counted(links, "link to what is used already", "links to what is used already"))
     name = Path(os.path.abspath(root)).name
-    return build(name, root, rows, ignored=ignored, test_fraction=test_fraction, seed=seed)
+    return build(
+        name, rows, ignored=ignored, unusable=Unusable(strict), test_fraction=test_fraction, seed=seed
+    )
 
 
 def _once(root: Path, clips: list[Labelled]) -> tuple[list[Row], int]:
@@ -55,11 +64,12 @@ def _once(root: Path, clips: list[Labelled]) -> tuple[list[Row], int]:
     rows: dict[tuple[int, int], tuple[Place, Row]] = {}
     # Paths without links first: they name the file in the draw of the split.
     for clip in sorted(clips, key=lambda clip: clip.place):
-        row = Row(root.joinpath(*clip.place.parts), labels[clip.folder], clip.split)
-        _, known = rows.setdefault(identity(row.file), (clip.place, row))
+        file = root.joinpath(*clip.place.parts)
+        row = Row(file, relative_name(file, root), clip.split, label=labels[clip.folder])
+        _, known = rows.setdefault(identity(file), (clip.place, row))
         if (known.label, known.split) != (row.label, row.split):
             raise DataError(
-                f"{known.file} and {row.file} are one file, in two "
+                f"{known.source} and {row.source} are one file, in two "
                 f"{'classes' if known.label != row.label else 'parts'}; remove one"
             )
     in_order = sorted(rows.values(), key=lambda found: (found[0].order, found[0].parts))

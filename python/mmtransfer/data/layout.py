@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from .audio import SUFFIXES
 from .errors import DataError, counted, first, shortened
-from .names import HELD_OUT, names_a_part, normal, part_of
+from .names import VALIDATION, names_a_part, normal, part_of
 from .recordings import SPLITS
 from .tree import Place, Tree, count_suffixes
 
@@ -26,7 +25,7 @@ class Labelled:
 
 
 def arrange(tree: Tree) -> tuple[list[Labelled], list[str]]:
-    """The clips of train and test, and what is left out of the rest.
+    """The clips of all parts, and what is left out of the rest.
 
     Part folders are on top (train/cat) or anywhere below the class folders (cat/train). DataError if one part
     is missing, a clip is in two or in none beside others that are, or a class folder has no audio.
@@ -34,26 +33,13 @@ def arrange(tree: Tree) -> tuple[list[Labelled], list[str]]:
     on_top = _parts_on_top(tree)
     depth = 1 if on_top else 0
     _check_class_folders(tree, on_top)
-    left_out: Counter[str] = Counter()
-    inside, loose = [], 0
-    for place in tree.audio:
-        if on_top.get(place.parts[0]) == HELD_OUT:
-            left_out[place.parts[0]] += 1
-        elif len(place.parts) < depth + 2:
-            loose += 1
-        else:
-            inside.append(place)
-    clips = []
-    for place, split in _splits(tree.root, inside, on_top, depth).items():
-        if split == HELD_OUT:
-            left_out[next(name for name in place.parts[1:-1] if part_of(name))] += 1
-        else:
-            clips.append(Labelled(place, place.parts[depth], split))
-    ignored = [f"{counted(count, 'clip')} in {name}" for name, count in sorted(left_out.items())]
-    if loose:
-        ignored.append(f"{counted(loose, 'clip')} outside class folders")
-    if not clips:
+    inside = [place for place in tree.audio if len(place.parts) >= depth + 2]
+    loose = len(tree.audio) - len(inside)
+    ignored = [f"{counted(loose, 'clip')} outside class folders"] if loose else []
+    if not inside:
         raise DataError(f"{tree.root} has no class folders with audio; found {', '.join(ignored)}")
+    splits = _splits(tree.root, inside, on_top, depth)
+    clips = [Labelled(place, place.parts[depth], split) for place, split in splits.items()]
     return clips, ignored + _empty_folders(tree, on_top)
 
 
@@ -65,9 +51,10 @@ def _parts_on_top(tree: Tree) -> dict[str, str]:
     others = [name for name in names if name not in parts]
     if set(SPLITS) <= set(parts.values()):
         doubled = [name for name, part in parts.items() if list(parts.values()).count(part) > 1]
-        doubled = [name for name in doubled if parts[name] != HELD_OUT]
+        if twice := [name for name in doubled if parts[name] != VALIDATION]:
+            raise DataError(f"{root} has {shortened(twice, 3)} for one part; put their clips together")
         if doubled:
-            raise DataError(f"{root} has {shortened(doubled, 3)} for one part; put their clips together")
+            _logger.warning("%s: %s are one validation part", root, " and ".join(doubled))
         if others:
             raise DataError(
                 f"{root} has train and test, and {first(others, 'other folder', 'other folders')} with audio "
@@ -134,10 +121,10 @@ def _splits(root: Path, places: list[Place], on_top: dict[str, str], depth: int)
                 f"{root.joinpath(*wrong[0].parts)} lies {problem}, by the names of its folders; "
                 "parts are train and test, above all class folders or inside each"
             )
-    if on_top and everything != set(SPLITS):
-        (missing,) = set(SPLITS) - everything
-        raise DataError(f"{root} has no class folders with audio for {missing}; add them")
-    if not set(SPLITS) <= everything:
+    missing = [split for split in SPLITS if split not in everything]
+    if on_top and missing:
+        raise DataError(f"{root} has no class folders with audio for {' and '.join(missing)}; add them")
+    if missing:
         names = sorted({name for place in places for name in place.parts[depth + 1 : -1] if part_of(name)})
         raise DataError(
             f"{root} has {', '.join(names)} inside its class folders; train and test are needed: rename one"

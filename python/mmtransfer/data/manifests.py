@@ -1,93 +1,125 @@
-"""`from_manifest`: a CSV file with a line per clip."""
+"""`from_manifest`: a file with a line per clip, CSV or JSON lines."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .building import Row, build, identity
+from .building import build
+from .columns import Kind, check_kind, find_column
 from .errors import DataError, counted, first, shortened
 from .finding import Finder
-from .names import HELD_OUT, SPLIT_COLUMNS, normal, part_of
+from .json_lines import JSON_SUFFIXES, read_json_lines
+from .names import SPLIT_COLUMNS, VALIDATION, is_text, normal, part_of, transcript
 from .recordings import SPLITS, Recordings
+from .rows import Row, identity, relative_name
 from .table import Table, read_table
+from .unusable import Unusable
 
-# Other tools' names for the column of paths. There are none for labels: files that are not there show that a
-# path column was taken wrongly, a wrong column of labels would be trained on.
-PATH_COLUMNS = (
-    "file_name",
-    "filename",
-    "file_path",
-    "filepath",
-    "audio",
-    "audio_path",
-    "audio_file",
-    "audio_filepath",
-)
+_EXPECTED = "expected path, label or text, and optionally split and speaker"
 
 
 @dataclass(frozen=True)
 class _Line:
-    """A line for a clip; `split` is as written, and empty without such a column."""
+    """A line for a clip: `value` is the label or the transcript; the rest is empty without such a column."""
 
     number: int
     path: str
-    label: str
+    value: str
     split: str
+    speaker: str
 
 
-def from_manifest(path: str | Path, *, test_fraction: float = 0.2, seed: int = 0) -> Recordings:
-    """Read a CSV with a header and the columns `path`, `label` and, optionally, `split` (train or test).
+def from_manifest(
+    path: str | Path,
+    *,
+    kind: Kind | None = None,
+    test_fraction: float = 0.2,
+    seed: int = 0,
+    strict: bool = False,
+) -> Recordings:
+    """Read a list of clips with `path`, `label` or `text` and, optionally, `split` and `speaker`.
 
-    UTF-8, separated by commas, semicolons, tabs or bars; names of columns and parts in any case. Relative
-    paths are resolved against the folder of the CSV. Without a `split` column the split is drawn as in
-    `from_folder`. Lines of a validation part beside train and test, comments (#) and other columns are left
-    out, counted in `Recordings.ignored` and logged. docs/data.md has all rules.
+    A CSV with a header, separated by commas, semicolons, tabs or bars, or, called `.jsonl` or `.json`, a JSON
+    object per line; in UTF-8, with names of columns and parts in any case. `text` makes transcribed
+    recordings. Relative paths are resolved against the folder of the manifest. Without a `split` column the
+    split is drawn as in `from_folder`; where speakers are given, none is in both parts. Comments (#) and
+    other columns are left out, counted in `Recordings.ignored` and logged. docs/data.md has all rules.
 
-    DataError, naming the line, for missing columns, values or files, for a file that is listed twice, and
-    as in `from_folder`. ValueError for a bad `test_fraction`.
+    Args:
+        path: the manifest.
+        kind: "label" or "text", where it has both; None takes the one that is there.
+        test_fraction: share of the test part, where the split is drawn.
+        seed: of the draw.
+        strict: whether audio that cannot be read and empty transcripts are errors, not left out and counted.
+
+    DataError, naming the line, for missing columns, values or files, for a file that is listed twice, if more
+    than half of the clips cannot be used, and as in `from_folder`. ValueError for a bad `kind` or
+    `test_fraction`.
     """
+    check_kind(kind)
     manifest = Path(os.path.expanduser(path))
-    table = read_table(manifest)
-    columns = _columns(manifest, table)
+    table = (read_json_lines if manifest.suffix.lower() in JSON_SUFFIXES else read_table)(manifest)
+    columns = _columns(manifest, table, kind)
+    unusable = Unusable(strict)
     lines = list(_lines(manifest, table, columns))
-    used, left_out = _used(manifest, lines)
-    rows = _rows(manifest, used)
-    ignored = [f"{counted(count, 'clip')} in {split}" for split, count in sorted(left_out.items())]
-    if table.comments:
-        ignored.append(counted(table.comments, "comment line"))
+    _check_splits(manifest, lines)
+    rows = _rows(manifest, lines, "text" if "text" in columns else "label", unusable)
+    ignored = [counted(table.comments, "comment line")] if table.comments else []
     if others := _other_columns(table, columns):
         ignored.append(f"{'column' if len(others) == 1 else 'columns'} {shortened(others, 6)}")
     return build(
-        manifest.stem, manifest.parent, rows, ignored=ignored, test_fraction=test_fraction, seed=seed
+        manifest.stem,
+        rows,
+        ignored=ignored,
+        unusable=unusable,
+        total=len(lines),
+        test_fraction=test_fraction,
+        seed=seed,
     )
 
 
-def _columns(manifest: Path, table: Table) -> dict[str, int]:
-    """The indices of path, label and, if it is there, split; DataError with the columns that are there."""
-    wanted = {"path": PATH_COLUMNS, "label": (), "split": ()}
-    columns = {}
-    for name, synonyms in wanted.items():
-        found = [i for i, column in enumerate(table.header) if column == name]
-        found = found or [i for i, column in enumerate(table.header) if column in synonyms]
-        if len(found) > 1:
-            names = ", ".join(table.header[i] for i in found)
-            raise DataError(f"{manifest} has the columns {names} for {name!r}; call one of them {name}")
-        if found:
-            columns[name] = found[0]
-        elif name != "split":
-            header = ",".join(table.header[:8]) + (",..." if len(table.header) > 8 else "")
-            raise DataError(
-                f"{manifest} lacks the column {name!r}; expected path,label and optionally split in the "
-                f"first line, found {header or 'no text'}"
-            )
+def _columns(manifest: Path, table: Table, kind: Kind | None) -> dict[str, int]:
+    """The indices of path, of label or text and, if they are there, of split and speaker."""
+    found = {name: find_column(manifest, name, table.header) for name in ("path", "split", "speaker")}
+    columns = {name: index for name, index in found.items() if index is not None}
+    if "path" not in columns:
+        raise _missing(manifest, table, "'path'")
+    columns.update([_value_column(manifest, table, kind)])
     if "split" not in columns:
         _check_no_other_split(manifest, table, columns)
     return columns
+
+
+def _value_column(manifest: Path, table: Table, kind: Kind | None) -> tuple[str, int]:
+    """ "label" or "text", and the index of its column; one without any value counts if it is alone."""
+    kinds: tuple[Kind, ...] = ("label", "text") if kind is None else (kind,)
+    found = {name: find_column(manifest, name, table.header) for name in kinds}
+    columns = {name: index for name, index in found.items() if index is not None}
+    if not columns:
+        raise _missing(manifest, table, " or ".join(map(repr, kinds)))
+    filled = {
+        name: line
+        for name, index in columns.items()
+        if (line := next((line for line, cells in table.records if cells[index].strip()), None))
+    }
+    if len(filled) > 1:
+        raise DataError(
+            f"{manifest} has both labels and transcripts (label in line {filled['label']}, "
+            f"text in line {filled['text']}); keep one of them, or ask for kind='label' or kind='text'"
+        )
+    name = next(iter(filled or columns))
+    return name, columns[name]
+
+
+def _missing(manifest: Path, table: Table, column: str) -> DataError:
+    header = ",".join(table.header[:8]) + (",..." if len(table.header) > 8 else "")
+    where = "" if manifest.suffix.lower() in JSON_SUFFIXES else " in the first line"
+    return DataError(f"{manifest} lacks the column {column}; {_EXPECTED}{where}, found {header or 'no text'}")
 
 
 def _check_no_other_split(manifest: Path, table: Table, columns: dict[str, int]) -> None:
@@ -116,49 +148,66 @@ def _other_columns(table: Table, columns: dict[str, int]) -> list[str]:
 
 def _lines(manifest: Path, table: Table, columns: dict[str, int]) -> Iterator[_Line]:
     if not table.records:
-        raise DataError(f"{manifest} lists no clip; expected one path,label line per clip")
+        raise DataError(f"{manifest} lists no clip; expected a line per clip, with path and label or text")
     width = len(table.header)
+    kind = "text" if "text" in columns else "label"
     for number, cells in table.records:
         if any(cell.strip() for cell in cells[width:]):
             raise DataError(
                 f"{manifest} line {number} has {len(cells)} cells and the header has {width}; "
                 "put quotes around text that holds a separator"
             )
+        _check_no_offset(manifest, number, table.header, cells)
+        values = {name: cells[index] for name, index in columns.items()}
+        # A transcript may be empty: there are recordings in which nobody speaks.
         for name in ("path", "label"):
-            if not cells[columns[name]].strip():
-                raise DataError(f"{manifest} line {number} has no {name}; every line needs path and label")
-        split = cells[columns["split"]] if "split" in columns else ""
-        if "split" in columns and part_of(split) is None:
-            raise _bad_split(manifest, number, split)
-        yield _Line(number, cells[columns["path"]], normal(cells[columns["label"]]), split)
+            if name in values and not values[name].strip():
+                raise DataError(f"{manifest} line {number} has no {name}; every line needs path and {kind}")
+        for name in (kind, "speaker"):
+            if not is_text(values.get(name, "")):
+                raise DataError(f"{manifest} line {number} has characters in {name} that Unicode lacks")
+        if "split" in values and part_of(values["split"]) is None:
+            raise _bad_split(manifest, number, values["split"])
+        yield _Line(
+            number, values["path"], values[kind], values.get("split", ""), normal(values.get("speaker", ""))
+        )
 
 
-def _used(manifest: Path, lines: Sequence[_Line]) -> tuple[list[_Line], Counter[str]]:
-    """The lines of train and test, and how many of each other part are left out; both must be there."""
+def _check_no_offset(manifest: Path, number: int, header: Sequence[str], cells: Sequence[str]) -> None:
+    """NeMo's lists may mean pieces of long recordings, whose texts are not those of the files."""
+    if "offset" not in header:
+        return
+    offset = cells[header.index("offset")].strip()
+    with contextlib.suppress(ValueError):
+        if offset and float(offset) != 0:
+            raise DataError(
+                f"{manifest} line {number} has the offset {offset}, and whole files are read; "
+                "cut the pieces out, and list their files"
+            )
+
+
+def _check_splits(manifest: Path, lines: Sequence[_Line]) -> None:
+    """A validation part must be next to train and test."""
     parts = {part_of(line.split) for line in lines}
-    held_out = [line for line in lines if part_of(line.split) == HELD_OUT]
+    held_out = [line for line in lines if part_of(line.split) == VALIDATION]
     if held_out and not set(SPLITS) <= parts:
         raise _bad_split(manifest, held_out[0].number, held_out[0].split)
-    left_out = Counter(normal(line.split) for line in held_out)
-    return [line for line in lines if part_of(line.split) != HELD_OUT], left_out
 
 
 def _bad_split(manifest: Path, number: int, split: str) -> DataError:
-    return DataError(f"{manifest} line {number} has split {split.strip()!r}; allowed are train and test")
+    return DataError(
+        f"{manifest} line {number} has split {split.strip()!r}; allowed are train and test, "
+        "and validation next to both"
+    )
 
 
-def _rows(manifest: Path, lines: Sequence[_Line]) -> list[Row]:
+def _rows(manifest: Path, lines: Sequence[_Line], kind: str, unusable: Unusable) -> list[Row]:
     """The files of `lines`; DataError for those that are missing or listed twice."""
     finder = Finder(manifest.parent)
     rows, missing = [], []
     listed: dict[tuple[int, int], int] = {}
     for line in lines:
-        if re.match(r"[A-Za-z][\w+.-]+://", line.path.strip()):
-            raise DataError(
-                f"{manifest} line {line.number} has the address {line.path.strip()}; "
-                "download the file and give its path"
-            )
-        file = finder.find(line.path)
+        file = _find(manifest, finder, line)
         if file is None:
             missing.append(f"line {line.number}: {manifest.parent / line.path.strip()}")
             continue
@@ -168,9 +217,25 @@ def _rows(manifest: Path, lines: Sequence[_Line]) -> list[Row]:
                 f"{manifest} lists {file} twice, in line {earlier} and line {line.number}; list it once"
             )
         place = f"{manifest} line {line.number}: "
-        rows.append(Row(file, line.label, part_of(line.split) or "", place))
+        name = relative_name(file, manifest.parent)
+        row = Row(file, name, part_of(line.split) or "", speaker=line.speaker or None, place=place)
+        if kind == "label":
+            rows.append(replace(row, label=normal(line.value)))
+        elif text := transcript(line.value):
+            rows.append(replace(row, text=text))
+        else:
+            unusable.add(name, f"{place}{file} has no text; write its transcript or remove the line")
     if missing:
         raise DataError(
             f"{manifest} lists {first(missing, 'missing file', 'missing files')}; correct the paths"
         )
     return rows
+
+
+def _find(manifest: Path, finder: Finder, line: _Line) -> Path | None:
+    if re.match(r"[A-Za-z][\w+.-]+://", line.path.strip()):
+        raise DataError(
+            f"{manifest} line {line.number} has the address {line.path.strip()}; "
+            "download the file and give its path"
+        )
+    return finder.find(line.path)

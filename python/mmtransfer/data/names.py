@@ -9,7 +9,7 @@ from collections.abc import Iterable
 PARTS = {
     "train": ("train", "training"),
     "test": ("test", "testing"),
-    "held out": ("validation", "valid", "val", "dev", "development", "eval", "evaluation"),
+    "validation": ("validation", "valid", "val", "dev", "development", "eval", "evaluation"),
 }
 # Names that others give to parts; a folder of such a name is refused as a class, and never taken for a part.
 _LIKE_PARTS = {
@@ -19,7 +19,7 @@ _LIKE_PARTS = {
 #: Columns of a manifest that are a split by their name.
 SPLIT_COLUMNS = ("splits", "set", "subset", "partition", "part", "is_train", "is_test", "is_training")
 _PART_OF = {word: part for part, words in PARTS.items() for word in words}
-HELD_OUT = "held out"
+VALIDATION = "validation"
 # What operating systems and programs leave between the files of people.
 LITTER = {
     "__macosx",
@@ -47,8 +47,13 @@ def normal(text: str) -> str:
     return " ".join(composed(text).split())
 
 
+def transcript(text: str) -> str:
+    """`text` in form C without outer spaces; what is inside is left as it was written."""
+    return composed(text).strip()
+
+
 def part_of(name: str) -> str | None:
-    """ "train", "test" or "held out" for the name of a part in any case (`Train`, `dev`), else None."""
+    """ "train", "test" or "validation" for the name of a part in any case (`Train`, `dev`), else None."""
     return _PART_OF.get(normal(name).casefold())
 
 

@@ -1,4 +1,4 @@
-"""CSV files as people's programs write them: a header, and the lines of each record."""
+"""Tables of cells, and CSV files as people's programs write them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DELIMITERS = (",", ";", "\t", "|")
 
 @dataclass(frozen=True)
 class Table:
-    """A CSV file.
+    """A CSV file, or one of another format in the same form.
 
     Attributes:
         header: the names of the columns, in lower case, with _ for spaces.
@@ -36,18 +36,24 @@ def read_table(path: Path) -> Table:
     Lines without text are left out, and empty cells stand for those that a line lacks. DataError, with the
     line, if the file cannot be read, is not UTF-8, or has quotes that do not match.
     """
-    text = _read_text(path)
+    text = read_text(path, "CSV")
     records = list(_records(path, text, _delimiter(text)))
     used = [(line, cells) for line, cells in records if not cells[0].startswith("#")]
     if not used:
         return Table([], [], len(records))
-    header = [re.sub(r"[\s-]+", "_", normal(cell).casefold()) for cell in used[0][1]]
+    header = [column_name(cell) for cell in used[0][1]]
     padded = [(line, cells + [""] * (len(header) - len(cells))) for line, cells in used[1:]]
     return Table(header, padded, len(records) - len(used))
 
 
-def _read_text(path: Path) -> str:
-    problem = f"{path} cannot be read as a CSV manifest"
+def column_name(text: str) -> str:
+    """The name of a column in the form of `Table.header`."""
+    return re.sub(r"[\s-]+", "_", normal(text).casefold())
+
+
+def read_text(path: Path, kind: str) -> str:
+    """The text of a UTF-8 file without a byte order mark; DataError if it is none, or cannot be read."""
+    problem = f"{path} cannot be read as a {kind} manifest"
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -64,14 +70,14 @@ def _read_text(path: Path) -> str:
 
 def _delimiter(text: str) -> str:
     """The one that gives the header the most cells."""
-    lines = (line for line in _lines(text) if line.strip() and not line.startswith("#"))
-    header = next(lines, "")
+    used = (line for line in lines(text) if line.strip() and not line.startswith("#"))
+    header = next(used, "")
     return max(_DELIMITERS, key=lambda delimiter: len(next(csv.reader([header], delimiter=delimiter), [])))
 
 
 def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     # Strict, as a quote that is never closed would otherwise take in all lines behind it.
-    reader = csv.reader(_lines(text), delimiter=delimiter, skipinitialspace=True, strict=True)
+    reader = csv.reader(lines(text), delimiter=delimiter, skipinitialspace=True, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -84,6 +90,6 @@ def _records(path: Path, text: str, delimiter: str) -> Iterator[tuple[int, list[
             yield line, cells
 
 
-def _lines(text: str) -> Iterator[str]:
-    """With their ends, which may be those of any system."""
+def lines(text: str) -> Iterator[str]:
+    """The lines with their ends, which may be those of any system."""
     return io.StringIO(text, newline="")

@@ -16,8 +16,10 @@ from transformers import SequenceFeatureExtractor, WhisperFeatureExtractor
 from mmtransfer.data import DataError
 from mmtransfer.data.features import Collator
 from mmtransfer.data.recordings import Clip
+from mmtransfer.encoders.encoder import Tap
 from mmtransfer.encoders.tapped import TappedEncoder, tap_name
 from mmtransfer.encoders.taps import Taps
+from mmtransfer.model import AdaptedModel
 from mmtransfer.tasks.base import Task
 
 from .finite import NotFiniteError
@@ -319,6 +321,31 @@ def cache_inputs(
         time_dim=collate.time_dim - 1,
         names=[clip_name(clip, index) for index, clip in enumerate(clips)],
     )
+
+
+def examples_for(
+    model: AdaptedModel,
+    clips: Sequence[Clip],
+    collate: EncoderCollator,
+    *,
+    features: CachedFeatures | None = None,
+    taps: Sequence[Tap] = (),
+    inputs: CachedInputs | None = None,
+) -> tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]:
+    """Examples and their collate function as `model` needs them: what is stored, else the clips.
+
+    Args:
+        model: whose edit says which of the two stores serve it.
+        clips, collate: for a model that neither serves.
+        features: of a frozen encoder, with a slot for each of `taps`.
+        inputs: for a model that trains through its encoder.
+    """
+    if not model.edit_is_empty:
+        return (clips, collate) if inputs is None else (inputs, inputs.collate)
+    if features is None:
+        return clips, collate
+    chosen = features.select([taps.index(tap) for tap in model.encoder.taps])
+    return chosen, chosen.collate
 
 
 def _relative_size(clip: Clip, collate: EncoderCollator) -> float:
