@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from .methods import BitFit, Full, Head, Houlsby, LoRA, Partial, Prompt
+from .methods import MLP, BitFit, Full, Head, Houlsby, LoRA, Partial, Prompt
 
-METHODS = (Head, Full, Partial, BitFit, Prompt, LoRA, Houlsby)
+METHODS = (Head, MLP, Full, Partial, BitFit, Prompt, LoRA, Houlsby)
 COMPARED = ("head", "full")
 
-__all__ = ["COMPARED", "METHODS", "BitFit", "Full", "Head", "Houlsby", "LoRA", "Partial", "Prompt"]
+__all__ = ["COMPARED", "METHODS", "MLP", "BitFit", "Full", "Head", "Houlsby", "LoRA", "Partial", "Prompt"]

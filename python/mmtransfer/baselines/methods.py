@@ -11,8 +11,9 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from mmtransfer.encoders.autocast import autocast_takes
 from mmtransfer.encoders.edit import Edit, check_layers
-from mmtransfer.encoders.encoder import Encoder
+from mmtransfer.encoders.encoder import Encoder, default_taps
 from mmtransfer.method import AdapterMethod, EditMethod, Foreign, LayerEditMethod, Method, option
 from mmtransfer.training.settings import Training
 
@@ -27,6 +28,51 @@ class Head(Method):
     title: ClassVar[str] = "Head"
     paper: ClassVar[str] = "arXiv 1610.01644"
     training: ClassVar[Training] = Training(learning_rate=1e-2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLP(Method):
+    """A hidden layer on the last layer of the frozen encoder: the control of fusions, with as many parameters
+    and no other layer.
+
+    Attributes:
+        hidden: its width; None for as many parameters as the tree of HFF-b has on all layers.
+        out_dim: width of the result; None for 5/8 of the encoder's.
+    """
+
+    name: ClassVar[str] = "mlp"
+    title: ClassVar[str] = "MLP"
+    paper: ClassVar[str] = "the control of arXiv 2211.02712 here"
+    training: ClassVar[Training] = Training(learning_rate=3e-3)
+
+    hidden: int | None = option(None, least=1)
+    out_dim: int | None = option(None, least=1)
+
+    def readout(self, encoder: Encoder) -> nn.Module:
+        width = encoder.hidden_size
+        out = max(width * 5 // 8, 1) if self.out_dim is None else self.out_dim
+        hidden = self.hidden
+        if hidden is None:
+            hidden = max(round(_tree_size(len(default_taps(encoder)), width, out) / (width + out)), 1)
+        return TwoLayers(width, hidden, out)
+
+
+class TwoLayers(nn.Module):
+    """LayerNorm, linear, ReLU, linear, ReLU on the frames of one tap."""
+
+    def __init__(self, width: int, hidden: int, out_dim: int) -> None:
+        super().__init__()
+        self.out_dim = out_dim
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, hidden), nn.ReLU(), nn.Linear(hidden, out_dim), nn.ReLU()
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`(N, 1, C)` to `(N, out_dim)`."""
+        frames = features.squeeze(1)
+        if not autocast_takes(frames):
+            frames = frames.to(next(self.parameters()).dtype)
+        return self.layers(frames)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +254,16 @@ class Houlsby(AdapterMethod):
         for layer in layers:
             for name, path in places.items():
                 self.append(edit, encoder, layer, f"adapter_{name}", layer.get_submodule(path))
+
+
+def _tree_size(features: int, width: int, out_dim: int) -> int:
+    """The weights of a tree that projects neighbours to half their width while more than 3 are left."""
+    size = 0
+    while features > 3:
+        odd = features % 2
+        size += (features - odd) * width * width // 2
+        features = features // 2 + odd
+    return size + features * width * out_dim + 2 * out_dim * out_dim
 
 
 def _is_bias(name: str) -> bool:

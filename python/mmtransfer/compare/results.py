@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .step import StepComparison
+from mmtransfer.training.clock import Point
+
+from .step import StepComparison, StepCost
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,8 @@ class Run:
         score: on the test clips, by the task's metric.
         scores: all of the task's figures.
         loss: on the training clips, mean of the last epoch.
+        seconds: of training, that of the method it starts from included, evaluations excluded.
+        curve: scores on the way, on some of the test clips, by the same seconds.
         insights: figures of the trained model, see `Method.insights`.
     """
 
@@ -27,6 +31,8 @@ class Run:
     scores: dict[str, float]
     loss: float
     seconds_per_epoch: float
+    seconds: float
+    curve: list[Point]
     insights: dict[str, dict[str, float]]
 
 
@@ -38,8 +44,9 @@ class MethodResult:
         about: the method in a sentence, and its paper.
         through_encoder: whether the encoder runs in every step, and gradients enter it.
         options: of the method, as a checkpoint has them.
-        epochs, batch_size: of every run.
+        epochs, steps, batch_size: of every run.
         step: of readout and head, or, through the encoder, of the whole model.
+        whole_step: of the whole model with the encoder in the loop, on the same clips for every method.
     """
 
     name: str
@@ -48,16 +55,27 @@ class MethodResult:
     through_encoder: bool
     trainable_parameters: int
     learning_rate: float
-    epochs: int
+    epochs: float
+    steps: int
     batch_size: int
     options: dict[str, dict[str, Any]]
     taps: list[str]
     runs: list[Run]
     step: StepComparison
+    whole_step: StepCost
 
     @property
     def score(self) -> float:
         return statistics.fmean(run.score for run in self.runs)
+
+    def mean(self, name: str) -> float:
+        """Of one of the task's figures, over the seeds."""
+        return statistics.fmean(run.scores[name] for run in self.runs)
+
+    @property
+    def seconds(self) -> float:
+        """Median training time of a run."""
+        return statistics.median(run.seconds for run in self.runs)
 
     @property
     def spread(self) -> float | None:
@@ -88,12 +106,22 @@ class FailedMethod:
 
 
 @dataclass(frozen=True)
+class Example:
+    """A test clip: its target, and the predictions of the methods by their names, of the first seed."""
+
+    clip: str
+    target: str
+    predictions: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Everything that a report says.
 
     Attributes:
         methods: those with a result.
         failed: those without.
+        examples: some test clips.
         feature_seconds: for the frozen encoder's features of all clips, None if they were not cached.
     """
 
@@ -102,6 +130,7 @@ class Comparison:
     machine: dict[str, Any]
     methods: list[MethodResult]
     failed: list[FailedMethod]
+    examples: list[Example]
     feature_seconds: float | None
     total_seconds: float
 

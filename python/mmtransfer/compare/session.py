@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,28 +21,24 @@ from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.tapped import TappedEncoder, tap_name
 from mmtransfer.method import Method
 from mmtransfer.model import AdaptedModel
-from mmtransfer.tasks import find_task
-from mmtransfer.training.caching import (
-    CachedFeatures,
-    CachedInputs,
-    EncoderCollator,
-    OnClips,
-    cache_features,
-    cache_inputs,
-    examples_for,
-)
-from mmtransfer.training.clock import OnStep
+from mmtransfer.tasks import Task, find_task
+from mmtransfer.training.caching import EncoderCollator, clip_name
+from mmtransfer.training.clock import OnStep, Point
 from mmtransfer.training.finite import NotFiniteError
-from mmtransfer.training.loop import TrainResult, main_device, predict, train
+from mmtransfer.training.loop import Evaluation, TrainResult, main_device, predict, train
 from mmtransfer.training.machine import describe_machine, is_main_process, process_count
 from mmtransfer.training.settings import Training
 from mmtransfer.training.starting import find_start
 
 from .experiment import Experiment
 from .failures import failure_reason, finite_numbers
-from .results import Comparison, FailedMethod, MethodResult, Run
+from .results import Comparison, Example, FailedMethod, MethodResult, Run
 from .settings import CompareSettings
-from .step import Step, StepComparison, compare_steps
+from .step import Step, StepComparison, StepCost, compare_steps
+from .store import Store, evenly
+
+#: Test clips whose predictions are in the report.
+EXAMPLES = 6
 
 
 def compare(
@@ -75,6 +70,7 @@ def compare(
         machine=describe_machine(session.device),
         methods=[result for result in found if isinstance(result, MethodResult)],
         failed=[result for result in found if isinstance(result, FailedMethod)],
+        examples=session.examples(),
         feature_seconds=session.feature_seconds,
         total_seconds=time.perf_counter() - began,
     )
@@ -88,7 +84,8 @@ class _Session:
         self.device = main_device(settings.cpu)
         self.recordings = experiment.recordings
         try:
-            self.task = find_task(settings.task).of(self.recordings)
+            name = settings.task or ("ctc" if self.recordings.transcribed else "classification")
+            self.task = find_task(name).of(self.recordings)
             self.methods = find_methods(settings)
             # Those that the methods start from are trained too.
             starts = [find_start(each) for each in self.methods if each.starts_from is not None]
@@ -106,24 +103,27 @@ class _Session:
             self.encoder,
             self.task,
         )
-        self.clips: dict[str, Any] = {"train": self.recordings.train, "test": self.recordings.test}
-        self.features: dict[str, CachedFeatures] = {}
-        self.inputs: dict[str, CachedInputs] = {}
+        self.store = Store(self.recordings, self.encoder, self.collate, settings.process_count)
         self.feature_seconds: float | None = None
         self.trained: dict[tuple[str, int], AdaptedModel] = {}
+        # Of training, that of the method it starts from included.
+        self.seconds: dict[tuple[str, int], float] = {}
+        self.predictions: dict[str, list[Any]] = {}
 
     def prepare(self) -> None:
         """Cache the features and inputs that every epoch reads, if that is wanted."""
-        if not self.settings.cache:
-            return
-        began = time.perf_counter()
-        self.encoder.to(self.device)
-        self.features = self._cache("Features", self._cache_features)
-        self.feature_seconds = time.perf_counter() - began
-        clips = sum(map(len, self.clips.values()))
-        self._log(f"Features of {clips} clips: {self.feature_seconds:.0f} s")
-        if any(self.through_encoder.values()):
-            self.inputs = self._cache("Inputs", self._cache_inputs)
+        if self.settings.cache:
+            began = time.perf_counter()
+            self.encoder.to(self.device)
+            self.store.cache_features(self.progress)
+            self.feature_seconds = time.perf_counter() - began
+            clips = sum(map(len, self.store.clips.values()))
+            self._log(f"Features of {clips} clips: {self.feature_seconds:.0f} s")
+            if any(self.through_encoder.values()):
+                self.store.cache_inputs(self.progress)
+        self.store.drop_infeasible()
+        if dropped := self.store.infeasible:
+            self._log(f"Left out, too short for their text: {len(dropped)} clips, such as {dropped[0]}")
 
     def close(self) -> None:
         """Give the experiment's model back as it was."""
@@ -134,7 +134,7 @@ class _Session:
     def run_method(self, method: Method) -> MethodResult | FailedMethod:
         """All runs of a method, and its step; or the reason why there is no result."""
         training, seeds = self._training(method)
-        steps = len(seeds) * training.steps(len(self.clips["train"]))
+        steps = len(seeds) * training.steps(len(self.store.clips["train"]))
         bar = self.progress.add_task(method.title, total=steps, detail="")
         runs: list[Run] = []
         place = ""
@@ -166,6 +166,8 @@ class _Session:
 
     def _result(self, method: Method, training: Training, runs: list[Run], bar: TaskID) -> MethodResult:
         model = self._build(method)
+        clips = len(self.store.clips["train"])
+        steps = training.steps(clips)
         result = MethodResult(
             name=method.name,
             title=method.title,
@@ -173,14 +175,22 @@ class _Session:
             through_encoder=self.through_encoder[method.name],
             trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             learning_rate=training.learning_rate,
-            epochs=training.epochs,
+            epochs=steps * training.batch_size * training.accumulate / clips,
+            steps=steps,
             batch_size=training.batch_size,
             options=method.options(),
             taps=[tap_name(tap) for tap in model.encoder.taps],
             runs=runs,
             step=self._measure(method, model),
+            whole_step=self._measure_whole(model),
         )
-        self._report(method, bar, f"test {self.task.metric.title.lower()} {result.score:.1%}")
+        spread = "" if result.spread is None else f" ± {result.spread:.1%}"
+        self._report(
+            method,
+            bar,
+            f"test {self.task.metric.title.lower()} {result.score:.1%}{spread}, "
+            f"{result.seconds:.0f} s of training",
+        )
         return result
 
     def _report(self, method: Method, bar: TaskID, text: str) -> None:
@@ -196,6 +206,8 @@ class _Session:
                 "title": metric.title,
                 "higher_is_better": metric.higher_is_better,
             },
+            "further": {each.name: each.title for each in self.task.further},
+            "infeasible": self.store.infeasible,
             "data": recordings.name,
             "synthetic": recordings.synthetic,
             "note": self.experiment.note,
@@ -232,10 +244,10 @@ class _Session:
 
         model, result = self._train(method, training, on_step)
         self.trained[method.name, training.seed] = model
-        predictions = predict(model, *self._examples("test", model), training)
-        scores = finite_numbers(
-            "score", self.task.score(predictions, self.collate.targets(self.recordings.test))
-        )
+        predictions = predict(model, *self.store.examples("test", model), training)
+        targets = self.collate.targets(self.recordings.test)
+        scores = finite_numbers("score", self.task.score(predictions, targets))
+        self.predictions.setdefault(method.name, predictions)
         insights = {
             title: finite_numbers(title, figures) for title, figures in method.insights(model).items()
         }
@@ -250,20 +262,62 @@ class _Session:
             scores=scores,
             loss=result.loss,
             seconds_per_epoch=result.seconds_per_epoch,
+            seconds=self.seconds[method.name, training.seed],
+            curve=self._curve(result, predictions, targets, self.seconds[method.name, training.seed]),
             insights=insights,
         )
+
+    def _curve(
+        self, result: TrainResult, predictions: list[Any], targets: list[Any], seconds: float
+    ) -> list[Point]:
+        """The scores on the way and at the end, on the same clips, by all seconds of training."""
+        chosen = self.store.curve_clips()
+        last = self.task.score(*([values[index] for index in chosen] for values in (predictions, targets)))
+        before = seconds - result.seconds
+        points = [
+            Point(point.steps, before + point.seconds, finite_numbers("score", point.scores))
+            for point in result.curve
+            if point.steps < result.steps
+        ]
+        return [*points, Point(result.steps, seconds, finite_numbers("score", last))]
 
     def _train(
         self, method: Method, training: Training, on_step: OnStep | None = None
     ) -> tuple[AdaptedModel, TrainResult]:
-        start = None
+        start, before = None, 0.0
         if method.starts_from is not None:
-            start = self._trained_start(self.starts[method.starts_from], training.seed)
+            first = self.starts[method.starts_from]
+            start = self._trained_start(first, training.seed)
+            before = self.seconds[first.name, training.seed]
         set_seed(training.seed)
         model = self._build(method)
         if start is not None:
             model.begin_with(start)
-        return model, train(model, *self._examples("train", model), training, on_step=on_step)
+        result = train(
+            model,
+            *self.store.examples("train", model),
+            training,
+            on_step=on_step,
+            evaluation=self._evaluation(model, training, first=start is not None),
+        )
+        self.seconds[method.name, training.seed] = before + result.seconds
+        return model, result
+
+    def _evaluation(self, model: AdaptedModel, training: Training, *, first: bool) -> Evaluation | None:
+        """Scores on the way, for the figure; they decide nothing."""
+        count = self.settings.evaluations
+        if not count:
+            return None
+        examples, collate = self.store.curve_examples(model)
+        targets = self.collate.targets(self.recordings.test)
+        steps = training.steps(len(self.store.clips["train"]))
+        return Evaluation(
+            examples=examples,
+            collate=collate,
+            targets=[targets[index] for index in self.store.curve_clips()],
+            every=max(steps // count, 1),
+            first=first,
+        )
 
     def _trained_start(self, method: Method, seed: int) -> AdaptedModel:
         """The model that others begin with, as the comparison has trained it, or would."""
@@ -311,22 +365,16 @@ class _Session:
         ordered = sorted(taps, key=lambda tap: -1 if tap == "embeddings" else tap)
         return TappedEncoder(parts.model, ordered or [-1])
 
-    def _examples(self, split: str, model: AdaptedModel) -> tuple[Any, Any]:
-        """A data set and its collate function as `model` needs them."""
-        return examples_for(
-            model,
-            self.clips[split],
-            self.collate,
-            features=self.features.get(split),
-            taps=self.encoder.taps,
-            inputs=self.inputs.get(split),
-        )
-
     def _measure(self, method: Method, model: AdaptedModel) -> StepComparison:
         """A training step on the first clips, with their features or inputs in memory."""
-        examples, collate = self._examples("train", model)
-        count = min(self._training(method)[0].batch_size, len(self.clips["train"]))
-        batch = collate([examples[index] for index in range(count)])
+        if not model.edit_is_empty and self.task.by_length:
+            # That of the whole step: with eager's side a batch of many frames would take minutes.
+            return self._compare(method, model, self.store.whole_step_batch())
+        examples, collate = self.store.examples("train", model)
+        count = min(self._training(method)[0].batch_size, len(self.store.clips["train"]))
+        return self._compare(method, model, collate([examples[index] for index in range(count)]))
+
+    def _compare(self, method: Method, model: AdaptedModel, batch: dict[str, torch.Tensor]) -> StepComparison:
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
         model.to(self.device)
         if model.edit_is_empty and "features" not in batch:
@@ -340,24 +388,30 @@ class _Session:
             *(Step(each.to(self.device), batch) for each in (model, twin) if each is not None)
         )
 
+    def _measure_whole(self, model: AdaptedModel) -> StepCost:
+        """A training step with the encoder in the loop, on the same clips for every method."""
+        batch = {name: tensor.to(self.device) for name, tensor in self.store.whole_step_batch().items()}
+        return compare_steps(Step(model.to(self.device), batch)).mmkernels
+
+    def examples(self) -> list[Example]:
+        """A few test clips of all lengths with the predictions of every method."""
+        targets = self.collate.targets(self.recordings.test)
+        return [
+            Example(
+                clip=clip_name(self.recordings.test[index], index),
+                target=_plain(self.task, targets[index]),
+                predictions={
+                    name: _plain(self.task, found[index]) for name, found in self.predictions.items()
+                },
+            )
+            for index in evenly(self.recordings.test, EXAMPLES)
+        ]
+
     def _training(self, method: Method) -> tuple[Training, tuple[int, ...]]:
         """Settings, but for the seed, and seeds of a method's runs."""
         frozen = not self.through_encoder[method.name]
         count = self.settings.seeds if frozen else self.settings.tuning_seeds
         return self.settings.training(method.training, frozen=frozen), tuple(range(count))
-
-    def _cache(self, title: str, make: Callable[[Any, OnClips], Any]) -> dict[str, Any]:
-        bar = self.progress.add_task(title, total=sum(map(len, self.clips.values())), detail="")
-        return {
-            split: make(clips, lambda count: self.progress.advance(bar, count))
-            for split, clips in self.clips.items()
-        }
-
-    def _cache_features(self, clips: Any, on_clips: OnClips) -> CachedFeatures:
-        return cache_features(self.encoder, clips, self.collate, on_clips=on_clips)
-
-    def _cache_inputs(self, clips: Any, on_clips: OnClips) -> CachedInputs:
-        return cache_inputs(clips, self.collate, on_clips=on_clips)
 
     def _log(self, text: str) -> None:
         """A line for a log file, where no bar can move."""
@@ -379,6 +433,10 @@ def find_methods(settings: CompareSettings) -> list[Method]:
         for index in owners:
             found[index] = registry.find(found[index], **{key: value})
     return found
+
+
+def _plain(task: Task, prediction: Any) -> str:
+    return str(task.name_predictions([prediction])[0])
 
 
 @torch.no_grad()

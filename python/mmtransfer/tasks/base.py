@@ -35,12 +35,14 @@ class Task(abc.ABC):
 
     Attributes:
         name: on the command line, in checkpoints and reports.
-        metric: the first value of `score`.
+        metric: the value of `score` by which models are judged.
+        further: the others, for tables.
         by_length: whether training batches hold clips of like length, as where the loss has a value a frame.
     """
 
     name: ClassVar[str]
     metric: ClassVar[Metric]
+    further: ClassVar[tuple[Metric, ...]] = ()
     by_length: ClassVar[bool] = False
 
     @classmethod

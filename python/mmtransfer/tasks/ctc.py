@@ -60,6 +60,7 @@ class CTC(Task):
 
     name: ClassVar[str] = "ctc"
     metric: ClassVar[Metric] = Metric("cer", "Character error", higher_is_better=False)
+    further: ClassVar[tuple[Metric, ...]] = (Metric("wer", "Word error", higher_is_better=False),)
     by_length: ClassVar[bool] = True
 
     vocabulary: tuple[str, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -69,25 +69,32 @@ def example_lengths(examples: Any, collate: Any) -> list[float]:
 
 
 def drop_infeasible(examples: Any, collate: Any, encoder: TappedEncoder, task: Task) -> tuple[Any, list[str]]:
-    """The examples that the task's loss can use, and the names of the others.
+    """The examples that the task's loss can use, and the names of the others; see `find_infeasible`."""
+    dropped = find_infeasible(examples, collate, encoder, task)
+    return without(examples, dropped), list(dropped.values())
+
+
+def find_infeasible(examples: Any, collate: Any, encoder: TappedEncoder, task: Task) -> dict[int, str]:
+    """The examples that the task's loss cannot use, by index: a sentence on each.
 
     A transcript needs a frame for each of its characters and one between two that are equal.
     """
-    frames = frame_counts(examples, collate, encoder)
-    if frames is None:
-        return examples, []
-    kept, dropped = [], []
-    for index, count in enumerate(frames):
+    found: dict[int, str] = {}
+    for index, count in enumerate(frame_counts(examples, collate, encoder) or ()):
         needed = task.frames_needed(_target(examples, index, task))
-        if needed <= count:
-            kept.append(index)
-        else:
-            dropped.append(f"{example_name(examples, index)} ({needed} frames needed, {count} there)")
+        if needed > count:
+            found[index] = f"{example_name(examples, index)} ({needed} frames needed, {count} there)"
+    return found
+
+
+def without(examples: Any, dropped: Collection[int]) -> Any:
+    """The examples but for those of these indices."""
     if not dropped:
-        return examples, []
+        return examples
+    kept = [index for index in range(len(examples)) if index not in dropped]
     if isinstance(examples, (CachedFeatures, CachedInputs)):
-        return examples.subset(kept), dropped
-    return [examples[index] for index in kept], dropped
+        return examples.subset(kept)
+    return [examples[index] for index in kept]
 
 
 def frame_counts(examples: Any, collate: Any, encoder: TappedEncoder) -> list[int] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch
 from torch.nn import functional as F
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 from transformers import SequenceFeatureExtractor, WhisperFeatureExtractor
 
 from mmtransfer.data import DataError
@@ -159,12 +159,14 @@ def cache_features(
     collate: EncoderCollator,
     *,
     batch_size: int = 16,
+    workers: int = 0,
     on_clips: OnClips | None = None,
 ) -> CachedFeatures:
     """Run the encoder once over `clips` and keep the tapped features of their valid frames, on the CPU.
 
     Clips of similar length share a batch; the result is in the order of `clips`. The encoder runs where its
-    weights are. Taps whose features are not finite are noted in `faults`: other taps may serve.
+    weights are; `workers` processes decode the clips meanwhile. Taps whose features are not finite are noted
+    in `faults`: other taps may serve.
 
     Raises:
         DataError: after the first batch, if all features would not fit in memory; a clip that holds NaN.
@@ -176,30 +178,52 @@ def cache_features(
     names = [clip_name(clip, index) for index, clip in enumerate(clips)]
     faults: dict[int, str] = {}
     order = sorted(range(len(clips)), key=lambda index: clips[index].seconds)
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     device = next(encoder.parameters()).device
-    frames: list[torch.Tensor] = [torch.empty(0)] * len(clips)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = collate([clips[index] for index in chosen])
+    found: list[Taps] = []
+    for chosen, batch in zip(batches, _collated(clips, batches, collate, workers), strict=True):
         batch.pop("labels")
         taps = encoder(**{name: tensor.to(device) for name, tensor in batch.items()}).to("cpu")
-        for index, features in zip(chosen, taps.split(), strict=True):
-            frames[index] = features
+        found.append(taps)
         for slot, index in _faults(taps, chosen).items():
             place = tap_name(encoder.taps[slot])
             faults.setdefault(slot, f"the features of {names[index]} at {place} are not finite")
-        if start == 0:
+        if len(found) == 1:
             sizes = [_relative_size(clip, collate) for clip in clips]
             share = sum(sizes[index] for index in chosen) / sum(sizes)
-            # Twice: those of single clips, and the one tensor made of them.
-            needed = 2 * taps.features.nbytes / share
-            _check_room(needed, "features", "--no-cache, fewer taps or fewer clips")
+            _check_room(taps.features.nbytes / share, "features", "--no-cache, fewer taps or fewer clips")
         if on_clips is not None:
             on_clips(len(chosen))
-    lengths = torch.tensor([len(features) for features in frames])
-    return CachedFeatures(
-        torch.cat(frames), lengths, collate.targets(clips), collate.task, names=names, faults=faults
+    features, lengths = _in_order(batches, found)
+    return CachedFeatures(features, lengths, collate.targets(clips), collate.task, names=names, faults=faults)
+
+
+def _collated(
+    clips: Sequence[Clip], batches: Sequence[Sequence[int]], collate: EncoderCollator, workers: int
+) -> DataLoader[Any]:
+    """The batches for the encoder, made by other processes while it runs."""
+    return DataLoader(
+        clips,  # type: ignore[arg-type]
+        batch_sampler=[list(each) for each in batches],
+        collate_fn=collate,
+        num_workers=workers,
+        generator=torch.Generator(),
     )
+
+
+def _in_order(batches: Sequence[Sequence[int]], found: list[Taps]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The features of all clips in one tensor, and their lengths; `found` is emptied on the way."""
+    lengths = torch.zeros(sum(map(len, batches)), dtype=torch.int64)
+    for chosen, taps in zip(batches, found, strict=True):
+        lengths[list(chosen)] = taps.lengths
+    ends = lengths.cumsum(0).tolist()
+    first = found[0].features
+    features = first.new_empty(ends[-1], *first.shape[1:])
+    for chosen in batches:
+        # Given back batch by batch: all of them beside the one tensor would take twice the memory.
+        for index, frames in zip(chosen, found.pop(0).split(), strict=True):
+            features[ends[index] - len(frames) : ends[index]] = frames
+    return features, lengths
 
 
 def _faults(taps: Taps, chosen: Sequence[int]) -> dict[int, int]:
@@ -293,17 +317,20 @@ class CachedInputs(Dataset[dict[str, Any]]):
 
 
 def cache_inputs(
-    clips: Sequence[Clip], collate: EncoderCollator, *, on_clips: OnClips | None = None
+    clips: Sequence[Clip],
+    collate: EncoderCollator,
+    *,
+    workers: int = 0,
+    on_clips: OnClips | None = None,
 ) -> CachedInputs:
-    """The inputs of `clips`, in their order.
+    """The inputs of `clips`, in their order, made by `workers` processes.
 
     Raises:
         DataError: after the first, if all would not fit in memory; a clip that holds NaN.
     """
     inputs: list[torch.Tensor] = []
     lengths: list[int] = []
-    for clip in clips:
-        batch = collate([clip])
+    for batch in _collated(clips, [[index] for index in range(len(clips))], collate, workers):
         inputs.append(batch[collate.main_input][0])
         valid = batch["attention_mask"].sum() if "attention_mask" in batch else batch["lengths"][0]
         lengths.append(int(valid))
