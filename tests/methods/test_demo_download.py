@@ -243,6 +243,19 @@ class TestItalianPrompts:
             italian_prompts(tmp_path / "cache")
         assert calls.count("update") == updates
 
+    def test_the_reason_of_a_failure(self, debian_client, monkeypatch, tmp_path):
+        errors = "W: unsandboxed\nE: Failed to fetch http://mirror/a  Hash Sum mismatch\nE: Download Failed\n"
+
+        def run(command: Sequence[str], folder: Path, *expected: download.Download):
+            if command[0].endswith("apt-helper"):
+                return finished(100, errors)
+            return debian_client.run(command, folder, *expected)
+
+        monkeypatch.setattr(download, "run_client", run)
+        with pytest.raises(DataError, match=r"\(E: Failed to fetch \S+  Hash Sum mismatch\); connect"):
+            italian_prompts(tmp_path / "cache")
+        assert not list((tmp_path / "cache").iterdir())
+
     @pytest.mark.parametrize("stop", [KeyboardInterrupt, None])
     def test_the_next_call_resumes(self, debian_client, monkeypatch, tmp_path, stop):
         """After an interruption, or an error of the client, which is None."""

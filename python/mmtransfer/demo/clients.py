@@ -63,7 +63,12 @@ def _bar(download: Download | None) -> Iterator[Progress | None]:
     if download is None or not console.is_terminal:
         yield None
         return
-    columns = (TextColumn("Downloading {task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("Downloading {task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as bar:
         bar.add_task(download.title, total=download.size)
         yield bar

@@ -236,7 +236,7 @@ def _check_sha256(what: str, found: str, expected: str) -> None:
 
 def _last_error(result: subprocess.CompletedProcess[str]) -> str:
     lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("ERROR:", "E:"))]
+    errors = [line for line in lines if line.startswith(("ERROR:", "E:")) and line != "E: Download Failed"]
     return (errors or lines or [f"exit status {result.returncode}"])[-1].removesuffix(".")
 
 
