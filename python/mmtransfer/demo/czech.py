@@ -1,8 +1,8 @@
 """Transcribed Czech speech for the demonstration: the dialogues of the game Fish Fillets.
 
-Actors speak two fish and some forty other characters; held-out rooms of the game test, so that no dialogue is
-in both parts. The recordings and their transcripts are GPL-2+; they are fetched from the user's own Debian or
-Ubuntu mirror and never redistributed.
+Two voices, the fish, speak five of six recordings, and other characters the rest. Held-out rooms of the game
+test: sentences that training has not seen, mostly from the same two voices. The recordings and their
+transcripts are GPL-2+; they are fetched from the user's own Debian or Ubuntu mirror and never redistributed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ LETTERS = "aábcčdďeéěfghiíjklmnňoópqrřsštťuúůvwxyýzž"
 # Hyphens part words, as in "chceš-li" and stuttered "m-m-magazín"; an apostrophe stands for no sound.
 _PAUSES = re.compile(r"[-–—.,:;?!…\s]+")
 _SILENT = re.compile(r"['\"’‘“”„]")
-_FISH = {"font_small": "small fish", "font_big": "big fish"}
+_FISH = {"font_small": "small fish", "font_big": "big fish", "font_both": "both fish"}
 
 
 def czech_dialogues(cache: str | Path | None = None, *, folder: str | Path | None = None) -> Recordings:
@@ -60,9 +60,9 @@ def czech_dialogues(cache: str | Path | None = None, *, folder: str | Path | Non
 
     A transcript is in lower case, Czech letters and single spaces (`LETTERS`, NFC). Left out, and counted in
     `ignored`: recordings without words, and those whose transcript has digits or other signs, which are not
-    spoken as they are written. `speaker` is "small fish" (a woman) or "big fish" (a man), and elsewhere the
-    character and the room. The first call downloads two Debian packages (110 MB) with apt, without root;
-    later calls need no network.
+    spoken as they are written. `speaker` is "small fish" (a woman), "big fish" (a man) or "both fish", and
+    elsewhere the game's name for the style of the character's lines, and the room. The first call downloads
+    two Debian packages (110 MB) with apt, without root; later calls need no network.
 
     Args:
         cache: where packages are kept; by default the user's cache folder.

@@ -18,6 +18,7 @@ _TOKEN = re.compile(
 )
 _ESCAPES = {"\\": "\\", '"': '"', "'": "'", "n": "\n", "t": "\t"}
 _ARGUMENTS = {"dialogId": 3, "dialogStr": 1}
+_REMEDY = "unpack the package again, or correct the script"
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,6 @@ def read_dialogues(path: Path) -> list[Line]:
         lines[key] = Line(key, font, arguments[0])
         named = []
     return list(lines.values())
-
-
-_REMEDY = "unpack the package again, or correct the script"
 
 
 class _Script:
@@ -114,9 +112,9 @@ class _Script:
             position = match.end()
 
     def _unexpected(self, token: str, start: int) -> DataError:
-        found = repr(token[:40]) if token else "its end"
+        problem = f"has {token[:40]!r} in a place where" if token else "ends where"
         return DataError(
-            f"{self._place(start)} has {found} where a call of dialogId or dialogStr goes on; {_REMEDY}"
+            f"{self._place(start)} {problem} dialogId(key, font, text) or dialogStr(text) goes on; {_REMEDY}"
         )
 
     def _place(self, start: int) -> str:

