@@ -10,9 +10,10 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from .results import Comparison, FailedMethod, MethodResult, in_parts
+from .store import CURVE_CLIPS
 
 _INK, _FAINT, _OURS, _OTHER, _FAILED = "#1d1f21", "#b9bdc2", "#1f6f8b", "#b8642f", "#a3232a"
 _COLOURS = (_OURS, _OTHER, "#5b8c3a", "#7a5aa6", "#a08020")
@@ -47,6 +48,13 @@ def _draw(comparison: Comparison) -> Iterator[tuple[str, str]]:
         "the dashed line chance; blue on a frozen encoder, orange through the encoder. Costs are dots "
         "on logarithmic scales; an epoch and a step on cached features run no encoder.",
     )
+    if any(len(run.curve) > 1 for method in comparison.methods for run in method.runs):
+        yield (
+            _curves(comparison),
+            f"{metric} against the time of training, mean over seeds, on at most {CURVE_CLIPS} of the test "
+            "clips. The time is that of the steps, from the training of the method that it starts from on; "
+            f"evaluations are left out{_feature_time(comparison)}. Dashed: through the encoder.",
+        )
     for number, name in enumerate(_insight_names(comparison)):
         yield _insight(comparison, name, number), f"{name}, mean over seeds; dots are seeds."
     for methods in in_parts(comparison.methods):
@@ -110,8 +118,13 @@ def _score(axes: Axes, methods: list[MethodResult | FailedMethod], task: dict[st
         axes.annotate(f"{mean:.1f}", (right, row), xytext=(6, 0), textcoords="offset points", va="center")
     if task["chance"] is not None:
         axes.axvline(100 * task["chance"], color=_FAINT, linestyle="--", linewidth=1)
-    axes.set_xlim(0, 118)
-    axes.set_xticks([0, 50, 100])
+    most = max((run.score for m in methods if isinstance(m, MethodResult) for run in m.runs), default=1.0)
+    if task["metric"]["higher_is_better"] or most > 0.6:
+        axes.set_xlim(0, 118)
+        axes.set_xticks([0, 50, 100])
+    else:
+        # Error rates are small; 0 stays in the picture.
+        axes.set_xlim(0, 118 * most)
     axes.set_xlabel(f"{task['metric']['title'].lower()}, %")
 
 
@@ -181,6 +194,38 @@ def _step_time(methods: list[MethodResult]) -> str:
     axes.set_xlabel("milliseconds per step")
     _legend(figure, axes)
     return _svg(figure, "step-encoder" if methods[0].through_encoder else "step")
+
+
+def _curves(comparison: Comparison) -> str:
+    """A line for each method: its score on the way, against seconds of training."""
+    figure, axes = _axes(3.6)
+    name = comparison.task["metric"]["name"]
+    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    for index, method in enumerate(comparison.methods):
+        points = list(zip(*(run.curve for run in method.runs), strict=False))
+        seconds = [sum(point.seconds for point in each) / len(each) for each in points]
+        scores = [100 * sum(point.scores[name] for point in each) / len(each) for each in points]
+        axes.plot(
+            seconds,
+            scores,
+            "o--" if method.through_encoder else "o-",
+            color=colours[index % len(colours)],
+            ms=3.5,
+            linewidth=1.4,
+            label=method.title,
+        )
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.grid(color=_FAINT, linewidth=0.4)
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel(f"{comparison.task['metric']['title'].lower()}, %")
+    figure.legend(loc="outside right center", frameon=False)
+    return _svg(figure, "curves")
+
+
+def _feature_time(comparison: Comparison) -> str:
+    seconds = comparison.feature_seconds
+    return "" if seconds is None else f", and so are the {seconds:.0f} s in which the features were made"
 
 
 def _axes(height: float) -> tuple[Figure, Axes]:

@@ -45,7 +45,7 @@ class MethodResult:
         through_encoder: whether the encoder runs in every step, and gradients enter it.
         options: of the method, as a checkpoint has them.
         epochs, steps, batch_size: of every run.
-        step: of readout and head, or, through the encoder, of the whole model.
+        step: of readout and head, or, through the encoder, of the whole model, on `step_clips` clips.
         whole_step: of the whole model with the encoder in the loop, on the same clips for every method.
     """
 
@@ -62,6 +62,7 @@ class MethodResult:
     taps: list[str]
     runs: list[Run]
     step: StepComparison
+    step_clips: int
     whole_step: StepCost
 
     @property

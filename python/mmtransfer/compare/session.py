@@ -35,7 +35,7 @@ from .failures import failure_reason, finite_numbers
 from .results import Comparison, Example, FailedMethod, MethodResult, Run
 from .settings import CompareSettings
 from .step import Step, StepComparison, StepCost, compare_steps
-from .store import Store, evenly
+from .store import WHOLE_STEP_CLIPS, Store, evenly
 
 #: Test clips whose predictions are in the report.
 EXAMPLES = 6
@@ -168,6 +168,7 @@ class _Session:
         model = self._build(method)
         clips = len(self.store.clips["train"])
         steps = training.steps(clips)
+        step, step_clips = self._measure(method, model)
         result = MethodResult(
             name=method.name,
             title=method.title,
@@ -181,7 +182,8 @@ class _Session:
             options=method.options(),
             taps=[tap_name(tap) for tap in model.encoder.taps],
             runs=runs,
-            step=self._measure(method, model),
+            step=step,
+            step_clips=step_clips,
             whole_step=self._measure_whole(model),
         )
         spread = "" if result.spread is None else f" ± {result.spread:.1%}"
@@ -208,6 +210,7 @@ class _Session:
             },
             "further": {each.name: each.title for each in self.task.further},
             "infeasible": self.store.infeasible,
+            "whole_step_clips": min(WHOLE_STEP_CLIPS, len(self.store.clips["train"])),
             "data": recordings.name,
             "synthetic": recordings.synthetic,
             "note": self.experiment.note,
@@ -365,14 +368,15 @@ class _Session:
         ordered = sorted(taps, key=lambda tap: -1 if tap == "embeddings" else tap)
         return TappedEncoder(parts.model, ordered or [-1])
 
-    def _measure(self, method: Method, model: AdaptedModel) -> StepComparison:
-        """A training step on the first clips, with their features or inputs in memory."""
+    def _measure(self, method: Method, model: AdaptedModel) -> tuple[StepComparison, int]:
+        """A training step on the first clips, with their features or inputs in memory; how many they are."""
         if not model.edit_is_empty and self.task.by_length:
             # That of the whole step: with eager's side a batch of many frames would take minutes.
-            return self._compare(method, model, self.store.whole_step_batch())
+            batch = self.store.whole_step_batch()
+            return self._compare(method, model, batch), len(batch["labels"])
         examples, collate = self.store.examples("train", model)
         count = min(self._training(method)[0].batch_size, len(self.store.clips["train"]))
-        return self._compare(method, model, collate([examples[index] for index in range(count)]))
+        return self._compare(method, model, collate([examples[index] for index in range(count)])), count
 
     def _compare(self, method: Method, model: AdaptedModel, batch: dict[str, torch.Tensor]) -> StepComparison:
         batch = {name: tensor.to(self.device) for name, tensor in batch.items()}

@@ -27,7 +27,7 @@ from .results import Comparison, FailedMethod, MethodResult, in_parts
 
 JSON_NAME, HTML_NAME, MODELS_NAME = "report.json", "report.html", "models"
 FORMAT = "mmtransfer-compare"
-VERSION = 2
+VERSION = 3
 FAILED = "failed"
 _NONE = "–"
 
@@ -103,13 +103,22 @@ def _plain(value: Any) -> Any:
 
 def to_tables(comparison: Comparison) -> list[Table]:
     """The results and the costs for a terminal of 80 columns, a line between frozen and trained encoders."""
-    results = ("Method", _metric_title(comparison), "Epochs", "Parameters", "s / epoch")
+    metrics = [title.replace(" ", "\n", 1) for title in _metric_titles(comparison)]
+    results = ("Method", *metrics, "Epochs", "Parameters", "s / epoch")
     costs = ("Method", "ms", "ms, eager", "ratio", "MiB", "MiB, eager")
-    scores = [[table_row(method)[:5] for method in part] for part in comparison.rows()]
-    steps = [[(row[0], *row[5:]) for row in map(table_row, part)] for part in in_parts(comparison.methods)]
-    tables = [_terminal_table(headline(comparison), results, scores)]
-    if steps:
+    count = len(results)
+    rows = [[table_row(comparison, method) for method in part] for part in comparison.rows()]
+    timed = [[table_row(comparison, method) for method in part] for part in in_parts(comparison.methods)]
+    tables = [
+        _terminal_table(headline(comparison), results, [[row[:count] for row in part] for part in rows])
+    ]
+    if timed:
+        steps = [[(row[0], *row[count:]) for row in part] for part in timed]
         tables.append(_terminal_table("One training step, with mmkernels and eager", costs, steps))
+        whole = [[whole_row(comparison, method) for method in part] for part in in_parts(comparison.methods)]
+        tables.append(
+            _terminal_table("One training step with the encoder in the loop", whole_header(comparison), whole)
+        )
     return tables
 
 
@@ -130,15 +139,16 @@ def _terminal_table(title: str, header: Sequence[str], parts: Sequence[Sequence[
     return table
 
 
-def _metric_title(comparison: Comparison) -> str:
-    return f"{comparison.task['metric']['title']}, %"
+def _metric_titles(comparison: Comparison) -> list[str]:
+    task = comparison.task
+    return [f"{title}, %" for title in (task["metric"]["title"], *task["further"].values())]
 
 
 def header(comparison: Comparison) -> tuple[str, ...]:
     """The columns of the page's table."""
     results = (
         "Method",
-        _metric_title(comparison),
+        *_metric_titles(comparison),
         "Epochs × seeds",
         "Trainable parameters",
         "Seconds per epoch",
@@ -146,10 +156,10 @@ def header(comparison: Comparison) -> tuple[str, ...]:
     return (*results, "mmkernels", "eager", "ratio", "mmkernels", "eager")
 
 
-def table_row(method: MethodResult | FailedMethod) -> tuple[str, ...]:
+def table_row(comparison: Comparison, method: MethodResult | FailedMethod) -> tuple[str, ...]:
     """One method's cells, in the order of `header`."""
     if isinstance(method, FailedMethod):
-        return (method.title, FAILED, *[_NONE] * 8)
+        return (method.title, FAILED, *[_NONE] * (len(header(comparison)) - 2))
     step = method.step
     score = f"{100 * method.score:.1f}"
     if method.spread is not None:
@@ -166,7 +176,8 @@ def table_row(method: MethodResult | FailedMethod) -> tuple[str, ...]:
     return (
         method.title,
         score,
-        f"{method.epochs} × {len(method.runs)}",
+        *(f"{100 * method.mean(name):.1f}" for name in comparison.task["further"]),
+        f"{method.epochs:.3g} × {len(method.runs)}",
         f"{method.trainable_parameters:,}",
         _number(method.seconds_per_epoch, 2),
         *times,
@@ -175,12 +186,44 @@ def table_row(method: MethodResult | FailedMethod) -> tuple[str, ...]:
     )
 
 
+def whole_header(comparison: Comparison) -> tuple[str, ...]:
+    """The columns of `whole_row`."""
+    costs = ("ms per clip", "MiB")
+    reference = reference_method(comparison)
+    if reference is None:
+        return ("Method", *costs)
+    return ("Method", *costs, "times faster", "MiB, share")
+
+
+def whole_row(comparison: Comparison, method: MethodResult) -> tuple[str, ...]:
+    """The cost of a step with the encoder in the loop, and its relation to that of the reference."""
+    cost = method.whole_step
+    clips = comparison.task["whole_step_clips"]
+    cells = (method.title, _number(cost.milliseconds / clips, 0), _number(cost.memory_mib, 0))
+    reference = reference_method(comparison)
+    if reference is None:
+        return cells
+    whole = reference.whole_step
+    return (
+        *cells,
+        _number(whole.milliseconds / cost.milliseconds, 2),
+        _number(cost.memory_mib / whole.memory_mib, 2),
+    )
+
+
+def reference_method(comparison: Comparison) -> MethodResult | None:
+    """The method that trains the most parameters through the encoder, which others are compared with."""
+    through = [method for method in comparison.methods if method.through_encoder]
+    return max(through, key=lambda method: method.trainable_parameters, default=None)
+
+
 def headline(comparison: Comparison) -> str:
     """Data and model in one line."""
     task = comparison.task
     kind = " [synthetic]" if task["synthetic"] else ""
     name = task["data"][:1].upper() + task["data"][1:]
-    return f"{name}{kind}: {task['classes']} classes on {task['model']}"
+    what = f"{task['classes']} classes" if task["classes"] else task["metric"]["title"].lower()
+    return f"{name}{kind}: {what} on {task['model']}"
 
 
 def caption(comparison: Comparison) -> str:
@@ -193,15 +236,18 @@ def caption(comparison: Comparison) -> str:
         True: "the whole model with the inputs of {} clips in memory",
     }
     kinds = " or, through the encoder, ".join(
-        steps[methods[0].through_encoder].format(methods[0].batch_size)
+        steps[methods[0].through_encoder].format(methods[0].step_clips)
         for methods in in_parts(comparison.methods)
     )
+    reference = reference_method(comparison)
+    relation = "" if reference is None else f", in relation to {reference.title}"
     chance = "" if task["chance"] is None else f"; chance {task['chance']:.1%}"
     return (
         f"{task['metric']['title']} on the test clips, mean ± standard deviation over the seeds where "
         f"there are several{chance}. A step is forward, backward and update of {kinds}; peak memory is "
         "the most that torch allocates for it, ratio is eager time / mmkernels time, round by round. "
-        "Methods without an eager time compute nothing with mmkernels."
+        "Methods without an eager time compute nothing with mmkernels. The step with the encoder in the loop "
+        f"is of the whole model on {task['whole_step_clips']} clips for every method{relation}."
     )
 
 
@@ -228,9 +274,12 @@ def to_html(comparison: Comparison) -> str:
         title=headline(comparison),
         header=header(comparison),
         parts=[
-            (_part_title(comparison, part[0]), [table_row(method) for method in part])
+            (_part_title(comparison, part[0]), [table_row(comparison, method) for method in part])
             for part in comparison.rows()
         ],
+        whole_header=whole_header(comparison),
+        whole_rows=[whole_row(comparison, m) for part in in_parts(methods) for m in part],
+        examples=_shown_examples(comparison),
         failures=failures(comparison),
         failed=FAILED,
         caption=caption(comparison),
@@ -241,13 +290,36 @@ def to_html(comparison: Comparison) -> str:
         methods=[
             (method.title, method.about, _options(method)) for part in comparison.rows() for method in part
         ],
-        runs=sorted({(m.through_encoder, len(m.runs), m.epochs, m.batch_size) for m in methods}),
+        runs=sorted({(m.through_encoder, len(m.runs), f"{m.epochs:.3g}", m.batch_size) for m in methods}),
         date=datetime.date.today().isoformat(),
     )
 
 
-def _sampling_error(comparison: Comparison) -> tuple[float, float]:
-    """The best score, and how much another draw of as many test clips would move it (one standard error)."""
+def _shown_examples(comparison: Comparison) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Targets with the predictions of three methods: the first, the best on the frozen encoder, the best."""
+    if not comparison.methods or comparison.task["classes"]:
+        return []
+    choose = max if comparison.task["metric"]["higher_is_better"] else min
+    frozen = [method for method in comparison.methods if not method.through_encoder]
+    best = [choose(part, key=lambda m: m.score) for part in (frozen, comparison.methods) if part]
+    shown = dict.fromkeys((comparison.methods[0].name, *(method.name for method in best)))
+    titles = {method.name: method.title for method in comparison.methods}
+    return [
+        (
+            example.target,
+            [(titles[name], example.predictions[name]) for name in shown if name in example.predictions],
+        )
+        for example in comparison.examples
+    ]
+
+
+def _sampling_error(comparison: Comparison) -> tuple[float, float] | None:
+    """The best score, and how much another draw of as many test clips would move it (one standard error).
+
+    None where a clip is more than right or wrong.
+    """
+    if not comparison.task["classes"]:
+        return None
     choose = max if comparison.task["metric"]["higher_is_better"] else min
     best = choose(method.score for method in comparison.methods)
     return best, (max(best * (1 - best), 0) / comparison.task["test_clips"]) ** 0.5
