@@ -80,7 +80,7 @@ def save(
         **dict.fromkeys(_CHECKED_BY_TRANSFORMERS, f"this is no model of transformers: load it by {call}"),
         **described,
     }
-    _refuse_foreign_files(folder)
+    refuse_foreign_files(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ready = _detach(own.trained_tensors(), state_dict)
     foreign = (
@@ -440,7 +440,8 @@ def _detach(
     return ready
 
 
-def _refuse_foreign_files(folder: Path) -> None:
+def refuse_foreign_files(folder: Path) -> None:
+    """FileExistsError if a folder has files that `save` would replace and that are not of this package."""
     present = [name for name in (CONFIG, WEIGHTS, *_foreign_names()) if (folder / name).exists()]
     if not present:
         return

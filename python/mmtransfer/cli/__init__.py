@@ -1,4 +1,4 @@
-"""The command line: `mmtransfer compare`, `methods`, `info` and `bench`.
+"""The command line: `mmtransfer finetune`, `evaluate`, `predict`, `compare`, `methods`, `info` and `bench`.
 
 User errors print one sentence to standard error and exit with status 1; wrong options exit with 2.
 """
@@ -19,8 +19,11 @@ import tyro
 from mmtransfer import versions
 
 from .compare import compare
+from .evaluate import evaluate
+from .finetune import finetune
 from .info import info, methods
 from .messages import fail
+from .predict import predict
 from .recipes import expand
 
 
@@ -30,7 +33,7 @@ def bench() -> None:
 
 # Only what parsing needs is imported here and in the commands: torch and transformers take seconds.
 COMMANDS: dict[str, Callable[..., Any]] = {
-    command.__name__: command for command in (compare, methods, info, bench)
+    command.__name__: command for command in (finetune, evaluate, predict, compare, methods, info, bench)
 }
 NEEDS_NO_TRANSFORMERS = ("info", "bench")
 

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from mmtransfer.compare.settings import CompareSettings
 
-from . import values
+from .given import SetOptions, parse_options
 from .imports import import_files
 from .info import Imports
 from .messages import fail
+from .progress import show_progress
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
-
     from mmtransfer.compare.experiment import Experiment
     from mmtransfer.compare.results import Comparison
 
@@ -96,11 +94,7 @@ def compare(
     result: Result,
     import_: Imports = (),
     recipe: Annotated[str | None, tyro.conf.arg(metavar="FILE")] = None,
-    set_: Annotated[
-        tuple[tuple[str, ...], ...],
-        tyro.conf.UseAppendAction,
-        tyro.conf.arg(name="set", metavar="[METHOD.]FIELD=VALUE ..."),
-    ] = (),
+    set_: SetOptions = (),
 ) -> None:
     """Train and measure ways to adapt a speech encoder: fusions of its layers, adapters, fine-tuning.
 
@@ -115,7 +109,7 @@ def compare(
     """
     # `recipes.expand` has replaced it by its options.
     assert recipe is None
-    options = _parse_options(text for texts in set_ for text in texts)
+    options = parse_options(text for texts in set_ for text in texts)
     import_files(import_)
     from mmtransfer.compare.session import find_methods
     from mmtransfer.compare.tables import MODELS_NAME, check_output
@@ -136,33 +130,6 @@ def compare(
         _show(_run(_load(source), settings), result.output)
     except (DataError, OSError) as error:
         fail(str(error))
-
-
-def _parse_options(given: Iterable[str]) -> dict[str, Any]:
-    """`field=value` and `method.field=value`; of several values of one field the last counts."""
-    options: dict[str, Any] = {}
-    for text in given:
-        key, equals, value = text.partition("=")
-        if not (key and equals):
-            fail(f"--set takes field=value, got {text!r}", 2)
-        if not value.strip():
-            fail(f"--set {text!r} has no value; {key}=null leaves the choice to the method", 2)
-        try:
-            parsed = values.parse(value)
-        except ValueError as error:
-            fail(f"--set {text!r} has no value that YAML can read ({error})", 2)
-        method, dot, field = key.rpartition(".")
-        if not dot:
-            # All that a recipe sets for one method, which is added to.
-            earlier = options.get(key)
-            if isinstance(parsed, dict) and isinstance(earlier, dict):
-                parsed = {**earlier, **parsed}
-            options[key] = parsed
-            continue
-        if not isinstance(options.setdefault(method, {}), dict):
-            fail(f"--set takes {method!r} for a method in {text!r} and for a field elsewhere", 2)
-        options[method][field] = parsed
-    return options
 
 
 def _load(source: Input) -> Experiment:
@@ -189,7 +156,7 @@ def _load(source: Input) -> Experiment:
 def _run(experiment: Experiment, settings: CompareSettings) -> Comparison:
     from mmtransfer.compare.session import compare, is_main_process
 
-    with _progress(quiet=not is_main_process()) as progress:
+    with show_progress(quiet=not is_main_process()) as progress:
         progress.console.print(
             experiment.recordings.describe(), markup=False, highlight=False, soft_wrap=True
         )
@@ -222,19 +189,3 @@ def _show(comparison: Comparison, output: Path) -> None:
             f"mmkernels and eager PyTorch differ by {wrong[0].step.difference:.1e} in {wrong[0].title}; "
             "the report shows no time for it, please report this with the output of mmtransfer info"
         )
-
-
-def _progress(quiet: bool) -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True, quiet=quiet)
-    return Progress(
-        TextColumn("{task.description:20}", markup=False),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[detail]}", markup=False),
-        console=console,
-        disable=not console.is_terminal,
-    )

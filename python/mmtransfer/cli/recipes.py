@@ -9,22 +9,30 @@ from pathlib import Path
 from typing import Any
 
 from mmtransfer.compare.settings import CompareSettings
+from mmtransfer.training.finetune_settings import FinetuneSettings
 
 from . import values
 from .compare import Input, Result
+from .finetune import Source, Target
 from .messages import fail
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-#: The options of `mmtransfer compare` that have a flag, with their defaults.
-_DEFAULTS: dict[str, Any] = {
-    each.name: each.default
-    for kind in (Input, CompareSettings, Result)
-    for each in dataclasses.fields(kind)
-    if each.name not in ("options", "save")
-} | {"set": ()}
+
+
+def _defaults(*kinds: Any) -> dict[str, Any]:
+    """The options that have a flag, with their defaults."""
+    fields = (each for kind in kinds for each in dataclasses.fields(kind))
+    return {each.name: each.default for each in fields if each.name not in ("options", "save")} | {"set": ()}
+
+
+#: The options of each command that takes recipes, with their defaults.
+_DEFAULTS = {
+    "compare": _defaults(Input, CompareSettings, Result),
+    "finetune": _defaults(Source, FinetuneSettings, Target),
+}
 #: Options that are a list, and those that are text: YAML would read a folder 010 or 1.10 as a number.
 _LISTS = ("methods", "set")
-_TEXTS = ("model", "data", "task", "output", "dtype", "methods")
+_TEXTS = ("model", "data", "task", "output", "dtype", "method", "methods", "tokenizer")
 
 
 def expand(arguments: list[str]) -> list[str]:
@@ -33,6 +41,9 @@ def expand(arguments: list[str]) -> list[str]:
     Those on the command line win; `--set` adds to a recipe's. NAME is a file, or `<paper>/<recipe>` for one
     that the package has. Exits with status 2 if it cannot be read, or has an option that there is not.
     """
+    if arguments[0] not in _DEFAULTS:
+        return arguments
+    defaults = _DEFAULTS[arguments[0]]
     places = [i for i, each in enumerate(arguments) if each.partition("=")[0] == "--recipe"]
     if not places:
         return arguments
@@ -46,16 +57,18 @@ def expand(arguments: list[str]) -> list[str]:
         fail("--recipe needs the name of a file", 2)
     rest = arguments[:place] + arguments[place + count :]
     path, content = _read(name)
-    given = {_field(argument) for argument in rest if argument.startswith("--")} - {"set"}
-    chosen = [word for field, words in _options(path, content) if field not in given for word in words]
+    given = {_field(argument, defaults) for argument in rest if argument.startswith("--")} - {"set"}
+    chosen = [
+        word for field, words in _options(path, content, defaults) if field not in given for word in words
+    ]
     # Behind the name of the command.
     return [*rest[:1], *chosen, *rest[1:]]
 
 
-def _field(flag: str) -> str:
+def _field(flag: str, defaults: dict[str, Any]) -> str:
     """The option that a flag on the command line sets: `cache` for `--no-cache`."""
     name = flag.partition("=")[0].removeprefix("--").replace("-", "_")
-    return name if name in _DEFAULTS else name.removeprefix("no_")
+    return name if name in defaults else name.removeprefix("no_")
 
 
 def _read(name: str) -> tuple[Path, dict[str, Any]]:
@@ -74,26 +87,28 @@ def _read(name: str) -> tuple[Path, dict[str, Any]]:
     return path, content
 
 
-def _options(path: Path, content: dict[str, Any]) -> Iterator[tuple[str, list[str]]]:
+def _options(
+    path: Path, content: dict[str, Any], defaults: dict[str, Any]
+) -> Iterator[tuple[str, list[str]]]:
     """Each field with the words that set it on a command line; null leaves a field at its default."""
     for name, value in content.items():
         field = str(name).replace("-", "_")
-        if field not in _DEFAULTS:
-            known = ", ".join(sorted(each.replace("_", "-") for each in _DEFAULTS))
+        if field not in defaults:
+            known = ", ".join(sorted(each.replace("_", "-") for each in defaults))
             fail(f"{path} has an option {name!r}, which is none of {known}", 2)
-        if value is None and _DEFAULTS[field] is None:
+        if value is None and defaults[field] is None:
             continue
         try:
-            words = _words(field, value)
+            words = _words(field, value, defaults[field])
         except (TypeError, ValueError) as error:
             fail(f"{path}: {name} {error}", 2)
         if words:
             yield field, words
 
 
-def _words(field: str, value: Any) -> list[str]:
+def _words(field: str, value: Any, default: Any) -> list[str]:
     """The words for one field, none for a flag at its default; ValueError for a value of another kind."""
-    flag, default = f"--{field.replace('_', '-')}", _DEFAULTS[field]
+    flag = f"--{field.replace('_', '-')}"
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise ValueError(f"must be true or false, got {value!r}")

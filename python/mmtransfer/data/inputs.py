@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
-from transformers import SequenceFeatureExtractor
+from transformers import SequenceFeatureExtractor, WhisperFeatureExtractor
 from transformers.utils import cached_file
 
 from .audio import read_audio
@@ -31,9 +32,18 @@ class AudioInput:
     def sampling_rate(self) -> int:
         return self.extractor.sampling_rate
 
-    def read(self, files: Sequence[str | Path]) -> dict[str, torch.Tensor]:
-        """The extractor's tensors for some files, with `lengths` in samples; DataError names a bad file."""
-        audio = [read_audio(file, self.sampling_rate, self.max_seconds) for file in files]
+    @property
+    def longest(self) -> float | None:
+        """Seconds of the longest clip of which the end counts; None: of any."""
+        own = self.extractor.chunk_length if isinstance(self.extractor, WhisperFeatureExtractor) else None
+        return min((float(each) for each in (own, self.max_seconds) if each is not None), default=None)
+
+    def load(self, file: str | Path) -> np.ndarray:
+        """The samples of a file at the extractor's rate; DataError if it cannot be read."""
+        return read_audio(file, self.sampling_rate, self.max_seconds)
+
+    def extract(self, audio: Sequence[np.ndarray]) -> dict[str, torch.Tensor]:
+        """The extractor's tensors for some clips, with `lengths` in samples."""
         return extract(self.extractor, audio)
 
     def describe(self) -> dict[str, Any]:

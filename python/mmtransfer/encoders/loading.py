@@ -23,7 +23,9 @@ from .precision import find_dtype
 _UNUSED_WEIGHTS = ("masked_spec_embed",)
 
 
-def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32) -> nn.Module:
+def load_model(
+    source: str | Path, *, dtype: torch.dtype | str = torch.float32, kind: Any = AutoModel
+) -> nn.Module:
     """A speech model from a folder or the hub, in eval mode.
 
     transformers itself would take over the precision that the weights were stored in, and fill those that a
@@ -33,6 +35,7 @@ def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32) 
         source: a folder, or a name on the hub.
         dtype: of the weights, whatever they were stored in. float16 is for frozen encoders: nothing trains
             float16 weights.
+        kind: the loader of transformers: `AutoModelForCTC` for a model with its head.
 
     Raises:
         DataError: no model can be loaded, or its encoder is not complete.
@@ -47,8 +50,8 @@ def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32) 
     # The model's configuration remembers where it is from; a relative path would mislead other programs.
     place = str(folder.resolve()) if folder.is_dir() else str(source)
     try:
-        with _quiet_transformers():
-            model, report = AutoModel.from_pretrained(
+        with quiet_transformers():
+            model, report = kind.from_pretrained(
                 place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
             )
     except Exception as error:
@@ -58,12 +61,12 @@ def load_model(source: str | Path, *, dtype: torch.dtype | str = torch.float32) 
             f"no model can be loaded from {source} ({reason}); give the folder of a transformers speech "
             "model with its weights, or the name of one on the hub"
         ) from error
-    _check_encoder(model, source, report)
+    _check_encoder(model, source, report, whole=kind is not AutoModel)
     # Composite models may hold parts that keep a dtype of their own.
     return model.to(dtype).eval()
 
 
-def _check_encoder(model: nn.Module, source: str | Path, report: dict[str, Any]) -> None:
+def _check_encoder(model: nn.Module, source: str | Path, report: dict[str, Any], *, whole: bool) -> None:
     try:
         encoder = Encoder(model)
     except (TypeError, ValueError) as error:
@@ -72,7 +75,7 @@ def _check_encoder(model: nn.Module, source: str | Path, report: dict[str, Any])
         raise DataError(f"{source} is a text model; give a speech model, such as Whisper or wav2vec2")
     if (misfit := find_misfit(encoder, model, report)) is not None:
         raise DataError(f"{source} cannot be used: {misfit}; give a complete checkpoint")
-    prefix = next(name for name, module in model.named_modules() if module is encoder.model)
+    prefix = "" if whole else next(name for name, module in model.named_modules() if module is encoder.model)
     missing = [
         key
         for key in sorted(report["missing_keys"])
@@ -80,13 +83,14 @@ def _check_encoder(model: nn.Module, source: str | Path, report: dict[str, Any])
     ]
     if missing:
         raise DataError(
-            f"{source} lacks {len(missing)} weights of the encoder ({', '.join(missing[:2])}, ...); "
+            f"{source} lacks {len(missing)} weights of the {'model' if whole else 'encoder'} "
+            f"({', '.join(missing[:2])}, ...); "
             "give a complete checkpoint"
         )
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings while a model is loaded; its report is checked instead."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -38,17 +39,39 @@ class Task(abc.ABC):
         metric: the value of `score` by which models are judged.
         further: the others, for tables.
         by_length: whether training batches hold clips of like length, as where the loss has a value a frame.
+        kind: "label" or "text": the column of a data set that has the targets, and in records the name of a
+            prediction.
+        whole_clips: whether the target is of all of a clip, so that clips cannot be cropped.
     """
 
     name: ClassVar[str]
     metric: ClassVar[Metric]
     further: ClassVar[tuple[Metric, ...]] = ()
     by_length: ClassVar[bool] = False
+    kind: ClassVar[Literal["label", "text"]] = "label"
+    whole_clips: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
     def of(cls, recordings: Recordings) -> Task:
         """The task on these recordings."""
+
+    @classmethod
+    def of_tokenizer_file(cls, path: Path) -> Task:
+        """The task with the symbols of a tokenizer, a file or a folder; ValueError if it takes none."""
+        raise ValueError(f"the task {cls.name} takes no tokenizer")
+
+    @classmethod
+    def of_own_head(cls, model: nn.Module, source: str) -> tuple[Task, Mapping[str, torch.Tensor]]:
+        """The task that a pretrained model has a head for, and the state dict of `head` that continues it.
+
+        Args:
+            model: of transformers, with its head.
+            source: where it is from, and its tokenizer too.
+
+        ValueError if it has no such head, or the task keeps none.
+        """
+        raise ValueError(f"the task {cls.name} keeps no head of a pretrained model")
 
     @abc.abstractmethod
     def head(self, dim: int) -> nn.Module:
@@ -85,6 +108,14 @@ class Task(abc.ABC):
     def frames_needed(self, target: Any) -> int:
         """The frames that a clip with this target needs to be trained on."""
         return 0
+
+    def unknown(self, target: Any) -> list[str]:
+        """The characters of a target that the task has no symbol for, each as often as it occurs."""
+        return []
+
+    def is_empty(self, target: Any) -> bool:
+        """Whether nothing of a target is left to be trained on."""
+        return False
 
     def collate(self, targets: Sequence[Any]) -> torch.Tensor:
         """The targets of a batch as the tensor that `loss` takes; its first dimension is the batch."""
@@ -126,6 +157,11 @@ def register_task(task: _T) -> _T:
         raise ValueError(f"a task is called {task.name!r} already")
     TASKS[task.name] = task
     return task
+
+
+def default_task(kind: str) -> type[Task]:
+    """The first task that was registered for labels ("label") or transcripts ("text")."""
+    return next(task for task in TASKS.values() if task.kind == kind)
 
 
 def find_task(name: str) -> type[Task]:

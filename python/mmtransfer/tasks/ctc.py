@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import ClassVar, Literal
 
 import jiwer
 import torch
@@ -62,6 +63,8 @@ class CTC(Task):
     metric: ClassVar[Metric] = Metric("cer", "Character error", higher_is_better=False)
     further: ClassVar[tuple[Metric, ...]] = (Metric("wer", "Word error", higher_is_better=False),)
     by_length: ClassVar[bool] = True
+    kind: ClassVar[Literal["label", "text"]] = "text"
+    whole_clips: ClassVar[bool] = True
 
     vocabulary: tuple[str, ...]
     blank: int = 0
@@ -113,8 +116,33 @@ class CTC(Task):
         size = len(self.vocabulary)
         return PlainHead(dim, size) if self.plain_head else CTCHead(dim, size)
 
+    @classmethod
+    def of_tokenizer_file(cls, path: Path) -> CTC:
+        """A JSON file of the library `tokenizers`, or a folder with a tokenizer of transformers."""
+        from .vocabulary import read_tokenizer
+
+        found = read_tokenizer(path)
+        if isinstance(found, Tokenizer):
+            return cls.of_tokenizer(found)
+        return cls(vocabulary=found.symbols, blank=found.blank, case=found.case)
+
+    @classmethod
+    def of_own_head(cls, model: nn.Module, source: str) -> tuple[CTC, Mapping[str, torch.Tensor]]:
+        """The head of Wav2Vec2ForCTC and its relatives."""
+        from .own_head import find_own_head
+
+        found = find_own_head(model, source)
+        task = cls(
+            vocabulary=found.alphabet.symbols,
+            blank=found.alphabet.blank,
+            case=found.alphabet.case,
+            plain_head=not found.normed,
+        )
+        return task, found.tensors
+
     def target(self, clip: Clip) -> str:
-        return clip.text or ""
+        """The transcript in the case of the vocabulary."""
+        return _CASES[self.case](clip.text or "")
 
     def encode(self, text: str) -> list[int]:
         """The indices of a transcript; characters outside the vocabulary are dropped."""
@@ -128,6 +156,9 @@ class CTC(Task):
         if self.tokenizer is not None:
             return []
         return [character for character in _CASES[self.case](text) if character not in self._ids]
+
+    def is_empty(self, target: str) -> bool:
+        return not self.encode(target)
 
     def frames_needed(self, target: str) -> int:
         ids = self.encode(target)

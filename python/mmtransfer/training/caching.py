@@ -383,9 +383,21 @@ def _relative_size(clip: Clip, collate: EncoderCollator) -> float:
     return clip.seconds if most is None else min(clip.seconds, most)
 
 
+class NoRoomError(DataError):
+    """What was to be stored does not fit in memory.
+
+    Attributes:
+        reason: the message without its remedy.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; use {remedy}")
+        self.reason = reason
+
+
 def _check_room(nbytes: float, what: str, remedy: str) -> None:
-    """DataError if the machine has no room for so many bytes."""
+    """NoRoomError if the machine has no room for so many bytes."""
     available = psutil.virtual_memory().available
     if nbytes > available:
         needed, free = (f"{size / 2**30:.1f} GiB" for size in (nbytes, available))
-        raise DataError(f"the cached {what} need {needed} of memory and {free} are free; use {remedy}")
+        raise NoRoomError(f"the cached {what} need {needed} of memory and {free} are free", remedy)

@@ -56,11 +56,14 @@ class Clock(TrainerCallback):
                 self._since = time.perf_counter()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """A run that is resumed goes on from the time in its history."""
-        self._seconds = next(
-            (entry[SECONDS] for entry in reversed(state.log_history) if SECONDS in entry), self._seconds
-        )
+        self.resume(state.log_history)
         self._since = time.perf_counter()
+
+    def resume(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from the time in the history of a run that is resumed."""
+        self._seconds = next(
+            (entry[SECONDS] for entry in reversed(history) if SECONDS in entry), self._seconds
+        )
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         _synchronize()

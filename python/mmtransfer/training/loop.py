@@ -8,6 +8,8 @@ methods' parameter groups, and evaluation by the task.
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -20,7 +22,16 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.integrations import TensorBoardCallback, is_tensorboard_available
+from transformers.trainer import TRAINER_STATE_NAME
 
 from mmtransfer.checkpoint import load_trained, save_trained
 from mmtransfer.encoders.precision import check_trained
@@ -71,6 +82,7 @@ class Evaluation:
         first: the weights before the first step are scored too.
         keep_best: the model ends with the weights of the best score, not the last.
         patience: evaluations without a better score after which training ends; None: never.
+        on_scores: called after each with the steps done and the scores.
     """
 
     examples: Dataset[Any]
@@ -80,6 +92,7 @@ class Evaluation:
     first: bool = False
     keep_best: bool = False
     patience: int | None = None
+    on_scores: Callable[[int, dict[str, float]], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +102,7 @@ class Checkpoints:
     Attributes:
         folder: of the run; the states are `checkpoint-<steps>` in it.
         resume: go on from the latest that is whole, if there is one.
-        log: a folder for TensorBoard, or None.
+        log: a folder for TensorBoard, where that is installed; or None.
     """
 
     folder: Path
@@ -129,14 +142,20 @@ def train(
         )
         trainer = _Trainer.of(model, examples, collate, settings, evaluation, checkpoints, folder, on_step)
         start = _latest_state(folder) if checkpoints is not None and checkpoints.resume else None
-        trainer.args.restore_callback_states_from_checkpoint = start is not None
-        loss = float(trainer.train(resume_from_checkpoint=start).training_loss)
+        if start is not None and _is_over(start):
+            trainer.take_over(start)
+            loss = math.nan
+        else:
+            trainer.args.restore_callback_states_from_checkpoint = start is not None
+            loss = float(trainer.train(resume_from_checkpoint=start).training_loss)
     check_weights(model)
     state = trainer.state
     points = curve(state.log_history, _PREFIX)
+    # Of the history, which a run that is resumed has too.
+    losses = [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
     best = next((point.scores for point in points if point.steps == state.best_global_step), None)
     return TrainResult(
-        loss=loss if trainer.clock.loss is None else trainer.clock.loss,
+        loss=losses[-1] if losses else loss,
         seconds_per_epoch=seconds_per_epoch(state.log_history),
         seconds=trainer.clock.seconds,
         steps=state.global_step,
@@ -222,7 +241,7 @@ class _Trainer(Trainer):
     ) -> _Trainer:
         arguments = _arguments(model, examples, settings, evaluation, checkpoints, folder)
         clock = Clock(on_step)
-        callbacks: list[TrainerCallback] = [clock]
+        callbacks: list[TrainerCallback] = [clock, *_log(checkpoints)]
         if evaluation is not None and evaluation.patience is not None:
             callbacks.append(EarlyStoppingCallback(evaluation.patience))
         trainer = cls(
@@ -267,6 +286,8 @@ class _Trainer(Trainer):
             scores = model.task.score(predictions, evaluation.targets)
             metrics = {f"{_PREFIX}{name}": float(value) for name, value in scores.items()}
             self.log(dict(metrics))
+        if evaluation.on_scores is not None:
+            evaluation.on_scores(self.state.global_step, {key: float(value) for key, value in scores.items()})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -279,6 +300,29 @@ class _Trainer(Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 (_state_folder(self.args.output_dir, self.state.global_step) / _WHOLE).touch()
+                self._remove_states()
+
+    def _remove_states(self) -> None:
+        """Keep the latest state and the best. The Trainer would remove others before the new one is whole."""
+        kept = {
+            _state_folder(self.args.output_dir, step)
+            for step in (self.state.global_step, self.state.best_global_step)
+        }
+        for folder in _states(Path(self.args.output_dir or ".")):
+            if folder not in kept:
+                # First, so that a folder that is half removed is not taken for a whole one.
+                (folder / _WHOLE).unlink(missing_ok=True)
+                shutil.rmtree(folder)
+
+    def take_over(self, start: str) -> None:
+        """The outcome of a run that had come to its end when it wrote a state."""
+        assert isinstance(self.model, AdaptedModel)
+        self.state = TrainerState.load_from_json(str(Path(start) / TRAINER_STATE_NAME))
+        self.clock.resume(self.state.log_history)
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+        else:
+            load_trained(self.model, Path(start))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """What training changes; the pretrained weights are the user's."""
@@ -354,7 +398,6 @@ def _arguments(
         strategy = {"save_strategy": "epoch"}
     else:
         strategy = {"save_strategy": "no"}
-    log = None if checkpoints is None else checkpoints.log
     steps = settings.steps(len(examples))
     ends_early = steps < replace(settings, max_steps=None).steps(len(examples))
     arguments = TrainingArguments(
@@ -374,8 +417,7 @@ def _arguments(
         logging_strategy="epoch",
         # The filter would leave NaN out of the logged loss.
         logging_nan_inf_filter=False,
-        save_total_limit=2,
-        report_to="none" if log is None else "tensorboard",
+        report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=_workers(examples, settings),
@@ -392,12 +434,32 @@ def _arguments(
 
 def _latest_state(folder: Path) -> str | None:
     """The latest checkpoint of a run that was written to its end; later ones, cut short, are removed."""
-    states = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    for path in sorted(states, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+    for path in reversed(_states(folder)):
         if (path / _WHOLE).exists():
             return str(path)
         shutil.rmtree(path)
     return None
+
+
+def _states(folder: Path) -> list[Path]:
+    """The folders of states, whole or not, in the order of their steps."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def _is_over(start: str) -> bool:
+    """Whether the run that wrote a state ended there, by its number of steps or for want of patience."""
+    state = json.loads((Path(start) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])
+
+
+def _log(checkpoints: Checkpoints | None) -> list[TrainerCallback]:
+    """The writer of a log for TensorBoard, where one is asked for and the package is there."""
+    if checkpoints is None or checkpoints.log is None or not is_tensorboard_available():
+        return []
+    callback = TensorBoardCallback()
+    callback.logging_dir = str(checkpoints.log)
+    return [callback]
 
 
 def _state_folder(folder: str | Path | None, step: int | None) -> Path:

@@ -1,0 +1,120 @@
+"""Train one method on a user's recordings: evaluated on the way, saved, and resumed after an interruption."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import nn
+from transformers import SequenceFeatureExtractor
+
+from mmtransfer import registry
+from mmtransfer.data import DataError, Recordings, from_folder, from_manifest
+from mmtransfer.data.columns import Kind
+from mmtransfer.method import Method
+from mmtransfer.tasks import find_task
+
+from .clock import Point
+from .finetune_settings import FinetuneSettings
+from .loop import main_device
+from .run import FinetuneResult, Run
+from .run_folder import RunFolder
+from .selection import Findings
+
+
+def finetune(
+    model: nn.Module | str | Path,
+    method: str | Method,
+    data: Recordings | str | Path,
+    output: str | Path,
+    settings: FinetuneSettings | None = None,
+    *,
+    extractor: SequenceFeatureExtractor | str | Path | None = None,
+    dtype: torch.dtype | str = torch.float32,
+    test_fraction: float = 0.2,
+    resume: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> FinetuneResult:
+    """Train a method on recordings, and save the model with the best score on the validation part.
+
+    The same arguments give the same weights on the same machine, with one process on the CPU, also where the
+    run was killed at any point and resumed. `torchrun` and `accelerate launch` run it on several GPUs.
+
+    Args:
+        model: a pretrained speech model, its folder or its hub name. A module is edited in place.
+        method: its name, or a `Method`.
+        data: recordings, or a folder or file of them as docs/data.md has it.
+        output: folder of the checkpoint, and of the states of training until that has ended.
+        settings: by default those of the method.
+        extractor: the feature extractor of the model, or where it is; None: where the model is.
+        dtype: of the weights of a model that is loaded.
+        test_fraction: of `data` without a test part.
+        resume: go on with the run in `output`, if there is one; one that has ended is not repeated.
+        force: begin though other files, or another run, are in `output`.
+        progress: for bars and messages.
+
+    Raises:
+        DataError: recordings, a model or a folder that cannot be used; with `settings.strict` also clips and
+            characters that would be left out.
+        ValueError: an unknown method, option or task, or settings that exclude each other.
+        NotFiniteError: features, the loss or trained weights that are not finite.
+    """
+    settings = FinetuneSettings() if settings is None else settings
+    progress = Progress(disable=True, console=Console(quiet=True)) if progress is None else progress
+    found = registry.find(method, **settings.options)
+    _check(settings, found)
+    folder = RunFolder(output, resume=resume, force=force)
+    if (results := folder.results()) is not None:
+        return _earlier(folder, results)
+    if not isinstance(data, Recordings):
+        kind = None if settings.task is None else find_task(settings.task).kind
+        data = read_recordings(data, kind=kind, test_fraction=test_fraction, strict=settings.strict)
+
+    def tell(sentence: str) -> None:
+        progress.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
+
+    tell(data.describe())
+    run = Run(settings, found, folder, Findings(strict=settings.strict, tell=tell), progress)
+    run.load(model, extractor, dtype)
+    run.prepare(data)
+    return run.finish(*run.train())
+
+
+def _check(settings: FinetuneSettings, method: Method) -> None:
+    """ValueError for settings that cannot be met, before anything is loaded."""
+    if settings.task is not None:
+        find_task(settings.task)
+    if settings.keep_head and method.has_readout:
+        raise ValueError(f"keep_head needs the last layer alone, and {method.name} has a readout of its own")
+    if settings.fp16 and main_device(settings.cpu).type == "cpu":
+        raise ValueError("fp16 needs a GPU; use bf16, or neither")
+
+
+def read_recordings(data: str | Path, *, kind: Kind | None, test_fraction: float, strict: bool) -> Recordings:
+    path = Path(data).expanduser()
+    if not path.exists():
+        raise DataError(f"{path} does not exist; give a folder of class folders, or a manifest")
+    if path.is_dir():
+        return from_folder(path, test_fraction=test_fraction, strict=strict)
+    return from_manifest(path, kind=kind, test_fraction=test_fraction, strict=strict)
+
+
+def _earlier(folder: RunFolder, results: dict[str, Any]) -> FinetuneResult:
+    """The results of a run that has ended."""
+    return FinetuneResult(
+        output=folder.path,
+        test=results["test"],
+        validation=results["validation"],
+        curve=[Point(**point) for point in results["curve"]],
+        steps=results["steps"],
+        seconds=results["seconds"],
+        loss=results["loss"],
+        stopped=results["stopped"],
+        notes=results["notes"],
+        metric=results["task"]["metric"],
+        earlier=True,
+    )

@@ -1,0 +1,98 @@
+"""The folder of a fine-tuning run: its files, and whether a run may begin, go on, or has ended there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mmtransfer import checkpoint
+from mmtransfer.data import DataError
+
+RUN = "run.json"
+RESULTS = "results.json"
+STATES = "states"
+LOG = "log"
+FORMAT = "mmtransfer-finetune"
+
+
+class RunFolder:
+    """A folder with the checkpoint of a model, and with the states of its training until that has ended.
+
+    Args:
+        path: the folder; it is made by `begin`.
+        resume: go on with the run that is there.
+        force: begin though other files, or another run, are there.
+
+    Attributes:
+        goes_on: whether a run is there that `resume` goes on with.
+
+    DataError, naming the folder, if no run may begin there.
+    """
+
+    def __init__(self, path: str | Path, *, resume: bool = False, force: bool = False) -> None:
+        self.path = Path(path).expanduser()
+        if resume and force:
+            raise DataError("resume goes on with a run and force begins one; give one of the two")
+        if self.path.exists() and not self.path.is_dir():
+            raise DataError(f"{self.path} is no folder; give another output")
+        self.goes_on = resume and (self.path / RUN).exists()
+        if not force and not self.goes_on:
+            self._refuse_files()
+        try:
+            checkpoint.refuse_foreign_files(self.path)
+        except FileExistsError as error:
+            raise DataError(str(error)) from error
+
+    @property
+    def states(self) -> Path:
+        return self.path / STATES
+
+    def results(self) -> dict[str, Any] | None:
+        """Those of the run that goes on, if it has ended."""
+        if not (self.goes_on and (self.path / RESULTS).exists()):
+            return None
+        return json.loads((self.path / RESULTS).read_text(encoding="utf-8"))
+
+    def begin(self, description: Mapping[str, Any]) -> None:
+        """Make the folder ready for a run that is described so, or check that it is the one that is there.
+
+        DataError names the first difference.
+        """
+        described = json.loads(json.dumps(description))
+        if self.goes_on:
+            earlier = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+            for name in {**earlier, **described}:
+                if earlier.get(name) != described.get(name):
+                    raise DataError(
+                        f"the run in {self.path} has {name} {earlier.get(name)!r}, not "
+                        f"{described.get(name)!r}; resume it as it began, or use another output"
+                    )
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in (RESULTS, RUN):
+            (self.path / name).unlink(missing_ok=True)
+        for name in (STATES, LOG):
+            shutil.rmtree(self.path / name, ignore_errors=True)
+        self._write(RUN, described)
+
+    def end(self, results: Mapping[str, Any]) -> None:
+        """Write the results, after which the run is over, and remove the states."""
+        self._write(RESULTS, results)
+        shutil.rmtree(self.states, ignore_errors=True)
+
+    def _write(self, name: str, content: Mapping[str, Any]) -> None:
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        checkpoint.replace_file(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _refuse_files(self) -> None:
+        if not self.path.exists() or not any(self.path.iterdir()):
+            return
+        if (self.path / RUN).exists():
+            raise DataError(
+                f"{self.path} holds a run already; resume goes on with it, force begins again, or use "
+                "another output"
+            )
+        raise DataError(f"{self.path} holds other files; force writes there, or use another output")
