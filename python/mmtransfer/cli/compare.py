@@ -24,41 +24,46 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """The data and the model: one of --demo, --synthetic, or --model with --data.
+    """The data and the model: one of --demo, --demo-prompts, --synthetic, or --model with --data.
 
     Attributes:
-        demo: Whisper tiny.en on Italian prompts, a man's voice to a woman's (downloads 110 MB once).
+        demo: recognition of Czech dialogues by Whisper tiny.en's encoder (downloads 180 MB once), by the
+            recipe demo/speech.
+        demo_prompts: which of 465 Italian prompts is it, a man's voice to a woman's (110 MB once), by the
+            recipe demo/prompts.
         synthetic: generated sounds and a small random encoder; no network.
         model: folder or hub name of a speech model.
         data: folder of class folders, or a CSV with the columns path, label and, if wanted, split.
         test_fraction: of --data, where it has no split.
-        max_seconds: clips of --data are cropped to this.
+        max_seconds: clips of --data are cropped to this, 10 if it is not given; where they have transcripts,
+            longer ones are left out, 30 if it is not given.
         dtype: of the model's weights, whatever they were stored in. float16 is for frozen encoders; it is
             never trained.
     """
 
     demo: bool = False
+    demo_prompts: bool = False
     synthetic: bool = False
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
     data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     test_fraction: float = 0.2
-    max_seconds: float = 10.0
+    max_seconds: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     def __post_init__(self) -> None:
         own = self.model is not None or self.data is not None
-        if self.demo + self.synthetic + own != 1:
-            raise ValueError("give one of --demo, --synthetic, or --model with --data")
+        if self.demo + self.demo_prompts + self.synthetic + own != 1:
+            raise ValueError("give one of --demo, --demo-prompts, --synthetic, or --model with --data")
         if own and (self.model is None or self.data is None):
             raise ValueError("--model and --data go together")
         if not 0 < self.test_fraction < 1:
             raise ValueError(f"--test-fraction must be between 0 and 1, got {self.test_fraction}")
-        if not 0 < self.max_seconds <= 30:
+        if self.max_seconds is not None and not 0 < self.max_seconds <= 30:
             raise ValueError(f"--max-seconds must be above 0 and at most 30, got {self.max_seconds}")
         for name in ("test_fraction", "max_seconds"):
             if not own and getattr(self, name) != getattr(type(self), name):
                 raise ValueError(f"--{name.replace('_', '-')} is for --data alone")
-        if own:
+        if self.max_seconds is not None:
             check_max_seconds(self.max_seconds)
 
 
@@ -127,17 +132,22 @@ def compare(
         fail(str(error))
     try:
         check_output(result.output, force=result.force)
-        _show(_run(_load(source), settings), result.output)
+        _show(_run(_load(source, settings.task), settings), result.output)
     except (DataError, OSError) as error:
         fail(str(error))
 
 
-def _load(source: Input) -> Experiment:
-    if source.demo or source.synthetic:
+def _load(source: Input, task: str | None) -> Experiment:
+    if source.demo or source.demo_prompts or source.synthetic:
         from mmtransfer.demo import experiments
         from mmtransfer.encoders.precision import find_dtype
 
-        experiment = experiments.demo_experiment() if source.demo else experiments.synthetic_experiment()
+        if source.synthetic:
+            experiment = experiments.synthetic_experiment(transcribed=task == "ctc")
+        elif source.demo:
+            experiment = experiments.speech_experiment()
+        else:
+            experiment = experiments.prompts_experiment()
         experiment.model.to(find_dtype(source.dtype))
         return experiment
     from mmtransfer.compare.experiment import user_experiment

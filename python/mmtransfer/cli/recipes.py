@@ -30,6 +30,8 @@ _DEFAULTS = {
     "compare": _defaults(Input, CompareSettings, Result),
     "finetune": _defaults(Source, FinetuneSettings, Target),
 }
+#: Flags that bring a recipe, unless one is given.
+_DEMOS = {"--demo": "demo/speech", "--demo-prompts": "demo/prompts"}
 #: Options that are a list, and those that are text: YAML would read a folder 010 or 1.10 as a number.
 _LISTS = ("methods", "set")
 _TEXTS = ("model", "data", "task", "output", "dtype", "method", "methods", "tokenizer")
@@ -45,17 +47,15 @@ def expand(arguments: list[str]) -> list[str]:
         return arguments
     defaults = _DEFAULTS[arguments[0]]
     places = [i for i, each in enumerate(arguments) if each.partition("=")[0] == "--recipe"]
-    if not places:
-        return arguments
     if len(places) > 1:
         fail("--recipe can be given once", 2)
-    place = places[0]
-    name, count = arguments[place].partition("=")[2], 1
-    if "=" not in arguments[place]:
-        name, count = (arguments[place + 1], 2) if place + 1 < len(arguments) else ("", 1)
-    if not name:
-        fail("--recipe needs the name of a file", 2)
-    rest = arguments[:place] + arguments[place + count :]
+    if places:
+        name, rest = _take(arguments, places[0])
+    else:
+        demos = [_DEMOS[argument] for argument in arguments if argument in _DEMOS]
+        if not demos:
+            return arguments
+        name, rest = demos[0], arguments
     path, content = _read(name)
     given = {_field(argument, defaults) for argument in rest if argument.startswith("--")} - {"set"}
     chosen = [
@@ -63,6 +63,16 @@ def expand(arguments: list[str]) -> list[str]:
     ]
     # Behind the name of the command.
     return [*rest[:1], *chosen, *rest[1:]]
+
+
+def _take(arguments: list[str], place: int) -> tuple[str, list[str]]:
+    """The name behind `--recipe`, which is at `place`, and the other arguments."""
+    name, count = arguments[place].partition("=")[2], 1
+    if "=" not in arguments[place]:
+        name, count = (arguments[place + 1], 2) if place + 1 < len(arguments) else ("", 1)
+    if not name:
+        fail("--recipe needs the name of a file", 2)
+    return name, arguments[:place] + arguments[place + count :]
 
 
 def _field(flag: str, defaults: dict[str, Any]) -> str:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import SequenceFeatureExtractor
 
-from mmtransfer.data import DataError, Recordings, from_folder, from_manifest
+from mmtransfer.data import Recordings, load_data
 from mmtransfer.data.audio import MIN_SECONDS
+from mmtransfer.data.errors import counted
 from mmtransfer.data.features import load_feature_extractor
 from mmtransfer.encoders.loading import load_model
 from mmtransfer.training.settings import check_number
@@ -49,23 +50,41 @@ def user_experiment(
     data: str | Path,
     *,
     test_fraction: float = 0.2,
-    max_seconds: float = 10.0,
+    max_seconds: float | None = None,
     dtype: torch.dtype | str = torch.float32,
 ) -> Experiment:
-    """A model folder or hub name, and a folder of class folders or a CSV manifest.
+    """A model folder or hub name, and a folder of class folders or a manifest.
 
-    `dtype` is that of the weights, whatever they were stored in; see `load_model`.
+    Args:
+        model: folder or hub name.
+        data: folder of class folders, CSV or JSON lines.
+        test_fraction: for the test part, where the data has no split.
+        max_seconds: clips with a label are cropped to this (None: 10); longer ones with a transcript, which
+            is of the whole, are left out (None: 30).
+        dtype: of the weights, whatever they were stored in; see `load_model`.
     """
-    path = Path(data).expanduser()
-    read = from_folder if path.is_dir() else from_manifest
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give a folder of class folders, or a CSV manifest")
-    recordings = read(path, test_fraction=test_fraction)
+    recordings = load_data(data, test_fraction=test_fraction)
+    if recordings.transcribed:
+        max_seconds = 30.0 if max_seconds is None else max_seconds
+        recordings = _shorter(recordings, max_seconds)
     return Experiment(
         model=load_model(model, dtype=dtype),
         model_name=Path(model).name if Path(model).is_dir() else model,
         extractor=load_feature_extractor(model),
         recordings=recordings,
-        max_seconds=max_seconds,
+        max_seconds=10.0 if max_seconds is None else max_seconds,
         note="Recordings and model given by the user.",
     )
+
+
+def _shorter(recordings: Recordings, max_seconds: float) -> Recordings:
+    """The clips of at most so many seconds."""
+    parts = {
+        split: [clip for clip in getattr(recordings, split) if clip.seconds <= max_seconds]
+        for split in ("train", "validation", "test")
+    }
+    left_out = sum(len(getattr(recordings, split)) - len(clips) for split, clips in parts.items())
+    if not left_out:
+        return recordings
+    note = f"{counted(left_out, 'clip')} longer than {max_seconds:g} s"
+    return replace(recordings, **parts, ignored=(*recordings.ignored, note))
