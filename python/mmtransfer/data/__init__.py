@@ -1,14 +1,15 @@
 """The user's recordings, and generated ones.
 
-Everything here needs numpy and soundfile only; `features` also needs torch and transformers and is imported
-by name (`from mmtransfer.data.features import Collator`).
+Everything here needs numpy and soundfile only, and `from_dataset` the package datasets; `features` also needs
+torch and transformers and is imported by name (`from mmtransfer.data.features import Collator`).
 """
 
 from __future__ import annotations
 
-from .audio import SAMPLE_RATE, read_audio, resample
+from .audio import SAMPLE_RATE, StoredAudio, read_audio, resample
 from .errors import DataError
 from .folders import from_folder
+from .hugging_face import from_dataset
 from .manifests import from_manifest
 from .recordings import Clip, Recordings
 from .synthetic import synthetic
@@ -18,6 +19,8 @@ __all__ = [
     "Clip",
     "DataError",
     "Recordings",
+    "StoredAudio",
+    "from_dataset",
     "from_folder",
     "from_manifest",
     "read_audio",
