@@ -119,7 +119,9 @@ class TestSources:
 
         monkeypatch.setattr(datasets, "load_dataset", fail)
         message = refusal("speech/none")
-        assert message.startswith("speech/none cannot be loaded as a data set (no such thing); give a folder")
+        assert message.startswith(
+            "speech/none is no folder, and cannot be loaded from the hub (no such thing); give a folder"
+        )
 
     def test_other_objects(self):
         for source in (3, [1], {"train": 1}, make().to_iterable_dataset()):

@@ -10,9 +10,11 @@ from .audio import SAMPLE_RATE, StoredAudio, read_audio, resample
 from .errors import DataError
 from .folders import from_folder
 from .hugging_face import from_dataset
+from .loading import load_data
 from .manifests import from_manifest
 from .recordings import Clip, Recordings
 from .synthetic import synthetic
+from .transcripts import from_transcripts
 
 __all__ = [
     "SAMPLE_RATE",
@@ -23,6 +25,8 @@ __all__ = [
     "from_dataset",
     "from_folder",
     "from_manifest",
+    "from_transcripts",
+    "load_data",
     "read_audio",
     "resample",
     "synthetic",

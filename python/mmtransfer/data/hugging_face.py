@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from .audio import StoredAudio
 from .building import build
 from .columns import Kind, check_kind, find_column
 from .errors import DataError, counted, first, shortened
+from .finding import check_no_address
 from .names import normal, part_of, transcript
 from .recordings import SPLITS, Recordings
 from .rows import Row, identity
@@ -115,19 +115,20 @@ def _splits(source: Any, config: str | None) -> tuple[str, Mapping[str, Any]]:
 
 def _load(datasets: Any, path: str, config: str | None) -> tuple[str, Any]:
     folder = Path(os.path.expanduser(path))
+    problem = "cannot be loaded as a data set"
     try:
         if folder.is_dir():
             name = folder.resolve().name
             if is_saved_dataset(folder):
                 return name, datasets.load_from_disk(str(folder))
             return name, datasets.load_dataset(str(folder), config)
+        problem = "is no folder, and cannot be loaded from the hub"
         return path, datasets.load_dataset(path, config)
     # The library raises these, and subclasses of them, for names, configurations and files that it lacks.
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split()).removesuffix(".")
         raise DataError(
-            f"{path} cannot be loaded as a data set ({reason}); give a folder that save_to_disk wrote, or a "
-            "name on the hub"
+            f"{path} {problem} ({reason}); give a folder that save_to_disk wrote, or a name on the hub"
         ) from error
 
 
@@ -312,8 +313,7 @@ def _rows(name: str, dataset: Any, columns: _Columns, part: str, unusable: Unusa
 def _source(place: str, audio: Any, index: int, cells: _Cells) -> Path | DatasetAudio | None:
     if cells.embedded:
         return DatasetAudio(audio, index, f"{place} ({cells.path})" if cells.path else place)
-    if re.match(r"[A-Za-z][\w+.-]+://", cells.path):
-        raise DataError(f"{place} has the address {cells.path}; download the file and give its path")
+    check_no_address(cells.path, place)
     return Path(os.path.expanduser(cells.path)) if cells.path else None
 
 
