@@ -151,12 +151,14 @@ def _load(source: Input, task: str | None) -> Experiment:
         experiment.model.to(find_dtype(source.dtype))
         return experiment
     from mmtransfer.compare.experiment import user_experiment
+    from mmtransfer.tasks import find_task
 
     assert source.model is not None
     assert source.data is not None
     return user_experiment(
         source.model,
         source.data,
+        kind="label" if task is None else find_task(task).kind,
         test_fraction=source.test_fraction,
         max_seconds=source.max_seconds,
         dtype=source.dtype,

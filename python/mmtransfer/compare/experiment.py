@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -49,6 +50,7 @@ def user_experiment(
     model: str,
     data: str | Path,
     *,
+    kind: Literal["label", "text"] = "label",
     test_fraction: float = 0.2,
     max_seconds: float | None = None,
     dtype: torch.dtype | str = torch.float32,
@@ -57,13 +59,14 @@ def user_experiment(
 
     Args:
         model: folder or hub name.
-        data: folder of class folders, CSV or JSON lines.
+        data: what `mmtransfer.data.load_data` reads.
+        kind: whether the task needs labels or transcripts.
         test_fraction: for the test part, where the data has no split.
         max_seconds: clips with a label are cropped to this (None: 10); longer ones with a transcript, which
             is of the whole, are left out (None: 30).
         dtype: of the weights, whatever they were stored in; see `load_model`.
     """
-    recordings = load_data(data, test_fraction=test_fraction)
+    recordings = load_data(data, kind=kind, test_fraction=test_fraction)
     if recordings.transcribed:
         max_seconds = 30.0 if max_seconds is None else max_seconds
         recordings = _shorter(recordings, max_seconds)

@@ -21,7 +21,7 @@ from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.tapped import TappedEncoder, tap_name
 from mmtransfer.method import Method
 from mmtransfer.model import AdaptedModel
-from mmtransfer.tasks import Task, find_task
+from mmtransfer.tasks import Task, default_task, find_task
 from mmtransfer.training.caching import EncoderCollator, clip_name
 from mmtransfer.training.clock import OnStep, Point
 from mmtransfer.training.finite import NotFiniteError
@@ -84,8 +84,9 @@ class _Session:
         self.device = main_device(settings.cpu)
         self.recordings = experiment.recordings
         try:
-            name = settings.task or ("ctc" if self.recordings.transcribed else "classification")
-            self.task = find_task(name).of(self.recordings)
+            kind = "text" if self.recordings.transcribed else "label"
+            task = default_task(kind) if settings.task is None else find_task(settings.task)
+            self.task = task.of(self.recordings)
             self.methods = find_methods(settings)
             # Those that the methods start from are trained too.
             starts = [find_start(each) for each in self.methods if each.starts_from is not None]

@@ -31,10 +31,10 @@ def speech_experiment(cache: str | Path | None = None) -> Experiment:
         # All of every clip: the longest has 22 s.
         max_seconds=30.0,
         note=(
-            "Recognition of Czech by the encoder of an English model: characters by CTC, decoded greedily and "
-            "without a language model. The same actors speak in training and test, in other rooms of the game "
-            "Fish Fillets. Recordings and scripts: Debian packages fillets-ng-data-cs and fillets-ng-data, "
-            "GPL-2+; weights: OpenAI Whisper tiny.en, MIT."
+            "Recognition of Czech by the encoder of an English model: characters by CTC, decoded greedily, "
+            "without a language model. The same actors speak in training and test, in other rooms of the "
+            "game Fish Fillets. Recordings and scripts: Debian packages fillets-ng-data-cs and "
+            "fillets-ng-data, GPL-2+; weights: OpenAI Whisper tiny.en, MIT."
         ),
     )
 
