@@ -90,4 +90,10 @@ def _shorter(recordings: Recordings, max_seconds: float) -> Recordings:
     if not left_out:
         return recordings
     note = f"{counted(left_out, 'clip')} longer than {max_seconds:g} s"
-    return replace(recordings, **parts, ignored=(*recordings.ignored, note))
+    return replace(
+        recordings,
+        train=parts["train"],
+        validation=parts["validation"],
+        test=parts["test"],
+        ignored=(*recordings.ignored, note),
+    )

@@ -177,7 +177,7 @@ class _Session:
             through_encoder=self.through_encoder[method.name],
             trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
             learning_rate=training.learning_rate,
-            epochs=steps * training.batch_size * training.accumulate / clips,
+            epochs=steps / replace(training, epochs=1, max_steps=None).steps(clips),
             steps=steps,
             batch_size=training.batch_size,
             options=method.options(),
