@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .results import Comparison, FailedMethod, MethodResult, in_parts
 from .store import CURVE_CLIPS
@@ -215,7 +215,9 @@ def _curves(comparison: Comparison) -> str:
             label=method.title,
         )
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(color=_FAINT, linewidth=0.4)
     axes.set_xlabel("seconds of training")
     axes.set_ylabel(f"{comparison.task['metric']['title'].lower()}, %")

@@ -15,6 +15,9 @@ from .czech import czech_dialogues
 from .italian import italian_prompts
 from .whisper import whisper_tiny_en
 
+_WORDS = "Generated tones, chirps and noise bursts as words; test voices are higher than training voices."
+_LETTERS = "Generated tones as letters, and silence as spaces."
+
 
 def speech_experiment(cache: str | Path | None = None) -> Experiment:
     """Whisper tiny.en, an English model, on Czech dialogues: recognition, tested on rooms that were held out.
@@ -93,8 +96,7 @@ def synthetic_experiment(*, transcribed: bool = False) -> Experiment:
         recordings=synthetic_speech() if transcribed else synthetic(),
         max_seconds=3.0,
         note=(
-            "Generated tones, chirps and noise bursts as words; test voices are higher than training voices. "
-            "The encoder is random, so that these accuracies say nothing about speech: this checks the "
-            "installation and shows the report."
+            f"{_LETTERS if transcribed else _WORDS} The encoder is random, so that these figures say nothing "
+            "about speech: this checks the installation and shows the report."
         ),
     )
