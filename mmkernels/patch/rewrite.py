@@ -178,7 +178,9 @@ class KnownFunctions:
         if function not in self._names:
             if torch.compiler.is_compiling():
                 raise Unsupported("not examined before torch.compile")
-            self._names[function] = next((name for name, body in self._bodies if body.matches(function)), None)
+            self._names[function] = next(
+                (name for name, body in self._bodies if body.matches(function)), None
+            )
         return self._names[function]
 
 
