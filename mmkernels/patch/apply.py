@@ -98,9 +98,9 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
         try:
             recogniser.check(module)
             accelerated = accelerated_class(type(module), recogniser)
-        except Mismatch as reason:
-            raise ValueError(f"adapters: module {name!r} cannot be replaced: {reason}") from None
         except Unsupported as reason:
+            if module in named and isinstance(reason, Mismatch):
+                raise ValueError(f"adapters: module {name!r} cannot be replaced: {reason}") from None
             report.skipped.append(Skipped(name, str(reason)))
         else:
             report._swaps.append(Swap.of(name, module, accelerated, recogniser.what))

@@ -33,6 +33,7 @@ class AttnAdapterInLayer(Recogniser):
         if adapter is None or not _is_attn_adapter(adapter):
             return False
         try:
+            AttnAdapter().check(adapter)
             _known_bottleneck(adapter)
         except Unsupported:
             return False  # The adapter, which is claimed itself, gives the reason.
