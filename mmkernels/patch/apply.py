@@ -29,7 +29,8 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
         * the attention adapters of transformers' speech models (``config.adapter_attn_dim``: MMS; wav2vec2,
           HuBERT, UniSpeech, UniSpeech-SAT) by ``adapter``, which adds them to the hidden states in the same
           pass. The encoder layer is replaced; an adapter that has hooks, or whose layer adds it in another
-          way, is replaced alone. ``init_adapter_layers`` and ``load_adapter`` work as before;
+          way, is replaced alone. ``init_adapter_layers`` and ``load_adapter`` work as before. Under autocast
+          hidden states are cast before the LayerNorm, not after it: float16 overflows beyond 65504;
         * the bottleneck adapters of the ``adapters`` library (AdapterHub): sequential (``seq_bn``,
           ``double_seq_bn``: Pfeiffer, Houlsby) and parallel (``par_bn``) ones, with or without ``ln_before``,
           by ``adapter``; constant scaling inside the op, learned and per-channel scaling after it. Adapters
