@@ -33,6 +33,8 @@ HUBERT_BASE = Shape("hubert-base, d=64", 4096, 768, 64)
 AST_BASE = Shape("ast-base, d=192", 4214, 768, 192)
 #: HFF's adapters, of a large encoder.
 WAV2VEC2_LARGE = Shape("wav2vec2-large, d=128", 4096, 1024, 128)
+#: A language's adapters in MMS-1B.
+MMS_1B = Shape("mms-1b, d=16", 4096, 1280, 16)
 #: 32 clips of 1214 tokens.
 AST_BATCH = Shape("ast-base, 32 clips, d=64", 38848, 768, 64)
 
@@ -170,4 +172,5 @@ def cases(device: str, tiny: bool = False) -> Iterator[Case]:
     yield case(HUBERT_BASE, "forward_backward", input_gradient=False)
     for direction in ("forward", "forward_backward"):
         yield case(AST_BASE, direction, activation="gelu")
+    yield case(MMS_1B, "forward_backward", norm=True)
     yield case(WAV2VEC2_LARGE, "forward_backward", norm=True)

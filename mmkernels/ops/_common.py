@@ -97,7 +97,8 @@ def check_parameter(
     check_floating(op, name, tensor)
     if tensor.device != device:
         raise ValueError(f"{op}: {name} is on {tensor.device}, the other tensors are on {device}")
-    if tensor.shape not in shapes:
+    # Not "in", which torch.compile answers wrongly for sizes that it treats as dynamic.
+    if all(tensor.shape != shape for shape in shapes):
         allowed = " or ".join(str(shape) for shape in shapes)
         raise ValueError(f"{op}: {name} must have shape {allowed}, got {tuple(tensor.shape)}")
 

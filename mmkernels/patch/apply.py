@@ -13,7 +13,7 @@ from mmkernels.patch.near_misses import near_misses
 from mmkernels.patch.recogniser import Unsupported
 from mmkernels.patch.recognisers import NAMED_ADAPTER, RECOGNISERS
 from mmkernels.patch.report import Note, Replaced, Report, Skipped, Swap
-from mmkernels.patch.subclass import accelerated_class, original_class
+from mmkernels.patch.subclass import accelerated_class, recogniser_of
 from mmkernels.wrappers import is_wrapper, plain_name, unwrap
 
 
@@ -26,6 +26,11 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
           wav2vec2-Conformer, Whisper; sequence and frame classification and x-vectors) by ``layer_mix``,
           which reads the layers where they are;
         * the same sum in s3prl's ``Featurizer``, with ``normalize`` too;
+        * the attention adapters of transformers' speech models (``config.adapter_attn_dim``: MMS; wav2vec2,
+          HuBERT, UniSpeech, UniSpeech-SAT) by ``adapter``, which adds them to the hidden states in the same
+          pass. The encoder layer is replaced; an adapter that has hooks, or whose layer adds it in another
+          way, is replaced alone. ``init_adapter_layers`` and ``load_adapter`` work as before. Under autocast
+          hidden states are cast before the LayerNorm, not after it: float16 overflows beyond 65504;
         * the bottleneck adapters of the ``adapters`` library (AdapterHub): sequential (``seq_bn``,
           ``double_seq_bn``: Pfeiffer, Houlsby) and parallel (``par_bn``) ones, with or without ``ln_before``,
           by ``adapter``; constant scaling inside the op, learned and per-channel scaling after it. Adapters
@@ -75,13 +80,17 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     named = _modules_named(model, adapters)
     report = Report()
+    covered: set[nn.Module] = set()
     for name, module in model.named_modules():
         scripted = isinstance(module, torch.jit.ScriptModule) and module not in named
         if scripted or is_wrapper(module):
             # A wrapper hands out the attributes of the module inside, which has a name of its own.
             continue
-        if original_class(type(module)) is not None:
+        if module in covered and module not in named:
+            continue
+        if (previous := recogniser_of(type(module))) is not None:
             report.skipped.append(Skipped(name, "already accelerated"))
+            covered.update(previous.covers(module))
             continue
         candidates = (NAMED_ADAPTER,) if module in named else (r for r in RECOGNISERS if r.claims(module))
         recogniser = next(iter(candidates), None)
@@ -90,12 +99,13 @@ def accelerate(model: nn.Module, *, adapters: Sequence[str] = ()) -> Report:
         try:
             recogniser.check(module)
             accelerated = accelerated_class(type(module), recogniser)
-        except Mismatch as reason:
-            raise ValueError(f"adapters: module {name!r} cannot be replaced: {reason}") from None
         except Unsupported as reason:
+            if module in named and isinstance(reason, Mismatch):
+                raise ValueError(f"adapters: module {name!r} cannot be replaced: {reason}") from None
             report.skipped.append(Skipped(name, str(reason)))
         else:
             report._swaps.append(Swap.of(name, module, accelerated, recogniser.what))
+            covered.update(recogniser.covers(module))
             report.notes += [Note(name, text) for text in recogniser.notes(module)]
             prefix = f"{name}." if name else ""
             report.skipped += [

@@ -1,4 +1,4 @@
-"""Shared by both adapter recognisers: find the parts of a bottleneck, and run them as one op."""
+"""Shared by the adapter recognisers: find the parts of a bottleneck, and run them as one op."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mmkernels.activations import ACTIVATIONS, TRANSFORMERS_CLASSES
 from mmkernels.ops._common import accumulate_dtype, autocasts, dtype_served
 from mmkernels.ops.adapter import adapter
 from mmkernels.patch.recogniser import Unsupported
-from mmkernels.patch.rewrite import Body
+from mmkernels.patch.rewrite import Body, KnownFunctions
 
 _MODULES = {nn.Identity: "none", nn.ReLU: "relu", nn.SiLU: "silu"}
 _FUNCTIONS = {
@@ -25,7 +25,8 @@ _FUNCTIONS = {
 }
 
 
-_wrappers: dict[object, bool] = {}
+#: The forward of the adapters library's wrapper of an activation.
+_WRAPPERS = KnownFunctions(("calls f", Body("def forward(self, x): return self.f(x)")))
 _FORWARDS: dict[type[nn.Module], Any] = {
     cls: cls.forward for cls in (nn.Linear, nn.LayerNorm, nn.Dropout, nn.Identity, nn.ReLU, nn.GELU, nn.SiLU)
 }
@@ -150,19 +151,10 @@ def check_intact(modules: Iterable[tuple[str, nn.Module]]) -> None:
             raise Unsupported(f"{name} has hooks, which the op would not call")
 
 
-def _calls_f(forward: Any) -> bool:
-    """Whether a forward is that of the adapters library's wrapper of an activation; it is read once."""
-    if forward not in _wrappers:
-        if torch.compiler.is_compiling():
-            raise Unsupported("not examined before torch.compile")
-        _wrappers[forward] = Body("def forward(self, x): return self.f(x)").matches(forward)
-    return _wrappers[forward]
-
-
 def _activation(function: Any) -> str:
     """Name of an activation that the op has. Known objects only: equal values on some inputs prove little."""
     cls = type(function)
-    if cls.__name__ == "Activation_Function_Class" and _calls_f(cls.forward):
+    if cls.__name__ == "Activation_Function_Class" and _WRAPPERS.name(cls.forward):
         function = getattr(function, "f", None)
         cls = type(function)
     name = _MODULES.get(cls)

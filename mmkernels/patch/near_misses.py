@@ -32,7 +32,8 @@ def near_misses(model: nn.Module) -> list[Note]:
             "",
             f"no module of this {type(model).__name__} resembles one that accelerate replaces: the sum of "
             "hidden states in transformers' audio classifiers (use_weighted_layer_sum=True), s3prl's "
-            "Featurizer, bottleneck adapters of the adapters library, or those that adapters=[...] names",
+            "Featurizer, the attention adapters of transformers' speech models (config.adapter_attn_dim), "
+            "bottleneck adapters of the adapters library, or those that adapters=[...] names",
         )
     ]
 
@@ -48,6 +49,12 @@ def _remarks(name: str, module: nn.Module) -> Iterator[str]:
         yield (
             f"{cls.__name__} sums no layers; transformers' audio classifiers do, with "
             "config.use_weighted_layer_sum=True"
+        )
+    width = getattr(config, "adapter_attn_dim", None)
+    if not name and width is not None and getattr(config, "do_stable_layer_norm", None) is False:
+        yield (
+            f"config.adapter_attn_dim is {width}, but its layers have no adapters; transformers makes them "
+            "with config.do_stable_layer_norm=True"
         )
     if any(base.__name__ == "BottleneckLayer" for base in cls.__mro__) and hasattr(module, "adapters"):
         yield "it is a BottleneckLayer without adapters; call accelerate after add_adapter"

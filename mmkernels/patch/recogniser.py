@@ -37,6 +37,10 @@ class Recogniser(ABC):
         """Submodules (name, reason) that a replaced module still runs itself, for the report."""
         return ()
 
+    def covers(self, module: nn.Module) -> Iterable[nn.Module]:
+        """Submodules that a replaced module computes: they are neither replaced nor listed themselves."""
+        return ()
+
     def notes(self, module: nn.Module) -> Iterable[str]:
         """Remarks on a replaced module, for the report."""
         return ()

@@ -42,6 +42,8 @@ from dataclasses import dataclass
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
+import torch
+
 from mmkernels.patch.recogniser import Unsupported
 
 _FUTURE_FLAGS = functools.reduce(
@@ -158,6 +160,28 @@ class Body:
             and _unify(wanted.body, _without_docstring(found.body), {})
             and all(function.__globals__.get(name) is meaning for name, meaning in self.meanings.items())
         )
+
+
+class KnownFunctions:
+    """Names of functions by their source; each function is read once."""
+
+    def __init__(self, *bodies: tuple[str, Body]) -> None:
+        self._bodies = bodies
+        self._names: dict[object, str | None] = {}
+
+    def name(self, function: object) -> str | None:
+        """The name of the first body that the function has, or None.
+
+        Raises:
+            Unsupported: torch.compile is tracing a function that was not read before.
+        """
+        if function not in self._names:
+            if torch.compiler.is_compiling():
+                raise Unsupported("not examined before torch.compile")
+            self._names[function] = next(
+                (name for name, body in self._bodies if body.matches(function)), None
+            )
+        return self._names[function]
 
 
 def innermost(function: Any) -> FunctionType | None:

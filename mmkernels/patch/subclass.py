@@ -10,12 +10,18 @@ from torch import nn
 from mmkernels.patch.recogniser import Recogniser, Unsupported
 
 _ORIGINAL = "_mmkernels_original_class"
+_RECOGNISER = "_mmkernels_recogniser"
 _accelerated_classes: dict[tuple[Any, Recogniser, Any], type[nn.Module]] = {}
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module] | None:
     """The class that an accelerated class, or a subclass of one, comes from; None for any other class."""
     return getattr(cls, _ORIGINAL, None)
+
+
+def recogniser_of(cls: type[nn.Module]) -> Recogniser | None:
+    """The recogniser that made an accelerated class; None for any other class."""
+    return getattr(cls, _RECOGNISER, None)
 
 
 def accelerated_class(base: type[nn.Module], recogniser: Recogniser) -> type[nn.Module]:
@@ -43,6 +49,7 @@ def _derive(base: type[nn.Module], recogniser: Recogniser) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "__reduce_ex__": reduce_ex,
         _ORIGINAL: base,
+        _RECOGNISER: recogniser,
         recogniser.method: recogniser.override(base),
     }
     accelerated: type[Any] = types.new_class(

@@ -1,4 +1,4 @@
-"""``LayerMix`` and ``LayerProject``: parameters, initial values, and the op that they call."""
+"""``LayerMix``, ``LayerProject`` and ``Adapter``: parameters, initial values, and the op that they call."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import mmkernels
-from mmkernels.nn import LayerMix, LayerProject
+from mmkernels.nn import Adapter, LayerMix, LayerProject
 
 
 def make_layers(dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -139,12 +139,16 @@ def test_layer_project_rejects(arguments: tuple, message: str) -> None:
         LayerProject(*arguments)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize(
-    "module", [LayerMix(3, 8, norm=True, affine=True), LayerProject(3, 8, 4)], ids=["mix", "project"]
+    "module",
+    [LayerMix(3, 8, norm=True, affine=True), LayerProject(3, 8, 4), Adapter(8, 4)],
+    ids=["mix", "project", "adapter"],
 )
-def test_modules_compile_copy_and_print(module: nn.Module) -> None:
+def test_modules_compile_copy_and_print(module: nn.Module, dynamic: bool) -> None:
+    torch.compiler.reset()
     x = make_layers() if isinstance(module, LayerMix) else torch.randn(5, 3, 8)
-    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True, dynamic=dynamic)
     torch.testing.assert_close(compiled(x), module(x))
     assert "eps=1e-05" in repr(module)
 

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("transformers")
 
 import torch
+from agreement import assert_within_rule
 from tiny_models import BATCH, CLASS_NAMES, HIDDEN, LAYERS, make_inputs, make_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -47,18 +48,6 @@ def run(model: nn.Module, class_name: str, autocast: bool) -> dict[str, Tensor]:
         "layer_weights.grad": model.layer_weights.grad,
         "gradients": torch.cat(gradients),
     }
-
-
-def assert_within_rule(actual: Tensor, eager: Tensor, exact: Tensor, eps: float) -> None:
-    """As near to float64 as eager torch is.
-
-    The ops' own rule (twice the error of eager, plus 4 eps) is widened here: after a whole network the two
-    errors are single draws from one distribution, and few of these tensors have enough entries for their
-    maxima to settle.
-    """
-    assert actual.dtype == eager.dtype
-    error, allowed = (actual.double() - exact).abs().max(), (eager.double() - exact).abs().max()
-    assert error <= 4 * allowed + 16 * eps * exact.abs().max()
 
 
 class LayerStacks(TorchDispatchMode):

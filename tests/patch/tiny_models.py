@@ -1,4 +1,4 @@
-"""Small random models of every transformers class with ``use_weighted_layer_sum``, and inputs for them."""
+"""Small random models of transformers' audio classes, and inputs for them."""
 
 from __future__ import annotations
 
@@ -124,6 +124,8 @@ def make_inputs(class_name: str, dtype: torch.dtype = torch.float32) -> dict[str
     if "AudioFrame" in class_name:
         labels = torch.randint(LABELS, (BATCH, frames), generator=generator)
         inputs["labels"] = nn.functional.one_hot(labels, LABELS)
+    elif class_name.endswith("ForCTC"):
+        inputs["labels"] = torch.tensor([[3, 4, 4], [5, -100, -100]])
     else:
         inputs["labels"] = torch.tensor([0, LABELS - 1])
     return inputs

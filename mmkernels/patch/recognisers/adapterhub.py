@@ -24,14 +24,11 @@ from mmkernels.patch.bottleneck import (
     takes_residual,
 )
 from mmkernels.patch.recogniser import Recogniser, Unsupported
-from mmkernels.patch.rewrite import Body, Rewrite
+from mmkernels.patch.rewrite import Body, KnownFunctions, Rewrite
 
 _LAYER_CLASSES = ("BottleneckLayer", "ComposableAdapterLayerBase")
 # The methods that run between compose_single and the end of a layer with a stack of adapters.
 _LAYER_METHODS = ("bottleneck_layer_forward", "compose", "compose_stack", "pre_block")
-
-_kinds: dict[object, str | None] = {}
-"""Per forward of an adapter's class: "sequential", "parallel", or None if it is none of the library's."""
 
 
 class AdapterHubLayer(Recogniser):
@@ -161,13 +158,8 @@ def _adapters(module: Any) -> nn.ModuleDict:
 
 
 def _kind(cls: type[Any]) -> str | None:
-    """The library's adapter with the forward of this class; it is read once."""
-    forward = cls.forward
-    if forward not in _kinds:
-        if torch.compiler.is_compiling():
-            raise Unsupported("not examined before torch.compile")
-        _kinds[forward] = next((kind for kind, body in FORWARDS if body.matches(forward)), None)
-    return _kinds[forward]
+    """The library's adapter with the forward of this class: "sequential", "parallel" or None."""
+    return _FORWARDS.name(cls.forward)
 
 
 def _forward_of_adapter(drop: str, residual: bool) -> Body:
@@ -204,7 +196,7 @@ def _forward_of_adapter(drop: str, residual: bool) -> Body:
 _DROP = """
             if hasattr(self, "DropPath"):
                 UP = self.DropPath(UP)"""
-FORWARDS = (
+_FORWARDS = KnownFunctions(
     ("sequential", _forward_of_adapter(_DROP, residual=True)),
     ("sequential", _forward_of_adapter("", residual=True)),  # before 1.1
     ("parallel", _forward_of_adapter("", residual=False)),
