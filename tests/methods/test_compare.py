@@ -121,7 +121,7 @@ def test_methods_and_options_that_cannot_work_are_refused_before_any_work(
     def fail(*_, **__):
         raise AssertionError("work was done")
 
-    monkeypatch.setattr("mmtransfer.compare.session.cache_features", fail)
+    monkeypatch.setattr("mmtransfer.compare.store.cache_features", fail)
     monkeypatch.setattr("mmtransfer.compare.session.train", fail)
     with pytest.raises(DataError, match=message):
         compare(experiment, replace(QUICK, **settings))
@@ -211,8 +211,8 @@ def test_options_of_one_method_leave_the_others_alone(experiment) -> None:
 
 def test_values_that_are_not_given_are_those_of_the_method() -> None:
     method = Training(epochs=7, batch_size=5, learning_rate=0.5, weight_decay=0.25)
-    assert CompareSettings().training(method, frozen=True) == method
-    assert CompareSettings().training(method, frozen=False) == method
+    assert CompareSettings(workers=0).training(method, frozen=True) == method
+    assert CompareSettings(workers=0).training(method, frozen=False) == method
     given = CompareSettings(epochs=2, tuning_batch_size=3, learning_rate=0.125, bf16=True, cpu=True)
     assert given.training(method, frozen=True) == replace(
         method, epochs=2, learning_rate=0.125, bf16=True, cpu=True
