@@ -239,8 +239,9 @@ def test_wrong_data(whisper: Path, sounds: Path, tmp_path: Path) -> None:
     manifest.write_text("file,label\na.wav,x\n")
     fails(attempt(manifest), "lacks the column 'path'")
     shutil.copytree(sounds / "tones", tmp_path / "broken")
-    (tmp_path / "broken" / "low" / "0.wav").write_bytes(b"no audio at all")
-    fails(attempt(tmp_path / "broken"), "0.wav", "cannot be read as audio")
+    for clip in (tmp_path / "broken").glob("*/*.wav"):
+        clip.write_bytes(b"no audio at all")
+    fails(attempt(tmp_path / "broken"), "cannot be used", "0.wav", "cannot be read as audio")
 
 
 def test_wrong_models(whisper: Path, sounds: Path, tmp_path: Path) -> None:
