@@ -20,7 +20,7 @@ from .rows import Row, identity
 from .table import column_name
 from .unusable import Unusable
 
-_MISSING = "data sets of Hugging Face need the package datasets; install with: pip install 'datasets>=4'"
+_MISSING = "data sets of Hugging Face need the package datasets; install with: pip install 'datasets>=3'"
 # Rows whose audio is in memory at once while the headers are read, if the data set is shuffled or filtered.
 _BATCH = 64
 
