@@ -8,7 +8,7 @@ SOURCES := $(shell find csrc cmake -type f) CMakeLists.txt
 .PHONY: help setup test demo bench gpu floors lint format clean
 
 help:
-	@echo "make demo    set everything up and compare fusion methods on real speech"
+	@echo "make demo    set everything up and compare methods on real speech: recognition, then prompts"
 	@echo "make test    set everything up and run all tests"
 	@echo "make bench   measure the kernels on this machine, into benches/results"
 	@echo "make gpu     build, test, sanitize and measure on a machine with a CUDA GPU"
@@ -45,6 +45,7 @@ test: setup
 
 demo: setup
 	$(BIN)/mmtransfer compare --demo
+	$(BIN)/mmtransfer compare --demo-prompts
 
 bench: setup
 	$(BIN)/python -m benches

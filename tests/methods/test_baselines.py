@@ -8,11 +8,14 @@ import pytest
 import torch
 from prepared_models import build, encode, gradients, layers_of, perturb, prepared
 from tiny_encoders import TINY, make_input
+from torch.nn import functional as F
 from transformers import ASTConfig, ASTForAudioClassification
 from written_adapters import serial
 
 import mmtransfer
-from mmtransfer.encoders import describe
+from mmtransfer import registry
+from mmtransfer.demo.experiments import synthetic_experiment
+from mmtransfer.encoders import Encoder, describe
 
 CONFORMERS = ("wav2vec2-conformer", "wav2vec2-bert")
 
@@ -138,3 +141,23 @@ def test_partial_is_the_upper_half_or_the_layers_named():
     mmtransfer.revert(model)
     names = mmtransfer.prepare(model, "partial", layers=[-1, 0]).trainable
     assert {name.split(".")[2] for name in names} == {"0", "7"}
+
+
+class TestMLP:
+    def test_it_has_as_many_parameters_as_the_tree_that_it_controls(self) -> None:
+        encoder = Encoder(synthetic_experiment().model)
+        sizes = [
+            sum(parameter.numel() for parameter in registry.find(name).readout(encoder).parameters())
+            for name in ("mlp", "hff-b")
+        ]
+        assert 0.95 < sizes[0] / sizes[1] < 1.05
+
+    def test_values(self) -> None:
+        encoder = Encoder(synthetic_experiment().model)
+        readout = registry.find("mlp", hidden=7, out_dim=5).readout(encoder)
+        assert readout.out_dim == 5
+        x = torch.randn(3, 1, encoder.hidden_size)
+        norm, down, _, up, _ = readout.layers
+        expected = F.relu(up(F.relu(down(F.layer_norm(x[:, 0], x.shape[2:], norm.weight, norm.bias)))))
+        torch.testing.assert_close(readout(x), expected)
+        assert down.out_features == 7
