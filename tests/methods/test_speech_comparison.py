@@ -1,4 +1,4 @@
-"""A comparison on transcribed recordings: rows, curves, transcripts, the step with the encoder in the loop."""
+"""A comparison on transcribed recordings: rows, curves, transcripts, steps with the encoder in the loop."""
 
 from __future__ import annotations
 
