@@ -36,7 +36,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
             found.append((settings, experiment))
             raise SystemExit(0)
 
-        monkeypatch.setattr(command, "_load", lambda source: source)
+        monkeypatch.setattr(command, "_load", lambda source, task: source)
         monkeypatch.setattr(command, "_run", stop)
         with pytest.raises(SystemExit) as left:
             cli.main(["compare", "--output", str(tmp_path / "report"), *arguments])
@@ -115,7 +115,7 @@ def test_packaged_recipes_name_methods_and_options_that_exist(name: str, parsed)
 
 
 def test_there_are_packaged_recipes_for_every_paper() -> None:
-    assert {name.partition("/")[0] for name in PACKAGED} == set(registry.PAPERS)
+    assert {name.partition("/")[0] for name in PACKAGED} == {*registry.PAPERS, "demo"}
 
 
 class TestWrongRecipes:
