@@ -291,6 +291,19 @@ def test_saves_the_input_and_one_hidden_tensor(norm: bool, activation: str, eage
 
 
 @pytest.mark.parametrize("norm", [False, True])
+def test_a_model_of_half_precision_saves_no_wider_parameters(norm: bool) -> None:
+    rows, width, bottleneck = 256, 64, 16
+    arguments = {
+        name: value.detach().bfloat16().requires_grad_() if isinstance(value, Tensor) else value
+        for name, value in inputs(rows, width, bottleneck, norm).items()
+    }
+    x = arguments["x"] * 1
+    parameters = [arguments[name] for name in PARAMETERS if arguments[name] is not None]
+    found = saved_bytes(lambda: mmkernels.adapter(**{**arguments, "x": x, "residual": x}), parameters)
+    assert found == rows * (2 * (width + bottleneck) + 8 * norm)
+
+
+@pytest.mark.parametrize("norm", [False, True])
 def test_no_gradient_is_computed_for_frozen_parameters(norm: bool) -> None:
     call = make(
         {"N": (6,), "D": 8, "d": 4, "norm": norm}, torch.float32, torch.device("cpu"), torch.Generator()
