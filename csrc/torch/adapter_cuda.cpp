@@ -146,7 +146,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
   return {result.out, result.hidden, result.stats};
 }
 
-// ---- backward. The gradients of the parameters have their type, and are rounded once.
+// ---- backward. The gradients of the parameters have their type. Each is rounded once from its float sum; a
+// product in half precision rounds as the library does.
 
 struct BackwardCall {
   const AdapterInputs& inputs;

@@ -113,8 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const bool need_pull = need_x && inputs.norm();
   const int64_t chunks = layer_project_chunks(rows);
   const Tensor dx = new_empty(x, {need_x ? rows : 0, taps, in}, type);
-  // The gradients of the parameters have their type, and are rounded once: dVc, which the last step centres,
-  // is float.
+  // The gradients of the parameters have their type. dVc, which the last step centres, is not rounded before.
   const ScalarType given = inputs.parameter_type();
   const bool apart = inputs.norm() && given != ScalarType::Float;
   const Tensor d_weight = new_empty(x, {need_product ? taps : 0, out, in}, given);
