@@ -10,10 +10,12 @@ int64_t grain(int64_t width) {
   return 1 + 32768 / (width + 1);
 }
 
-// The inputs of a call in the type that the kernels compute in, the accumulation type of x.
-AdapterInputs widened(const AdapterInputs& inputs) {
+// The inputs of a call in the type that the kernels compute in, the accumulation type of x: the inputs
+// themselves, or `storage`.
+const AdapterInputs& widened(const AdapterInputs& inputs, std::optional<AdapterInputs>& storage) {
   const ScalarType type = inputs.accumulate();
-  AdapterInputs wide = inputs;
+  if (inputs.x.scalar_type() == type) return inputs;
+  AdapterInputs& wide = storage.emplace(inputs);
   wide.x = as_type(inputs.x, type);
   wide.down_weight = as_type(inputs.down_weight, type);
   wide.down_bias = as_type(inputs.down_bias, type);
@@ -75,7 +77,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& down_w
   const auto [rows, width, bottleneck] = inputs.shape;
   const OptionalTensor residual = inputs.residual(given_residual, add_input);
   const ScalarType out_type = residual.has_value() ? residual->scalar_type() : inputs.x.scalar_type();
-  const AdapterInputs wide = widened(inputs);
+  std::optional<AdapterInputs> storage;
+  const AdapterInputs& wide = widened(inputs, storage);
   const OptionalTensor wide_residual =
       add_input ? OptionalTensor(wide.x) : as_type(residual, wide.accumulate());
   const Folded folded = fold(wide);
@@ -112,7 +115,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const AdapterInputs inputs(x, down_weight, down_bias, up_weight, std::nullopt, norm_weight, norm_bias);
   const auto [rows, width, bottleneck] = inputs.shape;
   STD_TORCH_CHECK(inputs.norm() || !need_norm, "need_norm: expected False without norm_weight");
-  const AdapterInputs wide = widened(inputs);
+  std::optional<AdapterInputs> storage;
+  const AdapterInputs& wide = widened(inputs, storage);
   const Tensor grad = as_type(inputs.grad(given_grad), wide.accumulate());
   const Tensor hidden = as_type(inputs.hidden(given_hidden), wide.accumulate());
   const OptionalTensor stats = inputs.stats(given_stats);

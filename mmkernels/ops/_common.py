@@ -76,7 +76,10 @@ def as_ops_take_them(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | No
     """Parameters as they are where all have the dtype of ``x``, as in a model of half precision; else in its
     accumulation type."""
     dtype = x.dtype
-    if all(parameter is None or parameter.dtype == dtype for parameter in parameters):
+    for parameter in parameters:
+        if parameter is not None and parameter.dtype != dtype:
+            break
+    else:
         return parameters
     wide = accumulate_dtype(dtype)
     return tuple([p if p is None or p.dtype == wide else p.to(wide) for p in parameters])
