@@ -307,7 +307,8 @@ __global__ void __launch_bounds__(kSumThreads)
       (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// One block per 32 columns.
+// One block per 32 columns; P is the type of the result.
+template <class P>
 __global__ void __launch_bounds__(kSumThreads) up_bias(const __grid_constant__ AdapterUpBias args) {
   constexpr int kWarps = kSumThreads / kWarpSize;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane_index();
@@ -323,7 +324,7 @@ __global__ void __launch_bounds__(kSumThreads) up_bias(const __grid_constant__ A
   float total = 0.0f;
 #pragma unroll
   for (int warp = 0; warp < kWarps; ++warp) total += sums[warp][lane_index()];
-  static_cast<float*>(args.d_up_bias)[column] = static_cast<float>(args.scale) * total;
+  static_cast<P*>(args.d_up_bias)[column] = from_accumulator<P>(static_cast<float>(args.scale) * total);
 }
 
 template <class T>
@@ -365,7 +366,9 @@ int adapter_up_bias(const AdapterUpBias& args, CudaStream stream) {
   if (args.width == 0) return cudaSuccess;
   dim3 grid;
   if (!make_grid(ceil_div<int64_t>(args.width, kWarpSize), &grid)) return cudaErrorInvalidConfiguration;
-  return launch(up_bias, grid, dim3(kSumThreads), 0, stream, args);
+  return dispatch(args.type, [&](auto parameter) {
+    return launch(up_bias<decltype(parameter)>, grid, dim3(kSumThreads), 0, stream, args);
+  });
 }
 
 }  // namespace mmk::cuda

@@ -8,16 +8,16 @@
 namespace mmk::cuda {
 namespace {
 
-// ---- folding the LayerNorm into the weight: one warp per row of the weight
+// ---- folding the LayerNorm into the weight: one warp per row of the weight. P is the type of the parameters
 
 constexpr int kFoldWidth = 4;
 
-template <bool kAligned>
-MMK_DEVICE float dot_row(const float* a, const float* b, int64_t size) {
+template <bool kAligned, class P>
+MMK_DEVICE float dot_row(const P* a, const P* b, int64_t size) {
   float sum = 0.0f;
   for (int64_t column = lane_index() * kFoldWidth; column < size; column += kWarpSize * kFoldWidth) {
-    const auto x = load_columns<kAligned, kFoldWidth>(a, column, size);
-    const auto y = load_columns<kAligned, kFoldWidth>(b, column, size);
+    const auto x = to_accumulator(load_columns<kAligned, kFoldWidth>(a, column, size));
+    const auto y = to_accumulator(load_columns<kAligned, kFoldWidth>(b, column, size));
 #pragma unroll
     for (int i = 0; i < kFoldWidth; ++i) sum += x[i] * y[i];
   }
@@ -25,15 +25,15 @@ MMK_DEVICE float dot_row(const float* a, const float* b, int64_t size) {
 }
 
 // folded = weight * gain - mean(weight * gain), or weight if gain is null. Returns the sum after rounding.
-template <class T, bool kAligned>
-MMK_DEVICE float fold_row(T* folded, const float* weight, const float* gain, int64_t size) {
+template <bool kAligned, class T, class P>
+MMK_DEVICE float fold_row(T* folded, const P* weight, const P* gain, int64_t size) {
   const float mean =
       gain == nullptr ? 0.0f : dot_row<kAligned>(weight, gain, size) / static_cast<float>(size);
   float sum = 0.0f;
   for (int64_t column = lane_index() * kFoldWidth; column < size; column += kWarpSize * kFoldWidth) {
-    auto value = load_columns<kAligned, kFoldWidth>(weight, column, size);
+    auto value = to_accumulator(load_columns<kAligned, kFoldWidth>(weight, column, size));
     if (gain != nullptr) {
-      const auto factor = load_columns<kAligned, kFoldWidth>(gain, column, size);
+      const auto factor = to_accumulator(load_columns<kAligned, kFoldWidth>(gain, column, size));
 #pragma unroll
       for (int i = 0; i < kFoldWidth; ++i) value[i] = value[i] * factor[i] - mean;
     }
@@ -47,23 +47,23 @@ MMK_DEVICE float fold_row(T* folded, const float* weight, const float* gain, int
   return warp_sum(sum);
 }
 
-template <class T, bool kAligned>
+template <class T, class P, bool kAligned>
 __global__ void __launch_bounds__(kProjectThreads) fold(const __grid_constant__ LayerProjectFold args) {
   const int64_t inputs = args.shape.inputs;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kProjectWarps + warp_index();
   if (index >= args.shape.taps * args.shape.outputs) return;
   const int64_t tap = index / args.shape.outputs;
-  const float* weight = static_cast<const float*>(args.weight) + index * inputs;
-  float bias = args.bias == nullptr ? 0.0f : static_cast<const float*>(args.bias)[index];
+  const P* weight = static_cast<const P*>(args.weight) + index * inputs;
+  float bias = args.bias == nullptr ? 0.0f : to_accumulator(static_cast<const P*>(args.bias)[index]);
   if (args.norm_bias != nullptr) {
-    bias += dot_row<kAligned>(weight, static_cast<const float*>(args.norm_bias) + tap * inputs, inputs);
+    bias += dot_row<kAligned>(weight, static_cast<const P*>(args.norm_bias) + tap * inputs, inputs);
   }
   if (lane_index() == 0) static_cast<float*>(args.folded_bias)[index] = bias;
   if (args.folded_weight == nullptr) return;
-  const float* gain =
-      args.norm_weight == nullptr ? nullptr : static_cast<const float*>(args.norm_weight) + tap * inputs;
+  const P* gain =
+      args.norm_weight == nullptr ? nullptr : static_cast<const P*>(args.norm_weight) + tap * inputs;
   const float sum =
-      fold_row<T, kAligned>(static_cast<T*>(args.folded_weight) + index * inputs, weight, gain, inputs);
+      fold_row<kAligned>(static_cast<T*>(args.folded_weight) + index * inputs, weight, gain, inputs);
   if (args.folded_sum != nullptr && lane_index() == 0) static_cast<float*>(args.folded_sum)[index] = sum;
 }
 
@@ -217,12 +217,14 @@ int layer_project_fold(DType dtype, const LayerProjectFold& args, CudaStream str
   dim3 grid;
   if (!make_grid(ceil_div<int64_t>(rows, kProjectWarps), &grid)) return cudaErrorInvalidConfiguration;
   const int64_t inputs = args.shape.inputs;
-  const bool aligned =
-      rows_aligned<float>(args.weight, inputs) && rows_aligned<float>(args.norm_weight, inputs) &&
-      rows_aligned<float>(args.norm_bias, inputs) && rows_aligned<float>(args.folded_weight, inputs);
-  return dispatch(dtype, [&](auto element) {
+  return dispatch(dtype, args.parameter_type, [&](auto element, auto parameter) {
     using T = decltype(element);
-    const auto kernel = aligned ? fold<T, true> : fold<T, false>;
+    using P = decltype(parameter);
+    const auto aligned = [&](const auto* data) { return is_vector_aligned(data, inputs, kFoldWidth); };
+    const bool all =
+        aligned(static_cast<const P*>(args.weight)) && aligned(static_cast<const P*>(args.norm_weight)) &&
+        aligned(static_cast<const P*>(args.norm_bias)) && aligned(static_cast<const T*>(args.folded_weight));
+    const auto kernel = all ? fold<T, P, true> : fold<T, P, false>;
     return launch(kernel, grid, dim3(kProjectThreads), 0, stream, args);
   });
 }

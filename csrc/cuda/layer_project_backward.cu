@@ -121,7 +121,10 @@ __global__ void __launch_bounds__(kProjectThreads)
 
 // ---- from the folded weight's gradient to those of the parameters
 
+// P is the type of the parameters and of their gradients, which are rounded once.
+
 // One warp per row of the weight: its bias gradient, and the mean of its row of dVc.
+template <class P>
 __global__ void __launch_bounds__(kProjectThreads)
     unfold_rows(const __grid_constant__ LayerProjectUnfold args) {
   const int64_t rows = args.shape.taps * args.shape.outputs;
@@ -132,20 +135,21 @@ __global__ void __launch_bounds__(kProjectThreads)
     bias += static_cast<const float*>(args.partial_bias)[chunk * rows + index];
   }
   bias = warp_sum(bias);
-  if (lane_index() == 0) static_cast<float*>(args.d_bias)[index] = static_cast<float>(bias);
-  if (args.d_weight == nullptr || args.norm_weight == nullptr) return;
-  const float* d_weight = static_cast<const float*>(args.d_weight) + index * args.shape.inputs;
-  double total = 0.0;
-  for (int64_t column = lane_index(); column < args.shape.inputs; column += kWarpSize)
-    total += d_weight[column];
-  total = warp_sum(total);
-  if (lane_index() == 0) {
-    static_cast<float*>(args.row_means)[index] =
-        static_cast<float>(total / static_cast<double>(args.shape.inputs));
+  float2 sums = {static_cast<float>(bias), 0.0f};
+  if (lane_index() == 0) static_cast<P*>(args.d_bias)[index] = from_accumulator<P>(sums.x);
+  if (args.product != nullptr) {
+    const float* product = static_cast<const float*>(args.product) + index * args.shape.inputs;
+    double total = 0.0;
+    for (int64_t column = lane_index(); column < args.shape.inputs; column += kWarpSize)
+      total += product[column];
+    total = warp_sum(total);
+    sums.y = static_cast<float>(total / static_cast<double>(args.shape.inputs));
   }
+  if (args.row_sums != nullptr && lane_index() == 0) static_cast<float2*>(args.row_sums)[index] = sums;
 }
 
-// One block per 32 columns of a tap: turns dVc into dW in place, and sums over outputs.
+// One block per 32 columns of a tap: turns dVc into dW, and sums over outputs.
+template <class P>
 __global__ void __launch_bounds__(kProjectThreads)
     unfold_columns(const __grid_constant__ LayerProjectUnfold args, int64_t blocks_per_tap) {
   const LayerProjectShape& shape = args.shape;
@@ -153,22 +157,24 @@ __global__ void __launch_bounds__(kProjectThreads)
   const int64_t column = static_cast<int64_t>(blockIdx.x) % blocks_per_tap * kWarpSize + lane_index();
   const bool inside = column < shape.inputs;
   const int64_t place = tap * shape.inputs + column;
-  const bool normed = args.d_weight != nullptr && args.norm_weight != nullptr;
-  const float gain = inside && normed ? static_cast<const float*>(args.norm_weight)[place] : 0.0f;
-  const float shift =
-      inside && args.norm_bias != nullptr ? static_cast<const float*>(args.norm_bias)[place] : 0.0f;
+  const bool normed = args.product != nullptr;
+  const auto parameter = [&](const void* data) {
+    return inside && data != nullptr ? to_accumulator(static_cast<const P*>(data)[place]) : 0.0f;
+  };
+  const float gain = normed ? parameter(args.norm_weight) : 0.0f;
+  const float shift = parameter(args.norm_bias);
   float d_gain = 0.0f;
   float d_shift = 0.0f;
   for (int64_t output = warp_index(); inside && output < shape.outputs; output += kProjectWarps) {
     const int64_t row = tap * shape.outputs + output;
-    const float weight = static_cast<const float*>(args.weight)[row * shape.inputs + column];
-    const float d_bias = static_cast<const float*>(args.d_bias)[row];
-    d_shift += d_bias * weight;
+    const int64_t element = row * shape.inputs + column;
+    const float weight = to_accumulator(static_cast<const P*>(args.weight)[element]);
+    const float2 row_sums = static_cast<const float2*>(args.row_sums)[row];
+    d_shift += row_sums.x * weight;
     if (!normed) continue;
-    float& d_weight = static_cast<float*>(args.d_weight)[row * shape.inputs + column];
-    const float d_product = d_weight - static_cast<const float*>(args.row_means)[row];
+    const float d_product = static_cast<const float*>(args.product)[element] - row_sums.y;
     d_gain += d_product * weight;
-    d_weight = d_product * gain + d_bias * shift;
+    static_cast<P*>(args.d_weight)[element] = from_accumulator<P>(d_product * gain + row_sums.x * shift);
   }
   MMK_SHARED(float2, sums, kProjectWarps, kWarpSize);
   sums[warp_index()][lane_index()] = {d_gain, d_shift};
@@ -180,8 +186,28 @@ __global__ void __launch_bounds__(kProjectThreads)
     total.x += sums[warp][lane_index()].x;
     total.y += sums[warp][lane_index()].y;
   }
-  if (args.d_norm_weight != nullptr) static_cast<float*>(args.d_norm_weight)[place] = total.x;
-  if (args.d_norm_bias != nullptr) static_cast<float*>(args.d_norm_bias)[place] = total.y;
+  const auto store = [&](void* data, float value) {
+    if (data != nullptr) static_cast<P*>(data)[place] = from_accumulator<P>(value);
+  };
+  store(args.d_norm_weight, total.x);
+  store(args.d_norm_bias, total.y);
+}
+
+template <class P>
+cudaError_t launch_unfold(const LayerProjectUnfold& args, CudaStream stream) {
+  const LayerProjectShape& shape = args.shape;
+  dim3 grid;
+  if (shape.taps * shape.outputs > 0) {
+    const int64_t blocks = ceil_div<int64_t>(shape.taps * shape.outputs, kProjectWarps);
+    if (!make_grid(blocks, &grid)) return cudaErrorInvalidConfiguration;
+    const cudaError_t error = launch(unfold_rows<P>, grid, dim3(kProjectThreads), 0, stream, args);
+    if (error != cudaSuccess) return error;
+  }
+  const bool wanted = args.product != nullptr || args.d_norm_weight != nullptr || args.d_norm_bias != nullptr;
+  if (!wanted || shape.taps * shape.inputs == 0) return cudaSuccess;
+  const int64_t blocks_per_tap = ceil_div<int64_t>(shape.inputs, kWarpSize);
+  if (!make_grid(blocks_per_tap * shape.taps, &grid)) return cudaErrorInvalidConfiguration;
+  return launch(unfold_columns<P>, grid, dim3(kProjectThreads), 0, stream, args, blocks_per_tap);
 }
 
 }  // namespace
@@ -216,20 +242,8 @@ int layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& a
 }
 
 int layer_project_unfold(const LayerProjectUnfold& args, CudaStream stream) {
-  const LayerProjectShape& shape = args.shape;
-  dim3 grid;
-  if (shape.taps * shape.outputs > 0) {
-    const int64_t blocks = ceil_div<int64_t>(shape.taps * shape.outputs, kProjectWarps);
-    if (!make_grid(blocks, &grid)) return cudaErrorInvalidConfiguration;
-    const cudaError_t error = launch(unfold_rows, grid, dim3(kProjectThreads), 0, stream, args);
-    if (error != cudaSuccess) return error;
-  }
-  const bool normed = args.d_weight != nullptr && args.norm_weight != nullptr;
-  const bool wanted = normed || args.d_norm_weight != nullptr || args.d_norm_bias != nullptr;
-  if (!wanted || shape.taps * shape.inputs == 0) return cudaSuccess;
-  const int64_t blocks_per_tap = ceil_div<int64_t>(shape.inputs, kWarpSize);
-  if (!make_grid(blocks_per_tap * shape.taps, &grid)) return cudaErrorInvalidConfiguration;
-  return launch(unfold_columns, grid, dim3(kProjectThreads), 0, stream, args, blocks_per_tap);
+  return dispatch(args.parameter_type,
+                  [&](auto parameter) { return launch_unfold<decltype(parameter)>(args, stream); });
 }
 
 }  // namespace mmk::cuda

@@ -20,8 +20,8 @@ inline AdapterRows rows_of(const OptionalTensor& tensor) {
   return tensor.has_value() ? rows_of(*tensor) : AdapterRows{nullptr, 0};
 }
 
-// The inputs of a call, kept alive for its duration. Parameters are contiguous and have the accumulation type
-// of x. The backward pass has no up_bias.
+// The inputs of a call, kept alive for its duration. Parameters are contiguous and have one type, the
+// accumulation type of x or that of x. The backward pass has no up_bias.
 struct AdapterInputs {
   Tensor x, down_weight, up_weight;
   OptionalTensor down_bias, up_bias, norm_weight, norm_bias;
@@ -35,24 +35,27 @@ struct AdapterInputs {
                     given_down_weight.dim(), " dimensions");
     shape = {given_x.size(0), given_x.size(1), given_down_weight.size(0)};
     const auto [rows, width, bottleneck] = shape;
-    const ScalarType accumulate = accumulate_type(dtype_of(given_x, "x"));
+    const ScalarType type = glue::parameter_type(given_down_weight, given_x, "down_weight");
     x = dense_rows(given_x);
-    down_weight = checked(given_down_weight, {bottleneck, width}, accumulate, x, "down_weight");
-    down_bias = checked(given_down_bias, {bottleneck}, accumulate, x, "down_bias");
-    up_weight = checked(given_up_weight, {width, bottleneck}, accumulate, x, "up_weight");
-    up_bias = checked(given_up_bias, {width}, accumulate, x, "up_bias");
-    norm_weight = checked(given_norm_weight, {width}, accumulate, x, "norm_weight");
-    norm_bias = checked(given_norm_bias, {width}, accumulate, x, "norm_bias");
+    down_weight = checked(given_down_weight, {bottleneck, width}, type, x, "down_weight");
+    down_bias = checked(given_down_bias, {bottleneck}, type, x, "down_bias");
+    up_weight = checked(given_up_weight, {width, bottleneck}, type, x, "up_weight");
+    up_bias = checked(given_up_bias, {width}, type, x, "up_bias");
+    norm_weight = checked(given_norm_weight, {width}, type, x, "norm_weight");
+    norm_bias = checked(given_norm_bias, {width}, type, x, "norm_bias");
     STD_TORCH_CHECK(norm_weight.has_value() || !norm_bias.has_value(), "norm_bias: needs norm_weight");
   }
 
   bool norm() const { return norm_weight.has_value(); }
   DType dtype() const { return dtype_of(x, "x"); }
   ScalarType accumulate() const { return accumulate_type(dtype()); }
+  ScalarType parameter_type() const { return down_weight.scalar_type(); }
 
   AdapterParameters parameters() const {
-    return {down_weight.const_data_ptr(), data_or_null(down_bias),   up_weight.const_data_ptr(),
-            data_or_null(up_bias),        data_or_null(norm_weight), data_or_null(norm_bias)};
+    return {down_weight.const_data_ptr(),        data_or_null(down_bias),
+            up_weight.const_data_ptr(),          data_or_null(up_bias),
+            data_or_null(norm_weight),           data_or_null(norm_bias),
+            dtype_of(down_weight, "down_weight")};
   }
 
   // The tensor that the adapter adds to: x, another tensor of x's type or of the accumulation type, or none.
@@ -62,7 +65,7 @@ struct AdapterInputs {
     if (!given.has_value()) return std::nullopt;
     const ScalarType type = given->scalar_type();
     STD_TORCH_CHECK(type == x.scalar_type() || type == accumulate(),
-                    "residual: expected the dtype of x or of the parameters");
+                    "residual: expected the dtype of x, or its accumulation type");
     return checked_rows(*given, type, "residual");
   }
 

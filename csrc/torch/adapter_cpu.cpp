@@ -10,37 +10,33 @@ int64_t grain(int64_t width) {
   return 1 + 32768 / (width + 1);
 }
 
-Tensor widened(const Tensor& tensor, ScalarType wide) {
-  return tensor.scalar_type() == wide ? tensor : torch::stable::to(tensor, wide);
+// The inputs of a call in the type that the kernels compute in, the accumulation type of x: the inputs
+// themselves, or `storage`.
+const AdapterInputs& widened(const AdapterInputs& inputs, std::optional<AdapterInputs>& storage) {
+  const ScalarType type = inputs.accumulate();
+  if (inputs.x.scalar_type() == type) return inputs;
+  AdapterInputs& wide = storage.emplace(inputs);
+  wide.x = as_type(inputs.x, type);
+  wide.down_weight = as_type(inputs.down_weight, type);
+  wide.down_bias = as_type(inputs.down_bias, type);
+  wide.up_weight = as_type(inputs.up_weight, type);
+  wide.up_bias = as_type(inputs.up_bias, type);
+  wide.norm_weight = as_type(inputs.norm_weight, type);
+  wide.norm_bias = as_type(inputs.norm_bias, type);
+  return wide;
 }
-
-OptionalTensor widened(const OptionalTensor& tensor, ScalarType wide) {
-  if (!tensor.has_value()) return std::nullopt;
-  return widened(*tensor, wide);
-}
-
-// The tensors of a call in the type that the kernels compute in: half precision is widened.
-struct Wide {
-  ScalarType type;
-  DType dtype;
-  Tensor x;
-
-  explicit Wide(const AdapterInputs& inputs)
-      : type(inputs.accumulate()),
-        dtype(inputs.dtype() == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32),
-        x(widened(inputs.x, type)) {}
-};
 
 // Packs factor times a matrix (depth, columns), whose element (k, n) is
 // source[k * depth_stride + n * column_stride].
-Tensor packed(const Wide& wide, const Tensor& source, int64_t depth, int64_t columns, int64_t depth_stride,
-              int64_t column_stride, double factor = 1.0) {
-  const Tensor result = new_empty(wide.x, {cpu::adapter_packed_size(wide.dtype, depth, columns)}, wide.type);
+Tensor packed(const AdapterInputs& wide, const Tensor& source, int64_t depth, int64_t columns,
+              int64_t depth_stride, int64_t column_stride, double factor = 1.0) {
+  const Tensor result =
+      new_empty(wide.x, {cpu::adapter_packed_size(wide.dtype(), depth, columns)}, wide.accumulate());
   const cpu::AdapterPack args = {source.const_data_ptr(), depth_stride, column_stride, depth, columns, factor,
                                  mutable_or_null(result)};
   torch::stable::parallel_for(
-      0, cpu::adapter_panels(wide.dtype, columns), grain(depth * 16),
-      [&](int64_t begin, int64_t end) { cpu::adapter_pack(wide.dtype, args, begin, end); });
+      0, cpu::adapter_panels(wide.dtype(), columns), grain(depth * 16),
+      [&](int64_t begin, int64_t end) { cpu::adapter_pack(wide.dtype(), args, begin, end); });
   return result;
 }
 
@@ -53,19 +49,19 @@ LayerProjectShape projection_shape(const AdapterShape& shape) {
   return {shape.rows, 1, shape.width, shape.bottleneck};
 }
 
-Folded fold(const AdapterInputs& inputs, const Wide& wide) {
-  const auto [rows, width, bottleneck] = inputs.shape;
+Folded fold(const AdapterInputs& wide) {
+  const auto [rows, width, bottleneck] = wide.shape;
   const Folded folded = {
-      inputs.norm() ? new_empty(wide.x, {bottleneck, width}, wide.type) : inputs.down_weight,
-      new_empty(wide.x, {bottleneck}, wide.type)};
-  const AdapterParameters parameters = inputs.parameters();
+      wide.norm() ? new_empty(wide.x, {bottleneck, width}, wide.accumulate()) : wide.down_weight,
+      new_empty(wide.x, {bottleneck}, wide.accumulate())};
+  const AdapterParameters parameters = wide.parameters();
   const LayerProjectFold args = {
-      projection_shape(inputs.shape), parameters.down_weight,
-      parameters.down_bias,           parameters.norm_weight,
-      parameters.norm_bias,           inputs.norm() ? mutable_or_null(folded.weight) : nullptr,
+      projection_shape(wide.shape), parameters.down_weight,
+      parameters.down_bias,         parameters.norm_weight,
+      parameters.norm_bias,         wide.norm() ? mutable_or_null(folded.weight) : nullptr,
       mutable_or_null(folded.bias)};
   torch::stable::parallel_for(0, bottleneck, grain(width), [&](int64_t begin, int64_t end) {
-    cpu::layer_project_fold(wide.dtype, args, begin, end);
+    cpu::layer_project_fold(wide.dtype(), args, begin, end);
   });
   return folded;
 }
@@ -81,14 +77,16 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& down_w
   const auto [rows, width, bottleneck] = inputs.shape;
   const OptionalTensor residual = inputs.residual(given_residual, add_input);
   const ScalarType out_type = residual.has_value() ? residual->scalar_type() : inputs.x.scalar_type();
-  const Wide wide(inputs);
-  const OptionalTensor wide_residual = add_input ? OptionalTensor(wide.x) : widened(residual, wide.type);
-  const Folded folded = fold(inputs, wide);
+  std::optional<AdapterInputs> storage;
+  const AdapterInputs& wide = widened(inputs, storage);
+  const OptionalTensor wide_residual =
+      add_input ? OptionalTensor(wide.x) : as_type(residual, wide.accumulate());
+  const Folded folded = fold(wide);
   const Tensor down = packed(wide, folded.weight, width, bottleneck, 1, width);
-  const Tensor up = packed(wide, inputs.up_weight, bottleneck, width, 1, bottleneck, scale);
-  const Tensor out = new_empty(wide.x, {rows, width}, wide.type);
-  const Tensor hidden = new_empty(wide.x, {save ? rows : 0, bottleneck}, wide.type);
-  const Tensor stats = new_empty(wide.x, {save && inputs.norm() ? rows : 0, 2}, wide.type);
+  const Tensor up = packed(wide, wide.up_weight, bottleneck, width, 1, bottleneck, scale);
+  const Tensor out = new_empty(wide.x, {rows, width}, wide.accumulate());
+  const Tensor hidden = new_empty(wide.x, {save ? rows : 0, bottleneck}, wide.accumulate());
+  const Tensor stats = new_empty(wide.x, {save && inputs.norm() ? rows : 0, 2}, wide.accumulate());
   const cpu::AdapterForward args = {inputs.shape,
                                     activation_of(activation_index),
                                     scale,
@@ -99,14 +97,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& down_w
                                     mutable_or_null(down),
                                     mutable_or_null(up),
                                     mutable_or_null(folded.bias),
-                                    inputs.parameters().up_bias,
+                                    data_or_null(wide.up_bias),
                                     mutable_or_null(out),
                                     mutable_or_null(hidden),
                                     mutable_or_null(stats)};
   torch::stable::parallel_for(0, rows, grain(width), [&](int64_t begin, int64_t end) {
-    cpu::adapter_forward(wide.dtype, args, begin, end);
+    cpu::adapter_forward(wide.dtype(), args, begin, end);
   });
-  return {widened(out, out_type), widened(hidden, inputs.x.scalar_type()), stats};
+  return {as_type(out, out_type), as_type(hidden, inputs.x.scalar_type()), stats};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
@@ -117,12 +115,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const AdapterInputs inputs(x, down_weight, down_bias, up_weight, std::nullopt, norm_weight, norm_bias);
   const auto [rows, width, bottleneck] = inputs.shape;
   STD_TORCH_CHECK(inputs.norm() || !need_norm, "need_norm: expected False without norm_weight");
-  const Wide wide(inputs);
-  const Tensor grad = widened(inputs.grad(given_grad), wide.type);
-  const Tensor hidden = widened(inputs.hidden(given_hidden), wide.type);
+  std::optional<AdapterInputs> storage;
+  const AdapterInputs& wide = widened(inputs, storage);
+  const Tensor grad = as_type(inputs.grad(given_grad), wide.accumulate());
+  const Tensor hidden = as_type(inputs.hidden(given_hidden), wide.accumulate());
   const OptionalTensor stats = inputs.stats(given_stats);
   const auto empty = [&](std::initializer_list<int64_t> sizes) {
-    return new_empty(wide.x, sizes, wide.type);
+    return new_empty(wide.x, sizes, wide.accumulate());
   };
 
   // The gradients of weight and gain both follow from that of the folded weight.
@@ -139,10 +138,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor scaled = empty({cpu::adapter_strips_size(rows, bottleneck)});
   const Tensor activated = empty({cpu::adapter_strips_size(rows, bottleneck)});
 
-  const Tensor up = packed(wide, inputs.up_weight, width, bottleneck, bottleneck, 1, scale);
+  const Tensor up = packed(wide, wide.up_weight, width, bottleneck, bottleneck, 1, scale);
   OptionalTensor down, bias;
   if (need_x) {
-    const Folded folded = fold(inputs, wide);
+    const Folded folded = fold(wide);
     down = packed(wide, folded.weight, bottleneck, width, width, 1);
     bias = folded.bias;
   }
@@ -161,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                      mutable_or_null(activated),
                                      mutable_or_null(partial_hidden_bias)};
   torch::stable::parallel_for(0, runs, 1 + grain(width) / cpu::kAdapterRun, [&](int64_t begin, int64_t end) {
-    cpu::adapter_backward(wide.dtype, args, begin, end);
+    cpu::adapter_backward(wide.dtype(), args, begin, end);
   });
   const cpu::AdapterWeightGradients weight_args = {inputs.shape,
                                                    scale,
@@ -172,12 +171,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                                    mutable_or_null(d_down),
                                                    mutable_or_null(d_up),
                                                    mutable_or_null(d_up_bias)};
-  torch::stable::parallel_for(0, need_product || need_up ? cpu::adapter_panels(wide.dtype, width) : 0,
+  torch::stable::parallel_for(0, need_product || need_up ? cpu::adapter_panels(wide.dtype(), width) : 0,
                               grain(rows * 16), [&](int64_t begin, int64_t end) {
-                                cpu::adapter_weight_gradients(wide.dtype, weight_args, begin, end);
+                                cpu::adapter_weight_gradients(wide.dtype(), weight_args, begin, end);
                               });
   if (need_product) {
-    const AdapterParameters parameters = inputs.parameters();
+    const AdapterParameters parameters = wide.parameters();
     const LayerProjectUnfold unfold_args = {projection_shape(inputs.shape),
                                             runs,
                                             mutable_or_null(partial_hidden_bias),
@@ -188,10 +187,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                             mutable_or_null(d_hidden_bias),
                                             mutable_or_null(d_norm_weight),
                                             mutable_or_null(d_norm_bias)};
-    cpu::layer_project_unfold(wide.dtype, unfold_args, 0, 1);
+    cpu::layer_project_unfold(wide.dtype(), unfold_args, 0, 1);
   }
-  const ScalarType type = inputs.x.scalar_type();
-  return {widened(dx, type), d_down, d_hidden_bias, d_up, d_up_bias, d_norm_weight, d_norm_bias};
+  const auto parameter = [&](const Tensor& gradient) { return as_type(gradient, inputs.parameter_type()); };
+  return {as_type(dx, inputs.x.scalar_type()),
+          parameter(d_down),
+          parameter(d_hidden_bias),
+          parameter(d_up),
+          parameter(d_up_bias),
+          parameter(d_norm_weight),
+          parameter(d_norm_bias)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {

@@ -6,26 +6,38 @@
 namespace mmk::glue {
 namespace {
 
-// The down-projection with the LayerNorm folded in (Vc, b', folded_sum), and U; both weights have x's type.
+// The down-projection with the LayerNorm folded in (Vc, b', folded_sum), and the up-projection. Both weights
+// have x's type, the rest is float.
 struct Folded {
   Tensor down, bias, sum, up;
+  OptionalTensor up_bias;
 };
+
+// Whether the kernels can read a weight of the caller as it is.
+bool serves(const Tensor& weight, const AdapterInputs& inputs) {
+  if (weight.scalar_type() != inputs.x.scalar_type()) return false;
+  return !cuda::adapter_fuses(inputs.dtype(), inputs.shape) || cuda::adapter_rows_fuse(rows_of(weight));
+}
 
 Folded folded(const AdapterInputs& inputs, CudaStream stream) {
   const auto [rows, width, bottleneck] = inputs.shape;
-  const ScalarType type = inputs.x.scalar_type();
-  const bool rounded = type != ScalarType::Float;
-  const bool rewritten = inputs.norm() || rounded;
-  const Folded result = {rewritten ? new_empty(inputs.x, {bottleneck, width}, type) : inputs.down_weight,
-                         new_empty(inputs.x, {bottleneck}, ScalarType::Float),
-                         new_empty(inputs.x, {inputs.norm() ? bottleneck : 0}, ScalarType::Float),
-                         rounded ? new_empty(inputs.x, {width, bottleneck}, type) : inputs.up_weight};
+  const Tensor& x = inputs.x;
+  const ScalarType type = x.scalar_type();
+  const bool new_down = inputs.norm() || !serves(inputs.down_weight, inputs);
+  const bool new_up = !serves(inputs.up_weight, inputs);
+  const bool new_bias = inputs.up_bias.has_value() && inputs.parameter_type() != ScalarType::Float;
+  Folded result = {new_down ? new_empty(x, {bottleneck, width}, type) : inputs.down_weight,
+                   new_empty(x, {bottleneck}, ScalarType::Float),
+                   new_empty(x, {inputs.norm() ? bottleneck : 0}, ScalarType::Float),
+                   new_up ? new_empty(x, {width, bottleneck}, type) : inputs.up_weight, inputs.up_bias};
+  if (new_bias) result.up_bias = new_empty(x, {width}, ScalarType::Float);
   const cuda::AdapterFold args = {inputs.shape,
                                   inputs.parameters(),
-                                  rewritten ? mutable_or_null(result.down) : nullptr,
+                                  new_down ? mutable_or_null(result.down) : nullptr,
                                   mutable_or_null(result.bias),
                                   mutable_or_null(result.sum),
-                                  rounded ? mutable_or_null(result.up) : nullptr};
+                                  new_up ? mutable_or_null(result.up) : nullptr,
+                                  new_bias ? mutable_or_null(*result.up_bias) : nullptr};
   check_launch(cuda::adapter_fold(inputs.dtype(), args, stream), "adapter fold");
   return result;
 }
@@ -33,9 +45,7 @@ Folded folded(const AdapterInputs& inputs, CudaStream stream) {
 // out = a b of matrices, in the type of out
 void product(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::unsqueeze;
-  const Tensor batch = unsqueeze(out, 0);
-  if (out.scalar_type() == a.scalar_type()) return bmm_out(batch, unsqueeze(a, 0), unsqueeze(b, 0));
-  bmm_float_out(batch, unsqueeze(a, 0), unsqueeze(b, 0));
+  bmm_out_as(unsqueeze(out, 0), unsqueeze(a, 0), unsqueeze(b, 0));
 }
 
 Tensor transposed(const Tensor& matrix) {
@@ -82,7 +92,7 @@ void forward_by_products(const AdapterInputs& inputs, const Folded& weights, con
   args.shape = inputs.shape;
   args.scale = scale;
   args.product = mutable_or_null(sums);
-  args.bias = data_or_null(inputs.up_bias);
+  args.bias = data_or_null(weights.up_bias);
   args.addend = rows_of(residual);
   args.out_type = dtype_of(result.out, "out");
   args.out = mutable_or_null(result.out);
@@ -128,7 +138,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
                                      mutable_or_null(weights.bias),
                                      mutable_or_null(weights.sum),
                                      mutable_or_null(weights.up),
-                                     data_or_null(inputs.up_bias),
+                                     data_or_null(weights.up_bias),
                                      mutable_or_null(result.out),
                                      mutable_or_null(result.hidden),
                                      mutable_or_null(result.stats)};
@@ -136,7 +146,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
   return {result.out, result.hidden, result.stats};
 }
 
-// ---- backward
+// ---- backward. The gradients of the parameters have their type. Each is rounded once from its float sum; a
+// product in half precision rounds as the library does.
 
 struct BackwardCall {
   const AdapterInputs& inputs;
@@ -261,14 +272,19 @@ struct UpGradients {
 UpGradients up_gradients(const BackwardCall& call, const RowGradients& from) {
   const auto [rows, width, bottleneck] = call.inputs.shape;
   const Tensor& x = call.inputs.x;
+  const ScalarType type = call.inputs.parameter_type();
   const UpGradients result = {
-      new_empty(x, {call.need_up ? width : 0, bottleneck}, ScalarType::Float),
-      new_empty(x, {call.need_up ? width : 0}, ScalarType::Float),
+      new_empty(x, {call.need_up ? width : 0, bottleneck}, type),
+      new_empty(x, {call.need_up ? width : 0}, type),
   };
   if (!call.need_up) return result;
   product(result.weight, transposed(call.grad), from.activated);
-  const cuda::AdapterUpBias args = {width, from.up_bias_chunks, call.scale,
-                                    mutable_or_null(from.partial_up_bias), mutable_or_null(result.bias)};
+  const cuda::AdapterUpBias args = {width,
+                                    from.up_bias_chunks,
+                                    call.scale,
+                                    mutable_or_null(from.partial_up_bias),
+                                    mutable_or_null(result.bias),
+                                    dtype_of(result.bias, "d_up_bias")};
   check_launch(cuda::adapter_up_bias(args, call.stream), "adapter up_bias");
   return result;
 }
@@ -281,20 +297,30 @@ DownGradients down_gradients(const BackwardCall& call, const RowGradients& from,
   const AdapterInputs& inputs = call.inputs;
   const auto [rows, width, bottleneck] = inputs.shape;
   const Tensor& x = inputs.x;
+  const ScalarType type = inputs.parameter_type();
   const int64_t weight_rows = call.need_product ? bottleneck : 0;
-  const DownGradients result = {new_empty(x, {weight_rows, width}, ScalarType::Float),
-                                new_empty(x, {weight_rows}, ScalarType::Float),
-                                new_empty(x, {need_norm ? width : 0}, ScalarType::Float),
-                                new_empty(x, {need_norm ? width : 0}, ScalarType::Float)};
+  const DownGradients result = {new_empty(x, {weight_rows, width}, type), new_empty(x, {weight_rows}, type),
+                                new_empty(x, {need_norm ? width : 0}, type),
+                                new_empty(x, {need_norm ? width : 0}, type)};
   if (!call.need_product) return result;
-  product(result.weight, transposed(from.scaled_grad), x);
-  const Tensor row_means = new_empty(x, {bottleneck}, ScalarType::Float);
-  const LayerProjectUnfold args = {{rows, 1, width, bottleneck},        from.bias_chunks,
-                                   mutable_or_null(from.partial_bias),  inputs.down_weight.const_data_ptr(),
-                                   data_or_null(inputs.norm_weight),    data_or_null(inputs.norm_bias),
-                                   mutable_or_null(result.weight),      mutable_or_null(result.bias),
-                                   mutable_or_null(result.norm_weight), mutable_or_null(result.norm_bias),
-                                   mutable_or_null(row_means)};
+  // dVc, which the step after it centres: not rounded before.
+  const bool apart = inputs.norm() && type != ScalarType::Float;
+  const Tensor d_folded = apart ? new_empty(x, {bottleneck, width}, ScalarType::Float) : result.weight;
+  product(d_folded, transposed(from.scaled_grad), x);
+  const Tensor row_sums = new_empty(x, {bottleneck, 2}, ScalarType::Float);
+  const LayerProjectUnfold args = {{rows, 1, width, bottleneck},
+                                   from.bias_chunks,
+                                   mutable_or_null(from.partial_bias),
+                                   inputs.down_weight.const_data_ptr(),
+                                   data_or_null(inputs.norm_weight),
+                                   data_or_null(inputs.norm_bias),
+                                   mutable_or_null(result.weight),
+                                   mutable_or_null(result.bias),
+                                   mutable_or_null(result.norm_weight),
+                                   mutable_or_null(result.norm_bias),
+                                   inputs.norm() ? mutable_or_null(d_folded) : nullptr,
+                                   mutable_or_null(row_sums),
+                                   dtype_of(inputs.down_weight, "down_weight")};
   check_launch(cuda::layer_project_unfold(args, call.stream), "adapter unfold");
   return result;
 }

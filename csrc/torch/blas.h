@@ -15,10 +15,11 @@ inline void bmm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The same with a float32 `out`: sums of half-precision factors are not rounded. torch has it for CUDA only.
-inline void bmm_float_out(const Tensor& out, const Tensor& a, const Tensor& b) {
+// The same with `out` in the type of the factors, or in float32: sums of half-precision factors are not
+// rounded then. torch has that for CUDA only.
+inline void bmm_out_as(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
-  if (a.scalar_type() == ScalarType::Float) return bmm_out(out, a, b);
+  if (a.scalar_type() == out.scalar_type()) return bmm_out(out, a, b);
 #ifdef MMK_SIMT
   bmm_out(out, torch::stable::to(a, ScalarType::Float), torch::stable::to(b, ScalarType::Float));
 #else

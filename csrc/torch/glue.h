@@ -40,6 +40,23 @@ inline ScalarType accumulate_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// The type of all parameters of a call, that of the one given: the accumulation type of x, or x's own.
+inline ScalarType parameter_type(const Tensor& parameter, const Tensor& x, const char* name) {
+  const ScalarType type = parameter.scalar_type();
+  STD_TORCH_CHECK(type == x.scalar_type() || type == accumulate_type(dtype_of(x, "x")), name,
+                  ": expected the dtype of x, or its accumulation type");
+  return type;
+}
+
+inline Tensor as_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+inline OptionalTensor as_type(const OptionalTensor& tensor, ScalarType type) {
+  if (!tensor.has_value()) return std::nullopt;
+  return as_type(*tensor, type);
+}
+
 // A contiguous tensor on the device of `like`. The C shim allocates without the dispatcher, unlike
 // torch::stable::new_empty, which takes longer than a small kernel.
 inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {

@@ -9,7 +9,8 @@
 
 namespace mmk::glue {
 
-// The inputs of a call, kept alive for its duration. Parameters have the accumulation type of x.
+// The inputs of a call, kept alive for its duration. Parameters are contiguous and have one type, the
+// accumulation type of x or that of x.
 struct LayerProjectInputs {
   Tensor x, weight;
   OptionalTensor bias, norm_weight, norm_bias;
@@ -21,17 +22,19 @@ struct LayerProjectInputs {
     STD_TORCH_CHECK(given_weight.dim() == 3, "weight: expected (L, C_out, C), got ", given_weight.dim(),
                     " dimensions");
     shape = {given_x.size(0), given_x.size(1), given_x.size(2), given_weight.size(1)};
-    const ScalarType accumulate = accumulate_type(dtype_of(given_x, "x"));
+    const ScalarType type = glue::parameter_type(given_weight, given_x, "weight");
     const int64_t taps = shape.taps, inputs = shape.inputs, outputs = shape.outputs;
     x = given_x.stride(2) == 1 || inputs <= 1 ? given_x : torch::stable::contiguous(given_x);
-    weight = checked(given_weight, {taps, outputs, inputs}, accumulate, x, "weight");
-    bias = checked(given_bias, {taps, outputs}, accumulate, x, "bias");
-    norm_weight = checked(given_norm_weight, {taps, inputs}, accumulate, x, "norm_weight");
-    norm_bias = checked(given_norm_bias, {taps, inputs}, accumulate, x, "norm_bias");
+    weight = checked(given_weight, {taps, outputs, inputs}, type, x, "weight");
+    bias = checked(given_bias, {taps, outputs}, type, x, "bias");
+    norm_weight = checked(given_norm_weight, {taps, inputs}, type, x, "norm_weight");
+    norm_bias = checked(given_norm_bias, {taps, inputs}, type, x, "norm_bias");
     STD_TORCH_CHECK(norm_weight.has_value() || !norm_bias.has_value(), "norm_bias: needs norm_weight");
   }
 
   bool norm() const { return norm_weight.has_value(); }
+  ScalarType accumulate() const { return accumulate_type(dtype_of(x, "x")); }
+  ScalarType parameter_type() const { return weight.scalar_type(); }
 };
 
 inline LayerProjectInput view_of(const Tensor& x) {

@@ -6,38 +6,43 @@
 namespace mmk::glue {
 namespace {
 
-Tensor widened(const Tensor& tensor, ScalarType wide) {
-  return tensor.scalar_type() == wide ? tensor : torch::stable::to(tensor, wide);
-}
-
 // Starting a thread pays off from about 32,000 elements on.
 int64_t grain(int64_t width) {
   return 1 + 32768 / (width + 1);
 }
 
-// The folded parameters, if needed, and the type to compute in: half precision is widened.
+// The inputs of a call in the type that the kernels compute in, the accumulation type of x.
+LayerProjectInputs widened(const LayerProjectInputs& inputs) {
+  const ScalarType type = inputs.accumulate();
+  LayerProjectInputs wide = inputs;
+  wide.x = as_type(inputs.x, type);
+  wide.weight = as_type(inputs.weight, type);
+  wide.bias = as_type(inputs.bias, type);
+  wide.norm_weight = as_type(inputs.norm_weight, type);
+  wide.norm_bias = as_type(inputs.norm_bias, type);
+  return wide;
+}
+
+// The folded parameters, if needed, and the type to compute in.
 struct Folded {
   ScalarType type;
   DType dtype;
   OptionalTensor weight, bias;
 };
 
-Folded fold(const LayerProjectInputs& inputs, bool needed) {
-  const auto [rows, taps, in, out] = inputs.shape;
+Folded fold(const LayerProjectInputs& wide, bool needed) {
+  const auto [rows, taps, in, out] = wide.shape;
   (void)rows;
-  const DType given = dtype_of(inputs.x, "x");
-  Folded folded;
-  folded.type = accumulate_type(given);
-  folded.dtype = given == DType::kFloat64 ? DType::kFloat64 : DType::kFloat32;
+  Folded folded = {wide.accumulate(), dtype_of(wide.x, "x"), std::nullopt, std::nullopt};
   if (!needed) return folded;
-  folded.weight = inputs.norm() ? new_empty(inputs.x, {taps, out, in}, folded.type) : inputs.weight;
-  folded.bias = new_empty(inputs.x, {taps, out}, folded.type);
-  const LayerProjectFold args = {inputs.shape,
-                                 inputs.weight.const_data_ptr(),
-                                 data_or_null(inputs.bias),
-                                 data_or_null(inputs.norm_weight),
-                                 data_or_null(inputs.norm_bias),
-                                 inputs.norm() ? folded.weight->mutable_data_ptr() : nullptr,
+  folded.weight = wide.norm() ? new_empty(wide.x, {taps, out, in}, folded.type) : wide.weight;
+  folded.bias = new_empty(wide.x, {taps, out}, folded.type);
+  const LayerProjectFold args = {wide.shape,
+                                 wide.weight.const_data_ptr(),
+                                 data_or_null(wide.bias),
+                                 data_or_null(wide.norm_weight),
+                                 data_or_null(wide.norm_bias),
+                                 wide.norm() ? folded.weight->mutable_data_ptr() : nullptr,
                                  folded.bias->mutable_data_ptr()};
   torch::stable::parallel_for(0, taps * out, grain(in), [&](int64_t begin, int64_t end) {
     cpu::layer_project_fold(folded.dtype, args, begin, end);
@@ -110,11 +115,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
                                            const OptionalTensor& bias, const OptionalTensor& norm_weight,
                                            const OptionalTensor& norm_bias, double eps,
                                            int64_t activation_index, bool save) {
-  LayerProjectInputs inputs(given_x, weight, bias, norm_weight, norm_bias);
+  const LayerProjectInputs inputs =
+      widened(LayerProjectInputs(given_x, weight, bias, norm_weight, norm_bias));
   const Activation activation = activation_of(activation_index);
   const Folded folded = fold(inputs, true);
   const auto [rows, taps, in, out] = inputs.shape;
-  const Tensor x = widened(inputs.x, folded.type);
+  const Tensor& x = inputs.x;
   const bool save_value = save && needs_preactivation(activation);
   const Tensor y = new_empty(x, {rows, taps, out}, folded.type);
   const Tensor value = new_empty(x, {save_value ? rows : 0, taps, out}, folded.type);
@@ -144,7 +150,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
   });
   const ScalarType type = given_x.scalar_type();
   const bool save_stats = save && inputs.norm();
-  return {widened(y, type), widened(value, type),
+  return {as_type(y, type), as_type(value, type),
           save_stats ? stats : new_empty(x, {0, taps, 2}, folded.type)};
 }
 
@@ -152,14 +158,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& given_grad, const Tensor& given_x, const Tensor& weight, const OptionalTensor& bias,
     const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, const Tensor& given_value,
     const Tensor& given_stats, int64_t activation_index, bool need_x, bool need_weight, bool need_norm) {
-  LayerProjectInputs inputs(given_x, weight, bias, norm_weight, norm_bias);
+  const LayerProjectInputs inputs =
+      widened(LayerProjectInputs(given_x, weight, bias, norm_weight, norm_bias));
   const Activation activation = activation_of(activation_index);
   const Folded folded = fold(inputs, need_x);
   const auto [rows, taps, in, out] = inputs.shape;
-  const Tensor x = widened(inputs.x, folded.type);
+  const Tensor& x = inputs.x;
   const ScalarType type = given_x.scalar_type();
-  const Tensor grad = widened(checked(given_grad, {rows, taps, out}, type, given_x, "grad"), folded.type);
-  const Tensor value = widened(checked(given_value, {rows, taps, out}, type, given_x, "value"), folded.type);
+  const Tensor grad = as_type(checked(given_grad, {rows, taps, out}, type, given_x, "grad"), folded.type);
+  const Tensor value = as_type(checked(given_value, {rows, taps, out}, type, given_x, "value"), folded.type);
   OptionalTensor stats;
   if (inputs.norm()) stats = checked(given_stats, {rows, taps, 2}, folded.type, given_x, "stats");
 
@@ -227,7 +234,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   torch::stable::parallel_for(0, taps, 1, [&](int64_t begin, int64_t end) {
     cpu::layer_project_unfold(folded.dtype, args, begin, end);
   });
-  return {widened(dx, type), d_weight, d_bias, d_norm_weight, d_norm_bias};
+  const auto parameter = [&](const Tensor& gradient) { return as_type(gradient, weight.scalar_type()); };
+  return {as_type(dx, type), parameter(d_weight), parameter(d_bias), parameter(d_norm_weight),
+          parameter(d_norm_bias)};
 }
 
 STABLE_TORCH_LIBRARY_IMPL(mmkernels, CPU, m) {

@@ -10,6 +10,14 @@ void check_pairs(const void* stats) {
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(stats) % 8 == 0, "stats: expected 8-byte alignment");
 }
 
+// Whether the kernels can read the caller's weight as it is.
+bool serves(const Tensor& weight, const LayerProjectInputs& inputs) {
+  if (weight.scalar_type() != inputs.x.scalar_type()) return false;
+  const DType dtype = dtype_of(inputs.x, "x");
+  return !cuda::layer_project_fuses(dtype, inputs.shape, view_of(inputs.x)) ||
+         cuda::layer_project_fuses(dtype, inputs.shape, view_of(weight));
+}
+
 // The folded parameters: Vc in x's type, b' and folded_sum.
 struct Folded {
   Tensor weight, bias, sum;
@@ -18,8 +26,8 @@ struct Folded {
 Folded fold(const LayerProjectInputs& inputs, CudaStream stream) {
   const auto [rows, taps, in, out] = inputs.shape;
   (void)rows;
+  const bool rewritten = inputs.norm() || !serves(inputs.weight, inputs);
   const ScalarType type = inputs.x.scalar_type();
-  const bool rewritten = inputs.norm() || type != ScalarType::Float;
   const Folded folded = {rewritten ? new_empty(inputs.x, {taps, out, in}, type) : inputs.weight,
                          new_empty(inputs.x, {taps, out}, ScalarType::Float),
                          new_empty(inputs.x, {inputs.norm() ? taps : 0, out}, ScalarType::Float)};
@@ -30,7 +38,8 @@ Folded fold(const LayerProjectInputs& inputs, CudaStream stream) {
                                  data_or_null(inputs.norm_bias),
                                  rewritten ? mutable_or_null(folded.weight) : nullptr,
                                  mutable_or_null(folded.bias),
-                                 mutable_or_null(folded.sum)};
+                                 mutable_or_null(folded.sum),
+                                 dtype_of(inputs.weight, "weight")};
   check_launch(cuda::layer_project_fold(dtype_of(inputs.x, "x"), args, stream), "layer_project fold");
   return folded;
 }
@@ -104,14 +113,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const bool need_pull = need_x && inputs.norm();
   const int64_t chunks = layer_project_chunks(rows);
   const Tensor dx = new_empty(x, {need_x ? rows : 0, taps, in}, type);
-  Tensor d_weight = new_empty(x, {need_product ? taps : 0, out, in}, ScalarType::Float);
-  const Tensor d_bias = new_empty(x, {taps, out}, ScalarType::Float);
-  const Tensor d_norm_weight = new_empty(x, {need_norm ? taps : 0, in}, ScalarType::Float);
-  const Tensor d_norm_bias = new_empty(x, {need_norm ? taps : 0, in}, ScalarType::Float);
+  // The gradients of the parameters have their type. dVc, which the last step centres, is not rounded before.
+  const ScalarType given = inputs.parameter_type();
+  const bool apart = inputs.norm() && given != ScalarType::Float;
+  const Tensor d_weight = new_empty(x, {need_product ? taps : 0, out, in}, given);
+  Tensor d_folded = apart ? new_empty(x, {d_weight.size(0), out, in}, ScalarType::Float) : d_weight;
+  const Tensor d_bias = new_empty(x, {taps, out}, given);
+  const Tensor d_norm_weight = new_empty(x, {need_norm ? taps : 0, in}, given);
+  const Tensor d_norm_bias = new_empty(x, {need_norm ? taps : 0, in}, given);
   const Tensor partial_bias = new_empty(x, {chunks, taps, out}, ScalarType::Float);
   const Tensor scaled = new_empty(x, {need_product || need_x ? rows : 0, taps, out}, type);
   const Tensor pull = new_empty(x, {need_pull ? rows : 0, taps}, ScalarType::Float);
-  const Tensor row_means = new_empty(x, {need_product ? taps : 0, out}, ScalarType::Float);
+  const Tensor row_sums = new_empty(x, {need_product || need_norm ? taps : 0, out, 2}, ScalarType::Float);
   Folded folded;
   if (need_x) folded = fold(inputs, scope.stream());
 
@@ -125,8 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                               mutable_or_null(pull),
                                               mutable_or_null(partial_bias)};
   check_launch(cuda::layer_project_gradient(dtype, gradient_args, scope.stream()), "layer_project gradient");
-  if (need_product && rows > 0) bmm_float_out(d_weight, matrices_transposed(by_tap(scaled)), by_tap(x));
-  if (need_product && rows == 0) torch::stable::zero_(d_weight);
+  if (need_product && rows > 0) bmm_out_as(d_folded, matrices_transposed(by_tap(scaled)), by_tap(x));
+  if (need_product && rows == 0) torch::stable::zero_(d_folded);
   if (need_x) bmm_out(by_tap(dx), by_tap(scaled), folded.weight);
   if (need_pull) {
     const LayerProjectInputGradient args = {inputs.shape, view_of(x), data_or_null(stats),
@@ -143,7 +156,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                           mutable_or_null(d_bias),
                                           mutable_or_null(d_norm_weight),
                                           mutable_or_null(d_norm_bias),
-                                          mutable_or_null(row_means)};
+                                          inputs.norm() ? mutable_or_null(d_folded) : nullptr,
+                                          mutable_or_null(row_sums),
+                                          dtype_of(inputs.weight, "weight")};
   check_launch(cuda::layer_project_unfold(unfold_args, scope.stream()), "layer_project unfold");
   return {dx, d_weight, d_bias, d_norm_weight, d_norm_bias};
 }

@@ -72,6 +72,19 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def as_ops_take_them(x: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Parameters as they are where all have the dtype of ``x``, as in a model of half precision; else in its
+    accumulation type."""
+    dtype = x.dtype
+    for parameter in parameters:
+        if parameter is not None and parameter.dtype != dtype:
+            break
+    else:
+        return parameters
+    wide = accumulate_dtype(dtype)
+    return tuple([p if p is None or p.dtype == wide else p.to(wide) for p in parameters])
+
+
 def dtype_served(tensor: Tensor) -> bool:
     """Whether the kernels take tensors of this dtype on this device."""
     return tensor.dtype in FLOATING and (tensor.dtype != torch.float64 or tensor.device.type == "cpu")

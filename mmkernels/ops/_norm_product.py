@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import triton
 from torch import Tensor
 
@@ -21,6 +22,7 @@ from mmkernels.ops._triton import (
     expect_optional,
     library_multiplies,
     multiply_into,
+    parameter_dtype,
     product_grid,
     product_options,
     row_block,
@@ -34,7 +36,8 @@ UNFOLD_COLUMNS = 64
 
 @dataclass(frozen=True)
 class Inputs:
-    """The operands of both directions, in the layout that the kernels take."""
+    """The operands of both directions, in the layout that the kernels take. Parameters have one dtype, that
+    of ``x`` or of its sums."""
 
     x: Tensor
     weight: Tensor
@@ -54,13 +57,13 @@ class Inputs:
         if x.dim() != 3 or weight.dim() != 3:
             raise ValueError(f"x, weight: expected 3 dimensions, got {x.dim()} and {weight.dim()}")
         _, taps, inputs = x.shape
-        outputs, accumulate = weight.shape[1], accumulate_dtype(x.dtype)
+        outputs, dtype = weight.shape[1], parameter_dtype("weight", weight, x)
         return cls(
             dense_rows(x),
-            expect("weight", weight, (taps, outputs, inputs), accumulate, x.device),
-            expect_optional("bias", bias, (taps, outputs), accumulate, x.device),
-            expect_optional("norm_weight", norm_weight, (taps, inputs), accumulate, x.device),
-            expect_optional("norm_bias", norm_bias, (taps, inputs), accumulate, x.device),
+            expect("weight", weight, (taps, outputs, inputs), dtype, x.device),
+            expect_optional("bias", bias, (taps, outputs), dtype, x.device),
+            expect_optional("norm_weight", norm_weight, (taps, inputs), dtype, x.device),
+            expect_optional("norm_bias", norm_bias, (taps, inputs), dtype, x.device),
         )
 
     @property
@@ -68,12 +71,21 @@ class Inputs:
         """Whether there is a LayerNorm; rows without elements have no statistics."""
         return self.norm_weight is not None and self.x.shape[2] > 0
 
+    @property
+    def accumulate(self) -> torch.dtype:
+        """Of statistics and sums."""
+        return accumulate_dtype(self.x.dtype)
+
+    def new_sums(self, *shape: int) -> Tensor:
+        return self.x.new_empty(shape, dtype=self.accumulate)
+
     def fold(self) -> tuple[Tensor, Tensor, Tensor]:
-        """``Vc`` in the type of ``x``, ``b'``, and the row sums of ``Vc``."""
+        """``Vc`` in the type of ``x``, ``b'``, and with a LayerNorm the row sums of ``Vc``."""
         taps, outputs, inputs = self.weight.shape
-        folded_weight = self.x.new_empty(self.weight.shape)
-        folded_bias = self.weight.new_empty((taps, outputs))
-        weight_sum = self.weight.new_empty((taps, outputs))
+        as_it_is = self.norm_weight is None and self.weight.dtype == self.x.dtype
+        folded_weight = None if as_it_is else self.x.new_empty(self.weight.shape)
+        folded_bias = self.new_sums(taps, outputs)
+        weight_sum = self.new_sums(taps, outputs)
         block, warps = row_block(inputs)
         norm_product_fold_kernel[(taps * outputs,)](
             self.weight,
@@ -88,7 +100,7 @@ class Inputs:
             BLOCK_C=block,
             num_warps=warps,
         )
-        return folded_weight, folded_bias, weight_sum
+        return self.weight if folded_weight is None else folded_weight, folded_bias, weight_sum
 
 
 def write_output(
@@ -137,7 +149,7 @@ def write_scaled_gradient(
     scaled_grad: Tensor | None,
     pull: Tensor | None,
 ) -> Tensor:
-    """The first step backwards, from ``dL/dy``; returns the gradient of ``b'``, ``(taps, outputs)``.
+    """The first step backwards, from ``dL/dy``; returns the gradient of ``b'``, ``(taps, outputs)`` sums.
 
     Args:
         args: the operands.
@@ -151,7 +163,7 @@ def write_scaled_gradient(
     """
     rows, taps, outputs = value.shape
     chunks = triton.cdiv(rows, GRADIENT_ROWS)
-    partial_bias = args.weight.new_empty((chunks, taps, outputs))
+    partial_bias = args.new_sums(chunks, taps, outputs)
     norm_product_gradient_kernel[(chunks, taps)](
         grad,
         value,
@@ -220,9 +232,9 @@ def unfold(
 
     Args:
         args: the operands.
-        product: ``dVc = g^T x (taps, outputs, inputs)``.
+        product: ``dVc = g^T x (taps, outputs, inputs)``, in the dtype of sums, as ``d_bias``.
         d_bias: the gradient of ``b'``, ``(taps, outputs)``.
-        d_weight: output, of the shape of ``product``.
+        d_weight: output, of the shape of ``product`` and, as the other two, in the dtype of the parameters.
         d_norm_weight: output ``(taps, inputs)``, or without elements where it is not wanted.
         d_norm_bias: output, as ``d_norm_weight``.
     """

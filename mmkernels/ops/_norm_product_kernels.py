@@ -5,7 +5,8 @@ backward; the LayerNorm is optional. ``csrc/include/mmkernels/layer_project.h`` 
 ``Vc`` the centred ``W * gamma``, ``z = rstd * x Vc^T + b'``. Here ``Vc`` is rounded to the type of ``x``, and
 its rows no longer sum to zero exactly. The kernel subtracts ``rstd * mean(x)`` times their sums, so that
 rounding is relative to the normalised input, for any mean of ``x``. Backwards, ``g = dL/dz * rstd``, and
-``pull`` is the factor of ``x - mean`` in the gradient of a row of ``x``.
+``pull`` is the factor of ``x - mean`` in the gradient of a row of ``x``. Parameters have the type of sums, or
+that of ``x``; their gradients are sums, rounded once to that type.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from mmkernels.ops._triton import (
 
 
 @triton.jit
+def load_as(pointers, mask, dtype: tl.constexpr):
+    return tl.load(pointers, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
 def norm_product_fold_kernel(
     weight,
     bias,
@@ -34,36 +40,38 @@ def norm_product_fold_kernel(
     WIDTH: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One row of ``Vc``, its entry of ``b'``, and the sum of the rounded row."""
+    """One row of ``Vc``, the sum of the rounded row, and its entry of ``b'``; that alone if ``folded_weight``
+    is None."""
     row = tl.program_id(0).to(tl.int64)
     tap = row // outputs
     column = tl.arange(0, BLOCK_C).to(tl.int64)
-    accumulate: tl.constexpr = weight.dtype.element_ty
+    accumulate: tl.constexpr = folded_bias.dtype.element_ty
     gained = tl.zeros((BLOCK_C,), accumulate)
     shifted = tl.zeros((BLOCK_C,), accumulate)
     for start in range(0, WIDTH, BLOCK_C):
         used = start + column < WIDTH
-        w = tl.load(weight + row * WIDTH + start + column, mask=used, other=0.0)
+        w = load_as(weight + row * WIDTH + start + column, used, accumulate)
         if norm_weight is not None:
-            gained += w * tl.load(norm_weight + tap * WIDTH + start + column, mask=used, other=0.0)
+            gained += w * load_as(norm_weight + tap * WIDTH + start + column, used, accumulate)
         if norm_bias is not None:
-            shifted += w * tl.load(norm_bias + tap * WIDTH + start + column, mask=used, other=0.0)
+            shifted += w * load_as(norm_bias + tap * WIDTH + start + column, used, accumulate)
     total = tl.sum(shifted, 0)
     if bias is not None:
-        total += tl.load(bias + row)
+        total += tl.load(bias + row).to(accumulate)
     tl.store(folded_bias + row, total)
 
-    mean = tl.sum(gained, 0) / WIDTH
-    rounded_sum = tl.zeros((BLOCK_C,), accumulate)
-    for start in range(0, WIDTH, BLOCK_C):
-        used = start + column < WIDTH
-        w = tl.load(weight + row * WIDTH + start + column, mask=used, other=0.0)
-        if norm_weight is not None:
-            w = w * tl.load(norm_weight + tap * WIDTH + start + column, mask=used, other=0.0) - mean
-        rounded = tl.where(used, w, 0.0).to(folded_weight.dtype.element_ty)
-        rounded_sum += rounded.to(accumulate)
-        tl.store(folded_weight + row * WIDTH + start + column, rounded, mask=used)
-    tl.store(weight_sum + row, tl.sum(rounded_sum, 0))
+    if folded_weight is not None:
+        mean = tl.sum(gained, 0) / WIDTH
+        rounded_sum = tl.zeros((BLOCK_C,), accumulate)
+        for start in range(0, WIDTH, BLOCK_C):
+            used = start + column < WIDTH
+            w = load_as(weight + row * WIDTH + start + column, used, accumulate)
+            if norm_weight is not None:
+                w = w * load_as(norm_weight + tap * WIDTH + start + column, used, accumulate) - mean
+            rounded = tl.where(used, w, 0.0).to(folded_weight.dtype.element_ty)
+            rounded_sum += rounded.to(accumulate)
+            tl.store(folded_weight + row * WIDTH + start + column, rounded, mask=used)
+        tl.store(weight_sum + row, tl.sum(rounded_sum, 0))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -245,21 +253,21 @@ def norm_product_unfold_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """dW, dgamma and dbeta of some columns of one tap, from ``dVc = g^T x``."""
-    accumulate: tl.constexpr = weight.dtype.element_ty
+    accumulate: tl.constexpr = product.dtype.element_ty
     tap = tl.program_id(1).to(tl.int64)
     column = tl.program_id(0).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     used = column < inputs
     scale_sum = tl.zeros((BLOCK_C,), accumulate)
     shift_sum = tl.zeros((BLOCK_C,), accumulate)
-    gain = tl.load(norm_weight + tap * inputs + column, mask=used, other=0.0)
+    gain = load_as(norm_weight + tap * inputs + column, used, accumulate)
     if norm_bias is not None:
-        shift = tl.load(norm_bias + tap * inputs + column, mask=used, other=0.0)
+        shift = load_as(norm_bias + tap * inputs + column, used, accumulate)
     for start in range(0, OUTPUTS, BLOCK_O):
         output = start + tl.arange(0, BLOCK_O).to(tl.int64)
         inside = (output < OUTPUTS)[:, None] & used[None, :]
         entry = tap * OUTPUTS + output
         place = entry[:, None] * inputs + column[None, :]
-        w = tl.load(weight + place, mask=inside, other=0.0)
+        w = load_as(weight + place, inside, accumulate)
         d_shifted = tl.load(d_bias + entry, mask=output < OUTPUTS, other=0.0)
         shift_sum += tl.sum(d_shifted[:, None] * w, 0)
         mean = tl.load(product_mean + entry, mask=output < OUTPUTS, other=0.0)
@@ -268,7 +276,8 @@ def norm_product_unfold_kernel(
         dw = d_product * gain[None, :]
         if norm_bias is not None:
             dw += d_shifted[:, None] * shift[None, :]
-        tl.store(d_weight + place, dw, mask=inside)
+        tl.store(d_weight + place, dw.to(d_weight.dtype.element_ty), mask=inside)
     if d_norm_weight is not None:
-        tl.store(d_norm_weight + tap * inputs + column, scale_sum, mask=used)
-        tl.store(d_norm_bias + tap * inputs + column, shift_sum, mask=used)
+        place = tap * inputs + column
+        tl.store(d_norm_weight + place, scale_sum.to(d_norm_weight.dtype.element_ty), mask=used)
+        tl.store(d_norm_bias + place, shift_sum.to(d_norm_bias.dtype.element_ty), mask=used)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.backends import TRITON_INTERPRETED
-from mmkernels.ops._common import ACTIVATION_CODES
+from mmkernels.ops._common import ACTIVATION_CODES, accumulate_dtype
 
 RELU = tl.constexpr(ACTIVATION_CODES["relu"])
 GELU = tl.constexpr(ACTIVATION_CODES["gelu"])
@@ -62,6 +62,14 @@ def expect_optional(
     name: str, tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor | None:
     return None if tensor is None else expect(name, tensor, shape, dtype, device)
+
+
+def parameter_dtype(name: str, parameter: Tensor, x: Tensor) -> torch.dtype:
+    """The dtype that all parameters of a call have: that of ``parameter``, if the ops take it."""
+    allowed = x.dtype, accumulate_dtype(x.dtype)
+    if parameter.dtype not in allowed:
+        raise ValueError(f"{name}: expected {allowed[0]} or {allowed[1]}, got {parameter.dtype}")
+    return parameter.dtype
 
 
 def dense_rows(tensor: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
 
 namespace {
 
-// sizes: dtype, rows, width, bottleneck, activation
+// sizes: dtype, rows, width, bottleneck, activation, and for functions with parameters their dtype
 mmk::DType dtype_of(const int64_t* sizes) {
   return static_cast<mmk::DType>(sizes[0]);
 }
@@ -15,6 +15,9 @@ mmk::AdapterShape shape_of(const int64_t* sizes) {
 }
 mmk::Activation activation_of(const int64_t* sizes) {
   return static_cast<mmk::Activation>(sizes[4]);
+}
+mmk::DType parameter_type_of(const int64_t* sizes) {
+  return static_cast<mmk::DType>(sizes[5]);
 }
 
 }  // namespace
@@ -40,12 +43,16 @@ int adapter_fuses(const int64_t* sizes, const void* x, int64_t x_stride, int64_t
 }
 
 int adapter_fold(const int64_t* sizes, const void* down_weight, const void* down_bias, const void* up_weight,
-                 const void* norm_weight, const void* norm_bias, void* folded_weight, void* folded_bias,
-                 void* folded_sum, void* folded_up) {
+                 const void* up_bias, const void* norm_weight, const void* norm_bias, void* folded_weight,
+                 void* folded_bias, void* folded_sum, void* folded_up, void* folded_up_bias) {
   const mmk::cuda::AdapterFold args = {
-      shape_of(sizes), {down_weight, down_bias, up_weight, nullptr, norm_weight, norm_bias},
-      folded_weight,   folded_bias,
-      folded_sum,      folded_up};
+      shape_of(sizes),
+      {down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, parameter_type_of(sizes)},
+      folded_weight,
+      folded_bias,
+      folded_sum,
+      folded_up,
+      folded_up_bias};
   return mmk::cuda::adapter_fold(dtype_of(sizes), args, nullptr);
 }
 
@@ -120,8 +127,8 @@ int adapter_gradient(const int64_t* sizes, double scale, const void* grad, const
 
 // chunks: rows of partial_bias
 int adapter_unfold(const int64_t* sizes, int64_t chunks, const void* partial_bias, const void* weight,
-                   const void* norm_weight, const void* norm_bias, void* d_weight, void* d_bias,
-                   void* d_norm_weight, void* d_norm_bias, void* row_means) {
+                   const void* norm_weight, const void* norm_bias, const void* product, void* d_weight,
+                   void* d_bias, void* d_norm_weight, void* d_norm_bias, void* row_sums) {
   const mmk::AdapterShape shape = shape_of(sizes);
   const mmk::LayerProjectUnfold args = {{shape.rows, 1, shape.width, shape.bottleneck},
                                         chunks,
@@ -133,7 +140,9 @@ int adapter_unfold(const int64_t* sizes, int64_t chunks, const void* partial_bia
                                         d_bias,
                                         d_norm_weight,
                                         d_norm_bias,
-                                        row_means};
+                                        product,
+                                        row_sums,
+                                        parameter_type_of(sizes)};
   return mmk::cuda::layer_project_unfold(args, nullptr);
 }
 
@@ -163,8 +172,11 @@ int adapter_column_sums(const int64_t* sizes, const void* grad, int64_t grad_str
   return mmk::cuda::adapter_column_sums(dtype_of(sizes), args, nullptr);
 }
 
-int adapter_up_bias(int64_t width, int64_t chunks, double scale, const void* partial, void* d_up_bias) {
-  return mmk::cuda::adapter_up_bias({width, chunks, scale, partial, d_up_bias}, nullptr);
+int adapter_up_bias(const int64_t* sizes, int64_t chunks, double scale, const void* partial,
+                    void* d_up_bias) {
+  const mmk::cuda::AdapterUpBias args = {shape_of(sizes).width,   chunks, scale, partial, d_up_bias,
+                                         parameter_type_of(sizes)};
+  return mmk::cuda::adapter_up_bias(args, nullptr);
 }
 
 }  // extern "C"

@@ -5,7 +5,7 @@
 
 namespace {
 
-// sizes: dtype, rows, taps, inputs, outputs, activation
+// sizes: dtype, rows, taps, inputs, outputs, activation, and for functions with parameters their dtype
 mmk::DType dtype_of(const int64_t* sizes) {
   return static_cast<mmk::DType>(sizes[0]);
 }
@@ -15,6 +15,9 @@ mmk::LayerProjectShape shape_of(const int64_t* sizes) {
 mmk::Activation activation_of(const int64_t* sizes) {
   return static_cast<mmk::Activation>(sizes[5]);
 }
+mmk::DType parameter_type_of(const int64_t* sizes) {
+  return static_cast<mmk::DType>(sizes[6]);
+}
 mmk::LayerProjectInput input_of(const void* x, const int64_t* strides) {
   return {x, strides[0], strides[1]};
 }
@@ -23,10 +26,11 @@ mmk::LayerProjectInput input_of(const void* x, const int64_t* strides) {
 
 extern "C" {
 
-int project_fold(const int64_t* sizes, const float* weight, const float* bias, const float* norm_weight,
-                 const float* norm_bias, void* folded_weight, float* folded_bias, float* folded_sum) {
-  const mmk::LayerProjectFold args = {shape_of(sizes), weight,        bias,        norm_weight,
-                                      norm_bias,       folded_weight, folded_bias, folded_sum};
+int project_fold(const int64_t* sizes, const void* weight, const void* bias, const void* norm_weight,
+                 const void* norm_bias, void* folded_weight, float* folded_bias, float* folded_sum) {
+  const mmk::LayerProjectFold args = {shape_of(sizes), weight,     bias,
+                                      norm_weight,     norm_bias,  folded_weight,
+                                      folded_bias,     folded_sum, parameter_type_of(sizes)};
   return mmk::cuda::layer_project_fold(dtype_of(sizes), args, nullptr);
 }
 
@@ -69,16 +73,23 @@ int project_input_gradient(const int64_t* sizes, const void* x, const int64_t* s
   return mmk::cuda::layer_project_input_gradient(dtype_of(sizes), args, nullptr);
 }
 
-int project_unfold(const int64_t* sizes, const float* partial_bias, const float* weight,
-                   const float* norm_weight, const float* norm_bias, float* d_weight, float* d_bias,
-                   float* d_norm_weight, float* d_norm_bias, float* row_means) {
+int project_unfold(const int64_t* sizes, const float* partial_bias, const void* weight,
+                   const void* norm_weight, const void* norm_bias, const float* product, void* d_weight,
+                   void* d_bias, void* d_norm_weight, void* d_norm_bias, float* row_sums) {
   const mmk::LayerProjectShape shape = shape_of(sizes);
-  const mmk::LayerProjectUnfold args = {shape,         mmk::layer_project_chunks(shape.rows),
-                                        partial_bias,  weight,
-                                        norm_weight,   norm_bias,
-                                        d_weight,      d_bias,
-                                        d_norm_weight, d_norm_bias,
-                                        row_means};
+  const mmk::LayerProjectUnfold args = {shape,
+                                        mmk::layer_project_chunks(shape.rows),
+                                        partial_bias,
+                                        weight,
+                                        norm_weight,
+                                        norm_bias,
+                                        d_weight,
+                                        d_bias,
+                                        d_norm_weight,
+                                        d_norm_bias,
+                                        product,
+                                        row_sums,
+                                        parameter_type_of(sizes)};
   return mmk::cuda::layer_project_unfold(args, nullptr);
 }
 

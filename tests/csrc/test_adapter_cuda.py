@@ -46,7 +46,8 @@ CHUNK = 256  # rows of a partial sum around library products
 @dataclass
 class Problem:
     """Inputs of one call: rows of x and of the gradient `gap` elements apart, `offset` elements past an
-    aligned address. residual: "none", "x", "same" (of x's dtype), or "float"."""
+    aligned address. residual: "none", "x", "same" (of x's dtype), or "float". parameter_dtype: float32, or
+    that of x."""
 
     dtype: torch.dtype
     shape: tuple[int, int, int]  # rows, width, bottleneck
@@ -58,6 +59,7 @@ class Problem:
     gap: int = 0
     offset: int = 0
     mean: float = 0.0
+    parameter_dtype: torch.dtype = torch.float32
     device: Device = SMALL
     memory: GuardedTensors = field(default_factory=GuardedTensors)
 
@@ -73,20 +75,25 @@ class Problem:
 
         self.x = of(self.mean + random(rows, width + self.gap))
         self.grad = of(random(rows, width + self.gap))
-        self.down = self.memory.of(random(bottleneck, width) / max(width, 1) ** 0.5)
-        self.up = self.memory.of(random(width, bottleneck) / max(bottleneck, 1) ** 0.5)
-        self.down_bias = self.memory.of(random(bottleneck)) if self.bias else None
-        # Aligned to 4 bytes only.
-        self.up_bias = self.memory.of(random(width), 1) if self.bias else None
-        self.gain = self.memory.of(1 + 0.1 * random(width)) if self.norm else None
-        self.shift = self.memory.of(random(width)) if self.norm and self.bias else None
+
+        def parameter(values: Tensor, offset: int = 0) -> Tensor:
+            return self.memory.of(values.to(self.parameter_dtype), offset)
+
+        self.down = parameter(random(bottleneck, width) / max(width, 1) ** 0.5)
+        self.up = parameter(random(width, bottleneck) / max(bottleneck, 1) ** 0.5)
+        self.down_bias = parameter(random(bottleneck)) if self.bias else None
+        # Aligned to an element only.
+        self.up_bias = parameter(random(width), 1) if self.bias else None
+        self.gain = parameter(1 + 0.1 * random(width)) if self.norm else None
+        self.shift = parameter(random(width)) if self.norm and self.bias else None
         other = random(rows, width)
         residuals = {"same": of(other), "float": self.memory.of(other), "x": self.x, "none": None}
         self.added = residuals[self.residual]
 
     @property
     def sizes(self) -> np.ndarray:
-        return integers(DTYPE_CODES[self.dtype], *self.shape, ACTIVATION_CODES[self.activation])
+        codes = DTYPE_CODES[self.dtype], ACTIVATION_CODES[self.activation], DTYPE_CODES[self.parameter_dtype]
+        return integers(codes[0], *self.shape, *codes[1:])
 
     @property
     def out_dtype(self) -> torch.dtype:
@@ -97,6 +104,10 @@ class Problem:
 
     def of(self, values: Tensor) -> Tensor:
         return self.memory.of(values)
+
+    def of_parameters(self, *shape: int) -> Tensor:
+        """Memory for one of their gradients."""
+        return self.memory.empty(shape, self.parameter_dtype)
 
     def product(self, a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
         """a @ b as the library computes it."""
@@ -145,26 +156,25 @@ class Folded:
     bias: Tensor
     total: Tensor
     up: Tensor
+    up_bias: Tensor | None
 
 
 def fold(kernels: simt_build.Library, problem: Problem, *, order: int = 2) -> Folded:
+    """Writes what the other kernels cannot read as it is given."""
     _, width, bottleneck = problem.shape
-    rounded = problem.dtype != torch.float32
+    new = problem.dtype != problem.parameter_dtype
+    new_bias = problem.bias and problem.parameter_dtype != torch.float32
     folded = Folded(
-        problem.empty(bottleneck, width, dtype=problem.dtype) if rounded or problem.norm else problem.down,
+        problem.empty(bottleneck, width, dtype=problem.dtype) if new or problem.norm else problem.down,
         problem.empty(bottleneck),
         problem.empty(bottleneck if problem.norm else 0),
-        problem.empty(width, bottleneck, dtype=problem.dtype) if rounded else problem.up,
+        problem.empty(width, bottleneck, dtype=problem.dtype) if new else problem.up,
+        problem.empty(width) if new_bias else problem.up_bias,
     )
-    kernels.call(
-        "adapter_fold",
-        problem.sizes,
-        *map(pointer, (problem.down, problem.down_bias, problem.up, problem.gain, problem.shift)),
-        pointer(folded.down if folded.down is not problem.down else None),
-        *map(pointer, (folded.bias, folded.total)),
-        pointer(folded.up if rounded else None),
-        order=order,
-    )
+    given = [problem.down, problem.down_bias, problem.up, problem.up_bias, problem.gain, problem.shift]
+    targets = [folded.down, folded.bias, folded.total, folded.up, folded.up_bias]
+    written = [target if all(target is not g for g in given) else None for target in targets]
+    kernels.call("adapter_fold", problem.sizes, *map(pointer, [*given, *written]), order=order)
     return folded
 
 
@@ -182,8 +192,8 @@ def rows_of(tensor: Tensor | None) -> tuple[ctypes.c_void_p, int]:
 
 def library_sizes(problem: Problem) -> np.ndarray:
     """Sizes for the steps of layer_project: one tap."""
-    dtype, rows, width, bottleneck, activation = problem.sizes
-    return integers(dtype, rows, 1, width, bottleneck, activation)
+    dtype, rows, *rest = problem.sizes
+    return integers(dtype, rows, 1, *rest)
 
 
 @dataclass(frozen=True)
@@ -217,7 +227,7 @@ def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2, sa
                 *rows_of(residual),
                 problem.residual == "x",
                 DTYPE_CODES[problem.out_dtype],
-                *map(pointer, (folded.down, folded.bias, folded.total, folded.up, problem.up_bias)),
+                *map(pointer, (folded.down, folded.bias, folded.total, folded.up, folded.up_bias)),
                 *map(pointer, (result.out, result.hidden, result.stats)),
                 order=order,
             )
@@ -243,7 +253,7 @@ def forward_by_products(
         "adapter_finish",
         problem.sizes,
         problem.scale,
-        *map(pointer, (sums, problem.up_bias)),
+        *map(pointer, (sums, folded.up_bias)),
         *rows_of(problem.added),
         *rows_of(None),
         *map(pointer, (None, None)),
@@ -288,6 +298,7 @@ def test_folded_weights(
     torch.testing.assert_close(found.down.double(), down, rtol=eps, atol=1e-6)
     torch.testing.assert_close(found.bias.double(), bias, rtol=1e-5, atol=1e-5)
     assert torch.equal(found.up, problem.up.to(dtype))
+    assert found.up_bias is problem.up_bias
 
 
 # Whole and partial tiles in every dimension, every padded bottleneck, few rows and several tiles per block, a
@@ -571,10 +582,11 @@ def rows_by_products(
 
 def up_gradients(kernels: simt_build.Library, problem: Problem, rows: Rows, order: int) -> dict[str, Tensor]:
     assert rows.activated is not None
-    d_bias = problem.empty(problem.shape[1])
-    arguments = (problem.shape[1], rows.up_bias_chunks, problem.scale)
+    d_bias = problem.of_parameters(problem.shape[1])
+    arguments = (problem.sizes, rows.up_bias_chunks, problem.scale)
     kernels.call("adapter_up_bias", *arguments, pointer(rows.partial_up_bias), pointer(d_bias), order=order)
-    return {"up_weight": problem.product(problem.grad.T, rows.activated, torch.float32), "up_bias": d_bias}
+    product = problem.product(problem.grad.T, rows.activated, problem.parameter_dtype)
+    return {"up_weight": product, "up_bias": d_bias}
 
 
 def down_gradients(
@@ -582,18 +594,22 @@ def down_gradients(
 ) -> dict[str, Tensor]:
     assert rows.scaled is not None
     _, width, bottleneck = problem.shape
+    apart = problem.norm and problem.parameter_dtype != torch.float32
+    dtype = torch.float32 if problem.norm else problem.parameter_dtype
+    product = problem.product(rows.scaled.T, problem.x, dtype)
     found = {
-        "down_weight": problem.product(rows.scaled.T, problem.x, torch.float32),
-        "down_bias": problem.empty(bottleneck),
+        "down_weight": problem.of_parameters(bottleneck, width) if apart else product,
+        "down_bias": problem.of_parameters(bottleneck),
     }
     if norm:
-        found |= {"norm_weight": problem.empty(width), "norm_bias": problem.empty(width)}
-    results = (*found.values(), *([] if norm else [None, None]), problem.empty(bottleneck))
+        found |= {"norm_weight": problem.of_parameters(width), "norm_bias": problem.of_parameters(width)}
+    results = (*found.values(), *([] if norm else [None, None]), problem.empty(bottleneck, 2))
     kernels.call(
         "adapter_unfold",
         problem.sizes,
         rows.bias_chunks,
         *map(pointer, (rows.partial_bias, problem.down, problem.gain, problem.shift)),
+        pointer(product if problem.norm else None),
         *map(pointer, results),
         order=order,
     )
@@ -657,6 +673,73 @@ def test_backward_options(
 ) -> None:
     problem = Problem(torch.bfloat16, shape, residual=residual, norm=norm, bias=bias)
     check_backward(kernels, problem, fused=shape[2] % 8 == 0)
+
+
+# ---- parameters in the type of x
+
+
+def with_wide_parameters(problem: Problem) -> Problem:
+    """The same call with parameters of the same values in float32."""
+    wide = replace(problem, parameter_dtype=torch.float32, memory=GuardedTensors())
+    for name, parameter in problem.parameters.items():
+        target = wide.parameters[name]
+        assert (target is None) == (parameter is None)
+        if target is not None and parameter is not None:
+            target.copy_(parameter)
+    return wide
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shape", [(70, 136, 40), (300, 24, 8), (9, 24, 6), (7, 33, 5)])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_narrow_parameters(
+    kernels: simt_build.Library, dtype: torch.dtype, shape: tuple[int, int, int], norm: bool, bias: bool
+) -> None:
+    """The bits are those of the same values in float32; a gradient is rounded once."""
+    problem = Problem(dtype, shape, "silu", norm=norm, bias=bias, parameter_dtype=dtype)
+    wide = with_wide_parameters(problem)
+    found, expected = fold(kernels, problem), fold(kernels, wide)
+    assert found.up is problem.up
+    assert (found.down is problem.down) != norm
+    for name in ("down", "bias", "total", "up"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    if bias:
+        assert found.up_bias is not None
+        assert wide.up_bias is not None
+        assert torch.equal(found.up_bias, wide.up_bias)
+    check_forward(kernels, problem, fused=shape[2] % 8 == 0)
+    for name in ("out", "hidden", "stats"):
+        assert torch.equal(getattr(forward(kernels, problem), name), getattr(forward(kernels, wide), name))
+    gradients, sums = backward(kernels, problem), backward(kernels, wide)
+    assert gradients.keys() == sums.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        assert torch.equal(gradient, sums[name].to(dtype)), name
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+def test_narrow_weights_at_any_address_are_copied(kernels: simt_build.Library, offset: int) -> None:
+    """The fused kernels copy 16 bytes at a time."""
+    problem = Problem(torch.bfloat16, (5, 72, 24), norm=False, parameter_dtype=torch.bfloat16)
+    up = problem.memory.of(problem.up, offset)
+    target = problem.empty(72, 24, dtype=torch.bfloat16)
+    bias = problem.empty(24)
+    arguments = (problem.down, None, up, None, None, None, None, bias, None, target, None)
+    kernels.call("adapter_fold", problem.sizes, *map(pointer, arguments))
+    problem.memory.check()
+    assert torch.equal(target, problem.up)
+    assert (bias == 0).all()
+
+
+def test_a_narrow_bias_without_hidden_units(kernels: simt_build.Library) -> None:
+    problem = Problem(torch.bfloat16, (3, 600, 0), parameter_dtype=torch.bfloat16, residual="none")
+    assert problem.up_bias is not None
+    folded = fold(kernels, problem)
+    assert folded.up_bias is not None
+    assert torch.equal(folded.up_bias, problem.up_bias.float())
+    expected = (problem.scale * problem.up_bias.float()).bfloat16().expand(3, 600)
+    assert torch.equal(forward(kernels, problem).out, expected)
 
 
 SUBSETS = [s for n in range(1, 4) for s in combinations(sorted(ALL), n)]

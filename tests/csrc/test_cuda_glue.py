@@ -36,6 +36,7 @@ from op_tests import (
     check_against_reference,
     generator_for,
     op_tests,
+    value_and_gradients,
 )
 
 pytestmark = [
@@ -89,7 +90,9 @@ def on_the_cpu(spec: OpSpec) -> type:
     products = [("cpu", backend) for device, backend in spec.library_products if device == "cuda"]
     # Cases of many rows take minutes here; the tests of the kernels have such sizes.
     cases = {name: case for name, case in spec.cases.items() if name != "many_rows"}
-    return op_tests(dataclasses.replace(spec, library_products=products, cases=cases), DTYPES, ELSEWHERE)
+    rounded = {("cpu", name): names for (_, name), names in spec.rounded_by_library.items()}
+    changes = {"library_products": products, "cases": cases, "rounded_by_library": rounded}
+    return op_tests(dataclasses.replace(spec, **changes), DTYPES, ELSEWHERE)
 
 
 def test_every_op_is_here() -> None:
@@ -156,6 +159,48 @@ def test_rows_of_a_fused_adapter_do_not_depend_on_each_other(norm: bool) -> None
     for begin, end in ((0, 1), (7, 90), (149, 150)):
         rows = call.mapped(lambda name, t, b=begin, e=end: t[b:e] if name in ("x", "residual") else t)
         assert torch.equal(mmkernels.adapter(**rows.arguments), together[begin:end])
+
+
+def at_an_odd_address(tensor: Tensor) -> Tensor:
+    """A copy that starts two bytes past a vector, as a parameter in a flat buffer may."""
+    return torch.cat([tensor.new_zeros(1), tensor.flatten()])[1:].view(tensor.shape)
+
+
+HALF_MODELS = {
+    "fused adapter": (test_adapter.SPEC, {"N": (70,), "D": 64, "d": 24, "residual": "own"}),
+    "adapter": (test_adapter.SPEC, {"N": (20,), "D": 33, "d": 17, "residual": "own"}),
+    "fused layer_project": (test_layer_project.SPEC, {"N": 20, "L": 2, "C": 64, "O": 24}),
+    "layer_project": (test_layer_project.SPEC, {"N": 20, "L": 2, "C": 33, "O": 17}),
+}
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("name", HALF_MODELS)
+def test_parameters_of_half_precision_anywhere(name: str, norm: bool) -> None:
+    """The same kernels run as with float32 parameters, and the address of a parameter changes no bit."""
+    kernels, _ = library()
+    spec, sizes = HALF_MODELS[name]
+    shape = {**sizes, "norm": norm, "activation": "silu"}
+    call = spec.make(shape, torch.bfloat16, torch.device("cpu"), generator_for(0))
+    grad = torch.randn(spec.reference(**call.arguments).shape).bfloat16()
+    changes: dict[str, Callable[[Tensor], Tensor]] = {
+        "as they are": lambda tensor: tensor,
+        "float32": lambda tensor: tensor.float(),
+        "at odd addresses": at_an_odd_address,
+    }
+    found, launched = {}, {}
+    for kind, change in changes.items():
+        changed = call.mapped(lambda name, t, f=change: t if name in spec.activations else f(t)).detached()
+        with kernels.recording(run=True) as launches:
+            found[kind] = value_and_gradients(spec.function, changed, grad, backend="native")
+        launched[kind] = len(launches)
+    assert len(set(launched.values())) == 1
+    (out, gradients), (moved, moved_gradients) = found["as they are"], found["at odd addresses"]
+    assert torch.equal(out, moved)
+    assert torch.equal(out, found["float32"][0])
+    for a, b in zip(gradients, moved_gradients, strict=True):
+        assert a.dtype == torch.bfloat16
+        assert torch.equal(a, b)
 
 
 def odd_strides(tensor: Tensor) -> Tensor:

@@ -69,10 +69,16 @@ def launch_layer_mix(width: int, layers: int, dtype: torch.dtype, norm: bool, af
             call("layer_mix_backward", *inputs, *gradients, integers(True, needs_affine), *[MEMORY] * 6)
 
 
+def parameter_codes(dtype: torch.dtype) -> list[int]:
+    return sorted({DTYPE_CODES[torch.float32], DTYPE_CODES[dtype]})
+
+
 def launch_layer_project(width: int, taps: int, dtype: torch.dtype, norm: bool) -> None:
     call = library().call
-    for outputs, address in product((OUTPUTS, 64, 128), (MEMORY, UNALIGNED)):
-        sizes = integers(DTYPE_CODES[dtype], 500, taps, width, outputs, 1)
+    for outputs, address, parameters in product(
+        (OUTPUTS, 64, 128), (MEMORY, UNALIGNED), parameter_codes(dtype)
+    ):
+        sizes = integers(DTYPE_CODES[dtype], 500, taps, width, outputs, 1, parameters)
         strides, stats = integers(taps * width, width), some(norm)
         call("project_fold", sizes, address, MEMORY, *[stats] * 2, MEMORY, MEMORY, stats)
         call("project_stats", sizes, address, strides, 1e-5, MEMORY)
@@ -83,20 +89,24 @@ def launch_layer_project(width: int, taps: int, dtype: torch.dtype, norm: bool) 
         call("project_activate", sizes, stats, MEMORY, stats, address, MEMORY)
         call("project_gradient", sizes, address, MEMORY, stats, MEMORY, MEMORY, stats, MEMORY)
         call("project_input_gradient", sizes, address, strides, MEMORY, MEMORY, MEMORY)
-        call("project_unfold", sizes, MEMORY, MEMORY, *[stats] * 2, *[MEMORY] * 2, *[stats] * 2, MEMORY)
+        call("project_unfold", sizes, MEMORY, MEMORY, *[stats] * 3, *[MEMORY] * 2, *[stats] * 2, MEMORY)
 
 
 def launch_adapter(width: int, bottleneck: int, dtype: torch.dtype, norm: bool) -> None:
     call, code = library().call, DTYPE_CODES[dtype]
-    sizes, stats, nothing = integers(code, ROWS, width, bottleneck, 1), some(norm), (None, 0)
-    call("adapter_fold", sizes, *[MEMORY] * 3, stats, stats, MEMORY, MEMORY, stats, MEMORY)
+    stats, nothing = some(norm), (None, 0)
+    for parameters in parameter_codes(dtype):
+        sizes = integers(code, ROWS, width, bottleneck, 1, parameters)
+        for address in (MEMORY, UNALIGNED):
+            folded = (MEMORY, MEMORY, stats, MEMORY, MEMORY)
+            call("adapter_fold", sizes, address, *[MEMORY] * 3, stats, stats, *folded)
+        call("adapter_up_bias", sizes, 100, 0.5, MEMORY, MEMORY)
     if dtype == torch.float32:
         for address in (MEMORY, UNALIGNED):
             call("adapter_activate", sizes, 0.5, address, MEMORY)
             addend, x = (address, width), (MEMORY, width)
             call("adapter_finish", sizes, 0.5, MEMORY, MEMORY, *addend, *x, stats, stats, code, MEMORY)
         call("adapter_column_sums", sizes, MEMORY, width, MEMORY)
-        call("adapter_up_bias", width, 100, 0.5, MEMORY, MEMORY)
         return
     float_code, rows = DTYPE_CODES[torch.float32], (MEMORY, width)
     for residual, add_input, out in ((nothing, True, code), (rows, False, code), (rows, False, float_code)):

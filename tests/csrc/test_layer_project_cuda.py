@@ -5,7 +5,7 @@ The library's products, which run between the kernels on a GPU, are torch's here
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -38,7 +38,8 @@ CHUNK = 256
 
 @dataclass
 class Problem:
-    """Inputs of one call: rows `gap` elements apart, `offset` elements past an aligned address."""
+    """Inputs of one call: rows `gap` elements apart, `offset` elements past an aligned address.
+    parameter_dtype: float32, or that of x."""
 
     dtype: torch.dtype
     shape: tuple[int, int, int]
@@ -49,6 +50,7 @@ class Problem:
     offset: int = 0
     gap: int = 0
     mean: float = 0.0
+    parameter_dtype: torch.dtype = torch.float32
     memory: GuardedTensors = field(default_factory=GuardedTensors)
 
     def __post_init__(self) -> None:
@@ -60,16 +62,20 @@ class Problem:
 
         values = (self.mean + random(rows, taps, inputs + self.gap)).to(self.dtype)
         self.x = self.memory.of(values, self.offset)[:, :, :inputs]
-        self.weight = self.memory.of(random(taps, self.outputs, inputs) / max(inputs, 1) ** 0.5)
-        self.b = self.memory.of(random(taps, self.outputs)) if self.bias else None
-        self.gain = self.memory.of(1 + 0.1 * random(taps, inputs)) if self.norm else None
-        self.shift = self.memory.of(random(taps, inputs)) if self.norm and self.bias else None
+
+        def parameter(values: Tensor) -> Tensor:
+            return self.memory.of(values.to(self.parameter_dtype))
+
+        self.weight = parameter(random(taps, self.outputs, inputs) / max(inputs, 1) ** 0.5)
+        self.b = parameter(random(taps, self.outputs)) if self.bias else None
+        self.gain = parameter(1 + 0.1 * random(taps, inputs)) if self.norm else None
+        self.shift = parameter(random(taps, inputs)) if self.norm and self.bias else None
         self.grad = self.memory.of(random(rows, taps, self.outputs).to(self.dtype))
 
     @property
     def sizes(self) -> np.ndarray:
-        code = DTYPE_CODES[self.dtype]
-        return integers(code, *self.shape, self.outputs, ACTIVATION_CODES[self.activation])
+        codes = DTYPE_CODES[self.dtype], ACTIVATION_CODES[self.activation], DTYPE_CODES[self.parameter_dtype]
+        return integers(codes[0], *self.shape, self.outputs, *codes[1:])
 
     @property
     def strides(self) -> np.ndarray:
@@ -78,17 +84,24 @@ class Problem:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.memory.empty(shape, dtype)
 
-    def reference(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-        """The reference's output in `dtype`, and its gradients by name."""
-        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
-        leaves = {"x": self.x.detach().to(dtype)}
-        parameters = {
+    def of_parameters(self, *shape: int) -> Tensor:
+        """Memory for one of their gradients."""
+        return self.memory.empty(shape, self.parameter_dtype)
+
+    @property
+    def parameters(self) -> dict[str, Tensor | None]:
+        return {
             "weight": self.weight,
             "bias": self.b,
             "norm_weight": self.gain,
             "norm_bias": self.shift,
         }
-        leaves |= {name: p.detach().to(accumulate) for name, p in parameters.items() if p is not None}
+
+    def reference(self, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+        """The reference's output in `dtype`, and its gradients by name."""
+        accumulate = torch.float64 if dtype == torch.float64 else torch.float32
+        leaves = {"x": self.x.detach().to(dtype)}
+        leaves |= {name: p.detach().to(accumulate) for name, p in self.parameters.items() if p is not None}
         for leaf in leaves.values():
             leaf.requires_grad_()
         y = reference.layer_project(**leaves, eps=EPS, activation=self.activation)
@@ -118,11 +131,12 @@ def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2) ->
     y = problem.empty(rows, taps, outputs, dtype=dtype)
     value = problem.empty(rows if saves_value else 0, taps, outputs, dtype=dtype)
     stats = problem.empty(rows if problem.norm else 0, taps, 2)
-    folded_weight = problem.empty(taps, outputs, inputs, dtype=dtype)
+    as_it_is = not problem.norm and dtype == problem.parameter_dtype
+    folded_weight = problem.weight if as_it_is else problem.empty(taps, outputs, inputs, dtype=dtype)
     folded_bias = problem.empty(taps, outputs)
     folded_sum = problem.empty(taps if problem.norm else 0, outputs)
     parameters = map(pointer, (problem.weight, problem.b, problem.gain, problem.shift))
-    folded = map(pointer, (folded_weight, folded_bias, folded_sum))
+    folded = map(pointer, (None if as_it_is else folded_weight, folded_bias, folded_sum))
     kernels.call("project_fold", problem.sizes, *parameters, *folded, order=order)
     x = (problem.sizes, pointer(problem.x), problem.strides)
     if problem.norm:
@@ -227,16 +241,18 @@ def backward(
             x = problem.sizes, pointer(problem.x), problem.strides
             kernels.call("project_input_gradient", *x, *map(pointer, (saved.stats, pull, dx)), order=order)
         found["x"] = dx
-    d_weight = problem.empty(taps if need_product else 0, outputs, inputs)
+    d_weight = problem.of_parameters(taps if need_product else 0, outputs, inputs)
+    apart = problem.norm and problem.parameter_dtype != torch.float32
+    product = problem.empty(*d_weight.shape) if apart else d_weight
     if need_product:
-        d_weight.copy_(torch.einsum("nlo,nlc->loc", scaled.double(), problem.x.double()))
+        product.copy_(torch.einsum("nlo,nlc->loc", scaled.double(), problem.x.double()))
         found["weight"] = d_weight
-    found["bias"] = problem.empty(taps, outputs)
+    found["bias"] = problem.of_parameters(taps, outputs)
     norm_taps = taps if problem.norm else 0
-    d_gain, d_shift = problem.empty(norm_taps, inputs), problem.empty(norm_taps, inputs)
-    row_means = problem.empty(taps, outputs)
+    d_gain, d_shift = (problem.of_parameters(norm_taps, inputs) for _ in range(2))
+    row_sums = problem.empty(taps, outputs, 2)
     inputs_of_unfold = (partial_bias, problem.weight, problem.gain, problem.shift)
-    results = (d_weight, found["bias"], d_gain, d_shift, row_means)
+    results = (product if problem.norm else None, d_weight, found["bias"], d_gain, d_shift, row_sums)
     kernels.call("project_unfold", problem.sizes, *map(pointer, inputs_of_unfold + results), order=order)
     problem.memory.check()
     if problem.norm and need_product:
@@ -285,6 +301,37 @@ def test_backward_computes_what_is_asked_for(
 ) -> None:
     problem = Problem(torch.float32, (6, 2, 24), 16)
     check_backward(kernels, problem, need_x=need_x, need_product=need_product)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("shape", "outputs"), [((5, 2, 33), 7), ((30, 3, 64), 24), ((300, 1, 12), 9)])
+@pytest.mark.parametrize("dtype", HALF_DTYPES)
+def test_narrow_parameters(
+    kernels: simt_build.Library,
+    dtype: torch.dtype,
+    shape: tuple[int, int, int],
+    outputs: int,
+    norm: bool,
+    bias: bool,
+) -> None:
+    """Of the type of x: the bits are those of the same values in float32, and a gradient is rounded once."""
+    problem = Problem(dtype, shape, outputs, "silu", norm=norm, bias=bias, parameter_dtype=dtype)
+    wide = replace(problem, parameter_dtype=torch.float32, memory=GuardedTensors())
+    for name, parameter in problem.parameters.items():
+        target = wide.parameters[name]
+        if parameter is not None and target is not None:
+            target.copy_(parameter)
+    check_forward(kernels, problem)
+    found, expected = forward(kernels, problem), forward(kernels, wide)
+    for name in ("y", "value", "stats", "folded_weight", "folded_bias"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    gradients = backward(kernels, problem, need_x=True, need_product=True)
+    sums = backward(kernels, wide, need_x=True, need_product=True)
+    assert gradients.keys() == sums.keys()
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        assert torch.equal(gradient, sums[name].to(dtype)), name
 
 
 def test_results_are_the_same_in_all_thread_orders(kernels: simt_build.Library) -> None:

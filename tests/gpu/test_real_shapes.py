@@ -26,9 +26,15 @@ each_dtype = pytest.mark.parametrize(
 WIDTHS = (384, 512, 768, 1024, 1280, 1920, 2048)
 
 
-def check(spec: OpSpec, shape: Shape, dtype: torch.dtype, backend: str) -> None:
+def check(
+    spec: OpSpec, shape: Shape, dtype: torch.dtype, backend: str, parameters: torch.dtype | None = None
+) -> None:
+    """``parameters``: their dtype, by default that of the activations."""
+
     def make(seed: int) -> Call:
-        return spec.make(shape, dtype, torch.device("cuda"), generator_for(seed))
+        call = spec.make(shape, dtype, torch.device("cuda"), generator_for(seed))
+        names = set(call.differentiable) - set(spec.activations)
+        return call.mapped(lambda name, t: t.to(parameters or dtype) if name in names else t)
 
     check_against_reference(spec, make, backend)
 
@@ -64,3 +70,16 @@ def test_layer_project(width: int, dtype: torch.dtype, backend: str) -> None:
 def test_adapter(norm: bool, bottleneck: int, width: int, dtype: torch.dtype, backend: str) -> None:
     shape = {"N": (1057,), "D": width, "d": bottleneck, "norm": norm, "residual": "own", "activation": "gelu"}
     check(ADAPTER, shape, dtype, backend)
+
+
+@each_backend
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("op", ["adapter", "layer_project"])
+def test_float32_parameters_beside_half_precision(op: str, width: int, backend: str) -> None:
+    shape: dict[str, Any] = {"norm": True, "activation": "gelu"}
+    if op == "adapter":
+        shape |= {"N": (1057,), "D": width, "d": 64, "residual": "own"}
+        check(ADAPTER, shape, torch.bfloat16, backend, torch.float32)
+    else:
+        shape |= {"N": 447, "L": 5, "C": width, "O": 240}
+        check(LAYER_PROJECT, shape, torch.bfloat16, backend, torch.float32)

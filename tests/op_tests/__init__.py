@@ -21,7 +21,7 @@ from .running import backends, generator_for, poisoned_memory, value_and_gradien
 from .spec import DTYPES, Call, OpSpec, Shape, away_from_zero
 from .tolerance import assert_close_to_reference, check_against_reference
 from .torch_features import Autocast, BackendNames, Checkpointing, Compile, MetaTensors, Opcheck, Overwriting
-from .values import Fuzz, Gradcheck, ValuesAndGradients, WideParameters
+from .values import Fuzz, Gradcheck, NarrowParameters, ValuesAndGradients, WideParameters
 
 __all__ = [
     "BackendNames",
@@ -59,6 +59,7 @@ KINDS: tuple[type[OpTests], ...] = (
     InferenceTensors,
     Compile,
     WideParameters,
+    NarrowParameters,
     Autocast,
     MetaTensors,
     Checkpointing,

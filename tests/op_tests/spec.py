@@ -91,6 +91,12 @@ class OpSpec:
     #: Whether products run in the activations' dtype, so that wider parameters' gradients have its rounding.
     rounds_products: bool = False
 
+    #: (device, backend) -> parameters whose gradients in half precision may be a library's products, with its
+    #: rounding.
+    rounded_by_library: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)
+    #: Whether the op casts parameters of half precision to float32 before its kernels.
+    casts_parameters: bool = False
+
     def result_dtype(self, call: Call) -> torch.dtype:
         return call.tensors(self.activations[0])[0].dtype
 

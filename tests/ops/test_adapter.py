@@ -86,9 +86,14 @@ def eager(
 
 
 def raw(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
+    dtype = call.arguments["x"].dtype
+    return [found for of in sorted({dtype, accumulate_dtype(dtype)}, key=str) for found in raw_of(call, of)]
+
+
+def raw_of(call: Call, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
+    """With parameters of this dtype."""
     a = call.arguments
-    wide = accumulate_dtype(a["x"].dtype)
-    p = {name: None if a[name] is None else a[name].to(wide) for name in PARAMETERS}
+    p = {name: None if a[name] is None else a[name].to(dtype) for name in PARAMETERS}
     width = a["x"].shape[-1]
     x = a["x"].reshape(-1, width)
     residual = None if a["residual"] is None else a["residual"].reshape(-1, width)
@@ -154,6 +159,10 @@ SPEC = OpSpec(
     dynamic=({"N": (9,)}, {"N": (14,)}),
     activations=("x", "residual"),
     rounds_products=True,
+    rounded_by_library={
+        ("cuda", "native"): ("down_weight", "up_weight"),
+        ("cuda", "triton"): ("down_weight",),
+    },
     alone=alone,
     library_products=(("cuda", "native"), ("cpu", "triton"), ("cuda", "triton")),
 )
@@ -282,6 +291,19 @@ def test_saves_the_input_and_one_hidden_tensor(norm: bool, activation: str, eage
 
 
 @pytest.mark.parametrize("norm", [False, True])
+def test_a_model_of_half_precision_saves_no_wider_parameters(norm: bool) -> None:
+    rows, width, bottleneck = 256, 64, 16
+    arguments = {
+        name: value.detach().bfloat16().requires_grad_() if isinstance(value, Tensor) else value
+        for name, value in inputs(rows, width, bottleneck, norm).items()
+    }
+    x = arguments["x"] * 1
+    parameters = [arguments[name] for name in PARAMETERS if arguments[name] is not None]
+    found = saved_bytes(lambda: mmkernels.adapter(**{**arguments, "x": x, "residual": x}), parameters)
+    assert found == rows * (2 * (width + bottleneck) + 8 * norm)
+
+
+@pytest.mark.parametrize("norm", [False, True])
 def test_no_gradient_is_computed_for_frozen_parameters(norm: bool) -> None:
     call = make(
         {"N": (6,), "D": 8, "d": 4, "norm": norm}, torch.float32, torch.device("cpu"), torch.Generator()
@@ -341,6 +363,9 @@ class TestBadInput:
             (x, down[:, :7], None, up, None, None, None, *rest),
             (x, down, None, up[:7], None, None, None, *rest),
             (x, down.double(), None, up, None, None, None, *rest),
+            (x, down.bfloat16(), None, up.bfloat16(), None, None, None, *rest),
+            (x.bfloat16(), down, None, up.bfloat16(), None, None, None, *rest),
+            (x.bfloat16(), down.bfloat16(), torch.randn(4), up.bfloat16(), None, None, None, *rest),
             (x[0], down, None, up, None, None, None, *rest),
             (x, down, None, up, None, torch.randn(5, 7), None, *rest),
             (x, down, None, up, None, None, None, torch.randn(8), *rest[1:]),

@@ -98,6 +98,7 @@ def shapes(draw: Any) -> Shape:
 
 SPEC = OpSpec(
     name="layer_mix",
+    casts_parameters=True,
     function=mmkernels.layer_mix,
     reference=reference.layer_mix,
     eager=eager,

@@ -54,11 +54,15 @@ def eager(
 
 
 def raw(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
+    dtype = call.arguments["x"].dtype
+    return [found for of in sorted({dtype, accumulate_dtype(dtype)}, key=str) for found in raw_of(call, of)]
+
+
+def raw_of(call: Call, dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
+    """With parameters of this dtype."""
     a = call.arguments
-    wide = accumulate_dtype(a["x"].dtype)
-    parameters = [
-        None if a[p] is None else a[p].to(wide) for p in ("weight", "bias", "norm_weight", "norm_bias")
-    ]
+    names = ("weight", "bias", "norm_weight", "norm_bias")
+    parameters = [None if a[name] is None else a[name].to(dtype) for name in names]
     activation = ACTIVATION_CODES[a["activation"]]
     forward = (a["x"], *parameters, 1e-5, activation, True)
     y, preactivation, stats = torch.ops.mmkernels.layer_project_fwd(*forward)
@@ -117,6 +121,7 @@ SPEC = OpSpec(
     activations=("x",),
     library_products=(("cpu", "native"), ("cuda", "native"), ("cpu", "triton"), ("cuda", "triton")),
     rounds_products=True,
+    rounded_by_library={("cuda", "native"): ("weight",), ("cuda", "triton"): ("weight",)},
 )
 TestLayerProject = op_tests(SPEC)
 
@@ -201,6 +206,8 @@ class TestBadInput:
         for arguments in (
             (x, weight[:1], None, None, None, 1e-5, 1, False),
             (x, weight.double(), None, None, None, 1e-5, 1, False),
+            (x, weight.bfloat16(), None, None, None, 1e-5, 1, False),
+            (x.bfloat16(), weight.bfloat16(), torch.randn(2, 4), None, None, 1e-5, 1, False),
             (x[0], weight, None, None, None, 1e-5, 1, False),
             (x, weight, torch.randn(2, 3), None, None, 1e-5, 1, False),
             (x, weight, None, None, torch.randn(2, 8), 1e-5, 1, False),

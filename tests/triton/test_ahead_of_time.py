@@ -43,17 +43,23 @@ OF_ELEMENT_TYPE = {
     *("grad", "value", "scaled_grad", "addend", "dx"),
     *("left", "right", "up_weight", "hidden", "activated"),
 }
+PARAMETERS = {
+    *("weight", "bias", "norm_weight", "norm_bias", "up_bias"),
+    *("d_weight", "d_norm_weight", "d_norm_bias"),
+}
 INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
 INT64_POINTERS = {"table", "lengths"}
 
 
-def type_of(name: str, element: str) -> str:
+def type_of(name: str, element: str, parameter: str) -> str:
     if name in INTEGERS or name.endswith("_stride"):
         return "i32"
     if name in INT64_POINTERS:
         return "*i64"
     if name == "scale":
         return "fp32"
+    if name in PARAMETERS:
+        return f"*{parameter}"
     return f"*{element}" if name in OF_ELEMENT_TYPE else "*fp32"
 
 
@@ -66,11 +72,13 @@ def compile_kernel(
     num_warps: int = 4,
     num_stages: int = 3,
     size: int = 16,
+    parameter: str = "fp32",
 ) -> Any:
-    """As a launch compiles it for addresses that are multiples of 16, and sizes and strides like ``size``."""
+    """As a launch compiles it for addresses that are multiples of 16, and sizes and strides like ``size``.
+    ``parameter`` is the type of the parameters and of their gradients."""
     signature, fixed, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
-        kind = type_of(name, element)
+        kind = type_of(name, element, parameter)
         varies = kernel.params[position].do_not_specialize
         if name in constants or name in absent:
             signature[name] = "constexpr"
@@ -247,14 +255,17 @@ def test_row_kernels(element: str, capability: int, tmp_path: pathlib.Path) -> N
             mix.row_dots_kernel, capability, element, {**sizes, "LAYERS": 13}, num_warps=warps
         )
         check_resources(compiled, LEAST_SHARED, tmp_path)
-        compiled = compile_kernel(
-            norm_product.norm_product_fold_kernel,
-            capability,
-            element,
-            {"WIDTH": width, "BLOCK_C": block},
-            num_warps=warps,
-        )
-        check_resources(compiled, LEAST_SHARED, tmp_path)
+        for parameter, absent in product({"fp32", element}, ([], ["norm_weight", "folded_weight"])):
+            compiled = compile_kernel(
+                norm_product.norm_product_fold_kernel,
+                capability,
+                element,
+                {"WIDTH": width, "BLOCK_C": block},
+                absent,
+                num_warps=warps,
+                parameter=parameter,
+            )
+            check_resources(compiled, LEAST_SHARED, tmp_path)
 
 
 @each_capability
@@ -329,9 +340,12 @@ def test_project_gradients(element: str, capability: int, tmp_path: pathlib.Path
 
 
 @each_capability
-def test_project_unfold(capability: int, tmp_path: pathlib.Path) -> None:
+@each_element
+def test_project_unfold(element: str, capability: int, tmp_path: pathlib.Path) -> None:
     constants = {"OUTPUTS": 250, "BLOCK_O": norm_product.UNFOLD_ROWS, "BLOCK_C": norm_product.UNFOLD_COLUMNS}
-    compiled = compile_kernel(norm_product.norm_product_unfold_kernel, capability, "fp32", constants)
+    compiled = compile_kernel(
+        norm_product.norm_product_unfold_kernel, capability, element, constants, parameter=element
+    )
     check_resources(compiled, LEAST_SHARED, tmp_path)
 
 
@@ -376,6 +390,17 @@ def test_adapter_gradients_alone(asked: str, norm: bool) -> None:
     absent |= set() if asked == "dx" else {"folded_weight", "folded_bias"}
     absent |= set() if norm else {"stats"}
     compile_kernel(adapter.adapter_bwd_kernel, 90, "bf16", FUSED_BACKWARD, absent)
+
+
+@pytest.mark.parametrize("element", ["fp16", "bf16"])
+def test_adapter_bias_of_half_precision(element: str, tmp_path: pathlib.Path) -> None:
+    tile = adapter.fused_tile(adapter.FORWARD_TILES, torch.float16, 64)
+    options = constants_of(adapter.fused_options(tile, 768, 64)), ["stats"], tile.warps, tile.stages
+    constants = {**options[0], "ACTIVATION": ACTIVATION_CODES["gelu"]}
+    compiled = compile_kernel(
+        adapter.adapter_fwd_kernel, 90, element, constants, *options[1:], parameter=element
+    )
+    check_resources(compiled, SHARED_MEMORY[90], tmp_path)
 
 
 @pytest.mark.parametrize("norm", [False, True])

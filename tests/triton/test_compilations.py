@@ -3,6 +3,7 @@ keys that a launch on sm_90 would look up."""
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
@@ -56,20 +57,25 @@ def mix_step(frames: int, dtype: torch.dtype, width: int) -> None:
         mix.layer_mix_bwd(out, *arguments, stats, norm, True, need_affine, [0, 3])
 
 
-def project_step(rows: int, dtype: torch.dtype, width: int) -> None:
+def project_step(rows: int, dtype: torch.dtype, width: int, of: torch.dtype = torch.float32) -> None:
     x = torch.zeros(rows, 2, width, dtype=dtype)
-    norm = torch.ones(2, width), torch.zeros(2, width)
-    arguments = (x, torch.zeros(2, 48, width), torch.zeros(2, 48), *norm)
+    parameters = torch.zeros(2, 48, width), torch.zeros(2, 48), torch.ones(2, width), torch.zeros(2, width)
+    arguments = (x, *(parameter.to(of) for parameter in parameters))
     y, value, stats = project.layer_project_fwd(*arguments, 1e-5, GELU, True)
     project.layer_project_bwd(y, *arguments, value, stats, GELU, True, True, True)
 
 
-def adapter_step(rows: int, dtype: torch.dtype, width: int) -> None:
+def adapter_step(rows: int, dtype: torch.dtype, width: int, of: torch.dtype = torch.float32) -> None:
     x, residual = torch.zeros(2, rows, width, dtype=dtype).unbind()
-    down, up = (torch.zeros(32, width), torch.zeros(32)), (torch.zeros(width, 32), torch.zeros(width))
-    norm = torch.ones(width), torch.zeros(width)
+    zeros = functools.partial(torch.zeros, dtype=of)
+    down, up = (zeros(32, width), zeros(32)), (zeros(width, 32), zeros(width))
+    norm = torch.ones(width, dtype=of), zeros(width)
     out, hidden, stats = adapter.adapter_fwd(x, *down, *up, residual, *norm, 1.0, 1e-5, GELU, False, True)
     adapter.adapter_bwd(out, x, *down, up[0], *norm, hidden, stats, 1.0, GELU, False, True, True, True, True)
+
+
+def narrow_step(step: Callable[..., None], rows: int, dtype: torch.dtype, width: int) -> None:
+    step(rows, dtype, width, dtype)
 
 
 #: Step, width, frames: 1, multiples of 16, powers of two, and others.
@@ -78,6 +84,11 @@ CASES: dict[str, tuple[Callable[[int, torch.dtype, int], None], int, tuple[int, 
     "layer_mix of wide rows": (mix_step, mix.WIDEST_HELD_ROW + 16, (1, 2, 15, 16, 31, 48)),
     "layer_project": (project_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
     "adapter": (adapter_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
+    "layer_project of a half-precision model": (
+        functools.partial(narrow_step, project_step),
+        *(64, (1, 2, 15, 16, 31, 48)),
+    ),
+    "adapter of a half-precision model": (functools.partial(narrow_step, adapter_step), 64, (1, 2, 15, 16)),
 }
 
 

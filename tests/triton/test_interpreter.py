@@ -75,8 +75,12 @@ def wanting_as(call: Call, dtype: torch.dtype | None) -> Call:
     return copy
 
 
-def parameter(*shape: int, dtype: torch.dtype) -> Tensor:
+def wide_parameter(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+def narrow_parameter(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape).to(dtype)
 
 
 def mix_call(
@@ -95,10 +99,10 @@ def mix_call(
         buffer[row, length:] = math.nan
     arguments: dict[str, Any] = {
         "layers": [buffer[:, :, index] for index in range(layers)],
-        "weights": parameter(layers, dtype=dtype),
+        "weights": wide_parameter(layers, dtype=dtype),
         "norm": norm or affine,
-        "norm_weight": parameter(layers, width, dtype=dtype) if affine else None,
-        "norm_bias": parameter(layers, width, dtype=dtype) if affine else None,
+        "norm_weight": wide_parameter(layers, width, dtype=dtype) if affine else None,
+        "norm_bias": wide_parameter(layers, width, dtype=dtype) if affine else None,
         "lengths": None if lengths is None else torch.tensor(lengths),
     }
     return Call(arguments, ("layers", "weights", "norm_weight", "norm_bias")).detached()
@@ -236,7 +240,9 @@ def project_call(
     norm: bool = True,
     shifts: bool = True,
     mean: float = 0.0,
+    narrow: bool = False,
 ) -> Call:
+    parameter = narrow_parameter if narrow else wide_parameter
     x = (torch.randn(rows, taps, inputs, dtype=torch.float64) + mean).to(dtype)
     arguments: dict[str, Any] = {
         "x": x,
@@ -354,7 +360,9 @@ def adapter_call(
     mean: float = 0.0,
     residual: str = "input",
     scale: float = 0.7,
+    narrow: bool = False,
 ) -> Call:
+    parameter = narrow_parameter if narrow else wide_parameter
     x = (torch.randn(rows, width, dtype=torch.float64) + mean).to(dtype)
     down_bias = parameter(bottleneck, dtype=dtype)
     if activation == "relu":
@@ -457,6 +465,41 @@ def test_adapter_statistics_of_rows_that_start_apart() -> None:
     torch.testing.assert_close(stats.double(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("op", ["layer_project", "adapter"])
+@pytest.mark.parametrize(("norm", "shifts"), [(True, True), (True, False), (False, True), (False, False)])
+def test_narrow_parameters(op: str, norm: bool, shifts: bool) -> None:
+    """Of the dtype of x: the bits are those of the same values in float32, and a gradient is rounded once."""
+    function: Any
+    if op == "adapter":
+        function = functools.partial(adapter, backend="triton")
+        call = adapter_call(torch.float16, 70, 40, 12, norm=norm, shifts=shifts, residual="none", narrow=True)
+    else:
+        function = functools.partial(layer_project, backend="triton")
+        call = project_call(torch.float16, 70, 2, 40, 12, "gelu", norm=norm, shifts=shifts, narrow=True)
+    wide = call.detached(torch.float32)
+    wide = wide.with_arguments(x=call.arguments["x"])
+    grad = torch.randn(function(**call.arguments).shape).half()
+    with poisoned_memory():
+        out, gradients = value_and_gradients(function, call, grad)
+        expected, sums = value_and_gradients(function, wide, grad)
+    assert torch.equal(out, expected)
+    names = [name for name in call.differentiable if call.tensors(name)]
+    for name, found, total in zip(names, gradients, sums, strict=True):
+        assert found.dtype == torch.float16
+        if name in ("weight", "down_weight") and not norm:  # a product in half precision
+            torch.testing.assert_close(found.float(), total, rtol=1e-3, atol=1e-3)
+        else:
+            assert torch.equal(found, total.half()), name
+
+
+@half
+@pytest.mark.parametrize("norm", [False, True])
+def test_narrow_parameters_by_the_reference(norm: bool, dtype: torch.dtype) -> None:
+    for width, bottleneck in ((40, 12), (33, 257)):  # the second in steps
+        check_adapter(adapter_call(dtype, 20, width, bottleneck, norm=norm, narrow=True), dtype)
+    check_project(project_call(dtype, 20, 2, 40, 12, "silu", norm=norm, narrow=True), dtype)
+
+
 def raw_tensors(call: Call) -> list[Tensor | None]:
     """Arguments of the forward op before the numbers, ``x`` being the residual."""
     names = ("x", "down_weight", "down_bias", "up_weight", "up_bias", "", "norm_weight", "norm_bias")
@@ -525,8 +568,9 @@ def test_adapter_strided_inputs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(0, 8, 4), (4, 0, 4), (4, 8, 0)])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("residual", ["input", "none", "wide"])
-def test_adapter_of_nothing(shape: tuple[int, ...], norm: bool, residual: str) -> None:
-    call = adapter_call(torch.float16, *shape, norm=norm, residual=residual)
+@pytest.mark.parametrize("narrow", [False, True])
+def test_adapter_of_nothing(shape: tuple[int, ...], norm: bool, residual: str, narrow: bool) -> None:
+    call = adapter_call(torch.float16, *shape, norm=norm, residual=residual, narrow=narrow)
     out = adapter(**call.arguments, backend="triton")
     expected = adapter_reference.adapter(**call.arguments)
     torch.testing.assert_close(out, expected)
@@ -572,7 +616,8 @@ def test_adapter_rows_do_not_depend_on_their_number(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_fakes_tell_what_the_kernels_return(norm: bool) -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
     mix = mix_call(torch.bfloat16, 3, 17, affine=norm).detached(requires_grad=False).arguments
     names = ("layers", "weights", "norm_weight", "norm_bias", "lengths")
     forward = [mix[name] for name in names]
@@ -581,16 +626,16 @@ def test_fakes_tell_what_the_kernels_return(norm: bool) -> None:
     out, stats = MIX_OPS["triton"][0](*forward, norm, 1e-5, True)
     opcheck(MIX_OPS["triton"][1], (out, *forward, stats, norm, True, norm, [0, 2]))
 
-    project = (
-        project_call(torch.bfloat16, 3, 2, 5, 3, "gelu", norm=norm).detached(requires_grad=False).arguments
-    )
+    project = project_call(torch.bfloat16, 3, 2, 5, 3, "gelu", norm=norm, narrow=narrow)
+    project = project.detached(requires_grad=False).arguments
     tensors = [project[name] for name in ("x", "weight", "bias", "norm_weight", "norm_bias")]
     gelu = ACTIVATION_CODES["gelu"]
     opcheck(PROJECT_OPS["triton"][0], (*tensors, 1e-5, gelu, True))
     y, value, stats = PROJECT_OPS["triton"][0](*tensors, 1e-5, gelu, True)
     opcheck(PROJECT_OPS["triton"][1], (y, *tensors, value, stats, gelu, True, True, norm))
 
-    call = adapter_call(torch.bfloat16, 3, 5, 4, norm=norm, residual="wide").detached(requires_grad=False)
+    call = adapter_call(torch.bfloat16, 3, 5, 4, norm=norm, residual="wide", narrow=narrow)
+    call = call.detached(requires_grad=False)
     tensors = raw_tensors(call)
     tensors[5] = call.arguments["residual"]
     opcheck(ADAPTER_OPS["triton"][0], (*tensors, 0.7, 1e-5, gelu, False, True))

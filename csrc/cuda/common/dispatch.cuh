@@ -21,4 +21,13 @@ cudaError_t dispatch(DType dtype, Body&& body) {
   }
 }
 
+// Calls body(T{}, P{}) with the types of activations and parameters; P is float or T.
+template <class Body>
+cudaError_t dispatch(DType dtype, DType parameter_type, Body&& body) {
+  return dispatch(dtype, [&](auto element) {
+    if (parameter_type == DType::kFloat32) return body(element, float{});
+    return parameter_type == dtype ? body(element, element) : cudaErrorInvalidValue;
+  });
+}
+
 }  // namespace mmk

@@ -49,7 +49,7 @@ struct AdapterRows {
   int64_t row_stride;
 };
 
-// Contiguous, of the accumulation type of x; null where absent. norm_weight turns the LayerNorm on.
+// Contiguous; null where absent. norm_weight turns the LayerNorm on.
 struct AdapterParameters {
   const void* down_weight;  // [bottleneck, width]
   const void* down_bias;    // [bottleneck]
@@ -57,6 +57,7 @@ struct AdapterParameters {
   const void* up_bias;      // [width]
   const void* norm_weight;  // [width]
   const void* norm_bias;    // [width]
+  DType type;               // the accumulation type of x; on CUDA it may be that of x
 };
 
 namespace cpu {
@@ -170,15 +171,17 @@ AdapterTiles adapter_tiles(const AdapterShape& shape, bool hold, int64_t multipr
 // The plan for the current device; a cudaError_t.
 int adapter_tiles(const AdapterShape& shape, bool hold, AdapterTiles* tiles);
 
-// Folds the parameters in one launch. Vc is rounded to the type of x, so its rows sum to folded_sum instead
-// of 0; z = rstd * (x Vc^T - mean(x) folded_sum^T) + b' corrects for that.
+// Folds the parameters in one launch, and converts those that the other kernels read, if they must. Vc is
+// rounded to the type of x, so its rows sum to folded_sum instead of 0; z = rstd * (x Vc^T - mean(x)
+// folded_sum^T) + b' corrects for that.
 struct AdapterFold {
   AdapterShape shape;
-  AdapterParameters parameters;  // up_bias is not read
-  void* folded_weight;           // [bottleneck, width]  Vc, of x's type; null where the kernels read V itself
-  void* folded_bias;             // [bottleneck]         b'
-  void* folded_sum;              // [bottleneck]         sums of the rows of Vc; null without norm
-  void* up_weight;               // [width, bottleneck]  U, of x's type; null where the kernels read U itself
+  AdapterParameters parameters;
+  void* folded_weight;  // [bottleneck, width]  Vc, of x's type; null where the kernels read V itself
+  void* folded_bias;    // [bottleneck]         b', float
+  void* folded_sum;     // [bottleneck]         sums of the rows of Vc, float; null without norm
+  void* up_weight;      // [width, bottleneck]  U, of x's type; null where the kernels read U itself
+  void* up_bias;        // [width]              c, float; null where the kernels read c itself
 };
 
 // The whole forward pass in one kernel, with the parameters that adapter_fold wrote.
@@ -237,7 +240,7 @@ struct AdapterFinish {
   AdapterShape shape;
   double scale;
   const void* product;  // [rows, width] float
-  const void* bias;     // [width] or null
+  const void* bias;     // [width] float, or null
   AdapterRows addend;   // of out's type, or null
   AdapterRows x;
   const void* stats;  // [rows, 2], read with pull
@@ -262,6 +265,7 @@ struct AdapterUpBias {
   double scale;
   const void* partial;  // [chunks, width]
   void* d_up_bias;      // [width]
+  DType type;           // of d_up_bias
 };
 
 // Whether the fused kernels support a problem: half precision, dimensions of whole 16-byte vectors, and a

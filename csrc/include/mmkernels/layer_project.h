@@ -14,7 +14,8 @@
 //
 // The device's BLAS computes the products, except for the forward product in half precision on CUDA; the
 // functions here do everything around them. Tensors without strides are contiguous. Parameters, statistics
-// and sums are float, or double on the CPU; on CUDA x, y, z, their gradients and Vc have the type of x.
+// and sums are float, or double on the CPU; on CUDA x, y, z, their gradients and Vc have the type of x, and
+// parameters and their gradients float or the type of x.
 #pragma once
 
 #include <cstdint>
@@ -41,13 +42,15 @@ struct LayerProjectInput {
 
 struct LayerProjectFold {
   LayerProjectShape shape;
-  const void* weight;          // [L, C_out, C]
-  const void* bias;            // [L, C_out] or null
-  const void* norm_weight;     // [L, C]; with it, folded_weight is written
-  const void* norm_bias;       // [L, C] or null
-  void* folded_weight;         // [L, C_out, C]  Vc
-  void* folded_bias;           // [L, C_out]     b'
-  void* folded_sum = nullptr;  // [L, C_out] CUDA: sums of the rows of Vc; null without norm_weight
+  const void* weight;       // [L, C_out, C]
+  const void* bias;         // [L, C_out] or null
+  const void* norm_weight;  // [L, C]; with it, folded_weight is written
+  const void* norm_bias;    // [L, C] or null
+  void* folded_weight;      // [L, C_out, C]  Vc
+  void* folded_bias;        // [L, C_out]     b'
+  // CUDA only.
+  void* folded_sum = nullptr;              // [L, C_out] sums of the rows of Vc; null without norm_weight
+  DType parameter_type = DType::kFloat32;  // of the first four
 };
 
 struct LayerProjectStats {
@@ -95,11 +98,14 @@ struct LayerProjectUnfold {
   const void* weight;        // [L, C_out, C]
   const void* norm_weight;   // null without norm
   const void* norm_bias;
-  void* d_weight;             // [L, C_out, C] in: dVc, out: dW; null if not needed
-  void* d_bias;               // [L, C_out]
-  void* d_norm_weight;        // [L, C] or null
-  void* d_norm_bias;          // [L, C] or null
-  void* row_means = nullptr;  // CUDA: scratch [L, C_out]
+  void* d_weight;       // [L, C_out, C] dW, on the CPU in: dVc; null if not needed
+  void* d_bias;         // [L, C_out]
+  void* d_norm_weight;  // [L, C] or null
+  void* d_norm_bias;    // [L, C] or null
+  // CUDA only.
+  const void* product = nullptr;           // [L, C_out, C] dVc, float; it may be d_weight. Null without norm.
+  void* row_sums = nullptr;                // scratch [L, C_out, 2] float: db', and the mean of a row of dVc
+  DType parameter_type = DType::kFloat32;  // that of the parameters and of their gradients
 };
 
 // Rows are summed in chunks of this many, and the chunks are added in order.

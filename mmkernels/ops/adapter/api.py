@@ -102,8 +102,9 @@ def adapter(
     Args:
         x: ``(..., D)``. float32, float16, bfloat16; on the CPU float64 too. Any strides; copied once where
             the last dimension is not dense or the leading ones cannot be viewed as one.
-        down_weight: ``(d, D)``, as in ``torch.nn.Linear``. Parameters may have any floating dtype: they are
-            read in float32 (float64 for float64), and the products run in the dtype of ``x``.
+        down_weight: ``(d, D)``, as in ``torch.nn.Linear``. Parameters may have any floating dtype, and the
+            products run in the dtype of ``x``. The kernels read parameters in float32 (float64 for float64),
+            or all in the dtype of ``x``; any others are cast to float32 before.
         down_bias: ``(d,)`` or None.
         up_weight: ``(D, d)``.
         up_bias: ``(D,)`` or None.
@@ -126,7 +127,9 @@ def adapter(
     the value before the activation (rows x d), and 8 bytes of statistics per row with LayerNorm. ``x`` is
     kept, not copied: overwriting it before the backward pass is an error there. The gradients of float32
     parameters beside ``x`` in half precision are float32 sums of products in half precision, as under
-    autocast; ``x.float()`` makes them exact. On CUDA the compiled kernels sum these over tiles of rows that
+    autocast; ``x.float()`` makes them exact. Those of parameters in half precision are such sums, rounded
+    once; where a product of the BLAS is a gradient, as that of ``up_weight``, its rounding is that of
+    ``torch.nn.Linear``. On CUDA the compiled kernels sum these over tiles of rows that
     follow the GPU's multiprocessors and shared memory: between GPUs of different size, the gradients of
     ``down_bias``, ``up_bias``, ``norm_bias`` and, with ``norm_bias``, ``down_weight`` may differ by the
     rounding of float32 sums. Nothing else does, and one GPU repeats all bits. Forward mode, ``torch.func``
@@ -175,12 +178,10 @@ def adapter(
     add_input = residual is source and x is source
     rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.reshape(x.shape[:-1].numel(), x.shape[-1])
     others = None if residual is None or add_input else residual.reshape(rows.shape)
-    dtype = _common.accumulate_dtype(x.dtype)
-    down, down_shift, up, up_shift, gain, shift = (
-        p if p is None or p.dtype == dtype else p.to(dtype)
-        for p in (down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias)
+    *first, gain, shift = _common.as_ops_take_them(
+        rows, down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias
     )
-    tensors = (rows, down, down_shift, up, up_shift, others, gain, shift)
+    tensors = (rows, *first, others, gain, shift)
     constants = (float(scale), eps, _common.ACTIVATION_CODES[activation], add_input)
     if _common.needs_gradient(*tensors):
         out = _inference.apply(_Adapter, rows, backend, asked, *tensors, *constants)

@@ -1,5 +1,5 @@
-"""torch ops behind :func:`mmkernels.adapter`. ``x`` is ``(rows, width)``; parameters are of its accumulation
-type."""
+"""torch ops behind :func:`mmkernels.adapter`. ``x`` is ``(rows, width)``; parameters have one dtype, that of
+``x`` or its accumulation type, and so have their gradients."""
 
 from __future__ import annotations
 

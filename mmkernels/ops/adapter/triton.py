@@ -98,7 +98,7 @@ def store_sum(product, bias, addend, out, row, column, rows, addend_stride, scal
     used = column < columns
     inside = (row < rows)[:, None] & used[None, :]
     if bias is not None:
-        product += tl.load(bias + column, mask=used, other=0.0)[None, :]
+        product += tl.load(bias + column, mask=used, other=0.0).to(product.dtype)[None, :]
     total = product * scale
     if addend is not None:
         source = addend + row[:, None] * addend_stride + column[None, :]
@@ -312,7 +312,7 @@ class Inputs:
         if x.dim() != 2 or down_weight.dim() != 2:
             raise ValueError(f"x, down_weight: expected 2 dimensions, got {x.dim()} and {down_weight.dim()}")
         shape = (x.shape[1], down_weight.shape[0])
-        up_weight = expect("up_weight", up_weight, shape, accumulate_dtype(x.dtype), x.device)
+        up_weight = expect("up_weight", up_weight, shape, down_weight.dtype, x.device)
 
         def one_tap(parameter: Tensor | None) -> Tensor | None:
             return None if parameter is None else parameter.unsqueeze(0)
@@ -359,7 +359,7 @@ def adapter_fwd(
     args = Inputs.checked(x, down_weight, down_bias, up_weight, norm_weight, norm_bias, scale, activation)
     rows, width = x.shape
     accumulate = accumulate_dtype(x.dtype)
-    up_bias = expect_optional("up_bias", up_bias, (width,), accumulate, x.device)
+    up_bias = expect_optional("up_bias", up_bias, (width,), down_weight.dtype, x.device)
     if residual is not None:
         if add_input:
             raise ValueError("residual: expected None with add_input")
@@ -370,7 +370,8 @@ def adapter_fwd(
     hidden = x.new_empty((rows if save else 0, args.bottleneck))
     stats = x.new_empty((rows if save and norm_weight is not None else 0, 2), dtype=accumulate)
     if out.numel() == 0 or args.bottleneck == 0:
-        constant = up_weight.new_zeros(width) if up_bias is None else scale * up_bias
+        zeros = x.new_zeros(width, dtype=accumulate)
+        constant = zeros if up_bias is None else scale * up_bias.to(accumulate)
         out.copy_(constant if addend is None else addend + constant)
         return out, hidden.zero_(), stats.zero_()
 
@@ -507,12 +508,13 @@ def adapter_bwd(
         if need_x and add_input:
             dx.copy_(grad)
         if need_up:
-            torch.sum(grad, 0, dtype=accumulate, out=d_up_bias).mul_(scale)
+            write_up_bias(grad, scale, d_up_bias)
         return dx, d_down, d_down_bias, d_up, d_up_bias, d_gain, d_shift
 
     activated = x.new_empty((rows if need_up else 0, bottleneck))
     scaled_grad = x.new_empty((rows if need_product else 0, bottleneck))
-    row_gradients = RowGradients(dx, activated, scaled_grad, d_down_bias)
+    bias_sums = args.down.new_sums(*d_down_bias.shape)
+    row_gradients = RowGradients(dx, activated, scaled_grad, bias_sums)
     tile = fused_tile(BACKWARD_TILES, x.dtype, bottleneck)
     with on_device(x):
         if tile is None:
@@ -520,17 +522,23 @@ def adapter_bwd(
         else:
             write_row_gradients(args, tile, grad, hidden, stats, add_input, row_gradients)
         if need_product:
-            product = batched_product(scaled_grad.T[None], args.x[None], accumulate)
+            # dVc, from which a mean is taken, is not rounded before.
+            dtype = accumulate if args.down.norm else d_down.dtype
+            product = batched_product(scaled_grad.T[None], args.x[None], dtype)
             if args.down.norm:
                 _norm_product.unfold(
-                    args.down, product, d_down_bias[None], d_down[None], d_gain[None], d_shift[None]
+                    args.down, product, bias_sums[None], d_down[None], d_gain[None], d_shift[None]
                 )
             else:
                 d_down = product[0]
         if need_up:
-            d_up = batched_product(grad.T[None], activated[None], accumulate)[0].mul_(scale)
-            torch.sum(grad, 0, dtype=accumulate, out=d_up_bias).mul_(scale)
-    return dx, d_down, d_down_bias, d_up, d_up_bias, d_gain, d_shift
+            torch.mul(batched_product(grad.T[None], activated[None], accumulate)[0], scale, out=d_up)
+            write_up_bias(grad, scale, d_up_bias)
+    return dx, d_down, bias_sums.to(d_down_bias.dtype), d_up, d_up_bias, d_gain, d_shift
+
+
+def write_up_bias(grad: Tensor, scale: float, d_up_bias: Tensor) -> None:
+    torch.mul(torch.sum(grad, 0, dtype=accumulate_dtype(grad.dtype)), scale, out=d_up_bias)
 
 
 @dataclass(frozen=True)
@@ -541,7 +549,7 @@ class RowGradients:
     #: ``act(z)`` and ``s``, in the type of x: factors of the gradients of the matrices.
     activated: Tensor
     scaled_grad: Tensor
-    #: ``sum_r dz``.
+    #: ``sum_r dz``, in the type of sums.
     down_bias: Tensor
 
 
@@ -597,7 +605,7 @@ def write_row_gradients_in_steps(
     if not (need_x or need_product):
         return
 
-    da = args.down.weight.new_empty(hidden.shape)
+    da = args.down.new_sums(*hidden.shape)
     write_product(grad, args.up_weight.T, None, None, args.scale, da)
     scaled_grad = to.scaled_grad if need_product else torch.empty_like(hidden)
     folded_weight, folded_bias, _ = args.down.fold() if need_x else (None, None, None)

@@ -85,8 +85,9 @@ def layer_project(
         x: ``(N, L, C)``: N frames of L taps. float32, float16, bfloat16; on the CPU float64 too. Any strides;
             copied once where the last dimension is not dense.
         weight: ``(L, C_out, C)``, one matrix for each tap, laid out as in ``torch.nn.Linear``. Parameters may
-            have any floating dtype: they are read in float32 (float64 for float64), and the product runs in
-            the dtype of ``x``.
+            have any floating dtype, and the product runs in the dtype of ``x``. The kernels read parameters
+            in float32 (float64 for float64), or all in the dtype of ``x``; any others are cast to float32
+            before.
         bias: ``(L, C_out)``.
         norm_weight: ``(L, C)``: gain of a LayerNorm over C before the product. Without it there is no
             LayerNorm.
@@ -104,8 +105,10 @@ def layer_project(
     activation for gelu and silu), and 8 bytes of statistics per frame and tap. ``x`` is kept, not copied:
     overwriting it before the backward pass is an error there. The gradients of float32 parameters beside
     ``x`` in half precision are float32 sums of products in half precision, as under autocast; ``x.float()``
-    makes them exact. Forward mode, ``torch.func`` and gradients of gradients are the reference's: ``"auto"``
-    takes it by itself, a kernel asked for by name raises.
+    makes them exact. Those of parameters in half precision are such sums, rounded once; without a LayerNorm
+    that of ``weight`` is a product of the BLAS, whose rounding is that of ``torch.nn.Linear``. Forward mode,
+    ``torch.func`` and gradients of gradients are the reference's: ``"auto"`` takes it by itself, a kernel
+    asked for by name raises.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
@@ -128,8 +131,7 @@ def layer_project(
             x, weight, bias, norm_weight=norm_weight, norm_bias=norm_bias, eps=eps, activation=activation
         )
 
-    dtype = _common.accumulate_dtype(x.dtype)
-    arguments = (x, *(p if p is None else p.to(dtype) for p in (weight, bias, norm_weight, norm_bias)))
+    arguments = (x, *_common.as_ops_take_them(x, weight, bias, norm_weight, norm_bias))
     constants = (eps, _common.ACTIVATION_CODES[activation])
     if _common.needs_gradient(*arguments):
         return _inference.apply(_LayerProject, x, backend, asked, *arguments, *constants)

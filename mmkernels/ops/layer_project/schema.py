@@ -1,4 +1,5 @@
-"""torch ops behind :func:`mmkernels.layer_project`. Parameters are of the accumulation type of ``x``."""
+"""torch ops behind :func:`mmkernels.layer_project`. Parameters have one dtype, that of ``x`` or its
+accumulation type, and so have their gradients."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mmkernels.ops import _norm_product
@@ -29,7 +28,7 @@ def layer_project_fwd(
     save_value = save and activation not in OUTPUT_SUFFICES
     y = x.new_empty((rows, taps, outputs))
     preactivation = x.new_empty((rows if save_value else 0, taps, outputs))
-    stats = args.weight.new_empty((0 if norm_weight is None else rows, taps, 2))
+    stats = args.new_sums(0 if norm_weight is None else rows, taps, 2)
     returned = stats if save else stats.new_empty((0, taps, 2))
     if y.numel() == 0 or inputs == 0:
         returned.zero_()
@@ -64,7 +63,7 @@ def layer_project_bwd(
     grad = expect("grad", grad, (rows, taps, outputs), x.dtype, x.device)
     value = expect("value", value, (rows, taps, outputs), x.dtype, x.device)
     if norm_weight is not None:
-        stats = expect("stats", stats, (rows, taps, 2), args.weight.dtype, x.device)
+        stats = expect("stats", stats, (rows, taps, 2), args.accumulate, x.device)
     # The gain's gradient comes out of the product's, so the product is needed for either.
     need_product = need_weight or (need_norm and norm_weight is not None)
     new = args.weight.new_empty
@@ -78,7 +77,7 @@ def layer_project_bwd(
 
     need_x, need_product = dx.numel() > 0, d_weight.numel() > 0
     scaled_grad = x.new_empty(grad.shape)
-    pull = new((rows, taps)) if need_x and args.norm else None
+    pull = args.new_sums(rows, taps) if need_x and args.norm else None
     with on_device(x):
         folded_weight, folded_bias, _ = args.fold() if need_x else (None, None, None)
         wanted = scaled_grad if need_x or need_product else None
@@ -88,14 +87,11 @@ def layer_project_bwd(
         if need_x:
             _norm_product.write_input_gradient(args, scaled_grad, folded_weight, stats, pull, dx)
         if need_product:
-            product = weight_product(scaled_grad, args.x, d_weight.dtype)
+            # dVc, from which a mean is taken, is not rounded before.
+            dtype = args.accumulate if args.norm else d_weight.dtype
+            product = batched_product(scaled_grad.permute(1, 2, 0), args.x.transpose(0, 1), dtype)
             if args.norm:
                 _norm_product.unfold(args, product, d_bias, d_weight, d_norm_weight, d_norm_bias)
             else:
                 d_weight = product
-    return dx, d_weight, d_bias, d_norm_weight, d_norm_bias
-
-
-def weight_product(scaled_grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``g^T x`` of each tap; a mean will be taken from it, so it is not rounded to half precision first."""
-    return batched_product(scaled_grad.permute(1, 2, 0), x.transpose(0, 1), dtype)
+    return dx, d_weight, d_bias.to(weight.dtype), d_norm_weight, d_norm_bias

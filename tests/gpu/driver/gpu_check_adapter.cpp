@@ -18,8 +18,9 @@ struct Case {
   int64_t gap;              // elements between rows of x, residual and gradient
 };
 
-// Inputs and all results of the kernels, in double. Indices: r row, o hidden column, c column.
-template <class T>
+// Inputs and all results of the kernels, in double. P is the type of the parameters. Indices: r row, o hidden
+// column, c column.
+template <class T, class P>
 struct Problem {
   explicit Problem(const Case& given) : shape(given) {
     Random random(31);
@@ -29,12 +30,12 @@ struct Problem {
     added = residual == Residual::kInput ? x : random.normal(rows * width);
     added = residual == Residual::kFloat ? rounded<float>(added) : rounded<T>(added);
     if (residual == Residual::kNone) added.assign(added.size(), 0.0);
-    down = rounded<float>(random.normal(bottleneck * width, 0.0, 1.0 / std::sqrt(width)));
-    up = rounded<float>(random.normal(bottleneck * width, 0.0, 1.0 / std::sqrt(bottleneck)));
-    down_bias = rounded<float>(random.normal(bottleneck));
-    up_bias = rounded<float>(random.normal(width));
-    gain = rounded<float>(random.normal(norm ? width : 0, 1.0, 0.1));
-    shift = rounded<float>(random.normal(norm ? width : 0));
+    down = rounded<P>(random.normal(bottleneck * width, 0.0, 1.0 / std::sqrt(width)));
+    up = rounded<P>(random.normal(bottleneck * width, 0.0, 1.0 / std::sqrt(bottleneck)));
+    down_bias = rounded<P>(random.normal(bottleneck));
+    up_bias = rounded<P>(random.normal(width));
+    gain = rounded<P>(random.normal(norm ? width : 0, 1.0, 0.1));
+    shift = rounded<P>(random.normal(norm ? width : 0));
     folded_bias = down_bias;
     folded_down = down;
     folded_up = rounded<T>(up);
@@ -147,13 +148,13 @@ struct Problem {
   Values scaled, activated, pull, d_projected, dx, d_bias, d_up_bias;
 };
 
-template <class T>
+template <class T, class P>
 std::string name_of(const Case& c) {
   char text[128];
-  std::snprintf(text, sizeof text, "adapter %s (%lld, %lld) by %lld activation=%d norm=%d residual=%d ",
-                dtype_name<T>(), static_cast<long long>(c.rows), static_cast<long long>(c.width),
-                static_cast<long long>(c.bottleneck), static_cast<int>(c.activation), c.norm,
-                static_cast<int>(c.residual));
+  std::snprintf(text, sizeof text, "adapter %s, %s (%lld, %lld) by %lld activation=%d norm=%d residual=%d ",
+                dtype_name<T>(), dtype_name<P>(), static_cast<long long>(c.rows),
+                static_cast<long long>(c.width), static_cast<long long>(c.bottleneck),
+                static_cast<int>(c.activation), c.norm, static_cast<int>(c.residual));
   return text;
 }
 
@@ -178,9 +179,9 @@ struct DeviceRows {
 };
 
 // The parameters on the device, as given and as adapter_fold makes them.
-template <class T>
+template <class T, class P>
 struct Device {
-  explicit Device(const Problem<T>& problem)
+  explicit Device(const Problem<T, P>& problem)
       : x(problem.x, problem.shape),
         grad(problem.grad, problem.shape),
         same(problem.added, problem.shape),
@@ -194,19 +195,27 @@ struct Device {
         folded_down(count(problem.down)),
         folded_up(count(problem.up)),
         folded_bias(count(problem.down_bias)),
-        folded_sum(count(problem.folded_sum)) {}
+        folded_sum(count(problem.folded_sum)),
+        folded_up_bias(kFloat ? 0 : count(problem.up_bias)) {}
+
+  static constexpr bool kFloat = std::is_same_v<P, float>;
 
   static int64_t count(const Values& values) { return static_cast<int64_t>(values.size()); }
 
+  // As the kernels read it: float.
+  const void* bias_of_up() const {
+    return kFloat ? static_cast<const void*>(up_bias.data()) : folded_up_bias.data();
+  }
+
   DeviceRows<T> x, grad, same;
   DeviceRows<float> other;
-  DeviceArray<float> down, down_bias, up, up_bias, gain, shift;
+  DeviceArray<P> down, down_bias, up, up_bias, gain, shift;
   DeviceArray<T> folded_down, folded_up;
-  DeviceArray<float> folded_bias, folded_sum;
+  DeviceArray<float> folded_bias, folded_sum, folded_up_bias;
 };
 
-template <class T>
-AdapterRows residual_of(const Problem<T>& problem, const Device<T>& device) {
+template <class T, class P>
+AdapterRows residual_of(const Problem<T, P>& problem, const Device<T, P>& device) {
   switch (problem.shape.residual) {
     case Residual::kSame:
       return device.same.view();
@@ -217,30 +226,35 @@ AdapterRows residual_of(const Problem<T>& problem, const Device<T>& device) {
   }
 }
 
-template <class T>
-bool fuses(const Problem<T>& problem, const Device<T>& device) {
+template <class T, class P>
+bool fuses(const Problem<T, P>& problem, const Device<T, P>& device) {
   return cuda::adapter_fuses(dtype_of<T>(), problem.sizes()) && cuda::adapter_rows_fuse(device.x.view());
 }
 
-template <class T>
-void check_fold(Report& report, const Problem<T>& problem, const Device<T>& device) {
-  const std::string name = name_of<T>(problem.shape);
-  const AdapterParameters parameters = {device.down.data(), device.down_bias.data(),
-                                        device.up.data(),   nullptr,
-                                        device.gain.data(), device.shift.data()};
-  const cuda::AdapterFold args = {problem.sizes(),           parameters,
-                                  device.folded_down.data(), device.folded_bias.data(),
-                                  device.folded_sum.data(),  device.folded_up.data()};
+template <class T, class P>
+void check_fold(Report& report, const Problem<T, P>& problem, const Device<T, P>& device) {
+  const std::string name = name_of<T, P>(problem.shape);
+  const AdapterParameters parameters = {device.down.data(),    device.down_bias.data(), device.up.data(),
+                                        device.up_bias.data(), device.gain.data(),      device.shift.data(),
+                                        dtype_of<P>()};
+  const cuda::AdapterFold args = {problem.sizes(),
+                                  parameters,
+                                  device.folded_down.data(),
+                                  device.folded_bias.data(),
+                                  device.folded_sum.data(),
+                                  device.folded_up.data(),
+                                  device.folded_up_bias.data()};
   require(cuda::adapter_fold(dtype_of<T>(), args, nullptr), "fold");
   report.compare(name + "Vc", device.folded_down.values(), problem.folded_down, epsilon<T>() + 1e-6);
   report.compare(name + "b'", device.folded_bias.values(), problem.folded_bias, 1e-5);
   report.compare(name + "U", device.folded_up.values(), problem.folded_up, 0.0);
+  if (!device.kFloat) report.compare(name + "c", device.folded_up_bias.values(), problem.up_bias, 0.0);
 }
 
-template <class T, class Out>
-void check_forward(Report& report, const Problem<T>& problem, const Device<T>& device) {
+template <class T, class Out, class P>
+void check_forward(Report& report, const Problem<T, P>& problem, const Device<T, P>& device) {
   const Case& c = problem.shape;
-  const std::string name = name_of<T>(c);
+  const std::string name = name_of<T, P>(c);
   const DeviceArray<Out> out(c.rows * c.width);
   const DeviceArray<T> hidden(c.rows * c.bottleneck);
   const DeviceArray<float> stats(c.norm ? c.rows * 2 : 0);
@@ -256,7 +270,7 @@ void check_forward(Report& report, const Problem<T>& problem, const Device<T>& d
                                      device.folded_bias.data(),
                                      device.folded_sum.data(),
                                      device.folded_up.data(),
-                                     device.up_bias.data(),
+                                     device.bias_of_up(),
                                      out.data(),
                                      hidden.data(),
                                      stats.data()};
@@ -273,14 +287,15 @@ Values column_totals(const Values& partial, int64_t chunks, int64_t columns) {
   return result;
 }
 
-template <class T>
-void check_backward(Report& report, const Problem<T>& problem, const Device<T>& device) {
+template <class T, class P>
+void check_backward(Report& report, const Problem<T, P>& problem, const Device<T, P>& device) {
   const Case& c = problem.shape;
-  const std::string name = name_of<T>(c);
+  const std::string name = name_of<T, P>(c);
   const cuda::AdapterTiles tiles = problem.tiles();
   const DeviceArray<T> z(problem.z), dx(c.rows * c.width), activated(c.rows * c.bottleneck),
       scaled(c.rows * c.bottleneck);
-  const DeviceArray<float> stats(c.norm ? problem.stats : Values()), d_up_bias(c.width);
+  const DeviceArray<float> stats(c.norm ? problem.stats : Values());
+  const DeviceArray<P> d_up_bias(c.width);
   const DeviceArray<float> partial_bias(tiles.tiles() * c.bottleneck),
       partial_up_bias(tiles.column_sums() * c.width);
   const cuda::AdapterBackward args = {problem.sizes(),
@@ -300,8 +315,8 @@ void check_backward(Report& report, const Problem<T>& problem, const Device<T>& 
                                       partial_bias.data(),
                                       partial_up_bias.data()};
   require(cuda::adapter_backward(dtype_of<T>(), args, tiles, nullptr), "backward");
-  const cuda::AdapterUpBias sums = {c.width, tiles.column_sums(), kScale, partial_up_bias.data(),
-                                    d_up_bias.data()};
+  const cuda::AdapterUpBias sums = {c.width,          tiles.column_sums(), kScale, partial_up_bias.data(),
+                                    d_up_bias.data(), dtype_of<P>()};
   require(cuda::adapter_up_bias(sums, nullptr), "up_bias");
   const double root = std::sqrt(static_cast<double>(c.rows));
   report.compare(name + "dx", dx.values(), problem.dx, 2 * epsilon<T>() + 1e-4);
@@ -309,19 +324,20 @@ void check_backward(Report& report, const Problem<T>& problem, const Device<T>& 
   report.compare(name + "s", scaled.values(), problem.scaled, 2 * epsilon<T>() + 1e-5);
   report.compare(name + "d_bias", column_totals(partial_bias.values(), tiles.tiles(), c.bottleneck),
                  problem.d_bias, 1e-5, root);
-  report.compare(name + "d_up_bias", d_up_bias.values(), problem.d_up_bias, 1e-5, root);
+  report.compare(name + "d_up_bias", d_up_bias.values(), problem.d_up_bias, epsilon<P>() + 1e-5, root);
 }
 
 // The steps around library products; the products here are those of the reference.
-template <class T, class Out>
-void check_steps(Report& report, const Problem<T>& problem, const Device<T>& device) {
+template <class T, class Out, class P>
+void check_steps(Report& report, const Problem<T, P>& problem, const Device<T, P>& device) {
   const Case& c = problem.shape;
-  const std::string name = name_of<T>(c) + "step ";
+  const std::string name = name_of<T, P>(c) + "step ";
   const DType dtype = dtype_of<T>();
   const DeviceArray<T> z(problem.z), activated(c.rows * c.bottleneck), dx(c.rows * c.width);
   const DeviceArray<Out> out(c.rows * c.width);
   const DeviceArray<float> restored(problem.restored), d_projected(problem.d_projected), stats(problem.stats),
-      pull(problem.pull), d_up_bias(c.width);
+      pull(problem.pull);
+  const DeviceArray<P> d_up_bias(c.width);
   const bool add_input = c.residual == Residual::kInput;
   require(cuda::adapter_activate(dtype, {problem.sizes(), c.activation, kScale, z.data(), activated.data()},
                                  nullptr),
@@ -330,7 +346,7 @@ void check_steps(Report& report, const Problem<T>& problem, const Device<T>& dev
   cuda::AdapterFinish finish = {problem.sizes(),
                                 kScale,
                                 restored.data(),
-                                device.up_bias.data(),
+                                device.bias_of_up(),
                                 add_input ? device.x.view() : residual_of(problem, device),
                                 {nullptr, 0},
                                 nullptr,
@@ -355,15 +371,16 @@ void check_steps(Report& report, const Problem<T>& problem, const Device<T>& dev
   const DeviceArray<float> partial(chunks * c.width);
   require(cuda::adapter_column_sums(dtype, {problem.sizes(), device.grad.view(), partial.data()}, nullptr),
           "column sums");
-  require(cuda::adapter_up_bias({c.width, chunks, kScale, partial.data(), d_up_bias.data()}, nullptr),
+  require(cuda::adapter_up_bias({c.width, chunks, kScale, partial.data(), d_up_bias.data(), dtype_of<P>()},
+                                nullptr),
           "up_bias");
-  report.compare(name + "d_up_bias", d_up_bias.values(), problem.d_up_bias, 1e-5,
+  report.compare(name + "d_up_bias", d_up_bias.values(), problem.d_up_bias, epsilon<P>() + 1e-5,
                  std::sqrt(static_cast<double>(c.rows)));
 }
 
-template <class T, class Out>
-void check_kernels(Report& report, const Problem<T>& problem) {
-  const Device<T> device(problem);
+template <class T, class Out, class P>
+void check_kernels(Report& report, const Problem<T, P>& problem) {
+  const Device<T, P> device(problem);
   check_fold(report, problem, device);
   check_steps<T, Out>(report, problem, device);
   if (!fuses(problem, device)) return;
@@ -371,11 +388,13 @@ void check_kernels(Report& report, const Problem<T>& problem) {
   check_backward(report, problem, device);
 }
 
-template <class T>
+template <class T, class P>
 void check_case(Report& report, const Case& c) {
-  const Problem<T> problem(c);
-  if (c.residual == Residual::kFloat) return check_kernels<T, float>(report, problem);
-  check_kernels<T, T>(report, problem);
+  report.check(name_of<T, P>(c), [&] {
+    const Problem<T, P> problem(c);
+    if (c.residual == Residual::kFloat) return check_kernels<T, float>(report, problem);
+    check_kernels<T, T>(report, problem);
+  });
 }
 
 // Both tile heights, held and not, every padded bottleneck, partial tiles in every dimension and in the
@@ -398,9 +417,11 @@ constexpr Case kCases[] = {
 
 void check_adapter(Report& report) {
   for (const Case& c : kCases) {
-    report.check(name_of<float>(c), [&] { check_case<float>(report, c); });
-    report.check(name_of<__half>(c), [&] { check_case<__half>(report, c); });
-    report.check(name_of<__nv_bfloat16>(c), [&] { check_case<__nv_bfloat16>(report, c); });
+    check_case<float, float>(report, c);
+    check_case<__half, float>(report, c);
+    check_case<__half, __half>(report, c);
+    check_case<__nv_bfloat16, float>(report, c);
+    check_case<__nv_bfloat16, __nv_bfloat16>(report, c);
   }
 }
 

@@ -13,17 +13,18 @@ struct Case {
   int64_t offset;  // elements from an aligned address to x
 };
 
-// Inputs and all results of the kernels, in double. Indices: n row, l tap, o output, c input.
-template <class T>
+// Inputs and all results of the kernels, in double. P is the type of the parameters. Indices: n row, l tap, o
+// output, c input.
+template <class T, class P>
 struct Problem {
   explicit Problem(const Case& given) : shape(given) {
     Random random(23);
     const auto [rows, taps, inputs, outputs, activation, norm, offset] = given;
     x = rounded<T>(random.normal(rows * taps * inputs, 1.0));
-    weight = rounded<float>(random.normal(taps * outputs * inputs, 0.0, 1.0 / std::sqrt(inputs)));
-    bias = rounded<float>(random.normal(taps * outputs));
-    gain = rounded<float>(random.normal(norm ? taps * inputs : 0, 1.0, 0.1));
-    shift = rounded<float>(random.normal(norm ? taps * inputs : 0));
+    weight = rounded<P>(random.normal(taps * outputs * inputs, 0.0, 1.0 / std::sqrt(inputs)));
+    bias = rounded<P>(random.normal(taps * outputs));
+    gain = rounded<P>(random.normal(norm ? taps * inputs : 0, 1.0, 0.1));
+    shift = rounded<P>(random.normal(norm ? taps * inputs : 0));
     grad = rounded<T>(random.normal(rows * taps * outputs));
     folded_weight.resize(weight.size());
     folded_bias.resize(bias.size());
@@ -77,21 +78,21 @@ struct Problem {
   Values x, weight, bias, gain, shift, grad, folded_weight, folded_bias, stats, product, z;
 };
 
-template <class T>
+template <class T, class P>
 std::string name_of(const Case& c) {
   char text[128];
-  std::snprintf(text, sizeof text,
-                "layer_project %s (%lld, %lld, %lld) -> %lld activation=%d norm=%d offset=%lld ",
-                dtype_name<T>(), static_cast<long long>(c.rows), static_cast<long long>(c.taps),
-                static_cast<long long>(c.inputs), static_cast<long long>(c.outputs),
-                static_cast<int>(c.activation), c.norm, static_cast<long long>(c.offset));
+  std::snprintf(
+      text, sizeof text, "layer_project %s, %s (%lld, %lld, %lld) -> %lld activation=%d norm=%d offset=%lld ",
+      dtype_name<T>(), dtype_name<P>(), static_cast<long long>(c.rows), static_cast<long long>(c.taps),
+      static_cast<long long>(c.inputs), static_cast<long long>(c.outputs), static_cast<int>(c.activation),
+      c.norm, static_cast<long long>(c.offset));
   return text;
 }
 
 // The arrays of a call on the device.
-template <class T>
+template <class T, class P>
 struct Device {
-  explicit Device(const Problem<T>& problem)
+  explicit Device(const Problem<T, P>& problem)
       : x(shifted(problem.x, problem.shape.offset)),
         weight(problem.weight),
         bias(problem.bias),
@@ -111,20 +112,21 @@ struct Device {
   }
 
   DeviceArray<T> x;
-  DeviceArray<float> weight, bias, gain, shift;
+  DeviceArray<P> weight, bias, gain, shift;
   DeviceArray<T> folded_weight;
   DeviceArray<float> folded_bias, folded_sum, stats;
   LayerProjectInput input;
 };
 
-template <class T>
-void check_forward(Report& report, const Problem<T>& problem, const Device<T>& device) {
+template <class T, class P>
+void check_forward(Report& report, const Problem<T, P>& problem, const Device<T, P>& device) {
   const Case& c = problem.shape;
-  const std::string name = name_of<T>(c);
+  const std::string name = name_of<T, P>(c);
   const DType dtype = dtype_of<T>();
   const LayerProjectFold fold = {
-      problem.sizes(),     device.weight.data(),        device.bias.data(),        device.gain.data(),
-      device.shift.data(), device.folded_weight.data(), device.folded_bias.data(), device.folded_sum.data()};
+      problem.sizes(),           device.weight.data(),     device.bias.data(),
+      device.gain.data(),        device.shift.data(),      device.folded_weight.data(),
+      device.folded_bias.data(), device.folded_sum.data(), dtype_of<P>()};
   require(cuda::layer_project_fold(dtype, fold, nullptr), "fold");
   report.compare(name + "folded_weight", device.folded_weight.values(), problem.folded_weight,
                  epsilon<T>() + 1e-6);
@@ -155,10 +157,10 @@ void check_forward(Report& report, const Problem<T>& problem, const Device<T>& d
   report.compare(name + "y", y.values(), expected, tolerance);
 }
 
-template <class T>
-void check_gradient(Report& report, const Problem<T>& problem, const Device<T>& device) {
+template <class T, class P>
+void check_gradient(Report& report, const Problem<T, P>& problem, const Device<T, P>& device) {
   const Case& c = problem.shape;
-  const std::string name = name_of<T>(c);
+  const std::string name = name_of<T, P>(c);
   const int64_t rows = c.rows * c.taps;
   const Values z = rounded<T>(problem.z);
   Values g(z.size()), pull(c.norm ? rows : 0, 0.0), d_bias(c.taps * c.outputs, 0.0);
@@ -203,17 +205,34 @@ void check_gradient(Report& report, const Problem<T>& problem, const Device<T>& 
     report.compare(name + "dx", device_dx.values(), dx, epsilon<T>() + 1e-4);
   }
 
-  // Any dVc will do: take the weight.
-  const DeviceArray<float> d_weight(problem.weight), device_d_bias(c.taps * c.outputs),
-      row_means(c.taps * c.outputs);
-  const DeviceArray<float> d_gain(static_cast<int64_t>(problem.gain.size()));
-  const DeviceArray<float> d_shift(static_cast<int64_t>(problem.gain.size()));
-  const LayerProjectUnfold unfold = {
-      problem.sizes(),     chunks,          partial.data(),       device.weight.data(), device.gain.data(),
-      device.shift.data(), d_weight.data(), device_d_bias.data(), d_gain.data(),        d_shift.data(),
-      row_means.data()};
+  // Any dVc will do: take the weight. With float parameters dW replaces it.
+  const DeviceArray<float> dvc(problem.weight), row_sums(2 * c.taps * c.outputs);
+  const DeviceArray<P> apart(std::is_same_v<P, float> ? 0 : static_cast<int64_t>(problem.weight.size()));
+  const DeviceArray<P> device_d_bias(c.taps * c.outputs);
+  const DeviceArray<P> d_gain(static_cast<int64_t>(problem.gain.size()));
+  const DeviceArray<P> d_shift(static_cast<int64_t>(problem.gain.size()));
+  const auto d_weight = [&] {
+    if constexpr (std::is_same_v<P, float>) {
+      return &dvc;
+    } else {
+      return &apart;
+    }
+  }();
+  const LayerProjectUnfold unfold = {problem.sizes(),
+                                     chunks,
+                                     partial.data(),
+                                     device.weight.data(),
+                                     device.gain.data(),
+                                     device.shift.data(),
+                                     d_weight->data(),
+                                     device_d_bias.data(),
+                                     d_gain.data(),
+                                     d_shift.data(),
+                                     c.norm ? dvc.data() : nullptr,
+                                     row_sums.data(),
+                                     dtype_of<P>()};
   require(cuda::layer_project_unfold(unfold, nullptr), "unfold");
-  report.compare(name + "d_bias", device_d_bias.values(), d_bias, 1e-5,
+  report.compare(name + "d_bias", device_d_bias.values(), d_bias, epsilon<P>() + 1e-5,
                  std::sqrt(static_cast<double>(c.rows)));
   if (!c.norm) return;
   Values dw = problem.weight, expected_gain(problem.gain.size(), 0.0),
@@ -230,9 +249,9 @@ void check_gradient(Report& report, const Problem<T>& problem, const Device<T>& 
       dw[row * c.inputs + j] = (w - mean) * problem.gain[column] + d_bias[row] * problem.shift[column];
     }
   }
-  report.compare(name + "d_weight", d_weight.values(), dw, 1e-4);
-  report.compare(name + "d_norm_weight", d_gain.values(), expected_gain, 1e-4);
-  report.compare(name + "d_norm_bias", d_shift.values(), expected_shift, 1e-4);
+  report.compare(name + "d_weight", d_weight->values(), dw, epsilon<P>() + 1e-4);
+  report.compare(name + "d_norm_weight", d_gain.values(), expected_gain, epsilon<P>() + 1e-4);
+  report.compare(name + "d_norm_bias", d_shift.values(), expected_shift, epsilon<P>() + 1e-4);
 }
 
 // Whole and partial tiles in every dimension, both tile widths, one and two chunks of rows.
@@ -243,21 +262,25 @@ constexpr Case kCases[] = {
     {300, 1, 16, 8, Activation::kSilu, true, 0},   {2, 1, 4104, 8, Activation::kNone, true, 0},
 };
 
-template <class T>
+template <class T, class P>
 void check_case(Report& report, const Case& c) {
-  const Problem<T> problem(c);
-  const Device<T> device(problem);
-  check_forward(report, problem, device);
-  check_gradient(report, problem, device);
+  report.check(name_of<T, P>(c), [&] {
+    const Problem<T, P> problem(c);
+    const Device<T, P> device(problem);
+    check_forward(report, problem, device);
+    check_gradient(report, problem, device);
+  });
 }
 
 }  // namespace
 
 void check_layer_project(Report& report) {
   for (const Case& c : kCases) {
-    report.check(name_of<float>(c), [&] { check_case<float>(report, c); });
-    report.check(name_of<__half>(c), [&] { check_case<__half>(report, c); });
-    report.check(name_of<__nv_bfloat16>(c), [&] { check_case<__nv_bfloat16>(report, c); });
+    check_case<float, float>(report, c);
+    check_case<__half, float>(report, c);
+    check_case<__half, __half>(report, c);
+    check_case<__nv_bfloat16, float>(report, c);
+    check_case<__nv_bfloat16, __nv_bfloat16>(report, c);
   }
 }
 
