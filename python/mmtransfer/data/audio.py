@@ -1,11 +1,14 @@
-"""Audio files to mono float32 arrays at a given rate."""
+"""Audio files, on disk or inside something else, to mono float32 arrays at a given rate."""
 
 from __future__ import annotations
 
+import abc
+import io
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -27,16 +30,42 @@ _LOUDEST = 100.0
 _BLOCK_FRAMES = 1 << 18
 
 
-def duration(path: Path) -> float:
-    """Seconds of audio in `path`, from its header; DataError if unreadable, empty or under 25 ms."""
-    with _open(path) as file:
-        return _seconds(path, file)
+class StoredAudio(abc.ABC):
+    """An audio file that is kept inside something else, such as a row of a table; `str()` names it."""
+
+    @abc.abstractmethod
+    def open(self) -> BinaryIO:
+        """The encoded bytes, as a file that can be sought in."""
+
+
+class _Bytes(StoredAudio):
+    def __init__(self, content: bytes) -> None:
+        self._content = content
+
+    def __str__(self) -> str:
+        return "the audio in the given bytes"
+
+    def open(self) -> BinaryIO:
+        return io.BytesIO(self._content)
+
+
+def open_bytes(source: Path | StoredAudio) -> BinaryIO:
+    """The encoded bytes of a file."""
+    return source.open() if isinstance(source, StoredAudio) else source.open("rb")
+
+
+def duration(source: Path | StoredAudio) -> float:
+    """Seconds of audio in `source`, from its header; DataError if unreadable, empty or under 25 ms."""
+    with _open(source) as file:
+        return _seconds(source, file)
 
 
 def read_audio(
-    path: str | Path, sample_rate: int = SAMPLE_RATE, max_seconds: float | None = None
+    source: str | Path | bytes | StoredAudio,
+    sample_rate: int = SAMPLE_RATE,
+    max_seconds: float | None = None,
 ) -> np.ndarray:
-    """Decode `path`, average its channels and resample.
+    """Decode a file, given by its path or as its encoded bytes, average its channels and resample.
 
     Any format and codec that libsndfile reads, whatever the suffix. Returns a float32 array `(samples,)` at
     `sample_rate` Hz, at most `max_seconds` long. DataError, naming the file, if it cannot be decoded, is
@@ -46,20 +75,23 @@ def read_audio(
     if not sample_rate > 0:
         raise ValueError(f"sample_rate must be positive, got {sample_rate}")
     check_max_seconds(max_seconds)
-    path = Path(path)
-    with _open(path) as file:
-        _seconds(path, file)
+    if isinstance(source, bytes):
+        source = _Bytes(source)
+    elif not isinstance(source, StoredAudio):
+        source = Path(source)
+    with _open(source) as file:
+        _seconds(source, file)
         rate = file.samplerate
         wanted = file.frames if max_seconds is None else min(file.frames, round(max_seconds * rate))
-        samples = _decode(path, file, wanted)
+        samples = _decode(source, file, wanted)
     if (wanted - len(samples)) / rate > _SLACK_SECONDS or not len(samples):
         raise DataError(
-            f"{path} breaks off after {len(samples) / rate:.1f} of {wanted / rate:.1f} s; "
+            f"{source} breaks off after {len(samples) / rate:.1f} of {wanted / rate:.1f} s; "
             "re-export the file or leave it out"
         )
     wrong = _wrong_values(samples)
     if wrong:
-        raise DataError(f"{path} {wrong}; re-export the file or leave it out")
+        raise DataError(f"{source} {wrong}; re-export the file or leave it out")
     return resample(samples, rate, sample_rate)
 
 
@@ -96,31 +128,36 @@ def check_max_seconds(max_seconds: float | None) -> None:
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[soundfile.SoundFile]:
-    try:
-        # Bytes, for names that are not UTF-8; the TypeError is soundfile's for a name that ends in .raw.
-        file = soundfile.SoundFile(os.fsencode(path))
-    except (soundfile.SoundFileError, OSError, TypeError) as error:
-        raise _unreadable(path, error) from error
-    with file:
+def _open(source: Path | StoredAudio) -> Iterator[soundfile.SoundFile]:
+    with ExitStack() as stack:
+        try:
+            if isinstance(source, StoredAudio):
+                stream = stack.enter_context(source.open())
+                file = stack.enter_context(soundfile.SoundFile(stream))
+            else:
+                # Bytes, for names that are not UTF-8.
+                file = stack.enter_context(soundfile.SoundFile(os.fsencode(source)))
+        # The TypeError is soundfile's for a name that ends in .raw.
+        except (soundfile.SoundFileError, OSError, TypeError) as error:
+            raise _unreadable(source, error) from error
         yield file
 
 
-def _seconds(path: Path, file: soundfile.SoundFile) -> float:
+def _seconds(source: Path | StoredAudio, file: soundfile.SoundFile) -> float:
     """The length in the header of `file`; DataError if it is none that can be used."""
     seconds = file.frames / file.samplerate
     if seconds == 0:
-        raise DataError(f"{path} is empty (0 samples); remove it from the data set")
+        raise DataError(f"{source} is empty (0 samples); remove it from the data set")
     if seconds < MIN_SECONDS:
         raise DataError(
-            f"{path} lasts {seconds * 1e3:.1f} ms; clips must last at least {MIN_SECONDS * 1e3:.0f} ms"
+            f"{source} lasts {seconds * 1e3:.1f} ms; clips must last at least {MIN_SECONDS * 1e3:.0f} ms"
         )
     if seconds > _MAX_SECONDS:
-        raise DataError(f"{path} does not say how long it is; re-export the file or leave it out")
+        raise DataError(f"{source} does not say how long it is; re-export the file or leave it out")
     return seconds
 
 
-def _decode(path: Path, file: soundfile.SoundFile, frames: int) -> np.ndarray:
+def _decode(source: Path | StoredAudio, file: soundfile.SoundFile, frames: int) -> np.ndarray:
     """Up to `frames` samples, the mean of the channels, float32 (samples,)."""
     blocks = []
     while frames > 0:
@@ -130,7 +167,7 @@ def _decode(path: Path, file: soundfile.SoundFile, frames: int) -> np.ndarray:
             block = file.read(count, dtype="float32", always_2d=True)
         except soundfile.SoundFileError as error:
             reason = _one_line(error)
-            raise DataError(f"{path} is damaged ({reason}); re-export the file or leave it out") from error
+            raise DataError(f"{source} is damaged ({reason}); re-export the file or leave it out") from error
         with np.errstate(invalid="ignore"):  # infinities of both signs are refused later
             blocks.append(block.mean(axis=1, dtype=np.float32))
         frames = frames - count if len(block) == count else 0
@@ -147,10 +184,12 @@ def _wrong_values(samples: np.ndarray) -> str | None:
     return None
 
 
-def _unreadable(path: Path, error: Exception) -> DataError:
-    if not path.exists():
-        return DataError(f"{path} does not exist; correct the path or remove its entry")
-    return DataError(f"{path} cannot be read as audio ({_one_line(error)}); use {', '.join(SUFFIXES)} files")
+def _unreadable(source: Path | StoredAudio, error: Exception) -> DataError:
+    if isinstance(source, Path) and not source.exists():
+        return DataError(f"{source} does not exist; correct the path or remove its entry")
+    return DataError(
+        f"{source} cannot be read as audio ({_one_line(error)}); use {', '.join(SUFFIXES)} files"
+    )
 
 
 def _one_line(error: Exception) -> str:

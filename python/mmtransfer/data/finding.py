@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from .errors import DataError
 from .names import composed
+
+
+def check_no_address(path: str, place: str) -> None:
+    """DataError, with the `place` that has it, if `path` is an address on a network."""
+    if re.match(r"[A-Za-z][\w+.-]+://", path.strip()):
+        raise DataError(f"{place} has the address {path.strip()}; download the file and give its path")
 
 
 class Finder:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from .audio import SUFFIXES
 from .building import build
-from .errors import DataError, counted
+from .errors import DataError
 from .layout import Labelled, arrange
 from .names import is_text, normal
 from .recordings import Recordings
 from .rows import Row, identity, relative_name
-from .tree import Place, count_suffixes, read_tree
+from .tree import Place, count_suffixes, count_unused, read_tree
 from .unusable import Unusable
 
 _logger = logging.getLogger(__name__)
@@ -47,11 +47,7 @@ def from_folder(
         )
     clips, ignored = arrange(tree)
     rows, repeated = _once(root, clips)
-    ignored += count_suffixes(tree.others)
-    if tree.hidden:
-        ignored.append(f"{tree.hidden} hidden")
-    if links := repeated + tree.repeated:
-        ignored.append(counted(links, "link to what is used already", "links to what is used already"))
+    ignored += count_suffixes(tree.others) + count_unused(tree, repeated)
     name = Path(os.path.abspath(root)).name
     return build(
         name, rows, ignored=ignored, unusable=Unusable(strict), test_fraction=test_fraction, seed=seed

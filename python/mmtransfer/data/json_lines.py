@@ -33,7 +33,7 @@ def read_json_lines(path: Path) -> Table:
 
 
 def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(lines(read_text(path, "JSON lines")), start=1):
+    for number, line in enumerate(lines(read_text(path, "JSON lines manifest")), start=1):
         if not line.strip():
             continue
         try:

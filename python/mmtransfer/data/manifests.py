@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 from .building import build
 from .columns import Kind, check_kind, find_column
 from .errors import DataError, counted, first, shortened
-from .finding import Finder
+from .finding import Finder, check_no_address
 from .json_lines import JSON_SUFFIXES, read_json_lines
 from .names import SPLIT_COLUMNS, VALIDATION, is_text, normal, part_of, transcript
 from .recordings import SPLITS, Recordings
@@ -207,7 +206,8 @@ def _rows(manifest: Path, lines: Sequence[_Line], kind: str, unusable: Unusable)
     rows, missing = [], []
     listed: dict[tuple[int, int], int] = {}
     for line in lines:
-        file = _find(manifest, finder, line)
+        check_no_address(line.path, f"{manifest} line {line.number}")
+        file = finder.find(line.path)
         if file is None:
             missing.append(f"line {line.number}: {manifest.parent / line.path.strip()}")
             continue
@@ -230,12 +230,3 @@ def _rows(manifest: Path, lines: Sequence[_Line], kind: str, unusable: Unusable)
             f"{manifest} lists {first(missing, 'missing file', 'missing files')}; correct the paths"
         )
     return rows
-
-
-def _find(manifest: Path, finder: Finder, line: _Line) -> Path | None:
-    if re.match(r"[A-Za-z][\w+.-]+://", line.path.strip()):
-        raise DataError(
-            f"{manifest} line {line.number} has the address {line.path.strip()}; "
-            "download the file and give its path"
-        )
-    return finder.find(line.path)

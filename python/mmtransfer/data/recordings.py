@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .audio import SAMPLE_RATE, check_max_seconds, check_samples, read_audio, resample
+from .audio import SAMPLE_RATE, StoredAudio, check_max_seconds, check_samples, read_audio, resample
 from .errors import DataError, first
 
 SPLITS = ("train", "test")
@@ -16,7 +16,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """One recording: a file, or float32 samples at 16 kHz.
+    """One recording: a file, on disk or inside a data set, or float32 samples at 16 kHz.
 
     Attributes:
         source: the file or the samples.
@@ -26,7 +26,7 @@ class Clip:
         speaker: who speaks, if that is known.
     """
 
-    source: Path | np.ndarray
+    source: Path | StoredAudio | np.ndarray
     label: int | None
     seconds: float
     text: str | None = None
@@ -85,7 +85,7 @@ class Recordings:
         DataError for a file as in `read_audio`, and for samples that are not one finite channel between -1
         and 1; TypeError for samples that are not floating-point.
         """
-        if isinstance(clip.source, Path):
+        if isinstance(clip.source, (Path, StoredAudio)):
             return read_audio(clip.source, sample_rate, max_seconds)
         check_max_seconds(max_seconds)
         try:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from .audio import StoredAudio
 from .names import composed
 
 
@@ -23,7 +24,7 @@ class Row:
         place: where it is listed, for the beginning of messages.
     """
 
-    source: Path
+    source: Path | StoredAudio
     name: str
     split: str
     label: str | None = None

@@ -36,7 +36,7 @@ def read_table(path: Path) -> Table:
     Lines without text are left out, and empty cells stand for those that a line lacks. DataError, with the
     line, if the file cannot be read, is not UTF-8, or has quotes that do not match.
     """
-    text = read_text(path, "CSV")
+    text = read_text(path, "CSV manifest")
     records = list(_records(path, text, _delimiter(text)))
     used = [(line, cells) for line, cells in records if not cells[0].startswith("#")]
     if not used:
@@ -53,7 +53,7 @@ def column_name(text: str) -> str:
 
 def read_text(path: Path, kind: str) -> str:
     """The text of a UTF-8 file without a byte order mark; DataError if it is none, or cannot be read."""
-    problem = f"{path} cannot be read as a {kind} manifest"
+    problem = f"{path} cannot be read as a {kind}"
     try:
         content = path.read_bytes()
     except OSError as error:

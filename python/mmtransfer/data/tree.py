@@ -101,6 +101,14 @@ def count_suffixes(places: Iterable[Place], most: int = 6) -> list[str]:
     return [*shown, counted(rest, "file of other types", "files of other types")] if rest else shown
 
 
+def count_unused(tree: Tree, repeated: int) -> list[str]:
+    """Hidden entries, and the links that lead to what is there already: `repeated` files, and folders."""
+    counts = [f"{tree.hidden} hidden"] if tree.hidden else []
+    if links := repeated + tree.repeated:
+        counts.append(counted(links, "link to what is used already", "links to what is used already"))
+    return counts
+
+
 def _entries(folder: Path) -> list[tuple[str, bool]]:
     try:
         with os.scandir(folder) as entries:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import torch
 from torch.nn import functional as F
@@ -215,7 +215,7 @@ def _faults(taps: Taps, chosen: Sequence[int]) -> dict[int, int]:
 
 def clip_name(clip: Clip, index: int | None = None) -> str:
     """A clip in messages: its file, or its place."""
-    if isinstance(clip.source, Path):
+    if not isinstance(clip.source, np.ndarray):
         return str(clip.source)
     return "a generated clip" if index is None else f"clip {index}"
 

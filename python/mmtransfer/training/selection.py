@@ -48,7 +48,7 @@ def digest(recordings: Recordings) -> str:
     for part in (recordings.train, recordings.validation, recordings.test):
         rows = [
             (
-                clip.source.name if isinstance(clip.source, Path) else None,
+                os.path.basename(clip_name(clip)),
                 round(clip.seconds, 3),
                 clip.text if clip.label is None else recordings.classes[clip.label],
             )
@@ -91,18 +91,12 @@ def _rows(clips: Sequence[Clip]) -> list[Row]:
     root = Path(os.path.commonpath([file.absolute().parent for file in files])) if files else Path()
     rows = []
     for index, clip in enumerate(clips):
-        is_file = isinstance(clip.source, Path)
-        source = clip.source if isinstance(clip.source, Path) else Path(f"clip {index}")
-        rows.append(
-            Row(
-                source,
-                relative_name(source.absolute(), root) if is_file else str(source),
-                split="",
-                label=None if clip.label is None else str(clip.label),
-                text=clip.text,
-                speaker=clip.speaker,
-            )
-        )
+        source = clip.source
+        is_file = isinstance(source, Path)
+        name = relative_name(source.absolute(), root) if is_file else clip_name(clip, index)
+        label = None if clip.label is None else str(clip.label)
+        place = source if is_file else Path(name)
+        rows.append(Row(place, name, split="", label=label, text=clip.text, speaker=clip.speaker))
     return rows
 
 
