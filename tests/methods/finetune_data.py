@@ -23,7 +23,7 @@ SYMBOLS = ("<pad>", "<s>", "</s>", "<unk>", "|", "A", "B", "C", "D", "E")
 
 
 def write_model(folder: Path, head: bool = False, name: str = "wav2vec2", **changes: Any) -> Path:
-    """The folder of a tiny random model with its feature extractor; with `head`, of ...ForCTC and its tokenizer."""
+    """A tiny random model with its feature extractor; with `head`, one for CTC with its tokenizer."""
     options = {**FRAMES, **PLAIN, "vocab_size": len(SYMBOLS), "pad_token_id": 0, **changes}
     model: Any = TINY[name].build(head=head, **options)
     model.save_pretrained(folder)
@@ -64,11 +64,11 @@ def write_speech(folder: Path, recordings: Recordings | None = None) -> Path:
 def write_tones(folder: Path) -> Path:
     """A manifest of two classes of tones, CSV."""
     lines = ["path,label,split"]
-    for part, takes in (("train", 6), ("validation", 2), ("test", 2)):
+    for shift, (part, takes) in enumerate((("train", 6), ("validation", 2), ("test", 2))):
         for label, base in (("high", 3000.0), ("low", 200.0)):
             for take in range(takes):
                 name = f"{label}-{part}{take}.wav"
-                write_clip(folder / name, base + 7 * take, 0.2 + 0.01 * take)
+                write_clip(folder / name, base + 7 * take + 2 * shift, 0.2 + 0.01 * take)
                 lines.append(f"{name},{label},{part}")
     (folder / "tones.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder / "tones.csv"

@@ -53,7 +53,7 @@ class TrainResult:
     """The outcome of a run.
 
     Attributes:
-        loss: mean training loss of the last epoch.
+        loss: mean training loss of the last epoch, or of the steps behind a state within it.
         seconds_per_epoch: median of the whole epochs; of a run that ends within the first, in proportion.
         seconds: of training in all, evaluations and checkpoints excluded.
         steps: of the optimiser.

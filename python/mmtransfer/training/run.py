@@ -52,7 +52,7 @@ class FinetuneResult:
         metric: name of the score that counts.
         curve: the evaluations during training.
         steps, seconds: of training; evaluations take no part in the seconds.
-        loss: mean training loss of the last epoch.
+        loss: mean training loss of the last epoch, or of the steps behind a state within it.
         stopped: whether training ended early.
         notes: sentences on what was left out.
         earlier: whether the folder had this result already, and nothing was done.

@@ -91,12 +91,11 @@ def _rows(clips: Sequence[Clip]) -> list[Row]:
     root = Path(os.path.commonpath([file.absolute().parent for file in files])) if files else Path()
     rows = []
     for index, clip in enumerate(clips):
-        source = clip.source
-        is_file = isinstance(source, Path)
-        name = relative_name(source.absolute(), root) if is_file else clip_name(clip, index)
+        name = clip_name(clip, index)
+        if isinstance(clip.source, Path):
+            name = relative_name(clip.source.absolute(), root)
         label = None if clip.label is None else str(clip.label)
-        place = source if is_file else Path(name)
-        rows.append(Row(place, name, split="", label=label, text=clip.text, speaker=clip.speaker))
+        rows.append(Row(Path(name), name, split="", label=label, text=clip.text, speaker=clip.speaker))
     return rows
 
 
@@ -145,6 +144,7 @@ def _count_unknown(recordings: Recordings, task: Task, findings: Findings) -> No
         listed = ", ".join(f"{character!r} {count}" for character, count in counts.most_common(_SHOWN))
         more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
         findings.add(
-            f"{counted(clips, 'transcript')} of {recordings.name} have characters outside the alphabet "
-            f"({listed}{more}), which are left out in training and count as errors in scores"
+            f"{counted(clips, 'transcript')} of {recordings.name} {'has' if clips == 1 else 'have'} "
+            f"characters outside the alphabet ({listed}{more}), which are left out in training and count as "
+            "errors in scores"
         )
