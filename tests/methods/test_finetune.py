@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import psutil
@@ -17,11 +18,13 @@ import torch
 from command_line import fails, run
 from finetune_data import finetune, json_lines, results, speech, write_model, write_speech, write_tones
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import TrainerCallback
 
 import mmtransfer
 from mmtransfer import cli
 from mmtransfer.data import DataError, Recordings, from_manifest, synthetic, synthetic_speech
 from mmtransfer.encoders.loading import load_model
+from mmtransfer.training import loop
 from mmtransfer.training.finetune_settings import FinetuneSettings
 from mmtransfer.training.selection import Findings, hold_out
 from mmtransfer.training.settings import Training
@@ -186,8 +189,8 @@ class TestSettings:
 
     @pytest.mark.parametrize("flag", ["--no-cache", "--recompute"])
     def test_what_saves_memory_changes_no_result(self, model, data, tmp_path, flag: str) -> None:
-        """But for rounding, as batches are padded otherwise."""
-        arguments = ["--method", "aat-m", "--model", model, "--data", data["ctc"], "--start-epochs", "3"]
+        """But for rounding."""
+        arguments = ["--method", "aat-m", "--model", model, "--data", data["ctc"], "--start-epochs", "0"]
         for name, more in (("plain", []), ("other", [flag])):
             done = finetune(tmp_path / name, *arguments, *more)
             assert done.code == 0, done.stderr
@@ -222,6 +225,28 @@ class TestSettings:
         assert len(task.vocabulary) == tokenizer.get_vocab_size() + 1
         scores = run("evaluate", tmp_path / "run", "--data", data["ctc"], "--json")
         assert json.loads(scores.stdout)["cer"] == pytest.approx(results(tmp_path / "run")["test"]["cer"])
+
+
+class TestLog:
+    def test_scalars_for_tensorboard_where_it_is_installed(self, model, data, tmp_path, monkeypatch) -> None:
+        class Writer(TrainerCallback):
+            logging_dir: str | None = None
+            seen: ClassVar[list[tuple[str | None, int, set[str]]]] = []
+
+            def on_log(self, args, state, control, logs=None, **_) -> None:
+                self.seen.append((self.logging_dir, state.global_step, set(logs)))
+
+        monkeypatch.setattr(loop, "is_tensorboard_available", lambda: True)
+        monkeypatch.setattr(loop, "TensorBoardCallback", Writer)
+        mmtransfer.finetune(model, "head", data["ctc"], tmp_path / "run", replace(QUICK, epochs=1))
+        assert {folder for folder, _, _ in Writer.seen} == {str(tmp_path / "run/log")}
+        names = set().union(*(names for _, step, names in Writer.seen if step == 4))
+        assert {"loss", "learning_rate", "eval_cer", "eval_wer"} <= names
+
+    def test_nothing_elsewhere(self, model, data, tmp_path, monkeypatch) -> None:
+        monkeypatch.setattr(loop, "is_tensorboard_available", lambda: False)
+        mmtransfer.finetune(model, "head", data["ctc"], tmp_path / "run", replace(QUICK, epochs=1))
+        assert not (tmp_path / "run/log").exists()
 
 
 class TestEvaluation:
@@ -523,6 +548,7 @@ class TestPredict:
 
     def test_mistakes(self, trained, tmp_path, model) -> None:
         fails(run("predict", tmp_path, tmp_path / "a.wav"), "has no config.json")
+        fails(run("predict", trained), "give audio files, folders, or @FILE", code=2)
         (tmp_path / "empty").mkdir()
         fails(run("predict", trained, tmp_path / "empty"), "holds no audio files")
         fails(run("predict", trained, "@/nowhere.txt"), "the list /nowhere.txt cannot be read")
