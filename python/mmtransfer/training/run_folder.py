@@ -53,9 +53,10 @@ class RunFolder:
         return self.path / STATES
 
     def results(self) -> dict[str, Any] | None:
-        """Those of the run that goes on, if it has ended."""
+        """Those of the run that goes on, if it has ended; its states may not be removed yet."""
         if not (self.goes_on and (self.path / RESULTS).exists()):
             return None
+        shutil.rmtree(self.states, ignore_errors=True)
         return self._read(RESULTS)
 
     def begin(self, description: Mapping[str, Any]) -> None:
