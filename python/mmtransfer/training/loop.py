@@ -310,8 +310,6 @@ class _Trainer(Trainer):
         }
         for folder in _states(Path(self.args.output_dir or ".")):
             if folder not in kept:
-                # First, so that a folder that is half removed is not taken for a whole one.
-                (folder / _WHOLE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
 
     def take_over(self, start: str) -> None:
