@@ -104,9 +104,36 @@ class TestOverriding:
 
 
 PACKAGED = sorted(f"{path.parents[1].name}/{path.stem}" for path in recipes._PACKAGE.glob("*/recipes/*.yaml"))
+#: Those for `mmtransfer finetune` have one method.
+TRAINED = [name for name in PACKAGED if "method" in recipes._read(name)[1]]
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", TRAINED)
+def test_packaged_recipes_train_one_method(name: str, monkeypatch, tmp_path: Path) -> None:
+    from mmtransfer.tasks import find_task
+    from mmtransfer.training import finetune
+    from mmtransfer.training.finetune_settings import FinetuneSettings
+
+    found: list = []
+
+    def stop(*arguments, **_) -> None:
+        found.append(arguments)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(finetune, "finetune", stop)
+    arguments = ["--recipe", name, "--model", "a", "--data", "b", "--output", str(tmp_path), "--epochs", "7"]
+    with pytest.raises(SystemExit) as left:
+        cli.main(["finetune", *arguments])
+    assert left.value.code == 0
+    model, method, data, output, settings = found[0]
+    assert (model, data, output) == ("a", "b", tmp_path)
+    assert isinstance(settings, FinetuneSettings)
+    assert settings.epochs == 7
+    find_task(settings.task)
+    assert registry.find(method, **settings.options).name == method
+
+
+@pytest.mark.parametrize("name", [name for name in PACKAGED if name not in TRAINED])
 def test_packaged_recipes_name_methods_and_options_that_exist(name: str, parsed) -> None:
     from mmtransfer.compare.session import find_methods
 

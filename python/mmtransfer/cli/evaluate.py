@@ -54,8 +54,7 @@ def evaluate(
         import_: Python file that registers methods or tasks of yours.
     """
     import_files(import_)
-    from mmtransfer.data import DataError
-    from mmtransfer.training.finetune import read_recordings
+    from mmtransfer.data import DataError, load_data
     from mmtransfer.training.finite import NotFiniteError
     from mmtransfer.training.settings import Training
 
@@ -63,7 +62,7 @@ def evaluate(
         training = Training(batch_size=batch_size, workers=workers, cpu=cpu)
         loaded = load_trained(folder, model, cpu=cpu)
         assert loaded.task is not None
-        recordings = read_recordings(data, kind=loaded.task.kind, test_fraction=test_fraction, strict=strict)
+        recordings = load_data(data, kind=loaded.task.kind, test_fraction=test_fraction, strict=strict)
         clips = _of_classes(loaded, recordings, _choose(recordings, split))
         references, predictions = _predict(loaded, recordings, clips, training)
         scores = loaded.task.score(predictions, references)

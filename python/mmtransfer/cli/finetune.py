@@ -29,8 +29,9 @@ class Source:
     Attributes:
         method: its name, or that of a pair ("a+b"); `mmtransfer methods` lists them.
         model: folder or hub name of a speech model.
-        data: folder of class folders, or a manifest, CSV or JSON lines, with the columns path, label or text
-            and, if wanted, split and speaker.
+        data: folder of class folders, or of recordings with text files next to them; a manifest, CSV or JSON
+            lines, with the columns path, label or text and, if wanted, split and speaker; or a data set of
+            Hugging Face, its folder or name.
         test_fraction: of --data, where it has no split.
         dtype: of the model's weights, whatever they were stored in. float16 is for frozen encoders; it is
             never trained.

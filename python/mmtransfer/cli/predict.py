@@ -41,6 +41,8 @@ def predict(
         strict: stop at the first file that cannot be read.
         import_: Python file that registers methods or tasks of yours.
     """
+    if not audio:
+        fail("give audio files, folders, or @FILE for a list of them", 2)
     import_files(import_)
     from mmtransfer.data import DataError
     from mmtransfer.recognition import recognize_each

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,6 +71,8 @@ class Clock(TrainerCallback):
         self._seconds, self._since = self.seconds, None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # A mean loss from one state to the next is the same where the run was resumed between them.
+        control.should_log |= control.should_save
         if self.on_step is not None:
             self.on_step(state.global_step, state.max_steps, self.loss)
 
@@ -96,14 +99,10 @@ def curve(history: Sequence[Mapping[str, Any]], prefix: str) -> list[Point]:
 def seconds_per_epoch(history: Sequence[Mapping[str, Any]]) -> float:
     """The median of the whole epochs; of a run that ends within the first one, in proportion."""
     ends = [(entry["epoch"], entry[SECONDS]) for entry in history if "loss" in entry]
-    whole: list[float] = []
-    before = (0.0, 0.0)
-    for epoch, seconds in ends:
-        if epoch - before[0] > 0.999:
-            whole.append((seconds - before[1]) / (epoch - before[0]))
-        before = (epoch, seconds)
+    # Others are at states within an epoch.
+    times = [0.0, *(seconds for epoch, seconds in ends if abs(epoch - round(epoch)) < 1e-3)]
     epochs, seconds = ends[-1]
-    return statistics.median(whole) if whole else seconds / epochs
+    return statistics.median(b - a for a, b in itertools.pairwise(times)) if times[1:] else seconds / epochs
 
 
 def _synchronize() -> None:

@@ -12,8 +12,7 @@ from torch import nn
 from transformers import SequenceFeatureExtractor
 
 from mmtransfer import registry
-from mmtransfer.data import DataError, Recordings, from_folder, from_manifest
-from mmtransfer.data.columns import Kind
+from mmtransfer.data import Recordings, from_manifest, load_data
 from mmtransfer.method import Method
 from mmtransfer.tasks import find_task
 
@@ -28,7 +27,7 @@ from .selection import Findings
 def finetune(
     model: nn.Module | str | Path,
     method: str | Method,
-    data: Recordings | str | Path,
+    data: Any,
     output: str | Path,
     settings: FinetuneSettings | None = None,
     *,
@@ -47,7 +46,7 @@ def finetune(
     Args:
         model: a pretrained speech model, its folder or its hub name. A module is edited in place.
         method: its name, or a `Method`.
-        data: recordings, or a folder or file of them as docs/data.md has it.
+        data: `Recordings`, or what `mmtransfer.data.load_data` reads.
         output: folder of the checkpoint, and of the states of training until that has ended.
         settings: by default those of the method.
         extractor: the feature extractor of the model, or where it is; None: where the model is.
@@ -71,8 +70,7 @@ def finetune(
     if (results := folder.results()) is not None:
         return _earlier(folder, results)
     if not isinstance(data, Recordings):
-        kind = None if settings.task is None else find_task(settings.task).kind
-        data = read_recordings(data, kind=kind, test_fraction=test_fraction, strict=settings.strict)
+        data = _read(data, settings, test_fraction)
 
     def tell(sentence: str) -> None:
         progress.console.print(sentence, markup=False, highlight=False, soft_wrap=True)
@@ -94,13 +92,14 @@ def _check(settings: FinetuneSettings, method: Method) -> None:
         raise ValueError("fp16 needs a GPU; use bf16, or neither")
 
 
-def read_recordings(data: str | Path, *, kind: Kind | None, test_fraction: float, strict: bool) -> Recordings:
-    path = Path(data).expanduser()
-    if not path.exists():
-        raise DataError(f"{path} does not exist; give a folder of class folders, or a manifest")
-    if path.is_dir():
-        return from_folder(path, test_fraction=test_fraction, strict=strict)
-    return from_manifest(path, kind=kind, test_fraction=test_fraction, strict=strict)
+def _read(data: Any, settings: FinetuneSettings, test_fraction: float) -> Recordings:
+    """The recordings; without a task, a manifest says itself whether it has labels or transcripts."""
+    options: dict[str, Any] = {"test_fraction": test_fraction, "strict": settings.strict}
+    if settings.task is not None:
+        return load_data(data, kind=find_task(settings.task).kind, **options)
+    if isinstance(data, (str, Path)) and Path(data).expanduser().is_file():
+        return from_manifest(data, **options)
+    return load_data(data, kind="label", **options)
 
 
 def _earlier(folder: RunFolder, results: dict[str, Any]) -> FinetuneResult:

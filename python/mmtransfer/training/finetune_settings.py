@@ -21,7 +21,8 @@ class FinetuneSettings:
 
     Attributes:
         options: of the method, by field.
-        task: classification or ctc, or one of yours; None: ctc for transcripts, classification for labels.
+        task: classification, ctc, or one of yours; None: classification, but ctc for a manifest with
+            transcripts.
         epochs: passes over the training clips.
         max_steps: the run ends after so many steps if not earlier.
         batch_size: clips per batch and device.

@@ -53,7 +53,7 @@ class TrainResult:
     """The outcome of a run.
 
     Attributes:
-        loss: mean training loss of the last epoch.
+        loss: mean training loss of the last epoch, or of the steps behind a state within it.
         seconds_per_epoch: median of the whole epochs; of a run that ends within the first, in proportion.
         seconds: of training in all, evaluations and checkpoints excluded.
         steps: of the optimiser.
@@ -310,8 +310,6 @@ class _Trainer(Trainer):
         }
         for folder in _states(Path(self.args.output_dir or ".")):
             if folder not in kept:
-                # First, so that a folder that is half removed is not taken for a whole one.
-                (folder / _WHOLE).unlink(missing_ok=True)
                 shutil.rmtree(folder)
 
     def take_over(self, start: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from torch import nn
 from transformers import AutoModelForCTC, SequenceFeatureExtractor, WhisperFeatureExtractor, set_seed
 
@@ -31,7 +31,7 @@ from .caching import EncoderCollator, NoRoomError, cache_features, cache_inputs,
 from .clock import Point
 from .finetune_settings import FinetuneSettings
 from .loop import Checkpoints, Evaluation, TrainResult, main_device, predict, train
-from .machine import describe_machine, is_main_process
+from .machine import describe_machine, is_main_process, process_count
 from .run_folder import FORMAT, LOG, RunFolder
 from .selection import Findings, digest, hold_out, select
 from .starting import find_start
@@ -52,7 +52,7 @@ class FinetuneResult:
         metric: name of the score that counts.
         curve: the evaluations during training.
         steps, seconds: of training; evaluations take no part in the seconds.
-        loss: mean training loss of the last epoch.
+        loss: mean training loss of the last epoch, or of the steps behind a state within it.
         stopped: whether training ended early.
         notes: sentences on what was left out.
         earlier: whether the folder had this result already, and nothing was done.
@@ -134,9 +134,11 @@ class Run:
         if not parts.validation and (settings.patience or settings.evaluate_every):
             raise DataError("patience and evaluate_every need a validation part")
         self.recordings = select(parts, self.task, max_seconds=self._limit(), findings=self.findings)
+        # The others look at the folder before there is a run in it.
+        self._wait()
         if is_main_process():
             self.folder.begin(self._describe(recordings))
-        PartialState().wait_for_everyone()
+        self._wait()
 
     def train(self) -> tuple[AdaptedModel, TrainResult]:
         """The model with the weights that are kept, and how it came to them."""
@@ -152,8 +154,8 @@ class Run:
             model.gradient_checkpointing_enable()
         examples, collate = self._examples(model, self.recordings.train, "Training clips")
         examples = self._feasible(model, examples, collate, self.findings)
-        evaluation = self._evaluation(model)
         bar = self.progress.add_task(self.method.title, total=training.steps(len(examples)), detail="")
+        evaluation = self._evaluation(model, bar)
 
         def on_step(step: int, steps: int, loss: float | None) -> None:
             self.progress.update(bar, completed=step, total=steps)
@@ -191,8 +193,13 @@ class Run:
         )
         if is_main_process():
             self.folder.end(self._results(done))
-        PartialState().wait_for_everyone()
+        self._wait()
         return done
+
+    def _wait(self) -> None:
+        """For the other processes."""
+        if process_count() > 1:
+            PartialState(cpu=self.settings.cpu).wait_for_everyone()
 
     def _make_task(self, recordings: Recordings) -> Task:
         settings = self.settings
@@ -289,16 +296,16 @@ class Run:
             limits.append(float(self.extractor.chunk_length))
         return min(limits, default=None)
 
-    def _evaluation(self, model: AdaptedModel) -> Evaluation | None:
+    def _evaluation(self, model: AdaptedModel, bar: TaskID) -> Evaluation | None:
+        """Scores of the validation part on the way, shown behind a bar."""
         clips = self.recordings.validation
         if not clips:
             return None
         metric = self.task.metric
-        bar = self.progress.add_task("Validation", total=None, detail="")
 
         def on_scores(step: int, scores: dict[str, float]) -> None:
             text = f"{metric.title.lower()} {scores[metric.name]:.1%} after {step} steps"
-            self.progress.update(bar, detail=text)
+            self.progress.update(bar, detail=f"validation {text}")
             if not self.progress.console.is_terminal:
                 self.progress.console.print(f"Validation: {text}", markup=False, highlight=False)
 

@@ -41,20 +41,23 @@ class RunFolder:
         self.goes_on = resume and (self.path / RUN).exists()
         if not force and not self.goes_on:
             self._refuse_files()
-        try:
-            checkpoint.refuse_foreign_files(self.path)
-        except FileExistsError as error:
-            raise DataError(str(error)) from error
+        # Of a run that was killed while it saved its model there may be the weights alone.
+        if not (self.path / RUN).exists() or (self.path / checkpoint.CONFIG).exists():
+            try:
+                checkpoint.refuse_foreign_files(self.path)
+            except FileExistsError as error:
+                raise DataError(str(error)) from error
 
     @property
     def states(self) -> Path:
         return self.path / STATES
 
     def results(self) -> dict[str, Any] | None:
-        """Those of the run that goes on, if it has ended."""
+        """Those of the run that goes on, if it has ended; its states may not be removed yet."""
         if not (self.goes_on and (self.path / RESULTS).exists()):
             return None
-        return json.loads((self.path / RESULTS).read_text(encoding="utf-8"))
+        shutil.rmtree(self.states, ignore_errors=True)
+        return self._read(RESULTS)
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Make the folder ready for a run that is described so, or check that it is the one that is there.
@@ -62,8 +65,10 @@ class RunFolder:
         DataError names the first difference.
         """
         described = json.loads(json.dumps(description))
+        for path in self._leftovers():
+            path.unlink()
         if self.goes_on:
-            earlier = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+            earlier = self._read(RUN)
             for name in {**earlier, **described}:
                 if earlier.get(name) != described.get(name):
                     raise DataError(
@@ -83,12 +88,19 @@ class RunFolder:
         self._write(RESULTS, results)
         shutil.rmtree(self.states, ignore_errors=True)
 
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path / name} cannot be read ({error}); force begins again") from error
+
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
         checkpoint.replace_file(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def _refuse_files(self) -> None:
-        if not self.path.exists() or not any(self.path.iterdir()):
+        files = list(self.path.iterdir()) if self.path.exists() else []
+        if set(files) == set(self._leftovers()):
             return
         if (self.path / RUN).exists():
             raise DataError(
@@ -96,3 +108,12 @@ class RunFolder:
                 "another output"
             )
         raise DataError(f"{self.path} holds other files; force writes there, or use another output")
+
+    def _leftovers(self) -> list[Path]:
+        """Files that were not written to their end when a run was killed."""
+        names = (RUN, RESULTS, checkpoint.CONFIG, checkpoint.WEIGHTS)
+        found = [path for name in names for path in self.path.glob(f".{name}.*")]
+        weights = self.path / checkpoint.WEIGHTS
+        if (self.path / RUN).exists() and not (self.path / checkpoint.CONFIG).exists() and weights.exists():
+            found.append(weights)
+        return found

@@ -48,7 +48,7 @@ def digest(recordings: Recordings) -> str:
     for part in (recordings.train, recordings.validation, recordings.test):
         rows = [
             (
-                clip.source.name if isinstance(clip.source, Path) else None,
+                os.path.basename(clip_name(clip)),
                 round(clip.seconds, 3),
                 clip.text if clip.label is None else recordings.classes[clip.label],
             )
@@ -91,18 +91,11 @@ def _rows(clips: Sequence[Clip]) -> list[Row]:
     root = Path(os.path.commonpath([file.absolute().parent for file in files])) if files else Path()
     rows = []
     for index, clip in enumerate(clips):
-        is_file = isinstance(clip.source, Path)
-        source = clip.source if isinstance(clip.source, Path) else Path(f"clip {index}")
-        rows.append(
-            Row(
-                source,
-                relative_name(source.absolute(), root) if is_file else str(source),
-                split="",
-                label=None if clip.label is None else str(clip.label),
-                text=clip.text,
-                speaker=clip.speaker,
-            )
-        )
+        name = clip_name(clip, index)
+        if isinstance(clip.source, Path):
+            name = relative_name(clip.source.absolute(), root)
+        label = None if clip.label is None else str(clip.label)
+        rows.append(Row(Path(name), name, split="", label=label, text=clip.text, speaker=clip.speaker))
     return rows
 
 
@@ -151,6 +144,7 @@ def _count_unknown(recordings: Recordings, task: Task, findings: Findings) -> No
         listed = ", ".join(f"{character!r} {count}" for character, count in counts.most_common(_SHOWN))
         more = f" and {len(counts) - _SHOWN} more" if len(counts) > _SHOWN else ""
         findings.add(
-            f"{counted(clips, 'transcript')} of {recordings.name} have characters outside the alphabet "
-            f"({listed}{more}), which are left out in training and count as errors in scores"
+            f"{counted(clips, 'transcript')} of {recordings.name} {'has' if clips == 1 else 'have'} "
+            f"characters outside the alphabet ({listed}{more}), which are left out in training and count as "
+            "errors in scores"
         )
