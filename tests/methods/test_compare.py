@@ -12,7 +12,7 @@ from tiny_encoders import TINY
 from mmtransfer.compare import step as measure
 from mmtransfer.compare.experiment import Experiment
 from mmtransfer.compare.results import in_parts
-from mmtransfer.compare.session import compare
+from mmtransfer.compare.session import compare, find_methods
 from mmtransfer.compare.settings import CompareSettings
 from mmtransfer.data import DataError
 from mmtransfer.demo.experiments import synthetic_experiment
@@ -207,6 +207,32 @@ def test_options_of_one_method_leave_the_others_alone(experiment) -> None:
     balanced, chain = compare(experiment, settings).methods
     assert (balanced.options["hff-b"]["activation"], balanced.options["hff-b"]["out_dim"]) == ("gelu", 8)
     assert (chain.options["hff-ub"]["activation"], chain.options["hff-ub"]["out_dim"]) == ("silu", 8)
+
+
+def test_options_of_the_training_of_one_method() -> None:
+    options = {"full": {"learning_rate": 3e-4, "max_steps": 7, "recompute": "full"}, "head": {"epochs": 2}}
+    settings = CompareSettings(methods=("head", "full"), options=options, learning_rate=0.5, epochs=9)
+    head, full = find_methods(settings)
+    assert full.recompute == "full"
+    found = settings.training(full.training, frozen=False, name="full")
+    assert (found.learning_rate, found.max_steps) == (3e-4, 7)
+    found = settings.training(head.training, frozen=True, name="head")
+    assert (found.learning_rate, found.epochs) == (0.5, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head": {"epochs": 0}}, "head: epochs must be at least 1"),
+        ({"head": {"learning_rate": "much"}}, "head: learning_rate must be a number"),
+        ({"head": {"seeds": 2}}, "head has no option 'seeds'"),
+        ({"full": {"epochs": 2}}, "none of the methods head has an option 'full'"),
+        ({"epochs": 2}, "none of the methods head has an option 'epochs'"),
+    ],
+)
+def test_wrong_options_of_training(options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_methods(CompareSettings(methods=("head",), options=options))
 
 
 def test_values_that_are_not_given_are_those_of_the_method() -> None:

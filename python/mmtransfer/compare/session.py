@@ -416,7 +416,8 @@ class _Session:
         """Settings, but for the seed, and seeds of a method's runs."""
         frozen = not self.through_encoder[method.name]
         count = self.settings.seeds if frozen else self.settings.tuning_seeds
-        return self.settings.training(method.training, frozen=frozen), tuple(range(count))
+        training = self.settings.training(method.training, frozen=frozen, name=method.name)
+        return training, tuple(range(count))
 
     def _log(self, text: str) -> None:
         """A line for a log file, where no bar can move."""
@@ -431,13 +432,31 @@ def find_methods(settings: CompareSettings) -> list[Method]:
     """
     names = dict.fromkeys(registry.default_names() if settings.methods is None else settings.methods)
     found = [registry.find(name) for name in names]
-    for key, value in registry.in_order(settings.options):
+    for key, value in registry.in_order(_of_methods(settings, found)):
         owners = [index for index, method in enumerate(found) if registry.has_option(method, key)]
         if not owners:
             raise ValueError(f"none of the methods {', '.join(names)} has an option {key!r}")
         for index in owners:
             found[index] = registry.find(found[index], **{key: value})
     return found
+
+
+def _of_methods(settings: CompareSettings, methods: list[Method]) -> dict[str, Any]:
+    """The options without those of the training of a method; ValueError for a wrong one of these."""
+    options = dict(settings.options)
+    for method in methods:
+        own = settings.own_training(method.name)
+        if not own:
+            continue
+        try:
+            replace(method.training, **own)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{method.name}: {error}") from error
+        rest = {key: value for key, value in options[method.name].items() if key not in own}
+        options = {key: value for key, value in options.items() if key != method.name}
+        if rest:
+            options[method.name] = rest
+    return options
 
 
 def _plain(task: Task, prediction: Any) -> str:

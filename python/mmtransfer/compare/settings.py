@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +11,8 @@ import tyro
 
 from mmtransfer.training.settings import Training, check_flags, check_integer
 
+#: Options of the training of one method, under its name: `--set full.learning_rate=3e-4`.
+TRAINING_OPTIONS = ("epochs", "max_steps", "batch_size", "accumulate", "learning_rate", "weight_decay")
 _Count = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 
 
@@ -22,7 +24,8 @@ class CompareSettings:
         methods: names of methods and pairs ("a+b"), separated by spaces; None is a selection of every paper.
             `mmtransfer methods` lists the names.
         options: of the methods, by field; one goes to every method that has it, and must have an owner. Those
-            under the name of a method are for that method alone.
+            under the name of a method are for that method alone, and may also be of its training:
+            `TRAINING_OPTIONS`.
         task: the purpose that the models are trained for: classification, ctc; None is what the data allows.
         seeds: runs of each method on the frozen encoder, with seeds 0, 1, ...
         epochs: on the frozen encoder.
@@ -81,12 +84,19 @@ class CompareSettings:
         # Training checks the rate.
         self.training(Training(), frozen=True)
 
-    def training(self, method: Training, *, frozen: bool) -> Training:
-        """A method's training with the values given here."""
+    def own_training(self, name: str) -> dict[str, Any]:
+        """The options of the training of the method of this name."""
+        own = self.options.get(name)
+        if not isinstance(own, dict):
+            return {}
+        return {key: value for key, value in own.items() if key in TRAINING_OPTIONS}
+
+    def training(self, method: Training, *, frozen: bool, name: str | None = None) -> Training:
+        """A method's training with the values given here; those under its name win."""
         epochs = self.epochs if frozen else self.tuning_epochs
         batch_size = self.batch_size if frozen else self.tuning_batch_size
         rate = self.learning_rate
-        return Training(
+        found = Training(
             epochs=method.epochs if epochs is None else epochs,
             max_steps=None if frozen else self.tuning_steps,
             batch_size=method.batch_size if batch_size is None else batch_size,
@@ -98,6 +108,7 @@ class CompareSettings:
             cpu=self.cpu,
             workers=self.process_count,
         )
+        return found if name is None else replace(found, **self.own_training(name))
 
     @property
     def process_count(self) -> int:
