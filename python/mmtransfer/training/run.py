@@ -273,12 +273,13 @@ class Run:
         def on_clips(count: int) -> None:
             self.progress.advance(bar, count)
 
+        workers = self.settings.training(self.method.training).workers
         try:
             if not model.edit_is_empty:
-                inputs = cache_inputs(clips, collate, on_clips=on_clips)
+                inputs = cache_inputs(clips, collate, workers=workers, on_clips=on_clips)
                 return examples_for(model, clips, collate, inputs=inputs)
             model.to(self.device)
-            features = cache_features(model.encoder, clips, collate, on_clips=on_clips)
+            features = cache_features(model.encoder, clips, collate, workers=workers, on_clips=on_clips)
             return examples_for(model, clips, collate, features=features, taps=model.encoder.taps)
         except NoRoomError as error:
             self.progress.remove_task(bar)
