@@ -104,7 +104,7 @@ def _plain(value: Any) -> Any:
 def to_tables(comparison: Comparison) -> list[Table]:
     """The results and the costs for a terminal of 80 columns, a line between frozen and trained encoders."""
     metrics = [title.replace(" ", "\n", 1) for title in _metric_titles(comparison)]
-    results = ("Method", *metrics, "Epochs", "Parameters", "s / epoch")
+    results = ("Method", *metrics, "Epochs", "Parameters", "s per\nepoch")
     costs = ("Method", "ms", "ms, eager", "ratio", "MiB", "MiB, eager")
     count = len(results)
     rows = [[table_row(comparison, method) for method in part] for part in comparison.rows()]
