@@ -93,6 +93,11 @@ class TestRound:
             assert json.loads(validated.stdout)[name] == pytest.approx(value, abs=1e-12)
 
         rows = json_lines(lines.read_text(encoding="utf-8"))
+        # Each clip has its own scores; those of all weigh transcripts by their length.
+        metric = {"classification": "accuracy", "ctc": "cer"}[task]
+        sizes = [1 if task == "classification" else len(row["reference"]) for row in rows]
+        mean = sum(row[metric] * size for row, size in zip(rows, sizes, strict=True)) / sum(sizes)
+        assert mean == pytest.approx(found["test"][metric])
         predicted = run("predict", output, *(row["path"] for row in rows), "--json", "--cpu")
         assert predicted.code == 0, predicted.stderr
         key = {"classification": "label", "ctc": "text"}[task]

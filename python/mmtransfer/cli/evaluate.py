@@ -44,7 +44,7 @@ def evaluate(
         data: as for `mmtransfer finetune`.
         split: the part that is scored; all: everything there is.
         model: folder or hub name of the pretrained model, where it is not where it was.
-        output: file for a JSON line a clip: path, reference and prediction.
+        output: file for a JSON line a clip: path, reference, prediction and its own scores.
         json_: print the scores as JSON.
         test_fraction: of --data, where it has no split.
         batch_size: clips at a time.
@@ -128,10 +128,12 @@ def _write(
     from mmtransfer.training.caching import clip_name
 
     assert model.task is not None
-    rows = zip(
-        clips, model.task.name_predictions(references), model.task.name_predictions(predictions), strict=True
-    )
+    task = model.task
     with path.open("w", encoding="utf-8") as file:
-        for clip, reference, prediction in rows:
-            record = {"path": clip_name(clip), "reference": reference, "prediction": prediction}
+        for clip, reference, prediction in zip(clips, references, predictions, strict=True):
+            shown = {"reference": reference, "prediction": prediction}
+            named = {name: task.name_predictions([value])[0] for name, value in shown.items()}
+            # An empty reference has no error rate.
+            scores = {} if reference == "" else task.score([prediction], [reference])
+            record = {"path": clip_name(clip), **named, **scores}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
