@@ -179,7 +179,7 @@ def table_row(comparison: Comparison, method: MethodResult | FailedMethod) -> tu
         *(f"{100 * method.mean(name):.1f}" for name in comparison.task["further"]),
         f"{method.epochs:.3g} × {len(method.runs)}",
         f"{method.trainable_parameters:,}",
-        _number(method.seconds_per_epoch, 2),
+        _number(method.seconds_per_epoch, 2 if method.seconds_per_epoch < 10 else 1),
         *times,
         _number(step.mmkernels.memory_mib, 0),
         _number(step.eager.memory_mib if step.eager else None, 0),
