@@ -42,10 +42,11 @@ def draw(comparison: Comparison) -> list[tuple[str, str]]:
 
 def _draw(comparison: Comparison) -> Iterator[tuple[str, str]]:
     metric = comparison.task["metric"]["title"]
+    chance = "" if comparison.task["chance"] is None else ", the dashed line chance"
     yield (
         _overview(comparison),
-        f"{metric} on the test clips, and the cost of each method. Dots are seeds, bars their means, "
-        "the dashed line chance; blue on a frozen encoder, orange through the encoder. Costs are dots "
+        f"{metric} on the test clips, and the cost of each method. Dots are seeds, bars their means"
+        f"{chance}; blue on a frozen encoder, orange through the encoder. Costs are dots "
         "on logarithmic scales; an epoch and a step on cached features run no encoder.",
     )
     if any(len(run.curve) > 1 for method in comparison.methods for run in method.runs):
