@@ -28,7 +28,12 @@ TESTS = {
     "floors": ("tests/patch", "tests/nn", "tests/methods"),
     "peers": ("tests/patch", "tests/nn"),
 }
-TOOLS = ("pytest>=8", "pytest-benchmark>=4", "expecttest", "hypothesis>=6.100", "triton==3.6.0")
+TOOLS = (
+    *("pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.2", "expecttest", "hypothesis>=6.100"),
+    "triton==3.6.0",
+    # Of datasets; later ones refuse numpy 1.
+    "pyarrow<22",
+)
 #: Their requirements would bring another torch; two files of s3prl are imported.
 WITHOUT_REQUIREMENTS = ("s3prl",)
 
@@ -81,7 +86,8 @@ def run_tests(name: str, environment: Path) -> dict[str, object]:
     report = BUILD / f"{name}.xml"
     report.unlink(missing_ok=True)
     # Not `python -m pytest`, which would import the packages of the checkout in place of the installed ones.
-    command = [environment / "bin/pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    parallel = ["-n", "logical", "--maxprocesses", "4", "--dist", "worksteal"]
+    command = [environment / "bin/pytest", "-q", *parallel, "-p", "no:cacheprovider", f"--junitxml={report}"]
     subprocess.run([*map(str, command), *TESTS[name]], cwd=ROOT, check=False)
     cases = list(ElementTree.parse(report).iter("testcase"))
     outcomes = {f"{case.get('classname')}::{case.get('name')}": {each.tag for each in case} for case in cases}
