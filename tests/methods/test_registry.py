@@ -200,7 +200,7 @@ class TestCommandLine:
             scores = found["methods"][0]["runs"][0]["scores"]
             assert scores.keys() == {"frame_error", "frames"}
             assert scores["frame_error"] == found["methods"][0]["score"]
-            assert "Frame error, %" in result.stdout
+            assert re.search(r"Frame.*\n.*error, %", result.stdout)
             assert "Frame error" in page
             assert "ccuracy" not in re.sub('<p class="banner">.*?</p>', "", page + result.stdout, flags=re.S)
         else:

@@ -233,7 +233,7 @@ class TestCommandLine:
         [
             ("data: 010\n", "data must be text, in quotes where it looks like something else, got 10"),
             ("output: 1.10\n", "output must be text"),
-            ("task: null\n", "task must be one value, got None"),
+            ("dtype: null\n", "dtype must be one value, got None"),
             ("seeds: null\n", "seeds must be one value, got None"),
             ("methods: [head, 1]\n", "methods must be text"),
             ("epochs: 3\nepochs: 4\n", "'epochs' is given twice"),
