@@ -217,6 +217,19 @@ class TestSettings:
         assert re.search(rf"the cached {what} need .* are free: they are made in every step", done.stderr)
         assert len(results(tmp_path / "run")["notes"]) > 0
 
+    @pytest.mark.parametrize(("part", "flags"), [("train", []), ("test", ["--no-cache"])])
+    def test_an_error_of_a_worker_is_one_sentence(self, model, tmp_path, part: str, flags) -> None:
+        data = write_speech(tmp_path / "data")
+        file = tmp_path / "data" / f"{part}1.wav"
+        samples, rate = soundfile.read(file, dtype="float32")
+        samples[100] = np.nan
+        soundfile.write(file, samples, rate, subtype="FLOAT")
+        arguments = ["--method", "head", "--model", model, "--data", data, "--workers", "1", "--epochs", "1"]
+        done = finetune(tmp_path / "run", *arguments, *flags)
+        assert done.code == 1
+        expected = f"mmtransfer: {file} holds NaN or infinite samples; re-export the file or leave it out"
+        assert done.stderr.splitlines()[-1] == expected
+
     def test_a_tokenizer(self, model, data, tmp_path) -> None:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
