@@ -62,6 +62,14 @@ class TestSymbols:
         # All of it is in the options, which a checkpoint keeps.
         assert CTC(**task.options()) == task
 
+    def test_a_tokenizer_neither_pads_nor_cuts(self) -> None:
+        tokenizer = Tokenizer(models.WordLevel({"ab": 0, "c": 1, "?": 2}, unk_token="?"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.enable_padding(pad_id=2, pad_token="?", length=8)
+        assert CTC.of_tokenizer(tokenizer).encode("ab c ab") == [0, 1, 0]
+        tokenizer.enable_truncation(2)
+        assert CTC.of_tokenizer(tokenizer).encode("ab c ab") == [0, 1, 0]
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [

@@ -215,7 +215,11 @@ class CTC(Task):
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
         assert self.tokenizer is not None
-        return Tokenizer.from_str(self.tokenizer)
+        tokenizer = Tokenizer.from_str(self.tokenizer)
+        # Files of text models may have both; a transcript is of the whole clip.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
 
 
 class PlainHead(nn.Module):
