@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ import psutil
 import pytest
 import soundfile
 import torch
+from audio_files import write_clip
 from command_line import fails, run
 from finetune_data import finetune, json_lines, results, speech, write_model, write_speech, write_tones
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -400,6 +404,33 @@ class TestUnusable:
         assert done.code == 0, done.stderr
         assert results(tmp_path / "run")["data"]["ignored"] == ["1 unusable clip (train3.wav)"]
         fails(finetune(tmp_path / "new", *arguments, "--strict"), "train3.wav", "cannot be read as audio")
+
+    def test_names_that_are_not_utf8(self, model, tmp_path) -> None:
+        """In notes, in the lines of evaluate, and in those of predict."""
+        folder = os.fsencode(tmp_path) + b"/clips"
+        os.mkdir(folder)
+        for index in range(10):
+            stem = folder + b"/\xff%d" % index
+            write_clip(tmp_path / "clip.wav", 300.0, 0.04 if index == 3 else 0.5)
+            os.rename(tmp_path / "clip.wav", stem + b".wav")
+            Path(os.fsdecode(stem + b".txt")).write_text("abcabc")
+        output, data = tmp_path / "run", tmp_path / "clips"
+        done = finetune(output, "--method", "head", "--model", model, "--data", data, "--task", "ctc")
+        assert done.code == 0, done.stderr
+        assert any("\udcff3.wav" in note for note in results(output)["notes"])
+        lines = tmp_path / "lines.jsonl"
+        found = run("evaluate", output, "--data", data, "--split", "all", "--output", lines)
+        assert found.code == 0, found.stderr
+        paths = {row["path"] for row in json_lines(lines.read_text(encoding="utf-8"))}
+        files = {str(path) for path in data.glob("*.wav")}
+        assert paths == files
+        for flags, escapes in (([], "surrogateescape"), (["--json"], "strict")):
+            command = [sys.executable, "-m", "mmtransfer.cli", "predict", output, data, *flags]
+            environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+            done = subprocess.run(command, capture_output=True, env=environment, check=True)
+            text = done.stdout.decode("utf-8", escapes)
+            rows = [json.loads(line)["path"] if flags else line.split("\t")[0] for line in text.splitlines()]
+            assert set(rows) == files
 
 
 class TestMistakes:

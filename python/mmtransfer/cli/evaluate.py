@@ -129,7 +129,8 @@ def _write(
 
     assert model.task is not None
     task = model.task
-    with path.open("w", encoding="utf-8") as file:
+    # Names that are not UTF-8, as JSON escapes them.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for clip, reference, prediction in zip(clips, references, predictions, strict=True):
             shown = {"reference": reference, "prediction": prediction}
             named = {name: task.name_predictions([value])[0] for name, value in shown.items()}
