@@ -125,6 +125,8 @@ class _Session:
         self.store.drop_infeasible()
         if dropped := self.store.infeasible:
             self._log(f"Left out, too short for their text: {len(dropped)} clips, such as {dropped[0]}")
+        if not len(self.store.clips["train"]):
+            raise DataError(f"{self.recordings.name} has no training clip that can hold its text")
 
     def close(self) -> None:
         """Give the experiment's model back as it was."""
