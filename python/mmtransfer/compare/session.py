@@ -436,10 +436,14 @@ def find_methods(settings: CompareSettings) -> list[Method]:
     found = [registry.find(name) for name in names]
     for key, value in registry.in_order(_of_methods(settings, found)):
         owners = [index for index, method in enumerate(found) if registry.has_option(method, key)]
+        changes = {key: value}
+        if not owners and isinstance(value, dict):
+            # Those of a pair, under its name.
+            owners, changes = [index for index, method in enumerate(found) if method.name == key], value
         if not owners:
             raise ValueError(f"none of the methods {', '.join(names)} has an option {key!r}")
         for index in owners:
-            found[index] = registry.find(found[index], **{key: value})
+            found[index] = registry.find(found[index], **changes)
     return found
 
 
