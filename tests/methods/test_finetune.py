@@ -624,7 +624,17 @@ def test_whole_clips_of_a_model_with_a_window(tmp_path: Path) -> None:
     WhisperFeatureExtractor(feature_size=6, chunk_length=1).save_pretrained(tmp_path / "model")
     recordings = speech()
     found = mmtransfer.finetune(tmp_path / "model", "head", recordings, tmp_path / "run", QUICK)
-    assert any("longer than 1 s" in note for note in found.notes)
+    long = [clip for part in (recordings.train, recordings.validation, recordings.test) for clip in part]
+    long = [clip for clip in long if clip.seconds > 1]
+    assert {clip in recordings.train for clip in long} == {True, False}
+    assert found.notes[0].endswith("longer than 1 s, all that the model takes, and left out")
+    assert re.search(
+        r"longer than 1 s, all that the model takes: what is said later counts as", found.notes[1]
+    )
+    data = write_speech(tmp_path / "data", recordings)
+    evaluate = ["evaluate", tmp_path / "run", "--data", data, "--split", "all", "--cpu"]
+    assert run(*evaluate).stderr.startswith(f"mmtransfer: {len(long)} clips (")
+    fails(run(*evaluate, "--strict"), "longer than 1 s, all that the model takes")
     soundfile.write(tmp_path / "long.wav", np.zeros(20_000, np.float32) + 0.1, 16_000)
     predicted = run("predict", tmp_path / "run", tmp_path / "long.wav")
     assert predicted.code == 1

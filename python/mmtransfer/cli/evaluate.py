@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,7 @@ def evaluate(
         assert loaded.task is not None
         recordings = load_data(data, kind=loaded.task.kind, test_fraction=test_fraction, strict=strict)
         clips = _of_classes(loaded, recordings, _choose(recordings, split))
+        _check_lengths(loaded, clips, strict=strict)
         references, predictions = _predict(loaded, recordings, clips, training)
         scores = loaded.task.score(predictions, references)
         if output is not None:
@@ -100,6 +102,20 @@ def _of_classes(model: AdaptedModel, recordings: Recordings, clips: Sequence[Cli
             f"{recordings.name} has the class {others[0]!r}, and the model was trained for {', '.join(known)}"
         )
     return [replace(clip, label=known.index(name)) for clip, name in zip(clips, names, strict=True)]
+
+
+def _check_lengths(model: AdaptedModel, clips: Sequence[Clip], *, strict: bool) -> None:
+    """Say which transcribed clips are longer than the model takes; DataError if strict."""
+    from mmtransfer.data import DataError
+    from mmtransfer.training.selection import describe_cut
+
+    assert model.task is not None
+    assert model.audio is not None
+    sentence = describe_cut(clips, model.audio.longest) if model.task.whole_clips else None
+    if sentence and strict:
+        raise DataError(sentence)
+    if sentence:
+        print(f"mmtransfer: {sentence}", file=sys.stderr)
 
 
 def _predict(
