@@ -45,6 +45,11 @@ class TestSymbols:
         assert TASK.encode("axb!") == [2, 3]
         assert TASK.unknown("axb!x") == ["x", "!", "x"]
 
+    def test_spaces_alone_are_no_text(self) -> None:
+        assert TASK.is_empty("xyz xyz")
+        assert TASK.is_empty("")
+        assert not TASK.is_empty("xyz a")
+
     def test_case(self) -> None:
         task = CTC(vocabulary=("<pad>", "A", "B"), case="upper")
         assert task.encode("ab") == [1, 2]

@@ -158,7 +158,8 @@ class CTC(Task):
         return [character for character in _CASES[self.case](text) if character not in self._ids]
 
     def is_empty(self, target: str) -> bool:
-        return not self.encode(target)
+        # Spaces alone are what is left of words in another alphabet.
+        return all(self.vocabulary[index].isspace() for index in self.encode(target))
 
     def frames_needed(self, target: str) -> int:
         ids = self.encode(target)
