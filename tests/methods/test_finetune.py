@@ -342,6 +342,8 @@ class TestHeldOut:
         findings = self.findings()
         assert hold_out(recordings, 0.1, 0, findings) is recordings
         assert "one training clip of each class): the last weights are kept" in findings.notes[0]
+        hold_out(speech(train=1, validation=0), 0.1, 0, findings)
+        assert "has one training clip): the last weights are kept" in findings.notes[1]
 
     def test_a_part_that_is_there_is_taken(self) -> None:
         recordings = speech()

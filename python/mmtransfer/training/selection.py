@@ -71,7 +71,8 @@ def hold_out(recordings: Recordings, fraction: float, seed: int, findings: Findi
     rows = [row for row, clip in zip(_rows(clips), clips, strict=True) if of_class[clip.label] > 1]
     try:
         if not rows:
-            raise DataError(f"{recordings.name} has one training clip of each class")
+            each = "" if recordings.transcribed else " of each class"
+            raise DataError(f"{recordings.name} has one training clip{each}")
         drawn = draw_split(recordings.name, rows, fraction, seed)
     except DataError as error:
         findings.add(f"no validation part can be drawn ({error}): the last weights are kept", fault=False)
