@@ -220,6 +220,17 @@ def test_options_of_the_training_of_one_method() -> None:
     assert (found.learning_rate, found.epochs) == (0.5, 2)
 
 
+def test_options_of_a_pair_under_its_name() -> None:
+    name = "hff-b+aat-m"
+    options = {"bottleneck": 4, name: {"bottleneck": 3, "learning_rate": 3e-4}}
+    settings = CompareSettings(methods=(name, "aat-m"), options=options)
+    pair, alone = find_methods(settings)
+    assert (pair.options()["aat-m"]["bottleneck"], alone.options()["aat-m"]["bottleneck"]) == (3, 4)
+    assert settings.training(pair.training, frozen=False, name=name).learning_rate == 3e-4
+    with pytest.raises(ValueError, match=r"hff-b\+aat-m has no option 'width'; it has"):
+        find_methods(replace(settings, options={name: {"width": 3}}))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

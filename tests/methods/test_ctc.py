@@ -45,6 +45,11 @@ class TestSymbols:
         assert TASK.encode("axb!") == [2, 3]
         assert TASK.unknown("axb!x") == ["x", "!", "x"]
 
+    def test_spaces_alone_are_no_text(self) -> None:
+        assert TASK.is_empty("xyz xyz")
+        assert TASK.is_empty("")
+        assert not TASK.is_empty("xyz a")
+
     def test_case(self) -> None:
         task = CTC(vocabulary=("<pad>", "A", "B"), case="upper")
         assert task.encode("ab") == [1, 2]
@@ -61,6 +66,14 @@ class TestSymbols:
         assert task.decode(logits, torch.tensor([6])) == ["ab ab c"]
         # All of it is in the options, which a checkpoint keeps.
         assert CTC(**task.options()) == task
+
+    def test_a_tokenizer_neither_pads_nor_cuts(self) -> None:
+        tokenizer = Tokenizer(models.WordLevel({"ab": 0, "c": 1, "?": 2}, unk_token="?"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.enable_padding(pad_id=2, pad_token="?", length=8)
+        assert CTC.of_tokenizer(tokenizer).encode("ab c ab") == [0, 1, 0]
+        tokenizer.enable_truncation(2)
+        assert CTC.of_tokenizer(tokenizer).encode("ab c ab") == [0, 1, 0]
 
     @pytest.mark.parametrize(
         ("options", "message"),

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,7 @@ import psutil
 import pytest
 import soundfile
 import torch
+from audio_files import write_clip
 from command_line import fails, run
 from finetune_data import finetune, json_lines, results, speech, write_model, write_speech, write_tones
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -217,6 +221,19 @@ class TestSettings:
         assert re.search(rf"the cached {what} need .* are free: they are made in every step", done.stderr)
         assert len(results(tmp_path / "run")["notes"]) > 0
 
+    @pytest.mark.parametrize(("part", "flags"), [("train", []), ("test", ["--no-cache"])])
+    def test_an_error_of_a_worker_is_one_sentence(self, model, tmp_path, part: str, flags) -> None:
+        data = write_speech(tmp_path / "data")
+        file = tmp_path / "data" / f"{part}1.wav"
+        samples, rate = soundfile.read(file, dtype="float32")
+        samples[100] = np.nan
+        soundfile.write(file, samples, rate, subtype="FLOAT")
+        arguments = ["--method", "head", "--model", model, "--data", data, "--workers", "1", "--epochs", "1"]
+        done = finetune(tmp_path / "run", *arguments, *flags)
+        assert done.code == 1
+        expected = f"mmtransfer: {file} holds NaN or infinite samples; re-export the file or leave it out"
+        assert done.stderr.splitlines()[-1] == expected
+
     def test_a_tokenizer(self, model, data, tmp_path) -> None:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -325,6 +342,8 @@ class TestHeldOut:
         findings = self.findings()
         assert hold_out(recordings, 0.1, 0, findings) is recordings
         assert "one training clip of each class): the last weights are kept" in findings.notes[0]
+        hold_out(speech(train=1, validation=0), 0.1, 0, findings)
+        assert "has one training clip): the last weights are kept" in findings.notes[1]
 
     def test_a_part_that_is_there_is_taken(self) -> None:
         recordings = speech()
@@ -387,6 +406,33 @@ class TestUnusable:
         assert done.code == 0, done.stderr
         assert results(tmp_path / "run")["data"]["ignored"] == ["1 unusable clip (train3.wav)"]
         fails(finetune(tmp_path / "new", *arguments, "--strict"), "train3.wav", "cannot be read as audio")
+
+    def test_names_that_are_not_utf8(self, model, tmp_path) -> None:
+        """In notes, in the lines of evaluate, and in those of predict."""
+        folder = os.fsencode(tmp_path) + b"/clips"
+        os.mkdir(folder)
+        for index in range(10):
+            stem = folder + b"/\xff%d" % index
+            write_clip(tmp_path / "clip.wav", 300.0, 0.04 if index == 3 else 0.5)
+            os.rename(tmp_path / "clip.wav", stem + b".wav")
+            Path(os.fsdecode(stem + b".txt")).write_text("abcabc")
+        output, data = tmp_path / "run", tmp_path / "clips"
+        done = finetune(output, "--method", "head", "--model", model, "--data", data, "--task", "ctc")
+        assert done.code == 0, done.stderr
+        assert any("\udcff3.wav" in note for note in results(output)["notes"])
+        lines = tmp_path / "lines.jsonl"
+        found = run("evaluate", output, "--data", data, "--split", "all", "--output", lines)
+        assert found.code == 0, found.stderr
+        paths = {row["path"] for row in json_lines(lines.read_text(encoding="utf-8"))}
+        files = {str(path) for path in data.glob("*.wav")}
+        assert paths == files
+        for flags, escapes in (([], "surrogateescape"), (["--json"], "strict")):
+            command = [sys.executable, "-m", "mmtransfer.cli", "predict", output, data, *flags]
+            environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+            done = subprocess.run(command, capture_output=True, env=environment, check=True)
+            text = done.stdout.decode("utf-8", escapes)
+            rows = [json.loads(line)["path"] if flags else line.split("\t")[0] for line in text.splitlines()]
+            assert set(rows) == files
 
 
 class TestMistakes:
@@ -580,7 +626,17 @@ def test_whole_clips_of_a_model_with_a_window(tmp_path: Path) -> None:
     WhisperFeatureExtractor(feature_size=6, chunk_length=1).save_pretrained(tmp_path / "model")
     recordings = speech()
     found = mmtransfer.finetune(tmp_path / "model", "head", recordings, tmp_path / "run", QUICK)
-    assert any("longer than 1 s" in note for note in found.notes)
+    long = [clip for part in (recordings.train, recordings.validation, recordings.test) for clip in part]
+    long = [clip for clip in long if clip.seconds > 1]
+    assert {clip in recordings.train for clip in long} == {True, False}
+    assert found.notes[0].endswith("longer than 1 s, all that the model takes, and left out")
+    assert re.search(
+        r"longer than 1 s, all that the model takes: what is said later counts as", found.notes[1]
+    )
+    data = write_speech(tmp_path / "data", recordings)
+    evaluate = ["evaluate", tmp_path / "run", "--data", data, "--split", "all", "--cpu"]
+    assert run(*evaluate).stderr.startswith(f"mmtransfer: {len(long)} clips (")
+    fails(run(*evaluate, "--strict"), "longer than 1 s, all that the model takes")
     soundfile.write(tmp_path / "long.wav", np.zeros(20_000, np.float32) + 0.1, 16_000)
     predicted = run("predict", tmp_path / "run", tmp_path / "long.wav")
     assert predicted.code == 1

@@ -12,7 +12,7 @@ import torch
 from command_line import fails, run
 from finetune_data import SYMBOLS, finetune, results, speech, write_model, write_speech, write_tokenizer
 from tiny_encoders import BASE_VARIANT
-from transformers import AutoModelForCTC, AutoProcessor, AutoTokenizer
+from transformers import AutoModelForCTC, AutoProcessor, AutoTokenizer, Wav2Vec2CTCTokenizer
 
 import mmtransfer
 from mmtransfer import AdaptedModel
@@ -20,6 +20,7 @@ from mmtransfer.data import DataError, from_manifest, read_audio
 from mmtransfer.encoders.loading import load_model
 from mmtransfer.tasks import CTC, Classification
 from mmtransfer.tasks.own_head import find_own_head
+from mmtransfer.tasks.vocabulary import read_alphabet
 from mmtransfer.training.finetune_settings import FinetuneSettings
 
 KEEP = FinetuneSettings(epochs=1, batch_size=4, cpu=True, keep_head=True)
@@ -67,6 +68,15 @@ def test_the_alphabet_is_that_of_the_tokenizer(model: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model)
     assert task.encode("ab e") == tokenizer("AB E").input_ids
     assert task.unknown(task.target(replace(speech().test[0], text="abz"))) == ["Z"]
+
+
+def test_an_alphabet_with_a_space_beside_the_delimiter(tmp_path: Path) -> None:
+    (tmp_path / "vocab.json").write_text(json.dumps({"<pad>": 0, "|": 1, " ": 2, "a": 3, "<unk>": 4}))
+    tokenizer = Wav2Vec2CTCTokenizer(tmp_path / "vocab.json", bos_token=None, eos_token=None)
+    found = read_alphabet(tokenizer, "the model", size=5)
+    assert found.symbols == ("<pad>", " ", "<unused 2>", "a", "<unk>")
+    task = CTC(vocabulary=found.symbols, blank=found.blank)
+    assert task.encode("a a") == tokenizer("a a").input_ids == [3, 1, 3]
 
 
 def test_the_scores_and_texts_are_those_of_transformers(model: Path, data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from small_experiment import small_experiment
@@ -12,7 +13,7 @@ from mmtransfer.compare.results import Comparison
 from mmtransfer.compare.session import compare
 from mmtransfer.compare.settings import CompareSettings
 from mmtransfer.compare.store import evenly
-from mmtransfer.data import Clip, synthetic_speech
+from mmtransfer.data import Clip, DataError, synthetic_speech
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,14 @@ def test_clips_that_are_too_short_for_their_text_are_left_out_and_named() -> Non
     assert len(result.task["infeasible"]) == 1
     assert "180 frames needed" in result.task["infeasible"][0]
     assert result.methods[0].runs[0].curve[-1].steps == 1
+
+
+def test_no_clip_that_can_hold_its_text_is_one_sentence() -> None:
+    recordings = synthetic_speech(train_clips=4, test_clips=2)
+    clips = [Clip(clip.source, None, clip.seconds, text="ab" * 90) for clip in recordings.train]
+    settings = CompareSettings(methods=("head",), seeds=1, epochs=1, cpu=True)
+    with pytest.raises(DataError, match="no training clip that can hold its text"):
+        compare(small_experiment(replace(recordings, train=clips)), settings)
 
 
 def test_evenly_takes_all_lengths() -> None:

@@ -119,6 +119,7 @@ def compare(
     from mmtransfer.compare.session import find_methods
     from mmtransfer.compare.tables import MODELS_NAME, check_output
     from mmtransfer.data import DataError
+    from mmtransfer.tasks import find_task
 
     settings = dataclasses.replace(
         settings,
@@ -128,6 +129,8 @@ def compare(
     try:
         # Before anything is fetched.
         find_methods(settings)
+        if settings.task is not None:
+            find_task(settings.task)
     except ValueError as error:
         fail(str(error))
     try:

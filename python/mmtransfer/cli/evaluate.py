@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,7 @@ def evaluate(
         assert loaded.task is not None
         recordings = load_data(data, kind=loaded.task.kind, test_fraction=test_fraction, strict=strict)
         clips = _of_classes(loaded, recordings, _choose(recordings, split))
+        _check_lengths(loaded, clips, strict=strict)
         references, predictions = _predict(loaded, recordings, clips, training)
         scores = loaded.task.score(predictions, references)
         if output is not None:
@@ -102,6 +104,20 @@ def _of_classes(model: AdaptedModel, recordings: Recordings, clips: Sequence[Cli
     return [replace(clip, label=known.index(name)) for clip, name in zip(clips, names, strict=True)]
 
 
+def _check_lengths(model: AdaptedModel, clips: Sequence[Clip], *, strict: bool) -> None:
+    """Say which transcribed clips are longer than the model takes; DataError if strict."""
+    from mmtransfer.data import DataError
+    from mmtransfer.training.selection import describe_cut
+
+    assert model.task is not None
+    assert model.audio is not None
+    sentence = describe_cut(clips, model.audio.longest) if model.task.whole_clips else None
+    if sentence and strict:
+        raise DataError(sentence)
+    if sentence:
+        print(f"mmtransfer: {sentence}", file=sys.stderr)
+
+
 def _predict(
     model: AdaptedModel, recordings: Recordings, clips: Sequence[Clip], training: Training
 ) -> tuple[list[Any], list[Any]]:
@@ -129,7 +145,8 @@ def _write(
 
     assert model.task is not None
     task = model.task
-    with path.open("w", encoding="utf-8") as file:
+    # Names that are not UTF-8, as JSON escapes them.
+    with path.open("w", encoding="utf-8", errors="backslashreplace") as file:
         for clip, reference, prediction in zip(clips, references, predictions, strict=True):
             shown = {"reference": reference, "prediction": prediction}
             named = {name: task.name_predictions([value])[0] for name, value in shown.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -44,6 +45,9 @@ def predict(
     if not audio:
         fail("give audio files, folders, or @FILE for a list of them", 2)
     import_files(import_)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names that are not UTF-8: as JSON escapes them, or as they are.
+        sys.stdout.reconfigure(errors="backslashreplace" if json_ else "surrogateescape")
     from mmtransfer.data import DataError
     from mmtransfer.recognition import recognize_each
     from mmtransfer.training.finite import NotFiniteError

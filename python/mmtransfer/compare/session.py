@@ -125,6 +125,8 @@ class _Session:
         self.store.drop_infeasible()
         if dropped := self.store.infeasible:
             self._log(f"Left out, too short for their text: {len(dropped)} clips, such as {dropped[0]}")
+        if not len(self.store.clips["train"]):
+            raise DataError(f"{self.recordings.name} has no training clip that can hold its text")
 
     def close(self) -> None:
         """Give the experiment's model back as it was."""
@@ -434,10 +436,14 @@ def find_methods(settings: CompareSettings) -> list[Method]:
     found = [registry.find(name) for name in names]
     for key, value in registry.in_order(_of_methods(settings, found)):
         owners = [index for index, method in enumerate(found) if registry.has_option(method, key)]
+        changes = {key: value}
+        if not owners and isinstance(value, dict):
+            # Those of a pair, under its name.
+            owners, changes = [index for index, method in enumerate(found) if method.name == key], value
         if not owners:
             raise ValueError(f"none of the methods {', '.join(names)} has an option {key!r}")
         for index in owners:
-            found[index] = registry.find(found[index], **{key: value})
+            found[index] = registry.find(found[index], **changes)
     return found
 
 

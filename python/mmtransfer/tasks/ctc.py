@@ -158,7 +158,8 @@ class CTC(Task):
         return [character for character in _CASES[self.case](text) if character not in self._ids]
 
     def is_empty(self, target: str) -> bool:
-        return not self.encode(target)
+        # Spaces alone are what is left of words in another alphabet.
+        return all(self.vocabulary[index].isspace() for index in self.encode(target))
 
     def frames_needed(self, target: str) -> int:
         ids = self.encode(target)
@@ -215,7 +216,11 @@ class CTC(Task):
     @functools.cached_property
     def _tokenizer(self) -> Tokenizer:
         assert self.tokenizer is not None
-        return Tokenizer.from_str(self.tokenizer)
+        tokenizer = Tokenizer.from_str(self.tokenizer)
+        # Files of text models may have both; a transcript is of the whole clip.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
 
 
 class PlainHead(nn.Module):

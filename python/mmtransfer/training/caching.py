@@ -24,6 +24,7 @@ from mmtransfer.tasks.base import Task
 
 from .finite import NotFiniteError
 from .settings import check_integer
+from .worker_errors import plain_errors
 
 #: Called with the number of clips just done.
 OnClips = Callable[[int], None]
@@ -153,6 +154,7 @@ def encoder_inputs(
     return {**inputs, "lengths": batch["lengths"]}
 
 
+@plain_errors()
 def cache_features(
     encoder: TappedEncoder,
     clips: Sequence[Clip],
@@ -316,6 +318,7 @@ class CachedInputs(Dataset[dict[str, Any]]):
         return F.pad(tensor, (0, 0) * behind + (0, longest - tensor.shape[self.time_dim]))
 
 
+@plain_errors()
 def cache_inputs(
     clips: Sequence[Clip],
     collate: EncoderCollator,

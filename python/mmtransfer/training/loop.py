@@ -42,6 +42,7 @@ from .caching import CachedFeatures, CachedInputs, example_name
 from .clock import SECONDS, Clock, OnStep, Point, curve, seconds_per_epoch
 from .finite import NotFiniteError, check_rate, check_weights
 from .settings import Training
+from .worker_errors import plain_errors
 
 _PREFIX = "eval_"
 #: In a checkpoint of a run that was written to its end.
@@ -110,6 +111,7 @@ class Checkpoints:
     log: Path | None = None
 
 
+@plain_errors()
 def train(
     model: AdaptedModel,
     examples: Dataset[Any],
@@ -165,6 +167,7 @@ def train(
     )
 
 
+@plain_errors()
 @torch.no_grad()
 def predict(
     model: AdaptedModel,

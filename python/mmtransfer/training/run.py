@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from rich.progress import Progress, TaskID
 from torch import nn
-from transformers import AutoModelForCTC, SequenceFeatureExtractor, WhisperFeatureExtractor, set_seed
+from transformers import AutoModelForCTC, SequenceFeatureExtractor, set_seed
 
 from mmtransfer import checkpoint
 from mmtransfer.data import DataError, Recordings
@@ -133,7 +133,13 @@ class Run:
         parts = hold_out(recordings, settings.validation_fraction, settings.seed, self.findings)
         if not parts.validation and (settings.patience or settings.evaluate_every):
             raise DataError("patience and evaluate_every need a validation part")
-        self.recordings = select(parts, self.task, max_seconds=self._limit(), findings=self.findings)
+        self.recordings = select(
+            parts,
+            self.task,
+            max_seconds=settings.max_seconds,
+            window=AudioInput(self.extractor).longest,
+            findings=self.findings,
+        )
         # The others look at the folder before there is a run in it.
         self._wait()
         if is_main_process():
@@ -289,13 +295,6 @@ class Run:
     def _crop(self) -> float | None:
         """Seconds that clips are cropped to."""
         return None if self.task.whole_clips else self.settings.max_seconds
-
-    def _limit(self) -> float | None:
-        """Seconds of the longest clip that is trained on whole."""
-        limits = [] if self.settings.max_seconds is None else [self.settings.max_seconds]
-        if isinstance(self.extractor, WhisperFeatureExtractor):
-            limits.append(float(self.extractor.chunk_length))
-        return min(limits, default=None)
 
     def _evaluation(self, model: AdaptedModel, bar: TaskID) -> Evaluation | None:
         """Scores of the validation part on the way, shown behind a bar."""

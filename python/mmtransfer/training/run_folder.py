@@ -96,7 +96,12 @@ class RunFolder:
 
     def _write(self, name: str, content: Mapping[str, Any]) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        checkpoint.replace_file(self.path / name, lambda path: path.write_text(text, encoding="utf-8"))
+
+        def write(path: Path) -> None:
+            # Names that are not UTF-8, as JSON escapes them.
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+        checkpoint.replace_file(self.path / name, write)
 
     def _refuse_files(self) -> None:
         files = list(self.path.iterdir()) if self.path.exists() else []

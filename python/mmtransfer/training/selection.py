@@ -71,7 +71,8 @@ def hold_out(recordings: Recordings, fraction: float, seed: int, findings: Findi
     rows = [row for row, clip in zip(_rows(clips), clips, strict=True) if of_class[clip.label] > 1]
     try:
         if not rows:
-            raise DataError(f"{recordings.name} has one training clip of each class")
+            each = "" if recordings.transcribed else " of each class"
+            raise DataError(f"{recordings.name} has one training clip{each}")
         drawn = draw_split(recordings.name, rows, fraction, seed)
     except DataError as error:
         findings.add(f"no validation part can be drawn ({error}): the last weights are kept", fault=False)
@@ -100,20 +101,26 @@ def _rows(clips: Sequence[Clip]) -> list[Row]:
 
 
 def select(
-    recordings: Recordings, task: Task, *, max_seconds: float | None, findings: Findings
+    recordings: Recordings,
+    task: Task,
+    *,
+    max_seconds: float | None,
+    window: float | None = None,
+    findings: Findings,
 ) -> Recordings:
     """The recordings without training clips that are too long or have no target for the task.
 
-    Characters that the task has no symbol for are counted.
+    Characters that the task has no symbol for are counted, and clips of other parts that are longer than
+    `window`, the seconds that the model takes (None: any).
     """
     kept = list(recordings.train)
-    if task.whole_clips and max_seconds is not None:
-        kept = _leave_out(
-            kept,
-            lambda clip: clip.seconds > max_seconds,
-            f"longer than {max_seconds:g} s, as max_seconds says",
-            findings,
-        )
+    if task.whole_clips:
+        limits = ((window, "all that the model takes"), (max_seconds, "as max_seconds says"))
+        for limit, reason in limits:
+            if limit is not None:
+                kept = _leave_out(kept, _longer_than(limit), f"longer than {limit:g} s, {reason}", findings)
+        if sentence := describe_cut((*recordings.validation, *recordings.test), window):
+            findings.add(sentence)
     _count_unknown(recordings, task, findings)
     kept = _leave_out(
         kept, lambda clip: task.is_empty(task.target(clip)), "without a known character", findings
@@ -121,6 +128,22 @@ def select(
     if not kept:
         raise DataError(f"{recordings.name} has no training clip that can be used")
     return replace(recordings, train=kept)
+
+
+def describe_cut(clips: Sequence[Clip], window: float | None) -> str | None:
+    """A sentence on clips that are scored by their beginning, as the model takes no more; None without."""
+    names = [clip_name(clip) for clip in clips if window is not None and clip.seconds > window]
+    if not names:
+        return None
+    verb = "is" if len(names) == 1 else "are"
+    return (
+        f"{first(names, 'clip', 'clips')} {verb} longer than {window:g} s, all that the model takes: what is "
+        "said later counts as errors in scores"
+    )
+
+
+def _longer_than(seconds: float) -> Callable[[Clip], bool]:
+    return lambda clip: clip.seconds > seconds
 
 
 def _leave_out(
