@@ -33,7 +33,8 @@ class Input:
             recipe demo/prompts.
         synthetic: generated sounds and a small random encoder; no network.
         model: folder or hub name of a speech model.
-        data: folder of class folders, or a CSV with the columns path, label and, if wanted, split.
+        data: folder of class folders, CSV or JSON lines with path and label, or Hugging Face data set; with
+            --task ctc transcripts instead of labels.
         test_fraction: of --data, where it has no split.
         max_seconds: clips of --data are cropped to this, 10 if it is not given; where they have transcripts,
             longer ones are left out, 30 if it is not given.
@@ -45,7 +46,7 @@ class Input:
     demo_prompts: bool = False
     synthetic: bool = False
     model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    data: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    data: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
     test_fraction: float = 0.2
     max_seconds: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -54,6 +54,8 @@ def evaluate(
         strict: stop at clips that cannot be used, instead of leaving them out.
         import_: Python file that registers methods or tasks of yours.
     """
+    if output is not None and not output.expanduser().parent.is_dir():
+        fail(f"--output {output} is in a folder that does not exist")
     import_files(import_)
     from mmtransfer.data import DataError, load_data
     from mmtransfer.training.finite import NotFiniteError

@@ -108,6 +108,8 @@ def finetune(
             )
     except (DataError, NotFiniteError, OSError, ValueError) as error:
         fail(" ".join(str(error).split()))
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command with --resume goes on with the run in {target.output}", 130)
     if is_main_process():
         _show(result)
 

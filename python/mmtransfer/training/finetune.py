@@ -12,7 +12,7 @@ from torch import nn
 from transformers import SequenceFeatureExtractor
 
 from mmtransfer import registry
-from mmtransfer.data import Recordings, from_manifest, load_data
+from mmtransfer.data import DataError, Recordings, from_manifest, load_data
 from mmtransfer.method import Method
 from mmtransfer.tasks import find_task
 
@@ -99,7 +99,12 @@ def _read(data: Any, settings: FinetuneSettings, test_fraction: float) -> Record
         return load_data(data, kind=find_task(settings.task).kind, **options)
     if isinstance(data, (str, Path)) and Path(data).expanduser().is_file():
         return from_manifest(data, **options)
-    return load_data(data, kind="label", **options)
+    try:
+        return load_data(data, kind="label", **options)
+    except DataError as error:
+        if isinstance(data, (str, Path)) and any(Path(data).expanduser().rglob("*.txt")):
+            raise DataError(f"{error}; where its text files are transcripts, the task is ctc") from error
+        raise
 
 
 def _earlier(folder: RunFolder, results: dict[str, Any]) -> FinetuneResult:

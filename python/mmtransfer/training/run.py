@@ -86,6 +86,7 @@ class Run:
     source: str
     recordings: Recordings
     task: Task
+    test: Examples
 
     def __init__(
         self,
@@ -162,6 +163,8 @@ class Run:
         examples = self._feasible(model, examples, collate, self.findings)
         bar = self.progress.add_task(self.method.title, total=training.steps(len(examples)), detail="")
         evaluation = self._evaluation(model, bar)
+        # Made before training: a clip that cannot be read must not be found at its end.
+        self.test = self._examples(model, self.recordings.test, "Test clips")
 
         def on_step(step: int, steps: int, loss: float | None) -> None:
             self.progress.update(bar, completed=step, total=steps)
@@ -183,7 +186,7 @@ class Run:
             checkpoint.save(model, self.folder.path)
         training = self.settings.training(self.method.training)
         test = self.recordings.test
-        predictions = predict(model, *self._examples(model, test, "Test clips"), training)
+        predictions = predict(model, *self.test, training)
         scores = self.task.score(predictions, [self.task.target(clip) for clip in test])
         done = FinetuneResult(
             output=self.folder.path,
