@@ -83,7 +83,7 @@ def test_the_synthetic_comparison_prints_a_table(synthetic: tuple[Result, Path])
 
 def test_the_json_holds_every_run(synthetic: tuple[Result, Path]) -> None:
     found = record(synthetic[1])
-    assert (found["format"], found["version"]) == ("mmtransfer-compare", 2)
+    assert (found["format"], found["version"]) == ("mmtransfer-compare", 3)
     assert found["task"]["synthetic"] is True
     assert found["task"]["metric"] == {"name": "accuracy", "title": "Accuracy", "higher_is_better": True}
     assert found["settings"]["cached_features"] is True
@@ -122,7 +122,7 @@ def test_the_page_is_self_contained_and_says_synthetic(synthetic: tuple[Result, 
     insights = {
         name for m in record(synthetic[1])["methods"] for each in m["runs"] for name in each["insights"]
     }
-    assert len(figures) == 1 + len(insights) + 2
+    assert len(figures) == 2 + len(insights) + 2
     identifiers: list[str] = []
     for figure in figures:
         tree = ElementTree.fromstring(figure)
@@ -229,7 +229,7 @@ def test_wrong_data(whisper: Path, sounds: Path, tmp_path: Path) -> None:
     def attempt(data: Path) -> Result:
         return run("compare", "--model", whisper, "--data", data, "--output", tmp_path / "report", *QUICK)
 
-    fails(attempt(tmp_path / "nowhere"), "nowhere does not exist", "CSV manifest")
+    fails(attempt(tmp_path / "nowhere"), "nowhere does not exist", "a manifest (.csv")
     (tmp_path / "empty").mkdir()
     fails(attempt(tmp_path / "empty"), "holds no audio")
     (tmp_path / "one").mkdir()
@@ -315,11 +315,11 @@ def test_the_output_folder_is_respected(whisper: Path, sounds: Path, tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ([], "one of --demo, --synthetic, or --model"),
-        (["--demo", "--synthetic"], "one of --demo, --synthetic, or --model"),
+        ([], "one of --demo, --demo-prompts, --synthetic, or --model"),
+        (["--demo", "--synthetic"], "one of --demo, --demo-prompts, --synthetic, or --model"),
         (["--model", "x"], "--model and --data go together"),
         (["--data", "x"], "--model and --data go together"),
-        (["--synthetic", "--model", "x", "--data", "y"], "one of --demo, --synthetic, or --model"),
+        (["--synthetic", "--model", "x", "--data", "y"], "one of --demo, --demo-prompts, --synthetic, or --model"),
         (["--synthetic", "--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--synthetic", "--tuning-epochs", "0"], "tuning_epochs must be at least 1, got 0"),
         (["--synthetic", "--seeds", "many"], "--seeds"),

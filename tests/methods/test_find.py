@@ -25,6 +25,7 @@ OTHER = {
     "backend": "reference",
     "bottleneck": 3,
     "depth": 2,
+    "hidden": 5,
     "layers": (0, -1),
     "mixing_rate": 0.5,
     "norm": False,
