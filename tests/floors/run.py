@@ -31,6 +31,7 @@ TESTS = {
 TOOLS = (
     *("pytest>=8", "pytest-benchmark>=4", "pytest-xdist>=3.2", "expecttest", "hypothesis>=6.100"),
     "triton==3.6.0",
+    *("jiwer", "datasets"),
     # Of datasets; later ones refuse numpy 1.
     "pyarrow<22",
 )

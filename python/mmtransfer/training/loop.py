@@ -276,7 +276,9 @@ class _Trainer(Trainer):
         if model.task is None or not model.task.by_length:
             return super()._get_train_sampler(train_dataset)
         lengths = example_lengths(self.train_dataset, self.data_collator)
-        return LengthBatches(lengths, self.settings.batch_size, self.settings.seed)
+        sampler = LengthBatches(lengths, self.settings.batch_size, self.settings.seed)
+        self.add_callback(_Epochs(sampler))
+        return sampler
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The task's scores; the clock stands still, and the random state is as before."""
@@ -465,6 +467,16 @@ def _log(checkpoints: Checkpoints | None) -> list[TrainerCallback]:
 
 def _state_folder(folder: str | Path | None, step: int | None) -> Path:
     return Path(folder or ".") / f"checkpoint-{step}"
+
+
+class _Epochs(TrainerCallback):
+    """Tells the sampler its epoch; accelerate 1.3 does not where a run is resumed within one."""
+
+    def __init__(self, sampler: LengthBatches) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 class _FirstEvaluation(TrainerCallback):
