@@ -40,7 +40,7 @@ from mmtransfer.model import AdaptedModel
 from .batches import LengthBatches, example_lengths
 from .caching import CachedFeatures, CachedInputs, example_name
 from .clock import SECONDS, Clock, OnStep, Point, curve, seconds_per_epoch
-from .finite import NotFiniteError, check_rate, check_weights
+from .finite import NotFiniteError, check_loss, check_rate, check_weights
 from .settings import Training
 from .worker_errors import plain_errors
 
@@ -229,6 +229,7 @@ class _Trainer(Trainer):
     settings: Training
     evaluation: Evaluation | None
     clock: Clock
+    last_loss: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -280,6 +281,11 @@ class _Trainer(Trainer):
         self.add_callback(_Epochs(sampler))
         return sampler
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Keeps the loss for `evaluate`, where NaN would show in the logits of a clip."""
+        self.last_loss = super().training_step(*args, **kwargs)
+        return self.last_loss
+
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The task's scores; the clock stands still, and the random state is as before."""
         evaluation, model = self.evaluation, self.model
@@ -287,7 +293,15 @@ class _Trainer(Trainer):
         assert isinstance(model, AdaptedModel)
         assert model.task is not None
         with self.clock.stopped():
-            predictions = predict(model, evaluation.examples, evaluation.collate, self.settings)
+            if self.last_loss is not None:
+                check_loss(float(self.last_loss), max(math.ceil(self.state.epoch or 0), 1))
+            try:
+                predictions = predict(model, evaluation.examples, evaluation.collate, self.settings)
+            except NotFiniteError as error:
+                raise NotFiniteError(
+                    f"{error} after {self.state.global_step} steps of training; lower the learning rate, or "
+                    "look for NaN in the model's weights"
+                ) from error
             scores = model.task.score(predictions, evaluation.targets)
             metrics = {f"{_PREFIX}{name}": float(value) for name, value in scores.items()}
             self.log(dict(metrics))
