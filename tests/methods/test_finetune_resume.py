@@ -167,7 +167,9 @@ def test_the_command_killed_at_any_time(model, tmp_path) -> None:
     output = tmp_path / "run"
     command = [sys.executable, "-m", "mmtransfer.cli", "finetune", "--output", output, *arguments]
     command += ["--batch-size", "4", "--cpu"]
-    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE)
+    # As many threads as here: their number decides on the last bits of a product.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, env=environment)
     while process.poll() is None and not list(output.glob("states/checkpoint-*/whole")):
         time.sleep(0.01)
     process.kill()
