@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -405,7 +406,8 @@ class _Session:
         targets = self.collate.targets(self.recordings.test)
         return [
             Example(
-                clip=clip_name(self.recordings.test[index], index),
+                # Without its folder: a report is passed on.
+                clip=Path(clip_name(self.recordings.test[index], index)).name,
                 target=_plain(self.task, targets[index]),
                 predictions={
                     name: _plain(self.task, found[index]) for name, found in self.predictions.items()
