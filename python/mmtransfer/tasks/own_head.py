@@ -1,4 +1,4 @@
-"""The CTC head that a pretrained model of transformers has of its own."""
+"""The CTC head of a pretrained model of transformers."""
 
 from __future__ import annotations
 

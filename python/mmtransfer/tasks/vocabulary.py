@@ -65,7 +65,7 @@ def read_alphabet(
     delimiter = getattr(tokenizer, "word_delimiter_token", None)
     symbols = [f"<unused {index}>" for index in range(size)]
     for symbol, index in ids.items():
-        # A space beside the delimiter is in no transcript: the tokenizer writes the delimiter.
+        # A space in the vocabulary as well is in no transcript: the tokenizer writes the delimiter.
         if index < size and (symbol != " " or delimiter in (None, " ")):
             symbols[index] = " " if symbol == delimiter else symbol
     return Alphabet(tuple(symbols), blank, _case(symbols))

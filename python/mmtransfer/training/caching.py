@@ -222,7 +222,7 @@ def _in_order(batches: Sequence[Sequence[int]], found: list[Taps]) -> tuple[torc
     first = found[0].features
     features = first.new_empty(ends[-1], *first.shape[1:])
     for chosen in batches:
-        # Given back batch by batch: all of them beside the one tensor would take twice the memory.
+        # Given back batch by batch: all of them and the one tensor would take twice the memory.
         for index, frames in zip(chosen, found.pop(0).split(), strict=True):
             features[ends[index] - len(frames) : ends[index]] = frames
     return features, lengths
