@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
@@ -9,8 +10,11 @@ import pytest
 import torch
 from small_experiment import small_experiment
 from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import set_seed
 
+from mmtransfer import AdaptedModel, registry
 from mmtransfer.data import synthetic, synthetic_speech
+from mmtransfer.data.features import Collator
 from mmtransfer.encoders import TappedEncoder
 from mmtransfer.tasks import CTC, find_task
 from mmtransfer.tasks.ctc import PADDING
@@ -174,8 +178,6 @@ class TestInfeasible:
         ]
         task = CTC.of(experiment.recordings)
         encoder = TappedEncoder(experiment.model, [-1])
-        from mmtransfer.data.features import Collator
-
         collate = EncoderCollator(Collator(experiment.recordings, experiment.extractor), encoder, task)
         for examples in (clips, cache_features(encoder, clips, collate), cache_inputs(clips, collate)):
             found = find_infeasible(examples, collate, encoder, task)
@@ -186,3 +188,26 @@ class TestInfeasible:
             assert len(names) == 3
             targets = [each["target"] if isinstance(each, dict) else each.text for each in kept]
             assert targets == [clip.text for clip in clips[1::2]]
+
+
+@pytest.mark.parametrize("method", [*registry.methods(), "hff-b+aat-ms"])
+def test_every_method_is_trained_on_transcripts(method: str) -> None:
+    """A step changes what is trained, and the loss of the same batch falls."""
+    experiment = small_experiment(synthetic_speech(train_clips=4, test_clips=1))
+    task = CTC.of(experiment.recordings)
+    set_seed(0)
+    model = AdaptedModel(copy.deepcopy(experiment.model), method, task)
+    collate = EncoderCollator(Collator(experiment.recordings, experiment.extractor), model.encoder, task)
+    batch = collate(experiment.recordings.train)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        output = model(**batch)
+        output.loss.backward()
+        optimizer.step()
+        losses.append(float(output.loss.detach()))
+    assert losses[-1] < losses[0]
+    texts = task.decode(output.logits, output.lengths)
+    assert len(texts) == 4
+    assert set("".join(texts)) <= set("".join(task.vocabulary))
