@@ -1,0 +1,3 @@
+from mmkernels.ops.merge.api import merge
+
+__all__ = ["merge"]
