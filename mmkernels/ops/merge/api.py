@@ -30,7 +30,12 @@ class _Merge(torch.autograd.Function):
         ctx.save_for_backward(lam, *pairs)
         ctx.options = backend, asked, dtype, groups
         ctx.set_materialize_grads(False)
-        return tuple(OPS[backend][0](list(pairs[:count]), list(pairs[count:]), lam, groups, dtype))
+        merged = OPS[backend][0](list(pairs[:count]), list(pairs[count:]), lam, groups, dtype)
+        _, _, _, of_lam, _, *of_pairs = ctx.needs_input_grad
+        if not of_lam:
+            frozen = [not (of_pairs[index] or of_pairs[count + index]) for index in range(count)]
+            ctx.mark_non_differentiable(*[m for m, still in zip(merged, frozen, strict=True) if still])
+        return tuple(merged)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -161,7 +166,8 @@ def merge(
     # The checks of 72 pairs take half of a small call's time. The compiled op compares the tensors too, so in
     # the usual call on the CPU they run only for their message, after the op has refused.
     alike = _of_one_dtype(target) and _of_one_dtype(source)
-    op_checks = alike and backend == "native" and first.is_cpu and not torch.compiler.is_compiling()
+    compiled = backend == "native" and first.is_cpu and not torch.compiler.is_compiling()
+    op_checks = alike and out is None and compiled
     if not op_checks:
         _check_tensors(target, source, dtype, out)
     try:
@@ -176,7 +182,7 @@ def merge(
         return call.run_by_dtype(target, source, groups, dtype, out)
     except (RuntimeError, AttributeError, TypeError):
         if op_checks:
-            _check_tensors(target, source, dtype, out)
+            _check_tensors(target, source, dtype, None)
         raise
 
 
