@@ -1,7 +1,6 @@
 #include "mmkernels/merge.h"
 
 #include <algorithm>
-#include <cstring>
 #include <type_traits>
 
 #include "cpu/rows.h"
@@ -38,42 +37,53 @@ MMK_INLINE void dispatch(MergeTypes types, Body&& body) {
   });
 }
 
-template <class From, class To>
-MMK_INLINE void copy(const From* from, To* to, int64_t size) {
-  using A = acc_t<To>;
-  if constexpr (std::is_same_v<From, To>) {
-    if (from != to) std::memcpy(to, from, static_cast<size_t>(size) * sizeof(To));
-  } else {
-    sweep<A>(
-        size, [&](int64_t j) MMK_LAMBDA { store(to + j, load(from + j)); },
-        [&](int64_t j) MMK_LAMBDA { to[j] = round_to<To>(convert(from[j])); });
-  }
+MMK_INLINE double lam_of(MergeTypes types, const void* lam, int64_t group) {
+  return types.result == DType::kFloat64 ? static_cast<const double*>(lam)[group]
+                                         : static_cast<const float*>(lam)[group];
 }
 
-// out = near + weight * (far - near). With weight 0 a copy, whatever `far` holds.
-template <class Near, class Far, class Result>
-MMK_INLINE void blend(const Near* near, const Far* far, acc_t<Result> weight, Result* out, int64_t size) {
-  using A = acc_t<Result>;
-  if (weight == 0) return copy(near, out, size);
-  sweep<A>(
+// As sweep, for the elements of `out`: each(j) gives a vector of them and one(j) a single one.
+template <bool kStream, class Out, class Each, class One>
+MMK_INLINE void write(Out* out, int64_t size, Each&& each, One&& one) {
+  sweep<acc_t<Out>>(
       size,
       [&](int64_t j) MMK_LAMBDA {
-        const vec_t<A> start = load(near + j);
-        store(out + j, start + weight * (load(far + j) - start));
+        if constexpr (kStream) {
+          store_streaming(out + j, each(j));
+        } else {
+          store(out + j, each(j));
+        }
+      },
+      [&](int64_t j) MMK_LAMBDA { out[j] = round_to<Out>(one(j)); });
+}
+
+// out = near + weight * (far - near). With weight 0 a copy, also where `far` is not finite.
+template <bool kStream, class Near, class Far, class Out>
+MMK_INLINE void blend(const Near* near, const Far* far, acc_t<Out> weight, Out* out, int64_t size) {
+  if (weight == 0) {
+    write<kStream>(
+        out, size, [&](int64_t j) MMK_LAMBDA { return load(near + j); },
+        [&](int64_t j) MMK_LAMBDA { return convert(near[j]); });
+    return;
+  }
+  write<kStream>(
+      out, size,
+      [&](int64_t j) MMK_LAMBDA {
+        const vec_t<acc_t<Out>> start = load(near + j);
+        return start + weight * (load(far + j) - start);
       },
       [&](int64_t j) MMK_LAMBDA {
-        const A start = convert(near[j]);
-        out[j] = round_to<Result>(start + weight * (convert(far[j]) - start));
+        const acc_t<Out> start = convert(near[j]);
+        return start + weight * (convert(far[j]) - start);
       });
 }
 
-// to = factor * grad
-template <class From, class To>
-MMK_INLINE void scale(const From* grad, acc_t<To> factor, To* to, int64_t size) {
-  using A = acc_t<To>;
-  sweep<A>(
-      size, [&](int64_t j) MMK_LAMBDA { store(to + j, factor * load(grad + j)); },
-      [&](int64_t j) MMK_LAMBDA { to[j] = round_to<To>(factor * convert(grad[j])); });
+// out = factor * grad
+template <bool kStream, class Grad, class Out>
+MMK_INLINE void scale(const Grad* grad, acc_t<Out> factor, Out* out, int64_t size) {
+  write<kStream>(
+      out, size, [&](int64_t j) MMK_LAMBDA { return factor * load(grad + j); },
+      [&](int64_t j) MMK_LAMBDA { return factor * convert(grad[j]); });
 }
 
 // sum of grad * (source - target)
@@ -86,67 +96,94 @@ MMK_INLINE acc_t<Grad> dot_difference(const Grad* grad, const Target* target, co
       [&](int64_t j) MMK_LAMBDA { return convert(grad[j]) * (convert(source[j]) - convert(target[j])); });
 }
 
-// Elements of grad that stay in the L1 cache while the gradients are computed one after the other.
-constexpr int64_t kTile = 1024;
+// Elements of grad that stay in the L1 cache while the gradients are computed one after the other. With few
+// of them, reads and writes of memory overlap.
+constexpr int64_t kTile = 256;
 
 // Writes the gradients of one chunk and returns its part of d_lam.
-template <class Target, class Source, class Grad>
+template <bool kStream, class Target, class Source, class Grad>
 MMK_INLINE double chunk_gradients(const MergePair& pair, const MergeGradient& gradient, acc_t<Grad> lam,
                                   bool need_lam, int64_t first, int64_t size) {
   double sum = 0.0;
-  for (int64_t end = first + size; first < end; first += kTile) {
+  for (const int64_t end = first + size; first < end; first += kTile) {
     const int64_t count = std::min(kTile, end - first);
     const Grad* grad = at<Grad>(gradient.grad, first);
     if (need_lam) {
       sum += dot_difference(grad, at<Target>(pair.target, first), at<Source>(pair.source, first), count);
     }
-    if (Target* d_target = at<Target>(gradient.d_target, first)) scale(grad, 1 - lam, d_target, count);
-    if (Source* d_source = at<Source>(gradient.d_source, first)) scale(grad, lam, d_source, count);
+    if (Target* out = at<Target>(gradient.d_target, first)) scale<kStream>(grad, 1 - lam, out, count);
+    if (Source* out = at<Source>(gradient.d_source, first)) scale<kStream>(grad, lam, out, count);
   }
   return sum;
+}
+
+// Results of calls of this many elements do not stay in the caches: they are written around them.
+constexpr int64_t kLeastStreamed = int64_t{1} << 20;
+
+bool is_large(const MergePair* pairs, int64_t count) {
+  return count > 0 && pairs[count - 1].begin + pairs[count - 1].size >= kLeastStreamed;
+}
+
+bool can_stream(const void* out) {
+  return reinterpret_cast<uintptr_t>(out) % 16 == 0;
+}
+
+template <class Body>
+MMK_INLINE void choose(bool condition, Body&& body) {
+  if (condition) {
+    body(std::true_type());
+  } else {
+    body(std::false_type());
+  }
 }
 
 }  // namespace
 
 MMK_MULTIARCH void merge_forward(const MergeForward& args, int64_t begin, int64_t end) {
-  dispatch(args.types, [&](auto target_element, auto source_element, auto result_element) MMK_LAMBDA {
-    using Target = decltype(target_element);
-    using Source = decltype(source_element);
-    using Result = decltype(result_element);
-    using A = acc_t<Result>;
-    for_each_chunk(args.pairs, args.count, begin, end,
-                   [&](int64_t k, int64_t first, int64_t size) MMK_LAMBDA {
-                     const MergePair& pair = args.pairs[k];
-                     const Target* target = at<Target>(pair.target, first);
-                     const Source* source = at<Source>(pair.source, first);
-                     Result* out = at<Result>(args.out[k], first);
-                     const A lam = static_cast<const A*>(args.lam)[pair.group];
-                     // From the nearer end, so that both ends are exact.
-                     if (lam < A(0.5)) {
-                       blend(target, source, lam, out, size);
-                     } else {
-                       blend(source, target, 1 - lam, out, size);
-                     }
-                   });
+  const bool large = is_large(args.pairs, args.count);
+  for_each_chunk(args.pairs, args.count, begin, end, [&](int64_t k, int64_t first, int64_t size) MMK_LAMBDA {
+    const MergePair& pair = args.pairs[k];
+    const bool in_place = args.out[k] == pair.target || args.out[k] == pair.source;
+    const bool stream = large && !in_place && can_stream(args.out[k]);
+    // From the nearer end, so that both ends are exact.
+    const double lam = lam_of(args.types, args.lam, pair.group);
+    const bool near_target = lam < 0.5;
+    const MergeTypes types =
+        near_target ? args.types : MergeTypes{args.types.source, args.types.target, args.types.result};
+    dispatch(types, [&](auto near, auto far, auto result) MMK_LAMBDA {
+      using Result = decltype(result);
+      using A = acc_t<Result>;
+      const A weight = near_target ? static_cast<A>(lam) : 1 - static_cast<A>(lam);
+      choose(stream, [&](auto streams) MMK_LAMBDA {
+        blend<decltype(streams)::value>(at<decltype(near)>(near_target ? pair.target : pair.source, first),
+                                        at<decltype(far)>(near_target ? pair.source : pair.target, first),
+                                        weight, at<Result>(args.out[k], first), size);
+      });
+    });
   });
+  finish_streaming();
 }
 
 MMK_MULTIARCH void merge_backward(const MergeBackward& args, int64_t begin, int64_t end) {
-  dispatch(args.types, [&](auto target_element, auto source_element, auto grad_element) MMK_LAMBDA {
-    using Grad = decltype(grad_element);
-    using A = acc_t<Grad>;
-    for_each_chunk(
-        args.pairs, args.count, begin, end, [&](int64_t k, int64_t first, int64_t size) MMK_LAMBDA {
-          const A lam = static_cast<const A*>(args.lam)[args.pairs[k].group];
-          const bool need_lam = args.d_lam != nullptr;
-          const double sum = chunk_gradients<decltype(target_element), decltype(source_element), Grad>(
-              args.pairs[k], args.gradients[k], lam, need_lam, first, size);
-          if (need_lam) {
-            static_cast<A*>(args.partial)[args.gradients[k].first_partial + first / kMergeChunk] =
-                static_cast<A>(sum);
-          }
-        });
+  const bool large = is_large(args.pairs, args.count);
+  const bool need_lam = args.d_lam != nullptr;
+  for_each_chunk(args.pairs, args.count, begin, end, [&](int64_t k, int64_t first, int64_t size) MMK_LAMBDA {
+    const MergePair& pair = args.pairs[k];
+    const MergeGradient& gradient = args.gradients[k];
+    const bool stream = large && can_stream(gradient.d_target) && can_stream(gradient.d_source);
+    dispatch(args.types, [&](auto target, auto source, auto grad) MMK_LAMBDA {
+      using A = acc_t<decltype(grad)>;
+      const A lam = static_cast<const A*>(args.lam)[pair.group];
+      choose(stream, [&](auto streams) MMK_LAMBDA {
+        const double sum =
+            chunk_gradients<decltype(streams)::value, decltype(target), decltype(source), decltype(grad)>(
+                pair, gradient, lam, need_lam, first, size);
+        if (!need_lam) return;
+        static_cast<A*>(args.partial)[gradient.first_partial + first / kMergeChunk] = static_cast<A>(sum);
+      });
+    });
   });
+  finish_streaming();
 }
 
 void merge_reduce(const MergeBackward& args) {
