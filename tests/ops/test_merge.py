@@ -586,6 +586,12 @@ class TestBadInput:
         with pytest.raises(ValueError, match=f"lam must be finite, got {value} at index 0"):
             mmkernels.merge(target, source, value)
 
+    def test_lam_that_is_not_finite_in_float32(self) -> None:
+        target, source = pairs((2, 3))
+        for lam in (1e300, [1e300], torch.tensor([1e300], dtype=torch.float64)):
+            with pytest.raises(ValueError, match=r"lam must be finite, got 1e\+300 at index 0"):
+                mmkernels.merge(target, source, lam)
+
     def test_groups(self) -> None:
         target, source = pairs((2, 3), (4,))
         merge = functools.partial(mmkernels.merge, target, source, torch.rand(3))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -61,11 +60,8 @@ class _Merge(torch.autograd.Function):
             d_lam, d_target, d_source = _reference_gradients(ctx, *arguments, need_target, need_source)
         elif used:
             d_lam, d_target, d_source = OPS[backend][2](*arguments, need_target, need_source)
-        by_input: dict[int, Tensor] = {}
-        for place, tensor in zip(need_target, d_target, strict=True):
-            by_input[used[place]] = tensor
-        for place, tensor in zip(need_source, d_source, strict=True):
-            by_input[count + used[place]] = tensor
+        inputs = [used[place] for place in need_target] + [count + used[place] for place in need_source]
+        by_input: dict[int, Tensor] = dict(zip(inputs, [*d_target, *d_source], strict=True))
         of_pairs = (by_input.get(index) for index in range(2 * count))
         return (*(None, None, None), d_lam if need_lam else None, None, *of_pairs)
 
@@ -123,7 +119,8 @@ def merge(
         lam: Weight of the source: a number, or one entry for all pairs, one for each pair, or, with
             ``groups``, ``(G,)``. A tensor on the device of ``target`` of any floating dtype, read in float32
             (float64 for float64), or a sequence of numbers. Any finite values; outside ``[0, 1]`` the result
-            lies beyond the ends. On CUDA they are not read by the host, and not checked.
+            lies beyond the ends. Values of a tensor on CUDA are not read by the host, and not checked; a
+            sequence is copied there, which the capture of a CUDA graph does not allow.
         groups: For each pair the index of its entry of ``lam``, as Python integers.
         dtype: Of the results; by default each has its target's.
         out: Contiguous tensors of the shapes and dtypes of the results: they are written and returned, and
@@ -297,11 +294,11 @@ def _weights(lam: Tensor | float | Sequence[float], first: Tensor) -> Tensor:
             raise ValueError(
                 f"merge: lam must be a number or have one dimension, got shape {tuple(lam.shape)}"
             )
-        _check_values(lam)
+        _check_values(lam, wide)
         lam = lam.reshape(1) if lam.dim() == 0 else lam
         return lam if lam.dtype == wide else lam.to(wide)
     if isinstance(lam, (int, float)):
-        _check_finite([lam])
+        _check_finite([lam], wide)
         return torch.full((1,), lam, dtype=wide, device=device)  # no copy from the host
     if not isinstance(lam, (list, tuple)):
         raise TypeError(
@@ -313,20 +310,21 @@ def _weights(lam: Tensor | float | Sequence[float], first: Tensor) -> Tensor:
                 f"merge: lam[{index}] must be a number, got {type(value).__name__}; "
                 "torch.stack makes one tensor of several"
             )
-    _check_finite(lam)
+    _check_finite(lam, wide)
     return torch.tensor(lam, dtype=wide).to(device, non_blocking=True)
 
 
-def _check_values(lam: Tensor) -> None:
+def _check_values(lam: Tensor, wide: torch.dtype) -> None:
     # Reading values back is free on the CPU only; while tracing and under vmap there is no number to read.
     readable = not torch.compiler.is_compiling() and not _derivatives.transforms_active()
     if lam.is_cpu and readable and type(lam) in (Tensor, torch.nn.Parameter):
-        _check_finite(lam.reshape(-1).tolist())
+        _check_finite(lam.reshape(-1).tolist(), wide)
 
 
-def _check_finite(values: Sequence[float]) -> None:
+def _check_finite(values: Sequence[float], wide: torch.dtype) -> None:
+    limit = torch.finfo(wide).max
     for index, value in enumerate(values):
-        if not math.isfinite(value):
+        if not abs(value) <= limit:  # as NaN is not
             raise ValueError(f"merge: lam must be finite, got {value} at index {index}")
 
 
