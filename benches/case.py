@@ -125,7 +125,7 @@ class Problem(Protocol):
 
 @dataclass(frozen=True)
 class OpProblem:
-    """A function of tensors, forward or backward.
+    """A function of tensors, forward or backward, whose result is a tensor or a list of tensors.
 
     Attributes:
         inputs: keyword arguments: tensors, lists of tensors, plain values. Gradients are taken for tensors
@@ -138,12 +138,12 @@ class OpProblem:
     """
 
     inputs: dict[str, Any]
-    reference: Callable[..., Tensor]
+    reference: Callable[..., Tensor | list[Tensor]]
     direction: str
     dtype: torch.dtype
     calls: int = 1
     gradient_mask: Tensor | None = None
-    _gradients: dict[torch.dtype, Tensor] = field(default_factory=dict, init=False)
+    _gradients: dict[torch.dtype, list[Tensor]] = field(default_factory=dict, init=False)
 
     def runner(self, candidate: Candidate) -> Runner:
         call = candidate.call
@@ -158,41 +158,49 @@ class OpProblem:
         runner = self._runner(self.reference, inputs)
         return [tensor.detach() for tensor in runner.run(runner.prepare())]
 
-    def _runner(self, call: Callable[..., Tensor], inputs: dict[str, Any]) -> Runner:
+    def _runner(self, call: Callable[..., Tensor | list[Tensor]], inputs: dict[str, Any]) -> Runner:
         leaves = [tensor for tensor in _tensors(inputs) if tensor.requires_grad]
+
+        def results() -> list[Tensor]:
+            out = call(**inputs)
+            return [out] if isinstance(out, Tensor) else list(out)
 
         @torch.no_grad()
         def forward(_: None) -> list[Tensor]:
-            return [call(**inputs)]
+            return results()
 
         @torch.no_grad()
         def repeated(_: None) -> list[Tensor]:
             for _ in range(self.calls - 1):
                 call(**inputs)
-            return [call(**inputs)]
+            return results()
 
         def forward_backward(_: None) -> list[Tensor]:
-            out = call(**inputs)
-            return [out, *torch.autograd.grad(out, leaves, self._gradient(out))]
+            out = results()
+            return [*out, *torch.autograd.grad(out, leaves, self._gradients_for(out))]
 
-        def backward(out: Tensor) -> list[Tensor]:
-            return list(torch.autograd.grad(out, leaves, self._gradient(out)))
+        def backward(out: list[Tensor]) -> list[Tensor]:
+            return list(torch.autograd.grad(out, leaves, self._gradients_for(out)))
 
         if self.direction == "backward":
-            return Runner(backward, prepare=lambda: call(**inputs), queued=True)
+            return Runner(backward, prepare=results, queued=True)
         if self.direction == "call":
             return Runner(repeated, calls=self.calls)
         run = forward_backward if self.direction == "forward_backward" else forward
         return Runner(run, queued=True)
 
-    def _gradient(self, out: Tensor) -> Tensor:
-        if out.dtype not in self._gradients:
+    def _gradients_for(self, out: list[Tensor]) -> list[Tensor]:
+        dtype = out[0].dtype
+        if dtype not in self._gradients:
             generator = torch.Generator().manual_seed(7)
-            gradient = torch.randn(out.shape, generator=generator).to(out.device, self.dtype)
-            if self.gradient_mask is not None:
-                gradient *= self.gradient_mask
-            self._gradients[out.dtype] = gradient.to(out.dtype)
-        return self._gradients[out.dtype]
+            self._gradients[dtype] = [self._gradient(tensor, generator) for tensor in out]
+        return self._gradients[dtype]
+
+    def _gradient(self, out: Tensor, generator: torch.Generator) -> Tensor:
+        gradient = torch.randn(out.shape, generator=generator).to(out.device, self.dtype)
+        if self.gradient_mask is not None:
+            gradient *= self.gradient_mask
+        return gradient.to(out.dtype)
 
 
 def _tensors(inputs: dict[str, Any]) -> Iterator[Tensor]:

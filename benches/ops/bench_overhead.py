@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from benches.case import HUBERT_BASE, Candidate, Case, OpProblem, Runner
+from benches.ops import bench_merge
 from benches.ops.bench_layer_mix import in_place_loop, plain_loop, s3prl
 from benches.registry import kernel_candidates
 from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_mix.reference import layer_mix as reference
+from mmkernels.ops.merge.reference import merge as merge_reference
 
 
 class ImportProblem:
@@ -60,6 +62,23 @@ def cases(device: str, tiny: bool = False) -> Iterator[Case]:
         bound="latency",
         headline=True,
     )
+    pairs, width = 72, 4
+    count = pairs * width * width
+    yield Case(
+        op="overhead",
+        shape="tiny merge",
+        variant="",
+        direction="call",
+        dtype=torch.float32,
+        device=device,
+        sizes={"pairs": pairs, "D": width, "groups": pairs // bench_merge.MATRICES},
+        minimum_bytes=3 * item * count,
+        flops=3 * count,
+        output_bytes=item * count,
+        candidates=bench_merge.candidates("forward", "", device),
+        problem=functools.partial(_tiny_merge, pairs, width, device, 2 if tiny else 100),
+        bound="latency",
+    )
     yield Case(
         op="overhead",
         shape="fresh interpreter",
@@ -89,3 +108,14 @@ def _tiny_problem(sizes: tuple[int, int, int], device: str, calls: int) -> OpPro
         "weights": torch.randn(layers, device=device).softmax(0),
     }
     return OpProblem(inputs, reference, "call", torch.float32, calls)
+
+
+def _tiny_merge(pairs: int, width: int, device: str, calls: int) -> OpProblem:
+    groups = [index // bench_merge.MATRICES for index in range(pairs)]
+    inputs = {
+        "target": [torch.randn(width, width, device=device) for _ in range(pairs)],
+        "source": [torch.randn(width, width, device=device) for _ in range(pairs)],
+        "lam": torch.rand(groups[-1] + 1, device=device),
+        "groups": groups,
+    }
+    return OpProblem(inputs, merge_reference, "call", torch.float32, calls)

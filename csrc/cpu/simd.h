@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __SSE2__
+#include <emmintrin.h>
+#endif
+
 #include "mmkernels/dtype.h"
 
 #define MMK_INLINE inline __attribute__((always_inline))
@@ -140,6 +144,38 @@ MMK_INLINE A sum_lanes(vec_t<A> v) {
   }
   return v[0];
 }
+
+// As store, around the caches, to an address that is a multiple of 16 bytes: memory that is not in the cache
+// is then not read before it is written. Call finish_streaming after the last one.
+template <class T>
+MMK_INLINE void store_streaming(T* p, vec_t<acc_t<T>> v) {
+#ifdef __SSE2__
+  alignas(16) T rounded[kLanes<acc_t<T>>];
+  store(rounded, v);
+  constexpr int64_t kBytes = kLanes<acc_t<T>> * static_cast<int64_t>(sizeof(T));
+  for (int64_t i = 0; i < kBytes / 16; ++i) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, reinterpret_cast<const __m128i*>(rounded)[i]);
+  }
+#else
+  store(p, v);
+#endif
+}
+
+MMK_INLINE void finish_streaming() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// The DType of an element type.
+template <class T>
+constexpr DType type_of = DType::kFloat32;
+template <>
+inline constexpr DType type_of<double> = DType::kFloat64;
+template <>
+inline constexpr DType type_of<Half> = DType::kFloat16;
+template <>
+inline constexpr DType type_of<BFloat16> = DType::kBFloat16;
 
 // Calls body(T{}) with the element type that dtype names.
 template <class Body>

@@ -70,7 +70,23 @@ def adapter_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
     return step, down
 
 
-STEPS = {"layer_mix": mix_step, "layer_project": project_step, "adapter": adapter_step}
+def merge_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """More pairs than one launch takes, and tensors of several chunks and of a few elements."""
+    shapes = [(130, 300), (7,), (256, 256)] * 50
+    target, source = ([torch.randn(shape, device="cuda") for shape in shapes] for _ in range(2))
+    lam = torch.rand(50, device="cuda", requires_grad=True)
+    groups = [index // 3 for index in range(150)]
+
+    def step() -> Tensor:
+        out = mmkernels.merge(target, source, lam, groups=groups, dtype=torch.bfloat16, backend=backend)
+        grads = [merged.detach() for merged in out]
+        (grad,) = torch.autograd.grad(out, lam, grads)
+        return grad
+
+    return step, lam
+
+
+STEPS = {"layer_mix": mix_step, "layer_project": project_step, "adapter": adapter_step, "merge": merge_step}
 each = pytest.mark.parametrize("op", list(STEPS))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -174,11 +190,39 @@ def test_lengths_are_clamped_on_the_device(backend: str) -> None:
     assert torch.equal(got, mmkernels.layer_mix(layers, weights, lengths=tame, backend=backend))
 
 
+@each_backend
+def test_merge_into_its_targets(backend: str) -> None:
+    """In place, captured in a graph; a replay merges again."""
+    start = [torch.randn(300, 100, device="cuda") for _ in range(3)]
+    source, lam = [torch.randn_like(t) for t in start], torch.rand(3, device="cuda")
+    target = [t.clone() for t in start]
+    mmkernels.merge(target, source, lam, out=target, backend=backend)
+    expected = mmkernels.merge(start, source, lam, backend=backend)
+    assert all(map(torch.equal, target, expected))
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        mmkernels.merge(target, source, lam, out=target, backend=backend)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, target, mmkernels.merge(expected, source, lam, backend=backend)))
+
+
+@each_backend
+def test_a_weight_that_is_not_finite_is_not_read(backend: str) -> None:
+    """Reading it would wait for the device; the results show it."""
+    tensors = [torch.ones(5, device="cuda")]
+    lam = torch.tensor([float("nan")], device="cuda")
+    assert mmkernels.merge(tensors, tensors, lam, backend=backend)[0].isnan().all()
+
+
 def test_float64_is_refused() -> None:
     layers = [torch.ones(2, 3, device="cuda", dtype=torch.float64)]
     for backend in ("auto", "native", "triton"):
         with pytest.raises(ValueError, match="float64"):
             mmkernels.layer_mix(layers, torch.ones(1, device="cuda"), backend=backend)
+        with pytest.raises(ValueError, match="float64"):
+            mmkernels.merge(layers, layers, 0.5, backend=backend)
 
 
 @each_backend
@@ -194,6 +238,19 @@ def test_more_elements_than_32_bits_count(backend: str) -> None:
     torch.testing.assert_close(
         out[:, -16:], mmkernels.layer_mix(tail, weights, norm=True, backend="reference"), rtol=2e-2, atol=2e-2
     )
+
+
+@each_backend
+def test_merge_of_more_elements_than_32_bits_count(backend: str) -> None:
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    target, source = (torch.empty(2**31 + 9, device="cuda", dtype=torch.bfloat16).normal_() for _ in range(2))
+    small = torch.randn(40, device="cuda").bfloat16()
+    lam = torch.tensor([0.3, 0.9], device="cuda")
+    long, short = mmkernels.merge([target, small], [source, small], lam, backend=backend)
+    (tail,) = mmkernels.merge([target[-32:]], [source[-32:]], lam[:1], backend="reference")
+    torch.testing.assert_close(long[-32:], tail)
+    assert torch.equal(short, small)
 
 
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="one backend only")

@@ -9,6 +9,7 @@ import torch
 from test_adapter import SPEC as ADAPTER
 from test_layer_mix import SPEC as LAYER_MIX
 from test_layer_project import SPEC as LAYER_PROJECT
+from test_merge import SPEC as MERGE
 
 from op_tests import Call, OpSpec, Shape, backends, check_against_reference, generator_for
 
@@ -83,3 +84,13 @@ def test_float32_parameters_beside_half_precision(op: str, width: int, backend: 
     else:
         shape |= {"N": 447, "L": 5, "C": width, "O": 240}
         check(LAYER_PROJECT, shape, torch.bfloat16, backend, torch.float32)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+def test_merge(width: int, dtype: torch.dtype, backend: str) -> None:
+    """Query, key, value and their biases of four layers."""
+    layer = [(width, width), (width,)] * 3
+    shape = {"sizes": layer * 4, "groups": [index // len(layer) for index in range(4 * len(layer))]}
+    check(MERGE, shape, dtype, backend, torch.float32)

@@ -27,6 +27,7 @@ from mmkernels.ops import _norm_product as norm_product  # noqa: E402
 from mmkernels.ops import _triton as shared  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
+from mmkernels.ops.merge import triton as merge  # noqa: E402
 
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 #: Bytes of shared memory that one block may have.
@@ -48,6 +49,7 @@ PARAMETERS = {
     *("d_weight", "d_norm_weight", "d_norm_bias"),
 }
 INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
+INTEGERS |= {"chunks", "first_chunk"}
 INT64_POINTERS = {"table", "lengths"}
 
 
@@ -56,6 +58,8 @@ def type_of(name: str, element: str, parameter: str) -> str:
         return "i32"
     if name in INT64_POINTERS:
         return "*i64"
+    if name == "partial_group":
+        return "*i32"
     if name == "scale":
         return "fp32"
     if name in PARAMETERS:
@@ -157,6 +161,7 @@ SMALL_LAUNCHES = [
     (adapter.adapter_fwd_kernel, FUSED),
     (adapter.adapter_bwd_kernel, FUSED_BACKWARD),
     (adapter.adapter_product_kernel, {**PRODUCT, "INNER": 1}),
+    (merge.merge_sum_kernel, {"SUMS": 64}),
 ]
 
 
@@ -278,6 +283,47 @@ def test_table_of_the_most_layers(capability: int, tmp_path: pathlib.Path) -> No
     )
     assert all(value % 2 == 1 and value >= 2**31 for value in map(shared.encode_for_table, (-1, 0, 1, 2**56)))
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": 1})
+    check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+MERGE_CASES = [
+    # target, source, result
+    ("float32", "float32", "float32"),
+    ("bfloat16", "bfloat16", "bfloat16"),
+    ("float16", "float32", "float16"),
+    ("float32", "bfloat16", "float32"),
+    ("float32", "float32", "bfloat16"),
+]
+
+
+@each_capability
+@pytest.mark.parametrize("dtypes", MERGE_CASES)
+@pytest.mark.parametrize("alignment", [16, 1])
+def test_merge(dtypes: tuple[str, str, str], alignment: int, capability: int, tmp_path: pathlib.Path) -> None:
+    types = (merge.ELEMENTS[getattr(torch, dtype)] for dtype in dtypes)
+    sizes = {"PAIRS": merge.PAIRS, "CHUNK": merge.CHUNK, "BLOCK": merge.BLOCK, "ALIGNMENT": alignment}
+    constants = dict(zip(("TARGET", "SOURCE", "RESULT"), types, strict=True)) | sizes
+    # All gradients; that of lam alone, which stores no tensor; those of the targets alone.
+    needs = [(True, True, True), (True, False, False), (False, True, False)]
+    launches = [(merge.merge_fwd_kernel, constants, ("ld", "st"))]
+    for need_lam, need_target, need_source in needs:
+        given = {"NEED_LAM": need_lam, "NEED_TARGET": need_target, "NEED_SOURCE": need_source}
+        accesses = ("ld", "st") if need_target or need_source else ("ld",)
+        launches.append((merge.merge_bwd_kernel, constants | given, accesses))
+    for kernel, given, accesses in launches:
+        compiled = compile_kernel(kernel, capability, "fp32", given, num_warps=merge.WARPS)
+        check_resources(compiled, LEAST_SHARED, tmp_path)
+        # Whole chunks move 16 bytes at a time, although addresses and sizes come from memory.
+        for access in accesses:
+            vectors = re.findall(rf"{access}\.global\S*\.(?:v4\.b32|v2\.b64)", compiled.asm["ptx"])
+            assert (len(vectors) > 0) == (alignment == 16)
+
+
+@each_capability
+def test_merge_sums(capability: int, tmp_path: pathlib.Path) -> None:
+    compiled = compile_kernel(
+        merge.merge_sum_kernel, capability, "fp32", {"SUMS": merge.SUMS}, num_warps=merge.WARPS
+    )
     check_resources(compiled, LEAST_SHARED, tmp_path)
 
 

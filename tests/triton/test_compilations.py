@@ -25,6 +25,7 @@ from mmkernels.ops._common import ACTIVATION_CODES  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.layer_project import triton as project  # noqa: E402
+from mmkernels.ops.merge import triton as merge  # noqa: E402
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 BATCH = 3
@@ -74,6 +75,15 @@ def adapter_step(rows: int, dtype: torch.dtype, width: int, of: torch.dtype = to
     adapter.adapter_bwd(out, x, *down, up[0], *norm, hidden, stats, 1.0, GELU, False, True, True, True, True)
 
 
+def merge_step(size: int, dtype: torch.dtype, count: int) -> None:
+    """Also of other numbers of pairs: an odd number of small ones, and one long tensor."""
+    target = [torch.zeros(size + index, 2, dtype=dtype) for index in range(size % 40 + 1)]
+    target.append(torch.zeros(count * size, dtype=dtype))
+    lam, groups = torch.ones(3), [index % 3 for index in range(len(target))]
+    out = merge.merge_fwd(target, target, lam, groups, dtype)
+    merge.merge_bwd(out, target, target, lam, groups, True, [0], list(range(len(target))))
+
+
 def narrow_step(step: Callable[..., None], rows: int, dtype: torch.dtype, width: int) -> None:
     step(rows, dtype, width, dtype)
 
@@ -84,6 +94,7 @@ CASES: dict[str, tuple[Callable[[int, torch.dtype, int], None], int, tuple[int, 
     "layer_mix of wide rows": (mix_step, mix.WIDEST_HELD_ROW + 16, (1, 2, 15, 16, 31, 48)),
     "layer_project": (project_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
     "adapter": (adapter_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
+    "merge": (merge_step, 5000, (1, 2, 15, 16, 31, 48, 64, 333)),
     "layer_project of a half-precision model": (
         functools.partial(narrow_step, project_step),
         *(64, (1, 2, 15, 16, 31, 48)),

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels import adapter, layer_mix, layer_project
+from mmkernels import adapter, layer_mix, layer_project, merge
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.backends import TRITON_INTERPRETED
 from mmkernels.ops._common import ACTIVATION_CODES
@@ -24,6 +24,8 @@ from mmkernels.ops.layer_mix import reference as mix_reference
 from mmkernels.ops.layer_mix.schema import OPS as MIX_OPS
 from mmkernels.ops.layer_project import reference as project_reference
 from mmkernels.ops.layer_project.schema import OPS as PROJECT_OPS
+from mmkernels.ops.merge import reference as merge_reference
+from mmkernels.ops.merge.schema import OPS as MERGE_OPS
 from op_tests import Call, assert_close_to_reference, poisoned_memory, value_and_gradients
 
 if not TRITON_INTERPRETED:
@@ -61,10 +63,11 @@ def check(
     assert out.is_contiguous()
     triples = zip((out, *gradients), (exact, *exact_gradients), (eager, *eager_gradients), strict=True)
     for index, (k, r, e) in enumerate(triples):
-        if dtype == torch.bfloat16:
+        coarsest = max(dtype, k.dtype, key=lambda of: torch.finfo(of).eps)
+        if coarsest == torch.bfloat16:
             # The interpreter truncates to bfloat16 where hardware rounds, so its errors are twice as large.
             k = r + (k.double() - r) / 2
-        assert_close_to_reference(k, r, e, dtype, f"gradient {index - 1}" if index else "result")
+        assert_close_to_reference(k, r, e, coarsest, f"gradient {index - 1}" if index else "result")
 
 
 def wanting_as(call: Call, dtype: torch.dtype | None) -> Call:
@@ -615,6 +618,114 @@ def test_adapter_rows_do_not_depend_on_their_number(dtype: torch.dtype) -> None:
     assert torch.equal(out, adapter(**call.arguments, backend="triton"))
 
 
+def joined(function: Any) -> Any:
+    """All results of merge in one vector."""
+
+    def run(**arguments: Any) -> Tensor:
+        return torch.cat([result.reshape(-1) for result in function(**arguments)])
+
+    return run
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of two blocks of 32, launches of 4 pairs, sums of 8 parts at a time."""
+    from mmkernels.ops.merge import triton as kernels
+
+    for name, value in (("CHUNK", 64), ("BLOCK", 32), ("PAIRS", 4), ("SUMS", 8)):
+        monkeypatch.setattr(kernels, name, value)
+
+
+def merge_call(
+    target: torch.dtype,
+    source: torch.dtype,
+    shapes: tuple[tuple[int, ...], ...] = ((5, 4), (3,), (0, 2), (), (2, 3, 2)),
+    groups: tuple[int, ...] = (1, 0, 0, 1, 3),
+) -> Call:
+    arguments = {
+        "target": [torch.randn(shape, dtype=torch.float64).to(target) for shape in shapes],
+        "source": [torch.randn(shape, dtype=torch.float64).to(source) for shape in shapes],
+        "lam": wide_parameter(max(groups) + 1, dtype=target),
+        "groups": list(groups),
+    }
+    return Call(arguments, ("target", "source", "lam")).detached()
+
+
+def check_merge(call: Call, dtype: torch.dtype) -> None:
+    count = sum(tensor.numel() for tensor in call.arguments["target"])
+    grad = torch.randn(count, dtype=torch.float64).to(dtype)
+    check(joined(merge), joined(merge_reference.merge), call, grad, dtype)
+
+
+@each_dtype
+def test_merge(dtype: torch.dtype) -> None:
+    check_merge(merge_call(dtype, dtype), dtype)
+
+
+@half
+def test_merge_of_two_dtypes(dtype: torch.dtype) -> None:
+    check_merge(merge_call(dtype, torch.float32), dtype)
+    check_merge(merge_call(torch.float32, dtype), torch.float32)
+
+
+@pytest.mark.usefixtures("small_chunks")
+@each_dtype
+def test_merge_many_pairs_and_chunks(dtype: torch.dtype) -> None:
+    """Whole and ragged chunks, groups over several launches, more partial sums than are added at a time."""
+    shapes = ((64,), (2, 64), (0,), (65,), (63,), (7, 30), (1,), (600,), (), (128,), (3, 43))
+    check_merge(merge_call(dtype, dtype, shapes, (0, 1, 0, 3, 3, 0, 1, 0, 3, 1, 0)), dtype)
+
+
+@pytest.mark.parametrize("wanted", [("target",), ("source",), ("lam",), ("target", "lam"), ()])
+@pytest.mark.usefixtures("small_chunks")
+def test_merge_gradients_that_are_asked_for(wanted: tuple[str, ...]) -> None:
+    call = merge_call(torch.float32, torch.float32, ((70,), (3, 4), (64,)), (1, 0, 1))
+    for name in call.differentiable:
+        for index, tensor in enumerate(call.tensors(name)):
+            tensor.requires_grad_(name in wanted and index != 1)
+    if not wanted:
+        call.arguments["source"][1].requires_grad_()
+    check_merge(call, torch.float32)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_merge_unaligned_and_copied_tensors() -> None:
+    flat = torch.randn(200)
+    tensors = [flat[1:71], torch.randn(9, 8).T, torch.randn(65, 2)[:, 1], torch.randn(1, 5).expand(3, 5)]
+    call = merge_call(torch.float32, torch.float32, tuple(tuple(t.shape) for t in tensors), (0, 1, 1, 0))
+    check_merge(call.with_arguments(target=[t.requires_grad_() for t in tensors]), torch.float32)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_merge_copies_at_the_ends() -> None:
+    call = merge_call(torch.float32, torch.float32, ((70,), (70,)), (0, 1)).detached(requires_grad=False)
+    target, source = call.arguments["target"], call.arguments["source"]
+    expected = target[0].clone(), source[1].clone()
+    source[0][5], source[0][66], target[1][8] = math.inf, math.nan, -math.inf
+    out = merge(target, source, torch.tensor([0.0, 1.0]), backend="triton")
+    assert all(map(torch.equal, out, expected))
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_merge_into_given_memory() -> None:
+    call = merge_call(torch.float32, torch.float32, ((70,), (3, 4), (0,)), (1, 0, 1))
+    arguments = call.detached(requires_grad=False).arguments
+    expected = merge(**arguments, backend="triton")
+    out = [torch.full_like(t, math.nan) for t in expected]
+    assert merge(**arguments, out=out, backend="triton")[0] is out[0]
+    assert all(map(torch.equal, out, expected))
+    merge(**arguments, out=arguments["target"], backend="triton")
+    assert all(map(torch.equal, arguments["target"], expected))
+
+
+def test_merge_of_nothing() -> None:
+    call = merge_call(torch.float32, torch.float32, ((0, 3), (2, 0)), (2, 0))
+    out = merge(**call.arguments, backend="triton")
+    assert [tuple(o.shape) for o in out] == [(0, 3), (2, 0)]
+    gradients = torch.autograd.grad(sum(o.sum() for o in out), call.leaves())
+    assert gradients[-1].tolist() == [0, 0, 0]
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
@@ -643,6 +754,12 @@ def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
     backward = (out.bfloat16(), *tensors[:4], *tensors[6:], hidden, stats, 0.7, gelu, False)
     opcheck(ADAPTER_OPS["triton"][1], (*backward, True, True, True, norm))
 
+    pairs = merge_call(torch.bfloat16, torch.float32).detached(requires_grad=False).arguments.values()
+    out = MERGE_OPS["triton"][0](*pairs, torch.float32)
+    opcheck(MERGE_OPS["triton"][0], (*pairs, torch.float32))
+    opcheck(MERGE_OPS["triton"][1], (*pairs, out))
+    opcheck(MERGE_OPS["triton"][2], (out, *pairs, norm, [0, 4], [3] if narrow else []))
+
 
 def test_ops_refuse_what_would_read_past_the_end() -> None:
     layer = torch.randn(2, 3, 4)
@@ -656,6 +773,19 @@ def test_ops_refuse_what_would_read_past_the_end() -> None:
     for name, residual, up_weight in (("residual", layer[0, :2], up), ("up_weight", None, up[:3])):
         with pytest.raises(ValueError, match=f"{name}: expected shape"):
             ADAPTER_OPS["triton"][0](layer[0], down, None, up_weight, None, residual, None, None, *options)
+    forward, into, backward = MERGE_OPS["triton"]
+    with pytest.raises(ValueError, match="target, source and groups: expected lists of one length"):
+        forward([layer], [layer, layer], torch.ones(1), [0], torch.float32)
+    with pytest.raises(ValueError, match="source: expected the shapes of target"):
+        forward([layer], [layer[:1]], torch.ones(1), [0], torch.float32)
+    with pytest.raises(ValueError, match="groups: expected indices below 1, got"):
+        forward([layer], [layer], torch.ones(1), [1], torch.float32)
+    with pytest.raises(ValueError, match="out: expected contiguous tensors"):
+        into([layer], [layer], torch.ones(1), [0], [layer[:1]])
+    with pytest.raises(ValueError, match="grad: expected tensors like those of target"):
+        backward([layer[:1]], [layer], [layer], torch.ones(1), [0], True, [], [])
+    with pytest.raises(ValueError, match="need_source: expected indices of pairs"):
+        backward([layer], [layer], [layer], torch.ones(1), [0], True, [0], [1])
 
 
 @pytest.mark.parametrize("op", ["layer_project", "adapter"])

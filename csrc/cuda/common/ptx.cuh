@@ -192,6 +192,20 @@ MMK_DEVICE uint4 load_streaming_16(const void* global) {
 #endif
 }
 
+// The same for memory that the thread overwrites afterwards.
+MMK_DEVICE uint4 load_once_16(const void* global) {
+#ifdef MMK_SIMT
+  return *static_cast<const uint4*>(simt::aligned_access(global, 16));
+#else
+  uint4 value;
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(global)
+               : "memory");
+  return value;
+#endif
+}
+
 // Stores 16 bytes in one access; the compiler may split a plain store of a vector assembled in registers.
 MMK_DEVICE void store_global_16(void* global, uint4 value) {
 #ifdef MMK_SIMT

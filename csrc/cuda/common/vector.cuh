@@ -112,6 +112,26 @@ MMK_DEVICE Vec<T, Width> load(const T* pointer) {
   return value;
 }
 
+namespace detail {
+
+// As load, with load_16 for words of 16 bytes.
+template <int Width, class T, class Load>
+MMK_DEVICE Vec<T, Width> load_words(const T* pointer, Load load_16) {
+  using Access = detail::Access<T, Width>;
+  if constexpr (Access::kWordBytes < 16) {
+    return load<Width>(pointer);
+  } else {
+    Vec<T, Width> value;
+    const auto* source = Access::words(pointer);
+    auto* target = reinterpret_cast<uint4*>(&value);
+#pragma unroll
+    for (int i = 0; i < Access::kCount; ++i) target[i] = load_16(source + i);
+    return value;
+  }
+}
+
+}  // namespace detail
+
 template <int Width, class T>
 MMK_DEVICE void store(T* pointer, const Vec<T, Width>& value) {
   using Access = detail::Access<T, Width>;
@@ -125,17 +145,13 @@ MMK_DEVICE void store(T* pointer, const Vec<T, Width>& value) {
 // Accesses of less than 16 bytes are ordinary loads.
 template <int Width, class T>
 MMK_DEVICE Vec<T, Width> load_streaming(const T* pointer) {
-  using Access = detail::Access<T, Width>;
-  if constexpr (Access::kWordBytes < 16) {
-    return load<Width>(pointer);
-  } else {
-    Vec<T, Width> value;
-    const auto* source = Access::words(pointer);
-    auto* target = reinterpret_cast<uint4*>(&value);
-#pragma unroll
-    for (int i = 0; i < Access::kCount; ++i) target[i] = load_streaming_16(source + i);
-    return value;
-  }
+  return detail::load_words<Width>(pointer, [](const uint4* word) { return load_streaming_16(word); });
+}
+
+// The same for memory that the thread itself overwrites afterwards.
+template <int Width, class T>
+MMK_DEVICE Vec<T, Width> load_once(const T* pointer) {
+  return detail::load_words<Width>(pointer, [](const uint4* word) { return load_once_16(word); });
 }
 
 // As store, for global memory that the grid does not read again.
