@@ -40,14 +40,14 @@ MMK_DEVICE void interpolate_chunk(const Target* target, const Source* source, Re
     Lanes::load(s, source, first, size);
     // Read after the vectors were asked for, so that it does not delay them.
     const Blend blend(__ldg(lam));
-    Vec<float, kWidth> values[Lanes::kCount];
 #pragma unroll
     for (int i = 0; i < Lanes::kCount; ++i) {
       const Vec<float, kWidth> a = to_accumulator(t[i]), b = to_accumulator(s[i]);
+      Vec<float, kWidth> value;
 #pragma unroll
-      for (int j = 0; j < kWidth; ++j) values[i][j] = blend(a[j], b[j]);
+      for (int j = 0; j < kWidth; ++j) value[j] = blend(a[j], b[j]);
+      Lanes::store(value, out, first, i, size);
     }
-    Lanes::store(values, out, first, size);
   });
 }
 

@@ -110,16 +110,14 @@ struct MergeLanes {
     }
   }
 
+  // Vector i of those of a step.
   template <class T>
-  MMK_DEVICE static void store(const Vec<float, kWidth> (&values)[kCount], T* chunk, int first, int size) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      const Vec<T, kWidth> rounded = from_accumulator<T>(values[i]);
-      if constexpr (kFull) {
-        store_streaming(chunk + first + i * kStride, rounded);
-      } else {
-        store_columns<false>(chunk, first, size, rounded);
-      }
+  MMK_DEVICE static void store(const Vec<float, kWidth>& values, T* chunk, int first, int i, int size) {
+    const Vec<T, kWidth> rounded = from_accumulator<T>(values);
+    if constexpr (kFull) {
+      store_streaming(chunk + first + i * kStride, rounded);
+    } else {
+      store_columns<false>(chunk, first, size, rounded);
     }
   }
 

@@ -16,14 +16,11 @@ struct BackwardPair {
 };
 using BackwardTable = MergeTable<BackwardPair>;
 
-template <int kCount, int kWidth>
-MMK_DEVICE void scale(Vec<float, kWidth> (&values)[kCount], const Vec<float, kWidth> (&grad)[kCount],
-                      float factor) {
+template <int kWidth>
+MMK_DEVICE Vec<float, kWidth> scaled(Vec<float, kWidth> values, float factor) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) values[i][j] = factor * grad[i][j];
-  }
+  for (int j = 0; j < kWidth; ++j) values[j] *= factor;
+  return values;
 }
 
 // Writes the gradients of a chunk that are not null. Returns the thread's part of the sum of grad * (source -
@@ -44,23 +41,17 @@ MMK_DEVICE float chunk_gradients(const Grad* grad, const Target* target, const S
       Lanes::load(t, target, first, size);
       Lanes::load(s, source, first, size);
     }
-    Vec<float, kWidth> value[kCount], scaled[kCount];
+    // Read after the vectors were asked for, so that it does not delay them.
+    const float weight = __ldg(lam);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) value[i] = to_accumulator(g[i]);
-    if (d_target != nullptr) {
-      scale(scaled, value, 1.0f - __ldg(lam));
-      Lanes::store(scaled, d_target, first, size);
-    }
-    if (d_source != nullptr) {
-      scale(scaled, value, __ldg(lam));
-      Lanes::store(scaled, d_source, first, size);
-    }
-    if constexpr (kNeedLam) {
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kCount; ++i) {
+      const Vec<float, kWidth> value = to_accumulator(g[i]);
+      if (d_target != nullptr) Lanes::store(scaled(value, 1.0f - weight), d_target, first, i, size);
+      if (d_source != nullptr) Lanes::store(scaled(value, weight), d_source, first, i, size);
+      if constexpr (kNeedLam) {
         const Vec<float, kWidth> a = to_accumulator(t[i]), b = to_accumulator(s[i]);
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) sum += value[i][j] * (b[j] - a[j]);
+        for (int j = 0; j < kWidth; ++j) sum += value[j] * (b[j] - a[j]);
       }
     }
   });

@@ -16,6 +16,7 @@ import simt_build
 import test_adapter
 import test_layer_mix
 import test_layer_project
+import test_merge
 import torch
 from torch import Tensor
 
@@ -23,6 +24,7 @@ import mmkernels
 from mmkernels.ops.adapter import schema as adapter_schema
 from mmkernels.ops.layer_mix import schema as layer_mix_schema
 from mmkernels.ops.layer_project import schema as layer_project_schema
+from mmkernels.ops.merge import schema as merge_schema
 from op_tests import (
     BackendNames,
     Call,
@@ -48,7 +50,16 @@ SCHEMAS: dict[str, ModuleType] = {
     "adapter": adapter_schema,
     "layer_mix": layer_mix_schema,
     "layer_project": layer_project_schema,
+    "merge": merge_schema,
 }
+#: The suffixes of an op's torch ops, in the order of its schema's OPS, and the fakes.
+FAKES = {"fwd": "_forward_fake", "out": "_out_fake", "bwd": "_backward_fake"}
+
+
+def parts(module: ModuleType) -> list[str]:
+    return [part for part, fake in FAKES.items() if hasattr(module, fake)]
+
+
 SOURCES = sorted(
     path.relative_to(simt_build.ROOT)
     for folder, pattern in (("cuda", "**/*.cu"), ("torch", "*_cuda.cpp"))
@@ -64,10 +75,11 @@ def library() -> tuple[simt_build.Library, torch.library.Library]:
     """The loaded library, and the definitions of its ops, which are those of mmkernels under another name."""
     definitions = torch.library.Library(NAMESPACE, "DEF")
     for name, module in SCHEMAS.items():
-        for direction, fake in (("fwd", module._forward_fake), ("bwd", module._backward_fake)):
-            schema = str(getattr(torch.ops.mmkernels, f"{name}_{direction}").default._schema)
+        for part in parts(module):
+            schema = str(getattr(torch.ops.mmkernels, f"{name}_{part}").default._schema)
             definitions.define(schema.removeprefix("mmkernels::"))
-            torch.library.register_fake(f"{NAMESPACE}::{name}_{direction}", fake, lib=definitions)
+            fake = getattr(module, FAKES[part])
+            torch.library.register_fake(f"{NAMESPACE}::{name}_{part}", fake, lib=definitions)
     path = simt_build.build("glue", SOURCES, races=True)
     torch.ops.load_library(str(path))
     return simt_build.load(path), definitions
@@ -78,8 +90,8 @@ def _cuda_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels, _ = library()
     for name, module in SCHEMAS.items():
         ops = getattr(torch.ops, NAMESPACE)
-        forward, backward = getattr(ops, f"{name}_fwd"), getattr(ops, f"{name}_bwd")
-        monkeypatch.setitem(module.OPS, "native", (forward.default, backward.default))
+        replaced = tuple(getattr(ops, f"{name}_{part}").default for part in parts(module))
+        monkeypatch.setitem(module.OPS, "native", replaced)
     kernels.set_order(2)
     yield
     # A fault fails the op with the same message; the next test must not see it.
@@ -255,3 +267,4 @@ def test_strides_of_single_elements_choose_no_kernel(
 TestAdapter = on_the_cpu(test_adapter.SPEC)
 TestLayerMix = on_the_cpu(test_layer_mix.SPEC)
 TestLayerProject = on_the_cpu(test_layer_project.SPEC)
+TestMerge = on_the_cpu(test_merge.SPEC)

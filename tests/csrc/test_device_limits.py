@@ -18,6 +18,7 @@ import simt_build
 import test_adapter_cuda
 import test_layer_mix_cuda
 import test_layer_project_cuda
+import test_merge_cuda
 import torch
 from devices import DEVICES, H100, REGISTERS, RESERVED_SHARED, SHARED_WITHOUT_OPT_IN, Device
 from simt_build import Launch, Library
@@ -34,6 +35,7 @@ SOURCES = sorted(
         *test_adapter_cuda.SOURCES,
         *test_layer_mix_cuda.SOURCES,
         *test_layer_project_cuda.SOURCES,
+        *test_merge_cuda.SOURCES,
     }
 )
 #: Of wav2vec2, HuBERT, WavLM, Whisper and their kind; the last is too wide for the registers of a block.
@@ -117,7 +119,21 @@ def launch_adapter(width: int, bottleneck: int, dtype: torch.dtype, norm: bool) 
         call("adapter_backward", sizes, 0.5, *inputs, *[MEMORY] * 5)
 
 
+def launch_merge(types: tuple[torch.dtype, ...]) -> None:
+    """The attention matrices of a large model, all for one call."""
+    pairs, layers = 96, 24
+    codes, sizes = integers(*(DTYPE_CODES[dtype] for dtype in types)), integers(*[1024 * 1024] * pairs)
+    for address in (MEMORY, UNALIGNED):
+        tensors = integers(*[address.value or 0] * pairs)
+        inputs = (codes, pairs, sizes, integers(*[k // 4 for k in range(pairs)]), tensors, tensors, MEMORY)
+        library().call("merge_forward", *inputs, tensors)
+        for needed in (MEMORY, None):
+            library().call("merge_backward", *inputs, layers, tensors, tensors, tensors, needed, needed)
+
+
 def launch_everything() -> None:
+    for types in test_merge_cuda.TYPES:
+        launch_merge(types)
     for width, dtype in product(WIDTHS, DTYPE_CODES):
         for count, norm in product(LAYERS, (False, True)):
             for affine in {False, norm}:

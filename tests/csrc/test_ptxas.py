@@ -49,6 +49,9 @@ MOST_REGISTERS = {
     "finish_input_gradient": 40,
     "unfold_rows": 40,
     "unfold_columns": 40,
+    "interpolate": 64,  # 4 blocks of 256 threads per multiprocessor
+    "interpolate_gradients": 80,  # 3 blocks
+    "reduce_lam": 40,
 }
 
 #: Bytes of local memory. Four instances of mix_norm (float32 rows of 1,280 columns, and long rows at odd

@@ -12,6 +12,7 @@ constexpr Op kOps[] = {
     {"adapter", mmk::check::check_adapter},
     {"layer_mix", mmk::check::check_layer_mix},
     {"layer_project", mmk::check::check_layer_project},
+    {"merge", mmk::check::check_merge},
 };
 
 }  // namespace

@@ -220,5 +220,6 @@ class Report {
 void check_adapter(Report& report);
 void check_layer_mix(Report& report);
 void check_layer_project(Report& report);
+void check_merge(Report& report);
 
 }  // namespace mmk::check
