@@ -27,7 +27,7 @@ FILES_OF_A_PAPER = (
 GENERAL = ("compare", "training", "cli", "tasks", "encoders", "data")
 #: Each imports from those before it alone, when it is imported.
 FLOORS = (
-    ("versions",),
+    ("versions", "model_files"),
     ("data",),
     ("training.settings", "training.memory"),
     ("encoders",),

@@ -14,9 +14,10 @@ from transformers import AutoModel
 from transformers.utils import logging as transformers_logging
 
 from mmtransfer.data import DataError
+from mmtransfer.model_files import find_fault
 
 from .encoder import Encoder
-from .folders import find_fault, find_misfit
+from .folders import find_misfit
 from .precision import find_dtype
 
 # Weights that a checkpoint may lack: they serve pre-training only.
