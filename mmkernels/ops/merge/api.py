@@ -48,9 +48,7 @@ class _Merge(torch.autograd.Function):
         by_pair: dict[int, Tensor] = {
             used[place]: tensor for place, tensor in zip(need_target, d_target, strict=True)
         }
-        by_pair |= {
-            count + used[place]: tensor for place, tensor in zip(need_source, d_source, strict=True)
-        }
+        by_pair |= {count + used[place]: tensor for place, tensor in zip(need_source, d_source, strict=True)}
         return (
             *(None, None, None),
             d_lam if ctx.needs_input_grad[3] else None,

@@ -262,5 +262,7 @@ def check_layers(encoder: Encoder, layers: Iterable[nn.Module]) -> None:
                 layer.get_submodule(path)
             except AttributeError as error:
                 raise ValueError(f"layer {index} does not fit the description: {error}") from None
-        if int(getattr(layer.get_submodule(row.layer_attention_output), "out_features", 0)) < 1:
+        output = layer.get_submodule(row.layer_attention_output)
+        # GPT-2's transposed layers call it nf.
+        if int(getattr(output, "out_features", getattr(output, "nf", 0))) < 1:
             raise ValueError(f"layer {index}: {row.layer_attention_output!r} is not a linear layer")
