@@ -131,11 +131,10 @@ def _read_file(place: str, path: Path) -> Iterable[Stored]:
     except (SafetensorError, OSError) as error:
         raise DataError(f"{place} cannot be merged: {path.name} cannot be read ({error})") from error
     offset, header = read_header(path)
-    found = [
-        Stored(name, path, offset + each["data_offsets"][0], each["data_offsets"][1] - each["data_offsets"][0],
-               each["dtype"], tuple(each["shape"]))
-        for name, each in header.items()
-    ]  # fmt: skip
+    found = []
+    for name, each in header.items():
+        begin, end = each["data_offsets"]
+        found.append(Stored(name, path, offset + begin, end - begin, each["dtype"], tuple(each["shape"])))
     return sorted(found, key=lambda stored: (stored.start, stored.name))
 
 

@@ -86,12 +86,12 @@ def _check_missing(
     for checkpoint, match in zip(checkpoints, matches, strict=True):
         if lost := [name for name in target.tensors if name not in match]:
             notes.append(
-                f"{checkpoint.place} lacks {first(lost, 'tensor', 'tensors')} of {target.place}, kept as they are"
+                f"{checkpoint.place} lacks {first(lost, 'tensor', 'tensors')} of {target.place}, kept"
             )
         used = {stored.name for stored in match.values()}
         if extra := [name for name in checkpoint.tensors if name not in used]:
             notes.append(
-                f"{checkpoint.place} has {first(extra, 'tensor', 'tensors')} that {target.place} lacks, left out"
+                f"{checkpoint.place} has {first(extra, 'tensor', 'tensors')} more than {target.place}, unused"
             )
     if notes and recipe.missing == "error":
         reasons = "; ".join(note.rpartition(", ")[0] for note in notes)
@@ -118,7 +118,9 @@ def _keep_integers(entry: Entry, target: Checkpoint, reader: Reader) -> Entry:
     if own.dtype in FLOATS or entry.keeps_values:
         return entry
     if not own.dtype.startswith(("I", "U", "BOOL")):
-        raise DataError(f"{entry.name} is {own.dtype}, which cannot be summed; give models in float32 or bfloat16")
+        raise DataError(
+            f"{entry.name} is {own.dtype}, which cannot be summed; give models in float32 or bfloat16"
+        )
     for term in entry.terms:
         if term.stored != own and (term.stored.dtype != own.dtype or not reader.equal(term.stored, own)):
             raise DataError(
@@ -133,6 +135,6 @@ def _check_dtypes(entries: Sequence[Entry]) -> None:
         for term in entry.terms:
             if not entry.is_copy and term.stored.dtype not in FLOATS:
                 raise DataError(
-                    f"{entry.name} is {term.stored.dtype} in {term.stored.path.parent}, which cannot be summed; "
-                    f"it must be one of {', '.join(FLOATS)}"
+                    f"{entry.name} is {term.stored.dtype} in {term.stored.path.parent}, which cannot be "
+                    f"summed; it must be one of {', '.join(FLOATS)}"
                 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from mmtransfer.mam.projections import Projection
+
 from .checkpoint import Checkpoint, Stored
 
 #: Floating-point dtypes that can be merged, with the bytes of an element.
@@ -21,30 +23,25 @@ class Term:
 
 @dataclass(frozen=True)
 class Patch:
-    """A matrix in a tensor of the result that is interpolated with a source's.
+    """A matrix in a tensor of the result, interpolated with a source's.
 
     Attributes:
-        part: query, key or value, and the layer, for messages.
-        place: rows and columns of the tensor (rows alone of a bias).
-        source: the tensor with the source's matrix.
-        source_place: where it is in `source`.
-        transposed: whether one of the two is stored as the transpose of the other.
+        target: where the matrix is in the tensor.
+        stored, source: the tensor with the source's matrix, and where it is in that.
         lam: weight of the source.
         match_rms: scale the source's matrix to the root mean square of the target's.
     """
 
-    part: str
-    place: tuple[slice, ...]
-    source: Stored
-    source_place: tuple[slice, ...]
-    transposed: bool
+    target: Projection
+    stored: Stored
+    source: Projection
     lam: float
     match_rms: bool
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor of the result: a weighted sum of stored tensors of its shape, in which matrices may be patched.
+    """A tensor of the result: a weighted sum of stored tensors of its shape, with patched matrices in it.
 
     One term of weight 1 is a copy; `dtype` is that of the result, as safetensors writes it.
     """

@@ -1,4 +1,4 @@
-"""Recipes of `mmtransfer merge`: mergekit's YAML for `linear`, and attention merging between architectures."""
+"""Recipes of `mmtransfer merge`: mergekit's YAML for `linear`, and `mam`, between architectures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ _LINEAR = (
     "merge_method", "models", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "missing",
 )  # fmt: skip
 _MAM = (
-    "merge_method", "target", "source", "lambda", "layers", "layer_map", "parts", "bias", "match_rms", "dtype",
+    "merge_method", "target", "source", "lambda", "layers", "layer_map", "parts", "bias", "match_rms",
+    "dtype",
 )  # fmt: skip
 #: Keys of mergekit without a meaning here.
 _FOREIGN = ("slices", "modules", "input_model_parameters", "tokenizer", "chat_template", "density", "gamma",
@@ -65,7 +66,9 @@ def read_recipe(content: Any) -> LinearRecipe | AttentionRecipe:
     """The recipe that YAML holds; ValueError names the key, what it is and what it may be."""
     if not content or not isinstance(content, dict):
         given = "nothing" if not content else type(content).__name__
-        raise ValueError(f"a recipe must hold merge_method and its settings, one `name: value` a line, got {given}")
+        raise ValueError(
+            f"a recipe must hold merge_method and its settings, one `name: value` a line, got {given}"
+        )
     method = content.get("merge_method")
     if method == "linear":
         return _read_linear(content)
@@ -112,7 +115,9 @@ def _read_attention(content: Mapping[str, Any]) -> AttentionRecipe:
     lam = content.get("lambda")
     values = lam if isinstance(lam, list) else [lam]
     if not values or not all(is_number(each) and 0 <= each <= 1 for each in values):
-        raise ValueError(f"lambda must be a number in [0, 1], or a list of one for each merged layer, got {lam!r}")
+        raise ValueError(
+            f"lambda must be a number in [0, 1], or a list of one for each merged layer, got {lam!r}"
+        )
     options: dict[str, Any] = {}
     if content.get("layers", "all") != "all":
         options["layers"] = _read_layers("layers", content["layers"])

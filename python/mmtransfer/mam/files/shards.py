@@ -1,4 +1,4 @@
-"""The safetensors files of a result: which tensors each has, and where; headers are written before tensors."""
+"""The safetensors files of a result: which tensors each has, and where; headers come before tensors."""
 
 from __future__ import annotations
 

@@ -48,7 +48,9 @@ class Reader:
         while len(view):
             count = os.preadv(file, [view], place)
             if not count:
-                raise OSError(f"{stored.path} ends in the middle of {stored.name}; it changed during the merge")
+                raise OSError(
+                    f"{stored.path} ends in the middle of {stored.name}; it changed during the merge"
+                )
             view, place = view[count:], place + count
 
     def read_whole(self, stored: Stored) -> Tensor:

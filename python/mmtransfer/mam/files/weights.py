@@ -1,4 +1,4 @@
-"""The weights of a linear merge, tensor by tensor: one number, a list over the layers, or filters on names."""
+"""The weights of a linear merge for each tensor: a number, a list over the layers, or filters on names."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def read_weights(where: str, value: Any) -> Weights:
 
 def _read_filter(where: str, rule: dict[str, Any]) -> tuple[str | None, tuple[float, ...]]:
     if "value" not in rule or rule.keys() - {"filter", "value"}:
-        raise ValueError(f"{where} must have filter and value, or value alone, got {', '.join(map(str, rule))}")
+        raise ValueError(
+            f"{where} must have filter and value, or value alone, got {', '.join(map(str, rule))}"
+        )
     text = rule.get("filter")
     if text is not None and (not isinstance(text, str) or not text):
         raise ValueError(f"{where}.filter must be a part of the names of tensors, got {text!r}")
