@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-from mmtransfer.mam.projections import Projection
+from typing import TYPE_CHECKING
 
 from .checkpoint import Checkpoint, Stored
+
+if TYPE_CHECKING:
+    # A linear merge needs no transformers, which takes seconds to import.
+    from mmtransfer.mam.projections import Projection
 
 #: Floating-point dtypes that can be merged, with the bytes of an element.
 FLOATS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
