@@ -1,7 +1,7 @@
 """Fused kernels for adapting speech and audio transformers, as torch ops.
 
-Ops: :func:`adapter`, :func:`layer_mix`, :func:`layer_project`. Modules: :mod:`mmkernels.nn`. Existing
-models: :func:`accelerate`. Which backend runs each op on this machine: :func:`info`, or
+Ops: :func:`adapter`, :func:`layer_mix`, :func:`layer_project`, :func:`merge`. Modules: :mod:`mmkernels.nn`.
+Existing models: :func:`accelerate`. Which backend runs each op on this machine: :func:`info`, or
 ``python -m mmkernels``.
 """
 
@@ -13,6 +13,7 @@ from mmkernels import _library
 from mmkernels.ops.adapter import adapter
 from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_project import layer_project
+from mmkernels.ops.merge import merge
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from mmkernels.patch import Report
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "accelerate", "adapter", "info", "layer_mix", "layer_project"]
+__all__ = ["__version__", "accelerate", "adapter", "info", "layer_mix", "layer_project", "merge"]
 
 _library.load()
 

@@ -141,6 +141,16 @@ MMK_INLINE A sum_lanes(vec_t<A> v) {
   return v[0];
 }
 
+// The DType of an element type.
+template <class T>
+constexpr DType type_of = DType::kFloat32;
+template <>
+inline constexpr DType type_of<double> = DType::kFloat64;
+template <>
+inline constexpr DType type_of<Half> = DType::kFloat16;
+template <>
+inline constexpr DType type_of<BFloat16> = DType::kBFloat16;
+
 // Calls body(T{}) with the element type that dtype names.
 template <class Body>
 MMK_INLINE void dispatch(DType dtype, Body&& body) {

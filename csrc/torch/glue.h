@@ -20,8 +20,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline DType dtype_of(const Tensor& tensor, const char* name) {
-  switch (tensor.scalar_type()) {
+inline DType dtype_of(ScalarType type, const char* name) {
+  switch (type) {
     case ScalarType::Float:
       return DType::kFloat32;
     case ScalarType::Double:
@@ -33,6 +33,10 @@ inline DType dtype_of(const Tensor& tensor, const char* name) {
     default:
       STD_TORCH_CHECK(false, name, ": expected float32, float64, float16 or bfloat16");
   }
+}
+
+inline DType dtype_of(const Tensor& tensor, const char* name) {
+  return dtype_of(tensor.scalar_type(), name);
 }
 
 // The type of weights, statistics and sums for elements of `dtype`.
@@ -57,28 +61,40 @@ inline OptionalTensor as_type(const OptionalTensor& tensor, ScalarType type) {
   return as_type(*tensor, type);
 }
 
-// A contiguous tensor on the device of `like`. The C shim allocates without the dispatcher, unlike
-// torch::stable::new_empty, which takes longer than a small kernel.
-inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  constexpr size_t kMostDimensions = 4;
-  const size_t dimensions = sizes.size();
+// Where to allocate; asked for once where many tensors are made.
+struct Place {
+  int32_t device_type = 0, device_index = 0;
+
+  explicit Place(const Tensor& like) {
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
+  }
+  bool operator==(const Place&) const = default;
+};
+
+// A contiguous tensor. The C shim allocates without the dispatcher, unlike torch::stable::new_empty, which
+// takes longer than a small kernel.
+inline Tensor new_empty(const Place& place, const int64_t* sizes, size_t dimensions, ScalarType dtype) {
+  constexpr size_t kMostDimensions = 64;
   STD_TORCH_CHECK(dimensions <= kMostDimensions, "new_empty: too many dimensions");
   int64_t strides[kMostDimensions];
   int64_t stride = 1;
   for (size_t d = dimensions; d-- > 0;) {
     strides[d] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[d], 1);
+    stride *= std::max<int64_t>(sizes[d], 1);
   }
-  int32_t device_type = 0, device_index = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(like.get(), &device_index));
   using torch::stable::detail::from;
   using torch::stable::detail::to;
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes.begin(), strides,
-                                                  to<int32_t>(from(dtype)), device_type, device_index,
-                                                  &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(dimensions), sizes, strides,
+                                                  to<int32_t>(from(dtype)), place.device_type,
+                                                  place.device_index, &handle));
   return Tensor(handle);
+}
+
+// On the device of `like`.
+inline Tensor new_empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return new_empty(Place(like), sizes.begin(), sizes.size(), dtype);
 }
 
 inline void check_shape(const Tensor& tensor, std::initializer_list<int64_t> sizes, const char* name) {

@@ -6,5 +6,6 @@ from mmkernels.nn.adapter import Adapter
 from mmkernels.nn.featurizer import Featurizer
 from mmkernels.nn.layer_mix import LayerMix
 from mmkernels.nn.layer_project import LayerProject
+from mmkernels.nn.merge import Merge
 
-__all__ = ["Adapter", "Featurizer", "LayerMix", "LayerProject"]
+__all__ = ["Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge"]

@@ -54,25 +54,26 @@ def _refusal(op: str, backend: str) -> ValueError:
     )
 
 
-def beyond_kernels(grad: Tensor) -> bool:
-    """In a backward pass: whether the gradients must be differentiable themselves, or ``grad`` is one that
-    the kernels do not take: several at once (``vmap``, ``is_grads_batched``), or one with a tangent."""
+def beyond_kernels(*grads: Tensor) -> bool:
+    """In a backward pass: whether the gradients must be differentiable themselves, or one of ``grads`` is one
+    that the kernels do not take: several at once (``vmap``, ``is_grads_batched``), or one with a tangent."""
     if torch.compiler.is_compiling():
         return False  # torch refuses gradients of a compiled function's gradients
-    if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+    if torch.is_grad_enabled() or any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
         return True
-    return (transforms_active() or forward_ad._current_level >= 0) and _act_on((grad,))
+    return (transforms_active() or forward_ad._current_level >= 0) and _act_on(grads)
 
 
 def reference_gradients(
     op: str,
     asked: str,
-    function: Callable[..., Tensor],
+    function: Callable[..., Tensor | Sequence[Tensor]],
     tensors: Sequence[Tensor | None],
     needed: Sequence[bool],
-    grad: Tensor,
+    grad: Tensor | Sequence[Tensor],
 ) -> list[Tensor | None]:
     """The gradients of ``function(*tensors)`` that are ``needed``, each differentiable in every tensor.
+    ``grad`` is that of its result, or of each of its results.
 
     Raises:
         ValueError: the backend that was ``asked`` for is a kernel's.
@@ -81,7 +82,7 @@ def reference_gradients(
         raise _refusal(op, asked)
     differentiable = torch.is_grad_enabled()
     aliases, wanted = list(tensors), []
-    with torch.enable_grad(), without_autocast(grad):
+    with torch.enable_grad(), without_autocast(next(t for t in tensors if t is not None)):
         for index, (tensor, need) in enumerate(zip(tensors, needed, strict=True)):
             if need and tensor is not None:
                 # An alias: one tensor may be a function of another, and only its own part is wanted.

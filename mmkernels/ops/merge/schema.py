@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from mmkernels import _library
-from mmkernels.ops._common import accumulate_dtype
 
 
 def _check(target: list[Tensor], source: list[Tensor], lam: Tensor, groups: list[int]) -> None:
