@@ -65,7 +65,7 @@ def impossible(model_type: str) -> set[str]:
     """Edits that a model of this type cannot have."""
     row = DESCRIPTIONS[model_type]
     separate = row.calls_projections and row.fused is None
-    return {*() if row.attention_alone_mixes else ("prompt",), *() if separate else ("lora",)}
+    return (set() if row.attention_alone_mixes else {"prompt"}) | (set() if separate else {"lora"})
 
 
 def weigh(output: torch.Tensor) -> torch.Tensor:
