@@ -11,7 +11,7 @@ from torch import nn
 
 import mmtransfer
 from mmtransfer import registry
-from mmtransfer.encoders import Encoder, describe
+from mmtransfer.encoders import DESCRIPTIONS, Encoder, describe
 
 
 def build(model_type: str, **changes: Any) -> nn.Module:
@@ -59,6 +59,13 @@ def rewritten(model: nn.Module) -> tuple[str, ...]:
     found = mmtransfer.get_prepared(model)
     method: Any = found.method
     return method.rewritten(found.edit.encoder, found.edit.encoder.layers) if method.rewrite else ()
+
+
+def impossible(model_type: str) -> set[str]:
+    """Edits that a model of this type cannot have."""
+    row = DESCRIPTIONS[model_type]
+    separate = row.calls_projections and row.fused is None
+    return (set() if row.attention_alone_mixes else {"prompt"}) | (set() if separate else {"lora"})
 
 
 def weigh(output: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from classifiers import build_classifier, logits
-from prepared_models import exactly, perturb
+from prepared_models import exactly, impossible, perturb
 from tiny_encoders import TINY, make_input
 from torch import nn
 
@@ -21,15 +21,7 @@ from mmtransfer.method import EditMethod
 from mmtransfer.tasks import Classification
 
 EDITS = [name for name, each in registry.methods().items() if issubclass(each, EditMethod)]
-CONFORMERS = ("wav2vec2-conformer", "wav2vec2-bert")
 REENTRANT = {"use_reentrant": True}
-
-
-def impossible(model_type: str) -> set[str]:
-    """Edits that a model of this type cannot have."""
-    return ({"prompt"} if model_type in CONFORMERS else set()) | (
-        {"lora"} if model_type == "wavlm" else set()
-    )
 
 
 def steady(model_type: str) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, jvp, vmap
 from torch.nn import functional
 
-from mmkernels.nn import Adapter, Featurizer, LayerMix, LayerProject
+from mmkernels.nn import Adapter, Featurizer, LayerMix, LayerProject, Merge
 
 
 def mix(weights: Tensor, layers: list[Tensor], norm: bool) -> Tensor:
@@ -51,6 +51,27 @@ class Feature(nn.Module):
         return self.featurizer(layers, [lengths] * len(layers))[0]
 
 
+class Merged(nn.Module):
+    """``Merge`` as a function to one tensor."""
+
+    def __init__(self, constraint: str) -> None:
+        super().__init__()
+        self.merge = Merge(2, init=0.5, constraint=constraint)
+
+    def forward(self, pairs: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+        return torch.stack(self.merge(*pairs, groups=[1, 0]))
+
+
+def merged(lam: Tensor, pairs: tuple[list[Tensor], list[Tensor]]) -> Tensor:
+    target, source = pairs
+    return torch.stack([t + lam[g] * (s - t) for t, s, g in zip(target, source, (1, 0), strict=True)])
+
+
+def pairs_of(x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    first, second, third, fourth = x.unbind(-2)
+    return [first, second], [third, fourth]
+
+
 class Case(NamedTuple):
     module: Callable[[], nn.Module]
     #: From one tensor ``(5, 4, 8)`` to the argument of the module.
@@ -64,6 +85,10 @@ CASES = {
         Feature, lambda x: layers_of(x[None]), lambda p, x: mix(p["featurizer.weights"], x, True)
     ),
     "LayerProject": Case(lambda: LayerProject(4, 8, 3, activation="gelu"), lambda x: x, project),
+    "Merge": Case(lambda: Merged("none"), pairs_of, lambda p, x: merged(p["merge.weights"], x)),
+    "Merge of sigmoid": Case(
+        lambda: Merged("sigmoid"), pairs_of, lambda p, x: merged(p["merge.weights"].sigmoid(), x)
+    ),
     "Adapter": Case(lambda: Adapter(8, 4, activation="gelu", norm=True), lambda x: x, adapt),
 }
 every_module = pytest.mark.parametrize("name", CASES)

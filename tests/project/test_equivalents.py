@@ -18,6 +18,7 @@ import mmkernels.patch
 from mmkernels.activations import ACTIVATIONS
 
 LAYERS = [torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(4)]
+MATRICES = [torch.randn(2, 3, 8, dtype=torch.float64) for _ in range(3)]
 X = torch.randn(5, 4, 8, dtype=torch.float64)
 
 
@@ -70,6 +71,17 @@ def layer_project(**options: Any) -> tuple[Any, Any]:
     return mmkernels.layer_project(**arguments), run(mmkernels.layer_project, **arguments)
 
 
+def merge(**options: Any) -> tuple[Any, Any]:
+    arguments = {"target": MATRICES, "source": LAYERS[:3], "lam": random(3), "groups": None, **options}
+    return mmkernels.merge(**arguments), run(mmkernels.merge, **arguments)
+
+
+def merge_module() -> tuple[Any, Any]:
+    module = mmkernels.nn.Merge(2, constraint="sigmoid")
+    names = {"target": MATRICES, "source": LAYERS[:3], "groups": [1, 0, 1]}
+    return of_module(module, *names.values(), **names)
+
+
 def featurizer() -> tuple[Any, Any]:
     lengths = [torch.tensor([3, 2])] * 4
     module = mmkernels.nn.Featurizer(4, hidden_size=8, downsample_rate=320)
@@ -92,9 +104,13 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "layer_mix_norm": lambda: layer_mix(norm=True, norm_weight=random(8), norm_bias=random(8)),
     "layer_project": layer_project,
     "layer_project_norm": lambda: layer_project(norm_weight=random(4, 8), norm_bias=random(4, 8)),
+    "merge": merge,
+    "merge_one": lambda: merge(lam=random(1)),
+    "merge_groups": lambda: merge(lam=random(2), groups=[1, 0, 1]),
     "Adapter": lambda: of_module(mmkernels.nn.Adapter(8, 3, activation="gelu", scale=0.5), X, x=X),
     "LayerMix": lambda: of_module(mmkernels.nn.LayerMix(4), LAYERS, layers=LAYERS),
     "LayerProject": lambda: of_module(mmkernels.nn.LayerProject(4, 8, 3), X, x=X),
+    "Merge": merge_module,
     "Featurizer": featurizer,
     "accelerate": accelerate,
 }

@@ -22,8 +22,9 @@ SIGNATURES = {
         "(x, weight, bias=None, *, norm_weight=None, norm_bias=None, eps=1e-05, activation='relu', "
         "backend='auto')"
     ),
+    "merge": "(target, source, lam, *, groups=None, dtype=None, out=None, backend='auto')",
 }
-MODULES = {"Adapter", "Featurizer", "LayerMix", "LayerProject"}
+MODULES = {"Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge"}
 
 
 def bare(function: object) -> str:
@@ -42,7 +43,7 @@ def test_modules() -> None:
 
 
 def test_public_docstrings_say_what_users_need() -> None:
-    for name in ("adapter", "layer_mix", "layer_project"):
+    for name in ("adapter", "layer_mix", "layer_project", "merge"):
         text = inspect.getdoc(getattr(mmkernels, name)) or ""
         for part in ("Equivalent to", "Args:", "Returns:", "Raises:", "Gradients", "Source:"):
             assert part in text, f"{name}: {part}"

@@ -30,7 +30,12 @@ class _Merge(torch.autograd.Function):
         ctx.save_for_backward(lam, *pairs)
         ctx.options = backend, asked, dtype, groups
         ctx.set_materialize_grads(False)
-        return tuple(OPS[backend][0](list(pairs[:count]), list(pairs[count:]), lam, groups, dtype))
+        merged = OPS[backend][0](list(pairs[:count]), list(pairs[count:]), lam, groups, dtype)
+        _, _, _, of_lam, _, *of_pairs = ctx.needs_input_grad
+        if not of_lam:
+            frozen = [not (of_pairs[index] or of_pairs[count + index]) for index in range(count)]
+            ctx.mark_non_differentiable(*[m for m, still in zip(merged, frozen, strict=True) if still])
+        return tuple(merged)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -106,9 +111,9 @@ def merge(
     One launch reads every pair once. The extra memory is the results, or nothing with ``out``; the backward
     pass, also one launch and a small one for the sums, adds the gradients that it returns.
 
-    Equivalent to (for floating-point tensors of one dtype)::
+    Equivalent to (for tensors of one dtype)::
 
-        groups = groups or range(len(target))  # where lam has one entry: [0] * len(target)
+        groups = groups or [k % len(lam) for k in range(len(target))]
         out = [torch.lerp(t, s, lam[g]) for t, s, g in zip(target, source, groups)]
 
     Args:
@@ -160,8 +165,14 @@ def merge(
     backend = _common.choose_backend("merge", backend, first)
     # The checks of 72 pairs take half of a small call's time. The compiled op compares the tensors too, so in
     # the usual call on the CPU they run only for their message, after the op has refused.
-    alike = _of_one_dtype(target) and _of_one_dtype(source)
-    op_checks = alike and backend == "native" and first.is_cpu and not torch.compiler.is_compiling()
+    alike = _have_one_dtype(target) and _have_one_dtype(source)
+    op_checks = (
+        backend == "native"
+        and first.is_cpu
+        and alike
+        and (out is None or _have_one_dtype(out, dtype or first.dtype))
+        and not torch.compiler.is_compiling()
+    )
     if not op_checks:
         _check_tensors(target, source, dtype, out)
     try:
@@ -236,9 +247,10 @@ class _Call:
         return [by_index[index] for index in range(len(target))]
 
 
-def _of_one_dtype(tensors: Sequence[Tensor]) -> bool:
+def _have_one_dtype(tensors: Sequence[Tensor], dtype: torch.dtype | None = None) -> bool:
     # Something that is no tensor is found later.
-    return len({getattr(tensor, "dtype", None) for tensor in tensors}) == 1
+    dtypes = {getattr(tensor, "dtype", None) for tensor in tensors}
+    return len(dtypes) == 1 and (dtype is None or dtype in dtypes)
 
 
 def _one_half_type(

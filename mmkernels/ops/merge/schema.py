@@ -29,6 +29,8 @@ def _out_fake(
     target: list[Tensor], source: list[Tensor], lam: Tensor, groups: list[int], out: list[Tensor]
 ) -> None:
     _check(target, source, lam, groups)
+    if len(out) != len(target) or any(tensor.device != lam.device for tensor in out):
+        raise RuntimeError("out: expected a tensor for each pair, on one device with them")
 
 
 def _backward_fake(
