@@ -42,7 +42,8 @@ FLOORS = (
     ("recognition",),
     ("compare",),
     ("demo",),
-    ("cli",),
+    # A paper's command is a part of the command line.
+    ("cli", *(f"{paper}.command" for paper in PAPERS)),
 )
 
 

@@ -92,15 +92,11 @@ def _find_folder(place: str) -> Path:
         raise DataError(f"{place} does not exist; give the folder or the hub name of a model")
     # Imported here: folders need no client of the hub.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import HFValidationError, tqdm
-
-    class Silent(tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **{**kwargs, "disable": True})
 
     try:
-        return Path(snapshot_download(place, allow_patterns=list(_PATTERNS), tqdm_class=Silent))
-    except (OSError, ValueError, HFValidationError, RuntimeError) as error:
+        return Path(snapshot_download(place, allow_patterns=list(_PATTERNS)))
+    except Exception as error:
+        # Its errors are those of several HTTP libraries.
         reason = " ".join(str(error).split())[:200].removesuffix(".")
         raise DataError(
             f"{place} is no folder, and no model can be fetched from the hub by that name ({reason})"

@@ -13,8 +13,8 @@ from .recipe import LinearRecipe
 from .streams import Reader
 from .weights import find_depths
 
-#: Weights whose sum is this close to 1 are an interpolation.
-_CLOSE = 1e-9
+#: Sums of weights that cannot be divided by.
+_ZERO = 1e-9
 
 
 def plan_linear(recipe: LinearRecipe, checkpoints: Sequence[Checkpoint]) -> Plan:
@@ -52,7 +52,7 @@ def _plan_tensor(
     weights = [_weight(recipe, index, name, depth) for index in range(len(recipe.models))]
     total = sum(weights)
     if recipe.normalize:
-        if abs(total) < _CLOSE:
+        if abs(total) < _ZERO:
             raise ValueError(
                 f"the weights of {name} add up to {total:g} and cannot be normalised; give others, or "
                 "normalize: false in parameters"

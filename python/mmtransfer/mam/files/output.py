@@ -41,11 +41,17 @@ def check_output(path: Path, inputs: Iterable[Path], *, overwrite: bool) -> None
 
 
 @contextlib.contextmanager
-def new_folder(path: Path, note: Callable[[str], object] = lambda sentence: None) -> Iterator[Path]:
+def new_folder(
+    path: Path, *, overwrite: bool = False, note: Callable[[str], object] = lambda sentence: None
+) -> Iterator[Path]:
     """A folder to fill, which takes the place of `path` in one step when the block ends without an error.
 
-    What a killed run has left is removed, and said through `note`. DataError if a run for the same place goes
-    on. The folder is locked while it is filled: that of a process that has ended is not.
+    What a killed run has left is removed, and said through `note`. The folder is locked while it is filled:
+    that of a process that has ended is not.
+
+    Raises:
+        DataError: another run fills a folder for the same place, or something came there meanwhile that
+            `check_output` would refuse.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(path, note)
@@ -58,6 +64,7 @@ def new_folder(path: Path, note: Callable[[str], object] = lambda sentence: None
         umask = os.umask(0)
         os.umask(umask)
         folder.chmod(0o777 & ~umask)
+        check_output(path, [], overwrite=overwrite)
         _put(folder, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -102,7 +109,7 @@ def _put(folder: Path, path: Path) -> None:
     if _exchange(folder, path):
         return
     # File systems without an exchange: the earlier result is away for a moment.
-    aside = Path(tempfile.mkdtemp(prefix=_prefix(path), dir=path.parent))
+    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.earlier-", dir=path.parent))
     os.rename(path, aside)
     try:
         os.rename(folder, path)

@@ -21,6 +21,10 @@ _PORTION = 32 << 20
 _CLOSE = 1e-9
 
 
+#: Tensors that are in memory as a whole at the same time, at most.
+_whole = threading.BoundedSemaphore(2)
+
+
 @dataclass(frozen=True)
 class Piece:
     """Elements `[begin, end)` of a tensor, and where the tensor begins in an open file.
@@ -50,7 +54,8 @@ def write_piece(piece: Piece, reader: Reader, stop: threading.Event) -> int:
     if piece.entry.is_copy:
         return _copy(piece, reader, stop)
     if piece.entry.patches:
-        return _patch(piece, reader)
+        with _whole:
+            return _patch(piece, reader)
     return _sum(piece, reader, stop)
 
 

@@ -113,7 +113,7 @@ def _read_model(where: str, given: Any) -> tuple[str, Weights | None]:
 def _read_attention(content: Mapping[str, Any]) -> AttentionRecipe:
     _check_keys("", content, _MAM)
     lam = content.get("lambda")
-    values = lam if isinstance(lam, list) else [lam]
+    values: list[Any] = lam if isinstance(lam, list) else [lam]
     if not values or not all(is_number(each) and 0 <= each <= 1 for each in values):
         raise ValueError(
             f"lambda must be a number in [0, 1], or a list of one for each merged layer, got {lam!r}"

@@ -21,6 +21,9 @@ from .settings import write_settings
 from .shards import Shard, create, lay_out, write_index
 from .streams import Reader
 
+#: More gain nothing: they wait for the memory that files are cached in.
+_THREADS = 8
+
 
 def carry_out(
     plan: Plan,
@@ -46,10 +49,11 @@ def carry_out(
         DataError: the folder holds other files or an input, or the disk has no room.
         OSError: a file cannot be read or written.
     """
+    path = Path(os.path.abspath(path))
     check_output(path, [each.folder for each in plan.inputs], overwrite=overwrite)
     shards = lay_out(plan.entries, max_shard_size)
     _check_room(path, sum(shard.size for shard in shards))
-    with new_folder(path, note) as folder:
+    with new_folder(path, overwrite=overwrite, note=note) as folder:
         _write_shards(folder, shards, plan.entries, on_bytes)
         write_index(folder, shards, plan.entries)
         write_settings(folder, plan)
@@ -58,7 +62,7 @@ def carry_out(
 
 
 def _check_room(path: Path, needed: int) -> None:
-    place = next(each for each in path.absolute().parents if each.exists())
+    place = next(each for each in path.parents if each.exists())
     free = shutil.disk_usage(place).free
     if free < needed:
         raise DataError(f"{place} has {free / 1e9:.1f} GB free, and the result takes {needed / 1e9:.1f} GB")
@@ -69,7 +73,7 @@ def _write_shards(
 ) -> None:
     by_name = {entry.name: entry for entry in entries}
     stop = threading.Event()
-    threads = len(os.sched_getaffinity(0))
+    threads = min(len(os.sched_getaffinity(0)), _THREADS)
 
     def run(piece: Piece) -> None:
         if not stop.is_set():

@@ -44,7 +44,7 @@ class Reader:
             if stored.path not in self._files:
                 self._files[stored.path] = os.open(stored.path, os.O_RDONLY | os.O_CLOEXEC)
             file = self._files[stored.path]
-        view, place = memoryview(buffer.numpy()), stored.start + begin
+        view, place = buffer.numpy().data, stored.start + begin
         while len(view):
             count = os.preadv(file, [view], place)
             if not count:
@@ -75,7 +75,7 @@ class Reader:
 
 def write_at(file: int, buffer: Tensor, place: int) -> None:
     """Write the bytes of a contiguous tensor to an open file."""
-    view = memoryview(buffer.view(torch.uint8).view(-1).numpy())
+    view = buffer.view(torch.uint8).view(-1).numpy().data
     while len(view):
         count = os.pwrite(file, view, place)
         view, place = view[count:], place + count
