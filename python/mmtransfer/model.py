@@ -270,6 +270,15 @@ class AdaptedModel(nn.Module):
         self.encoder.revert()
         self.reverted = True
 
+    def exchange(self, method: Method) -> None:
+        """Take the edit back and have another method's, which shares the readout; weights trained in place stay.
+        """
+        saving.remove(self.encoder.edit)
+        self.encoder.edit.revert()
+        self.method = method
+        self.encoder.edit = method.edit(self.encoder.parts)
+        saving.install(self.encoder.edit)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """`checkpoint.save` of this model."""
         from mmtransfer import checkpoint

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,8 @@ from .encoder import Encoder
 from .freezing import Hold, get_holds, set_holds
 
 Forward = Callable[..., Any]
+#: Whether a checkpoint is being loaded, which brings the values of all that an edit adds.
+restoring: ContextVar[bool] = ContextVar("mmtransfer_restoring", default=False)
 #: On the encoder's module while an edit is in force: the name of the method.
 _MARK = "_mmtransfer_edit"
 
@@ -213,6 +216,16 @@ class Edit:
             if module.__dict__.get("_requires_grad") and not trained:
                 self._note(module, "_requires_grad")
                 module.__dict__["_requires_grad"] = False
+
+
+@contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Have edits that are made in the body leave the values of additions to a checkpoint."""
+    token = restoring.set(True)
+    try:
+        yield
+    finally:
+        restoring.reset(token)
 
 
 @contextlib.contextmanager

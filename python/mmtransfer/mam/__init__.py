@@ -10,16 +10,27 @@ import importlib
 from typing import Any
 
 _NAMES = {
-    "PARTS": "projections",
+    "LMAM": "methods",
+    "Merged": "merging",
+    "Noise": "sources",
     "Projection": "projections",
+    "Similarity": "similarity",
     "find_projections": "projections",
-    "num_heads": "projections",
+    "fold": "folding",
+    "merge": "merging",
+    "shares": "methods",
+    "similarity": "similarity",
+    "sweep": "merging",
 }
+#: The method needs a source, so a comparison that names no methods has none of this folder.
+COMPARED = ()
 
-__all__ = [*_NAMES]
+__all__ = ["COMPARED", "METHODS", *_NAMES]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "METHODS":
+        return (importlib.import_module(f"{__name__}.methods").LMAM,)
     if name in _NAMES:
         return getattr(importlib.import_module(f"{__name__}.{_NAMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

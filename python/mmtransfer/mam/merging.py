@@ -28,7 +28,6 @@ class Merged:
         matrices: how many weights (and biases).
         parameters: how many numbers those have.
         heads: attention heads of target and source, None where a configuration does not say.
-        skipped: names of the target's biases that the source has none for.
     """
 
     layers: tuple[int, ...]
@@ -36,7 +35,6 @@ class Merged:
     matrices: int
     parameters: int
     heads: tuple[int | None, int | None]
-    skipped: tuple[str, ...]
 
     def __str__(self) -> str:
         share = f"{self.lam[0]:g}" if len(set(self.lam)) == 1 else f"{min(self.lam):g} to {max(self.lam):g}"
@@ -69,7 +67,8 @@ def merge(
         layer_map: for each layer of the target (all of them) that of the source; needed where the two have
             different numbers of layers.
         parts: some of "q", "k", "v".
-        bias: merge the biases too, where both have them; the paper's equations have weights alone.
+        bias: merge the target's biases too, those that the source lacks with zeros; the paper's equations
+            have weights alone.
         match_rms: first scale each source matrix to the root mean square of the target's.
 
     Raises:
@@ -176,4 +175,4 @@ def _check_lam(lam: Any, pairs: Pairs) -> tuple[float, ...]:
 
 def _report(pairs: Pairs, lam: tuple[float, ...]) -> Merged:
     sizes = [pair.source.numel() for pair in pairs.pairs]
-    return Merged(pairs.layers, lam, len(sizes), sum(sizes), pairs.heads, pairs.skipped)
+    return Merged(pairs.layers, lam, len(sizes), sum(sizes), pairs.heads)

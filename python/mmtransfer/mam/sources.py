@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,13 +65,11 @@ class Pairs:
     Attributes:
         pairs: layer by layer, in each q, k, v.
         layers: the target's, in the order given.
-        skipped: names of the target's biases that the source has none for.
         heads: the attention heads of target and source, None where a configuration does not say.
     """
 
     pairs: tuple[Pair, ...]
     layers: tuple[int, ...]
-    skipped: tuple[str, ...]
     heads: tuple[int | None, int | None]
 
     @property
@@ -104,26 +102,26 @@ def find_pairs(
     indices = choose_layers(encoder, layers)
     own = find_projections(encoder, indices, parts, bias=bias)
     like = source.like if isinstance(source, Noise) else source
-    skipped: tuple[str, ...] = ()
-    heads = num_heads(encoder), None
+    heads: tuple[int | None, int | None] = (num_heads(encoder), None)
+    partners: list[Projection | None] = [None] * len(own)
     if isinstance(like, Encoder):
         partners = _partners(encoder, like, own, layer_map, bias=bias)
-        skipped = tuple(each.name for each in own if each not in partners)
-        own = [each for each in own if each in partners]
         heads = _check_heads(encoder, like)
-    found = _check_shared(own, [_place(partners[each]) for each in own] if isinstance(like, Encoder) else [])
+    by_projection = dict(zip(own, partners, strict=True))
+    found = _check_shared(by_projection, alike=isinstance(like, Encoder))
     # A target that is merged with itself, shifted by some layers, would be read after it is written.
     written = {id(each.parameter) for each in found}
     pairs = []
     for each in found:
-        partner = partners[each] if isinstance(like, Encoder) else each
-        matrix = _draw(source, each, partner.view) if isinstance(source, Noise) else partner.view.detach()
-        if match_rms:
-            matrix = _match(matrix, each.view)
-        elif not isinstance(source, Noise) and id(partner.parameter) in written:
+        partner = by_projection[each] if isinstance(like, Encoder) else each
+        # A projection without a bias is one with a bias of zero.
+        matrix = torch.zeros_like(each.view) if partner is None else partner.view.detach()
+        if isinstance(source, Noise):
+            matrix = _draw(source, each, matrix)
+        elif partner is not None and id(partner.parameter) in written:
             matrix = matrix.clone()
-        pairs.append(Pair(each, matrix))
-    return Pairs(tuple(pairs), indices, skipped, heads)
+        pairs.append(Pair(each, _match(matrix, each.view) if match_rms else matrix))
+    return Pairs(tuple(pairs), indices, heads)
 
 
 def open_source(source: Source) -> Encoder | Noise:
@@ -172,8 +170,8 @@ def choose_layers(encoder: Encoder, layers: Any) -> tuple[int, ...]:
 
 def _partners(
     target: Encoder, source: Encoder, own: list[Projection], layer_map: Sequence[int] | None, *, bias: bool
-) -> dict[Projection, Projection]:
-    """The source's projection of each of the target's; biases that it lacks have none."""
+) -> list[Projection | None]:
+    """The source's projection for each of the target's; None for a bias that it lacks."""
     if target.hidden_size != source.hidden_size:
         raise ValueError(
             "target and source must be equally wide: the target, "
@@ -182,17 +180,15 @@ def _partners(
         )
     mapped = _check_map(target, source, layer_map)
     theirs = {(each.layer, each.part, each.kind): each for each in find_projections(source, bias=bias)}
-    found = {}
+    found = []
     for each in own:
         partner = theirs.get((mapped[each.layer], each.part, each.kind))
-        if partner is None:
-            continue
-        if partner.view.shape != each.view.shape:
+        if partner is not None and partner.view.shape != each.view.shape:
             raise ValueError(
                 f"{each.name} has shape {tuple(each.view.shape)}, {partner.name} of the source "
                 f"{tuple(partner.view.shape)}"
             )
-        found[each] = partner
+        found.append(partner)
     return found
 
 
@@ -227,23 +223,23 @@ def _check_heads(target: Encoder, source: Encoder) -> tuple[int | None, int | No
     return heads
 
 
-def _place(projection: Projection) -> tuple[Any, ...]:
-    parameter = projection.parameter
-    return id(parameter), None if projection.fused is None else projection.part
+def _place(projection: Projection | None) -> tuple[Any, ...] | None:
+    if projection is None:
+        return None
+    return id(projection.parameter), None if projection.fused is None else projection.part
 
 
-def _check_shared(own: list[Projection], partners: list[Any]) -> list[Projection]:
+def _check_shared(partners: Mapping[Projection, Projection | None], *, alike: bool) -> list[Projection]:
     """Each parameter once. ValueError where two layers share one that would be merged with different ones."""
-    seen: dict[Any, tuple[Projection, Any]] = {}
-    for index, each in enumerate(own):
-        partner = partners[index] if partners else None
-        first, other = seen.setdefault(_place(each), (each, partner))
-        if first.layer != each.layer and (partner != other or not partners):
+    seen: dict[Any, Projection] = {}
+    for each, partner in partners.items():
+        first = seen.setdefault(_place(each), each)
+        if first is not each and not (alike and _place(partners[first]) == _place(partner)):
             raise ValueError(
                 f"layers {first.layer} and {each.layer} of the target share {first.name}, which can be merged "
                 "with one matrix only; choose layers or a layer_map so that it is"
             )
-    return [each for each, _ in seen.values()]
+    return [*seen.values()]
 
 
 def _draw(noise: Noise, projection: Projection, like: torch.Tensor) -> torch.Tensor:
