@@ -81,7 +81,7 @@ def merge(
     pairs = find_pairs(
         target, source, layers=layers, layer_map=layer_map, parts=parts, bias=bias, match_rms=match_rms
     )
-    shares = _check_lam(lam, pairs)
+    shares = check_lam(lam, pairs)
     own = [pair.target.view.detach() for pair in pairs.pairs]
     _write(pairs, own, _fitted(pairs), shares)
     return _report(pairs, shares)
@@ -110,7 +110,7 @@ def sweep(
         For each share `(lam, evaluate's result)`.
     """
     pairs = find_pairs(target, source, **options)
-    points = [(lam, _check_lam(lam, pairs)) for lam in lams]
+    points = [(lam, check_lam(lam, pairs)) for lam in lams]
     root = target.root if isinstance(target, Encoder) else target
     own = [pair.target.view.detach().clone() for pair in pairs.pairs]
     sources = _fitted(pairs)
@@ -159,7 +159,7 @@ def fit(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return source.detach().to(target.device, dtype)
 
 
-def _check_lam(lam: Any, pairs: Pairs) -> tuple[float, ...]:
+def check_lam(lam: Any, pairs: Pairs) -> tuple[float, ...]:
     """One share for each layer. ValueError for another number of them, or one outside [0, 1]."""
     count = len(pairs.layers)
     values = lam.tolist() if isinstance(lam, torch.Tensor) else lam

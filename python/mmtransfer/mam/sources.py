@@ -52,10 +52,14 @@ Source = nn.Module | Encoder | str | Path | Noise
 
 @dataclass(frozen=True)
 class Pair:
-    """A projection of the target, and the matrix (or bias) that is merged into it, `(D_out, D_in)`."""
+    """A projection of the target, and the matrix (or bias) that is merged into it, `(D_out, D_in)`.
+
+    `partner` is the source's projection that has it; None for noise, and for zeros in place of a bias.
+    """
 
     target: Projection
     source: torch.Tensor
+    partner: Projection | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +124,8 @@ def find_pairs(
             matrix = _draw(source, each, matrix)
         elif partner is not None and id(partner.parameter) in written:
             matrix = matrix.clone()
-        pairs.append(Pair(each, _match(matrix, each.view) if match_rms else matrix))
+        matrix = match_scale(matrix, each.view) if match_rms else matrix
+        pairs.append(Pair(each, matrix, None if isinstance(source, Noise) else partner))
     return Pairs(tuple(pairs), indices, heads)
 
 
@@ -263,7 +268,7 @@ def _mix(numbers: Iterable[int]) -> int:
     return mixed
 
 
-def _match(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def match_scale(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """The matrix scaled to the root mean square of the target's; one of zeros stays."""
     matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
     own, theirs = (each.detach().to(matrix.dtype).square().mean().sqrt() for each in (target, matrix))
