@@ -180,14 +180,13 @@ def test_attention_of_models_that_do_not_fit(tmp_path: Path) -> None:
         recipe = {**MAM, "target": str(tmp_path / "hubert"), "source": str(tmp_path / source), **settings}
         refused(recipe, tmp_path / "out", *parts)
 
-    attempt("wide", "encoder.layers.0.attention.q_proj.weight", "is [16, 16]", "is [32, 32]", "one width")
-    attempt("deep", "target has 4 layers and source 6", "layer_map", "[0, 1, 3, 4]")
+    attempt("wide", "must be equally wide", "hubert, has 16", "bert, 32")
+    attempt("deep", "the target has 4 layers and the source 6", "layer_map=[0, 2, 3, 5]")
     attempt("unknown", "no model can be built from the config.json of", "unknown")
     attempt("lost", "lacks the tensor encoder.layer.2.attention.self.key.weight")
     attempt("bert", "layers must be layer indices in [-4, 3]", "got 7", layers=[1, 7])
-    attempt("bert", "layer_map must have 4 layers of the source, in [-4, 3]", layer_map=[0, 1, 2, 9])
-    attempt("bert", "lambda must have one entry for each of the 2 merged layers, got 3",
-            layers=[0, 1], **{"lambda": [0.1, 0.2, 0.3]})  # fmt: skip
+    attempt("bert", "layer_map must have 4 entries", "in [-4, 3]", layer_map=[0, 1, 2, 9])
+    attempt("bert", "one for each of the 2 layers", layers=[0, 1], **{"lambda": [0.1, 0.2, 0.3]})
 
 
 def test_the_output_is_respected(pair: tuple[Path, Path], tmp_path: Path) -> None:

@@ -147,7 +147,8 @@ def _origin(entry: Entry, plan: Plan) -> str:
     places = {each.folder: each.place for each in plan.inputs}
     if entry.patches:
         return "; ".join(
-            f"{each.target.part}: {1 - each.lam:.4g} own + {each.lam:.4g} {each.stored.name}"
+            f"{each.target.part}: {1 - each.lam:.4g} own + {each.lam:.4g} "
+            + (each.stored.name if each.stored else "zeros")
             for each in entry.patches
         )
     if entry.keeps_values:

@@ -134,30 +134,33 @@ def _patch(piece: Piece, reader: Reader) -> int:
     own = reader.read_whole(entry.terms[0].stored)
     result = own.to(TORCH[entry.dtype])
     for patch in entry.patches:
-        source = reader.read_whole(patch.stored)
+        source = _source_of(patch, own, reader)
         _merge(patch, own, source, result)
         _check_range(entry, [own, source], result)
     write_at(piece.file, result, piece.start)
     return entry.size
 
 
+def _source_of(patch: Patch, own: Tensor, reader: Reader) -> Tensor:
+    """The matrix of the source, as it is merged into one of the target's tensor."""
+    # Imported here: a linear merge needs no transformers, which takes seconds.
+    from mmtransfer.mam.merging import fit
+    from mmtransfer.mam.sources import match_scale
+
+    target = patch.target.select(own)
+    if patch.stored is None or patch.source is None:
+        return torch.zeros_like(target)
+    source = patch.source.select(reader.read_whole(patch.stored))
+    return fit(match_scale(source, target) if patch.match_rms else source, target)
+
+
 def _merge(patch: Patch, own: Tensor, source: Tensor, result: Tensor) -> None:
     """Write the interpolation of one matrix into its place in the result."""
-    target_part, source_part = patch.target.select(own), patch.source.select(source)
-    if patch.match_rms:
-        source_part = match_rms(source_part, target_part)
-    place = patch.target.select(result)
-    wide = torch.float64 if torch.float64 in (own.dtype, source.dtype, result.dtype) else torch.float32
+    target, place = patch.target.select(own), patch.target.select(result)
+    wide = torch.float64 if torch.float64 in (target.dtype, place.dtype) else torch.float32
     merged = (
         place if place.is_contiguous() else torch.empty_like(place, memory_format=torch.contiguous_format)
     )
-    interpolate(target_part, source_part, patch.lam, merged, wide)
+    interpolate(target, source, patch.lam, merged, wide)
     if merged is not place:
         place.copy_(merged)
-
-
-def match_rms(source: Tensor, target: Tensor) -> Tensor:
-    """The source's matrix, scaled to the root mean square of the target's."""
-    wide = torch.float64 if torch.float64 in (source.dtype, target.dtype) else torch.float32
-    source = source.to(wide)
-    return source * (target.to(wide).square().mean().sqrt() / source.square().mean().sqrt())

@@ -30,14 +30,15 @@ class Patch:
 
     Attributes:
         target: where the matrix is in the tensor.
-        stored, source: the tensor with the source's matrix, and where it is in that.
+        stored, source: the tensor with the source's matrix, and where it is in that; None for a bias that the
+            source lacks, which is one of zeros.
         lam: weight of the source.
         match_rms: scale the source's matrix to the root mean square of the target's.
     """
 
     target: Projection
-    stored: Stored
-    source: Projection
+    stored: Stored | None
+    source: Projection | None
     lam: float
     match_rms: bool
 
