@@ -14,6 +14,7 @@ from command_line import fails, run
 from merge_files import linear, load, merge, merged, random_tensors, same, save, untouched
 from tiny_encoders import TINY
 
+from mmtransfer.data import DataError
 from mmtransfer.mam.files import run as running
 from mmtransfer.mam.files.output import new_folder
 
@@ -223,6 +224,20 @@ def test_a_running_merge_is_not_disturbed(pair: tuple[Path, Path], tmp_path: Pat
         fails(merge(linear((pair[0], 1), (pair[1], 1)), out), f"another merge is writing {out}")
         assert folder.exists()
     assert [path.name for path in out.iterdir()] == ["merge_recipe.yaml"]
+
+
+def test_files_that_come_meanwhile_stay(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def fill() -> None:
+        with new_folder(out, overwrite=True) as folder:
+            (folder / "merge_recipe.yaml").write_text("")
+            out.mkdir()
+            (out / "thesis.tex").write_text("years of work")
+
+    with pytest.raises(DataError, match="holds other files"):
+        fill()
+    assert [path.name for path in tmp_path.rglob("*.tex")] == ["thesis.tex"]
 
 
 @pytest.mark.parametrize("place", ["create", "write_piece", "write_index", "write_settings"])
