@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ from tiny_encoders import TINY
 from transformers import AutoModel, AutoModelForCTC, BertConfig, BertForMaskedLM, Wav2Vec2FeatureExtractor
 
 from mmtransfer import mam
+from mmtransfer.mam.files.checkpoint import Stored
+from mmtransfer.mam.files.pieces import cut
+from mmtransfer.mam.files.plan import Entry, Term
 from mmtransfer.model_files import read_header
 
 
@@ -237,10 +241,13 @@ def test_the_dry_run_prints_and_writes_nothing(pair: tuple[Path, Path], tmp_path
 
 
 def test_a_merge_needs_no_memory_for_the_models(tmp_path: Path) -> None:
-    """Sixteen tensors of 16 MB each: the peak stays below one and a half of one, on top of torch."""
+    """Sixteen tensors of 16 MB, half of them copied: the peak stays below one and a half of one, on top of
+    torch."""
+    weights = [{"filter": "layers.1", "value": 0}, {"value": 2}]
+    recipe = linear((tmp_path / "a", 1), (tmp_path / "b", weights))
     for name in ("a", "b"):
         save(tmp_path / name, {f"layers.{i}.w": torch.full((4 << 20,), float(i)) for i in range(16)})
-    (tmp_path / "recipe.yaml").write_text(json.dumps(linear((tmp_path / "a", 1), (tmp_path / "b", 2))))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     code = (
         "import re, sys, mmkernels, mmtransfer.mam.files.linear, mmtransfer.mam.files.run\n"
         "from pathlib import Path\n"
@@ -256,6 +263,20 @@ def test_a_merge_needs_no_memory_for_the_models(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, "merge", tmp_path / "recipe.yaml", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout.splitlines()[-1]) < 24 << 10
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.5]])
+@pytest.mark.parametrize("shape", [(3,), (8 << 20,), (5000, 5003), (0, 4)])
+def test_work_is_cut_into_portions(weights: list[float], shape: tuple[int, ...]) -> None:
+    """A few for each tensor, copies too, which cover it once."""
+    size = 4 * math.prod(shape)
+    stored = Stored("w", Path("w"), 0, size, "F32", shape)
+    entry = Entry("w", "F32", shape, tuple(Term(stored, weight) for weight in weights))
+    pieces = list(cut(entry, 0, 0))
+    assert len(pieces) == -(-size // (32 << 20))
+    ends = [0, *(piece.end for piece in pieces)]
+    assert [piece.begin for piece in pieces] == ends[:-1]
+    assert ends[-1] == (size if len(weights) == 1 else size // 4)
 
 
 MODELS = ("hubert", "whisper", "vit", "bert", "distilbert", "gpt2")

@@ -42,11 +42,10 @@ class Piece:
 def cut(entry: Entry, file: int, start: int) -> Iterator[Piece]:
     """A tensor in portions of work; whole where matrices in it are patched."""
     length = entry.size if entry.is_copy else entry.elements
-    step = (
-        max(length, 1) if entry.patches else _PORTION * (1 if entry.is_copy else length) // max(entry.size, 1)
-    )
-    for begin in range(0, length, max(step, 1)):
-        yield Piece(entry, file, start, begin, min(begin + max(step, 1), length))
+    portions = 1 if entry.patches else -(-entry.size // _PORTION)
+    step = max(-(-length // max(portions, 1)), 1)
+    for begin in range(0, length, step):
+        yield Piece(entry, file, start, begin, min(begin + step, length))
 
 
 def write_piece(piece: Piece, reader: Reader, stop: threading.Event) -> int:
