@@ -206,8 +206,8 @@ def _check_map(target: Encoder, source: Encoder, layer_map: Sequence[int] | None
     right = isinstance(layer_map, (list, tuple, range)) and len(layer_map) == own
     if not right or not all(type(each) is int and -theirs <= each < theirs for each in layer_map):
         raise ValueError(
-            f"layer_map must have {own} entries, one for each layer of the target, each a layer of the source "
-            f"in [{-theirs}, {theirs - 1}], such as {even}; got {layer_map!r}"
+            f"layer_map must have {own} entries, one for each layer of the target, each a layer of the "
+            f"source in [{-theirs}, {theirs - 1}], such as {even}; got {layer_map!r}"
         )
     return tuple(each % theirs for each in layer_map)
 
@@ -236,8 +236,8 @@ def _check_shared(partners: Mapping[Projection, Projection | None], *, alike: bo
         first = seen.setdefault(_place(each), each)
         if first is not each and not (alike and _place(partners[first]) == _place(partner)):
             raise ValueError(
-                f"layers {first.layer} and {each.layer} of the target share {first.name}, which can be merged "
-                "with one matrix only; choose layers or a layer_map so that it is"
+                f"layers {first.layer} and {each.layer} of the target share {first.name}, which can be "
+                "merged with one matrix only; choose layers or a layer_map so that it is"
             )
     return [*seen.values()]
 
