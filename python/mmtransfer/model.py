@@ -271,8 +271,7 @@ class AdaptedModel(nn.Module):
         self.reverted = True
 
     def exchange(self, method: Method) -> None:
-        """Take the edit back and have another method's, which shares the readout; weights trained in place stay.
-        """
+        """Have the edit of another method with the same readout; weights that were trained in place stay."""
         saving.remove(self.encoder.edit)
         self.encoder.edit.revert()
         self.method = method

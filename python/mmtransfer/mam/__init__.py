@@ -14,12 +14,12 @@ _NAMES = {
     "Merged": "merging",
     "Noise": "sources",
     "Projection": "projections",
-    "Similarity": "similarity",
+    "Similarity": "layer_similarity",
     "find_projections": "projections",
     "fold": "folding",
     "merge": "merging",
     "shares": "methods",
-    "similarity": "similarity",
+    "similarity": "layer_similarity",
     "sweep": "merging",
 }
 #: The method needs a source, so a comparison that names no methods has none of this folder.

@@ -21,10 +21,10 @@ def fold(model: nn.Module) -> nn.Module:
         model: that `prepare` prepared, or an `AdaptedModel`; changed in place.
 
     Returns:
-        The prepared model inside its wrappers, as it was before `prepare`, with trained weights: its own class
-        and its own names, for `save_pretrained` and transformers. If other methods are in force too it stays
-        prepared with these. An `AdaptedModel` is returned itself: its encoder is plain, and all of it is in
-        the checkpoints that are saved from now on.
+        The prepared model inside its wrappers, as it was before `prepare`, with trained weights: its own
+        class and its own names, for `save_pretrained` and transformers. If other methods are in force too it
+        stays prepared with these. An `AdaptedModel` is returned itself: its encoder is plain, and all of it
+        is in the checkpoints that are saved from now on.
 
     Optimisers refer to parameters that are gone: fold after training.
 

@@ -214,7 +214,7 @@ class Merging:
         def merge(place: int) -> torch.Tensor:
             target, source, share = block.target[place], block.source[place], lam[block.groups[place]]
             if self.as_published:
-                return share * source + (1 - share) * target
+                return (share * source + (1 - share) * target).to(target.dtype)
             return mmkernels.merge([target], [source], share, backend=self.backend)[0]
 
         return _assemble(slot, merge, None)
@@ -229,10 +229,8 @@ def _slots(index: int, layer: MergedLayer) -> Iterator[Slot]:
     yield from found.values()
 
 
-def _assemble(
-    slot: Slot, merged: Callable[[int], torch.Tensor], dtype: torch.dtype | None
-) -> torch.Tensor:
-    """The whole parameter: the merged part, or in a fused layout all three, some of which may be as before."""
+def _assemble(slot: Slot, merged: Callable[[int], torch.Tensor], dtype: torch.dtype | None) -> torch.Tensor:
+    """The whole parameter: in a fused layout all three parts, of which some may not be merged."""
     first = slot.projection
     if first.fused is None:
         return merged(slot.places[first.part])
@@ -296,9 +294,9 @@ def check_projections(encoder: Encoder, projections: Sequence[Projection]) -> No
     for each in projections:
         if type(each.owner) not in allowed or "forward" in each.owner.__dict__:
             raise ValueError(
-                f"{each.name} is in a {type(each.owner).__name__}, and learnt merging replaces the weights of "
-                f"plain {' and '.join(kind.__name__ for kind in allowed)} layers; merge before training instead "
-                "(mmtransfer.mam.merge)"
+                f"{each.name} is in a {type(each.owner).__name__}, and learnt merging replaces the weights "
+                f"of plain {' and '.join(kind.__name__ for kind in allowed)} layers; merge before training "
+                "instead (mmtransfer.mam.merge)"
             )
 
 
@@ -315,8 +313,9 @@ def install(edit: Edit, encoder: Encoder, merging: Merging) -> None:
     for parent in list(encoder.model.modules()):
         for name, child in list(parent._modules.items()):
             if id(child) in by_owner and isinstance(child, nn.Linear):
+                merged = MergedForward(child, merging, by_owner[id(child)][1])
                 edit.note_child(parent, name)
-                setattr(parent, name, MergedLinear(child, MergedForward(child, merging, by_owner[id(child)][1])))
+                setattr(parent, name, MergedLinear(child, merged))
 
 
 def find_merging(model: nn.Module) -> Merging | None:

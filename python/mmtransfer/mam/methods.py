@@ -153,9 +153,7 @@ class LMAM(LayerEditMethod):
             match_rms=self.match_rms,
         ).pairs
 
-    def _add(
-        self, edit: Edit, layer: nn.Module, pairs: list[Pair], below: list[MergedLayer]
-    ) -> MergedLayer:
+    def _add(self, edit: Edit, layer: nn.Module, pairs: list[Pair], below: list[MergedLayer]) -> MergedLayer:
         """The share and the source's matrices of a layer, as a child of it."""
         names = [_buffer_name(pair.target) for pair in pairs]
         kept = find_dtype(self.source_dtype)

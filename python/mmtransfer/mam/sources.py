@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -177,13 +177,7 @@ def _partners(
     target: Encoder, source: Encoder, own: list[Projection], layer_map: Sequence[int] | None, *, bias: bool
 ) -> list[Projection | None]:
     """The source's projection for each of the target's; None for a bias that it lacks."""
-    if target.hidden_size != source.hidden_size:
-        raise ValueError(
-            "target and source must be equally wide: the target, "
-            f"{target.description.model_type}, has {target.hidden_size}, the source, "
-            f"{source.description.model_type}, {source.hidden_size}"
-        )
-    mapped = _check_map(target, source, layer_map)
+    mapped = layer_pairs(target, source, layer_map)
     theirs = {(each.layer, each.part, each.kind): each for each in find_projections(source, bias=bias)}
     found = []
     for each in own:
@@ -197,8 +191,14 @@ def _partners(
     return found
 
 
-def _check_map(target: Encoder, source: Encoder, layer_map: Sequence[int] | None) -> tuple[int, ...]:
-    """The source's layer of each of the target's."""
+def layer_pairs(target: Encoder, source: Encoder, layer_map: Sequence[int] | None) -> tuple[int, ...]:
+    """The source's layer of each of the target's. ValueError for models of two widths, or a wrong map."""
+    if target.hidden_size != source.hidden_size:
+        raise ValueError(
+            "target and source must be equally wide: the target, "
+            f"{target.description.model_type}, has {target.hidden_size}, the source, "
+            f"{source.description.model_type}, {source.hidden_size}"
+        )
     own, theirs = target.num_layers, source.num_layers
     even = [round(index * (theirs - 1) / max(own - 1, 1)) for index in range(own)]
     if layer_map is None:
@@ -211,8 +211,8 @@ def _check_map(target: Encoder, source: Encoder, layer_map: Sequence[int] | None
     right = isinstance(layer_map, (list, tuple, range)) and len(layer_map) == own
     if not right or not all(type(each) is int and -theirs <= each < theirs for each in layer_map):
         raise ValueError(
-            f"layer_map must have {own} entries, one for each layer of the target, each a layer of the source "
-            f"in [{-theirs}, {theirs - 1}], such as {even}; got {layer_map!r}"
+            f"layer_map must have {own} entries, one for each layer of the target, each a layer of the "
+            f"source in [{-theirs}, {theirs - 1}], such as {even}; got {layer_map!r}"
         )
     return tuple(each % theirs for each in layer_map)
 
@@ -241,8 +241,8 @@ def _check_shared(partners: Mapping[Projection, Projection | None], *, alike: bo
         first = seen.setdefault(_place(each), each)
         if first is not each and not (alike and _place(partners[first]) == _place(partner)):
             raise ValueError(
-                f"layers {first.layer} and {each.layer} of the target share {first.name}, which can be merged "
-                "with one matrix only; choose layers or a layer_map so that it is"
+                f"layers {first.layer} and {each.layer} of the target share {first.name}, which can be "
+                "merged with one matrix only; choose layers or a layer_map so that it is"
             )
     return [*seen.values()]
 
@@ -273,9 +273,3 @@ def match_scale(matrix: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     matrix = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
     own, theirs = (each.detach().to(matrix.dtype).square().mean().sqrt() for each in (target, matrix))
     return matrix * torch.where(theirs > 0, own.to(theirs.device) / theirs, 1.0)
-
-
-def each_layer(pairs: Pairs) -> Iterator[tuple[int, list[Pair]]]:
-    """The pairs of each layer."""
-    for layer in pairs.layers:
-        yield layer, [pair for pair in pairs.pairs if pair.target.layer == layer]
