@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from command_line import fails, run
@@ -127,6 +128,22 @@ def test_checkpoints_that_are_damaged(pair: tuple[Path, Path], tmp_path: Path) -
     refused(recipe, out, str(a), "has no config.json")
     refused(linear((b, 1), (tmp_path / "none", 1)), out, "none does not exist")
     refused(linear((b, 1), (b / "config.json", 1)), out, "is a file")
+
+
+def test_models_of_the_hub(pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fetch(name: str, allow_patterns: list[str]) -> str:
+        assert "*.safetensors" in allow_patterns
+        assert "*.bin" not in allow_patterns
+        if name != "org/model":
+            raise OSError("Repository Not Found.")
+        return str(pair[0])
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    monkeypatch.chdir(tmp_path)
+    found = merged(linear((Path("org/model"), 1), (Path("b"), 0)), tmp_path / "out")
+    same(found, load(pair[0]))
+    wrong = linear((Path("org/modle"), 1), (Path("b"), 0))
+    refused(wrong, tmp_path / "new", "org/modle is no folder", "from the hub", "Repository Not Found")
 
 
 def test_tensors_that_do_not_fit(tmp_path: Path) -> None:
