@@ -331,7 +331,10 @@ class TestTraining:
         assert_same(found, gradients(model))
 
     def test_gradients_of_gradients_and_transforms(self):
-        model = learnt(build("wav2vec2", num_hidden_layers=1), source=source_of(num_hidden_layers=1))
+        model = learnt(
+            build("wav2vec2", num_hidden_layers=1, attn_implementation="eager"),
+            source=source_of(num_hidden_layers=1),
+        )
         lam = shares_of(model)[0]
         found = []
         for published in (False, True):
