@@ -250,7 +250,9 @@ def test_values_that_are_not_given_are_those_of_the_method() -> None:
     method = Training(epochs=7, batch_size=5, learning_rate=0.5, weight_decay=0.25)
     assert CompareSettings(workers=0).training(method, frozen=True) == method
     assert CompareSettings(workers=0).training(method, frozen=False) == method
-    given = CompareSettings(epochs=2, tuning_batch_size=3, learning_rate=0.125, bf16=True, cpu=True, workers=0)
+    given = CompareSettings(
+        epochs=2, tuning_batch_size=3, learning_rate=0.125, bf16=True, cpu=True, workers=0
+    )
     assert given.training(method, frozen=True) == replace(
         method, epochs=2, learning_rate=0.125, bf16=True, cpu=True
     )
