@@ -25,7 +25,7 @@ from mmkernels.wrappers import chain
 from mmtransfer import registry
 from mmtransfer.data.inputs import AudioInput, find_audio_input
 from mmtransfer.encoders.descriptions import ModelDescription
-from mmtransfer.encoders.edit import untouched_on_error
+from mmtransfer.encoders.edit import restored, untouched_on_error
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.precision import find_dtype
 from mmtransfer.method import Foreign, Method
@@ -128,7 +128,8 @@ def load(folder: str | Path, model: nn.Module | str | Path | None = None, **runt
             f"the configuration in {folder} has a wrong task, dtype or input ({error})"
         ) from error
     with untouched_on_error(Encoder(model).model):
-        adapted = AdaptedModel(model, method, task, dtype=dtype)
+        with restored():
+            adapted = AdaptedModel(model, method, task, dtype=dtype)
         try:
             _thaw(adapted, config, folder)
             _copy_strictly(adapted.trained_tensors(), tensors, folder)
@@ -207,7 +208,8 @@ def load_prepared(
     labels = find_labels(model, config, folder)
     done: Prepared | None = None
     try:
-        done = prepare(model, method, head=config["head"], description=description)
+        with restored():
+            done = prepare(model, method, head=config["head"], description=description)
         _thaw(done.edit.encoder.root, config, folder)
         _copy_strictly(done.trained_tensors(), tensors, folder)
         set_labels(model, labels)

@@ -201,7 +201,15 @@ class Method:
 
     def options(self) -> dict[str, dict[str, Any]]:
         """The fields of each part that decide which parameters there are, for a checkpoint."""
-        return {part.name: _saved_fields(part) for part in self.parts()}
+        return {part.name: part.saved_fields() for part in self.parts()}
+
+    def saved_fields(self) -> dict[str, Any]:
+        """The fields of this method alone that a checkpoint has, as JSON takes them."""
+        return {
+            each.name: getattr(self, each.name)
+            for each in dataclasses.fields(self)
+            if not each.metadata.get("runtime")
+        }
 
     def about(self) -> str:
         """A sentence on each part, the first of its docstring, and where it was published."""
@@ -413,11 +421,3 @@ def check_readout(method: Method, readout: Any) -> None:
             f"the readout of {method.name} must be a module with an integer attribute out_dim, the width of "
             f"its result, got {type(readout).__name__} with out_dim {width!r}"
         )
-
-
-def _saved_fields(method: Method) -> dict[str, Any]:
-    return {
-        each.name: getattr(method, each.name)
-        for each in dataclasses.fields(method)
-        if not each.metadata.get("runtime")
-    }

@@ -270,6 +270,14 @@ class AdaptedModel(nn.Module):
         self.encoder.revert()
         self.reverted = True
 
+    def exchange(self, method: Method) -> None:
+        """Have the edit of another method with the same readout; weights that were trained in place stay."""
+        saving.remove(self.encoder.edit)
+        self.encoder.edit.revert()
+        self.method = method
+        self.encoder.edit = method.edit(self.encoder.parts)
+        saving.install(self.encoder.edit)
+
     def save_pretrained(self, folder: str | Path) -> None:
         """`checkpoint.save` of this model."""
         from mmtransfer import checkpoint

@@ -13,7 +13,7 @@ from typing import Any
 from mmtransfer.method import Method, Pair
 
 #: The folders with methods; a new paper adds its name here.
-PAPERS = ("baselines", "hff", "aat")
+PAPERS = ("baselines", "hff", "aat", "mam")
 
 _registered: dict[str, type[Method]] = {}
 

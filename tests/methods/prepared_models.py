@@ -11,7 +11,8 @@ from torch import nn
 
 import mmtransfer
 from mmtransfer import registry
-from mmtransfer.encoders import Encoder, describe
+from mmtransfer.encoders import DESCRIPTIONS, Encoder, describe
+from mmtransfer.method import Method
 
 
 def build(model_type: str, **changes: Any) -> nn.Module:
@@ -40,6 +41,13 @@ def perturb(model: nn.Module) -> None:
             parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
+def complete(method: str | Method, **options: Any) -> Method:
+    """A method with its options, and with those that have to be given."""
+    found = registry.find(method)
+    needed = {"source": "N(target)"} if registry.has_option(found, "source") else {}
+    return registry.find(found, **{**needed, **options})
+
+
 def exactly(method: str) -> dict[str, str]:
     """The option that computes a method in float64, for methods that have it."""
     return {"backend": "reference"} if registry.has_option(registry.find(method), "backend") else {}
@@ -49,7 +57,7 @@ def prepared(model: nn.Module, method: str = "aat-ms", **options: Any) -> nn.Mod
     """A prepared, perturbed copy; two of one model and method have the same parameters."""
     model = copy.deepcopy(model)
     torch.manual_seed(4)
-    mmtransfer.prepare(model, method, **{**exactly(method), **options})
+    mmtransfer.prepare(model, complete(method, **{**exactly(method), **options}))
     perturb(model)
     return model
 
@@ -59,6 +67,13 @@ def rewritten(model: nn.Module) -> tuple[str, ...]:
     found = mmtransfer.get_prepared(model)
     method: Any = found.method
     return method.rewritten(found.edit.encoder, found.edit.encoder.layers) if method.rewrite else ()
+
+
+def impossible(model_type: str) -> set[str]:
+    """Edits that a model of this type cannot have."""
+    row = DESCRIPTIONS[model_type]
+    separate = row.calls_projections and row.fused is None
+    return (set() if row.attention_alone_mixes else {"prompt"}) | (set() if separate else {"lora"})
 
 
 def weigh(output: torch.Tensor) -> torch.Tensor:

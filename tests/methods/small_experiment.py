@@ -6,6 +6,7 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+from prepared_models import complete
 from transformers import set_seed
 
 from mmtransfer import AdaptedModel
@@ -50,7 +51,7 @@ def build(
     """An untrained model on a copy of the experiment's encoder."""
     model = copy.deepcopy(experiment.model)
     set_seed(seed)
-    return AdaptedModel(model, method, task_of(experiment, task), **options)
+    return AdaptedModel(model, complete(method, **options), task_of(experiment, task))
 
 
 def inputs_of(

@@ -405,7 +405,7 @@ def test_help_and_import_are_light() -> None:
     """Neither the package nor the help loads torch."""
     code = (
         "import sys, mmtransfer, mmtransfer.cli\n"
-        "for arguments in (['--help'], ['compare', '--help'], []):\n"
+        "for arguments in (['--help'], ['compare', '--help'], ['merge', '--help'], []):\n"
         "    try:\n"
         "        mmtransfer.cli.main(arguments)\n"
         "    except SystemExit as left:\n"

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from prepared_models import complete
 from small_experiment import small_experiment
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import set_seed
@@ -196,7 +197,7 @@ def test_every_method_is_trained_on_transcripts(method: str) -> None:
     experiment = small_experiment(synthetic_speech(train_clips=4, test_clips=1))
     task = CTC.of(experiment.recordings)
     set_seed(0)
-    model = AdaptedModel(copy.deepcopy(experiment.model), method, task)
+    model = AdaptedModel(copy.deepcopy(experiment.model), complete(method), task)
     collate = EncoderCollator(Collator(experiment.recordings, experiment.extractor), model.encoder, task)
     batch = collate(experiment.recordings.train)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)

@@ -11,6 +11,7 @@ import torch
 from encoder_cases import model_state as state
 from encoder_cases import run
 from example_methods import LearntMerge
+from prepared_models import complete
 from steps import BrokenStepError, Steps
 from tiny_encoders import TINY
 from torch import nn
@@ -29,7 +30,7 @@ assert isinstance(ADAPTERS, AdapterMethod)
 
 
 def find(name: str, **options: Any) -> Any:
-    return registry.find(name, **AT_WIDTH_16.get(name, {}), **options)
+    return complete(name, **AT_WIDTH_16.get(name, {}), **options)
 
 
 def build(model_type: str = "wav2vec2", **changes: Any) -> nn.Module:

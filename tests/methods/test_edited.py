@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from encoder_cases import ALL_TAPS, OpLog, adapters, add_adapters, make_adapted, model_state, ragged_lengths
+from prepared_models import complete
 from tiny_encoders import TINY, make_input
 from torch import nn
 
@@ -203,7 +204,7 @@ class TestSharing:
     @pytest.mark.parametrize("name", EDITS)
     def test_threads_share_an_encoder(self, name):
         encoder = TappedEncoder(TINY["bert"].build(), (0, 3))
-        encoder.edit = registry.find(name).edit(encoder.parts)
+        encoder.edit = complete(name).edit(encoder.parts)
         with torch.no_grad():
             for parameter in encoder.edit.parameters:
                 parameter.add_(0.1 * torch.randn_like(parameter))

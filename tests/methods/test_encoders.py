@@ -8,8 +8,11 @@ import pytest
 import torch
 from tiny_encoders import BASE_VARIANT, TINY, make_input
 from torch import nn
+from transformers.activations import ACT2FN
+from transformers.pytorch_utils import Conv1D
 
 from mmtransfer.encoders import DESCRIPTIONS, Encoder, default_taps, describe
+from mmtransfer.mam.projections import find_projections
 
 LINEARS = ("layer_query", "layer_key", "layer_value", "layer_attention_output")
 
@@ -35,12 +38,57 @@ def test_paths_resolve(model_type):
     assert encoder.layers == encoder.all_layers
     for layer in encoder.layers:
         for name in LINEARS:
-            linear = layer.get_submodule(getattr(row, name))
-            assert isinstance(linear, nn.Linear)
-            assert (linear.in_features, linear.out_features) == (16, 16)
+            thrice = row.fused is not None and name != "layer_attention_output"
+            assert _sizes(layer.get_submodule(getattr(row, name))) == (16, 48 if thrice else 16)
         rise, fall = (layer.get_submodule(path) for path in row.layer_mlp)
-        assert (rise.in_features, rise.out_features) == (16, 24)
-        assert (fall.in_features, fall.out_features) == (24, 16)
+        assert (_sizes(rise), _sizes(fall)) == ((16, 24), (24, 16))
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Of the input and the output of a linear layer."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    assert isinstance(module, nn.Linear)
+    return module.in_features, module.out_features
+
+
+def _attend(model: nn.Module, model_type: str) -> torch.Tensor:
+    """The output of the attention of layer 1, projected."""
+    encoder, seen = Encoder(model), []
+    attention = encoder.layers[1].get_submodule(encoder.attention_path)
+    handle = attention.register_forward_hook(lambda _m, _a, output: seen.append(output))
+    inputs = make_input(model_type)
+    with torch.no_grad():
+        encoder.model(inputs.double() if inputs.is_floating_point() else inputs)
+    handle.remove()
+    return seen[0][0] if isinstance(seen[0], tuple) else seen[0]
+
+
+@pytest.mark.parametrize("model_type", TINY)
+def test_queries_keys_and_values_are_told_apart(model_type):
+    """Without values all positions get the same; a shift of all keys changes nothing, one of queries does."""
+    model = TINY[model_type].build().double().eval()
+    found = find_projections(model, [1], bias=True)
+    weights = {each.part: each for each in found if each.kind == "weight"}
+    biases = {each.part: each for each in found if each.kind == "bias"}
+    assert [*weights] == ["q", "k", "v"]
+    # Whisper's keys have none.
+    assert [*biases] == [part for part in "qkv" if (model_type, part) != ("whisper", "k")]
+    for each in found:
+        assert each.view.shape == ((16, 16) if each.kind == "weight" else (16,))
+        assert model.get_parameter(each.name) is each.parameter
+    before = _attend(model, model_type)
+    with torch.no_grad():
+        if "k" in biases:
+            biases["k"].view.add_(3.0)
+        torch.testing.assert_close(_attend(model, model_type), before)
+        biases["q"].view.add_(3.0)
+        assert not torch.allclose(_attend(model, model_type), before, atol=1e-3)
+        weights["v"].view.zero_()
+        biases["v"].view.zero_()
+    constant = _attend(model, model_type)
+    torch.testing.assert_close(constant, constant[:1, :1].expand_as(constant))
+    assert not torch.allclose(before, before[:1, :1].expand_as(before), atol=1e-3)
 
 
 @pytest.mark.parametrize("model_type", TINY)
@@ -72,9 +120,9 @@ def test_activation_is_that_of_the_mlp(model_type):
     first.register_forward_hook(lambda _m, _a, output: seen.append(output))
     second.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     encoder.model(make_input(model_type))
-    assert encoder.activation in ("gelu", "swish")
-    activation = {"gelu": nn.functional.gelu, "swish": nn.functional.silu}[encoder.activation]
-    torch.testing.assert_close(activation(seen[0]), seen[1])
+    known = {"gelu": nn.functional.gelu, "swish": nn.functional.silu, "gelu_new": ACT2FN["gelu_new"]}
+    assert encoder.activation in known
+    torch.testing.assert_close(known[encoder.activation](seen[0]), seen[1])
 
 
 @pytest.mark.parametrize("model_type", TINY)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from classifiers import build_classifier
 from encoder_cases import model_state
+from prepared_models import complete
 from steps import BrokenStepError, Changes, Steps
 from torch import nn
 
@@ -83,7 +84,7 @@ def test_prepare(name, check):
     if check is check_every_line and name not in LINES:
         pytest.skip("the lines of all methods are in test_edit.py; here those around them")
     options = {**SMALL.get(name, {}), **({"recompute": "selective"} if name in EDITS else {})}
-    check(build(), lambda model: prepare(model, name, **options), revert)
+    check(build(), lambda model: prepare(model, complete(name), **options), revert)
 
 
 @CHECKS
@@ -100,7 +101,7 @@ def test_adapted_model(name, check):
 
     model = build("bert")
     modes = [(module, module.training) for module in model.modules()]
-    check(model, lambda model: AdaptedModel(model, name, TASK, **SMALL.get(name, {})), undo)
+    check(model, lambda model: AdaptedModel(model, complete(name), TASK, **SMALL.get(name, {})), undo)
 
 
 @CHECKS
@@ -119,7 +120,7 @@ def test_tapped_encoder(check):
 @pytest.mark.parametrize("name", ["aat-m", "partial"])
 def test_loading(name, check, tmp_path):
     trained = build_classifier(encoder_layers=2, model_type="whisper")
-    prepare(trained, name, head=[])
+    prepare(trained, complete(name), head=[])
     mmtransfer.save(trained, tmp_path)
     check(build(), lambda model: mmtransfer.load_prepared(model, tmp_path), revert)
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from prepared_models import complete
 from tiny_encoders import TINY, make_input
 
 from mmtransfer import AdaptedModel, registry
@@ -51,7 +52,7 @@ class TestPairs:
     @pytest.mark.parametrize("edit", EDITS)
     @pytest.mark.parametrize("readout", READOUTS)
     def test_every_pair_runs_forwards_and_backwards(self, readout: str, edit: str) -> None:
-        model = AdaptedModel(whisper(), f"{readout}+{edit}", Classification(num_labels=3))
+        model = AdaptedModel(whisper(), complete(f"{readout}+{edit}"), Classification(num_labels=3))
         output = model(input_features=make_input("whisper"), labels=torch.tensor([0, 2, 1]))
         assert output.logits.shape == (3, 3)
         output.loss.backward()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from encoder_cases import VARIANTS
+from prepared_models import complete
 from tiny_encoders import TINY, make_input
 
 from mmtransfer import AdaptedModel, prepare, registry
@@ -26,7 +27,7 @@ def test_all_that_is_trained_gets_a_gradient(model_type, changes, method, taps):
     if model_type in ("wav2vec2", "hubert"):
         changes = {**changes, "add_adapter": True, "output_hidden_size": 16}
     model = AdaptedModel(
-        TINY[model_type].build(**changes), method, Classification(num_labels=3), **options
+        TINY[model_type].build(**changes), complete(method), Classification(num_labels=3), **options
     ).train()
     name = model.encoder.description.main_input
     model(**{name: make_input(model_type)}, labels=torch.tensor([0, 1, 2])).loss.backward()

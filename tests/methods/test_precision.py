@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepared_models import complete
 from tiny_encoders import TINY, make_input
 from torch import nn
 from transformers import AutoModelForAudioClassification, Wav2Vec2Config, set_seed
@@ -23,14 +24,14 @@ from mmtransfer.training.settings import Training
 
 METHODS = [*registry.methods(), "hff-b+aat-ms"]
 #: Methods that train weights of the encoder, which have its dtype.
-INSIDE = ("full", "partial", "bitfit")
+INSIDE = ("full", "partial", "bitfit", "l-mam")
 HALVES = (torch.float16, torch.bfloat16)
 TASK = Classification(num_labels=3)
 
 
 def build(method: str, dtype: torch.dtype) -> AdaptedModel:
     set_seed(0)
-    return AdaptedModel(TINY["whisper"].build().to(dtype), method, TASK)
+    return AdaptedModel(TINY["whisper"].build().to(dtype), complete(method), TASK)
 
 
 def batch_of() -> dict[str, torch.Tensor]:

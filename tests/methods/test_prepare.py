@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 import transformers
-from prepared_models import build, encode, layers_of, prepared
+from prepared_models import build, complete, encode, impossible, layers_of, prepared
 from tiny_encoders import TINY, make_input
 from torch import nn
 from written_adapters import first
@@ -18,15 +18,6 @@ import mmtransfer
 from mmtransfer import registry
 from mmtransfer.encoders import DESCRIPTIONS
 from mmtransfer.method import EditMethod
-
-CONFORMERS = ("wav2vec2-conformer", "wav2vec2-bert")
-
-
-def impossible(model_type: str) -> set[str]:
-    """Edits that a bare encoder of this type cannot have."""
-    missing = {"prompt"} if model_type in CONFORMERS else set()
-    return missing | ({"lora"} if model_type == "wavlm" else set())
-
 
 EDITS = [name for name, method in registry.methods().items() if issubclass(method, EditMethod)]
 
@@ -41,7 +32,7 @@ def test_reverting_restores_everything(model_type):
     for method in EDITS:
         if method in impossible(model_type):
             continue
-        handle = mmtransfer.prepare(model, method, recompute="selective")
+        handle = mmtransfer.prepare(model, complete(method), recompute="selective")
         handle.revert()
         assert list(model.state_dict()) == keys
         assert [p.requires_grad for p in model.parameters()] == flags

@@ -17,6 +17,7 @@ from transformers import ASTConfig, ASTModel
 
 import mmtransfer
 from mmkernels._library import load_errors
+from mmtransfer.encoders import DESCRIPTIONS
 
 WIDTH = 768
 
@@ -24,13 +25,22 @@ WIDTH = 768
 @pytest.mark.parametrize("recompute", ["selective", "full"])
 @pytest.mark.parametrize("model_type", TINY)
 def test_values_and_gradients_are_the_same(model_type, recompute):
-    plain = build(model_type)
+    keeps = DESCRIPTIONS[model_type].keeps_keys
+    plain = build(model_type, **({"use_cache": False} if keeps else {}))
     kept, again = prepared(plain), prepared(plain, recompute=recompute)
     torch.testing.assert_close(encode(again), encode(kept))
     wanted, found = gradients(kept), gradients(again)
     assert found.keys() == wanted.keys()
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, msg=name)
+
+
+def test_a_cache_that_would_be_filled_twice_is_refused():
+    model = prepared(build("gpt2"), recompute="full")
+    with pytest.raises(ValueError, match="use_cache=False"):
+        encode(model)
+    with torch.no_grad():
+        encode(model)
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from prepared_models import perturb
+from prepared_models import complete, perturb
 from safetensors.torch import load_file, load_model, save_file, save_model
 from tiny_encoders import TINY, make_input
 from torch import nn
@@ -35,7 +35,7 @@ def build(model_type: str = "wav2vec2", seed: int = 0, **changes: Any) -> Any:
 
 def prepare(model: nn.Module, method: str, **options: Any) -> nn.Module:
     torch.manual_seed(1)
-    mmtransfer.prepare(model, method, **options)
+    mmtransfer.prepare(model, complete(method), **options)
     perturb(model)
     return model
 
@@ -89,7 +89,7 @@ def test_reverting_gives_every_attribute_back(method):
     model = build()
     model._keys_to_ignore_on_save = ["mine"]
     before = {name: dict(vars(module)) for name, module in model.named_modules()}
-    mmtransfer.prepare(model, method)
+    mmtransfer.prepare(model, complete(method))
     mmtransfer.revert(model)
     assert {name: vars(module).keys() for name, module in model.named_modules()} == {
         name: attributes.keys() for name, attributes in before.items()

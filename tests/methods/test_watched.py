@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from classifiers import build_classifier, logits
-from prepared_models import exactly, perturb
+from prepared_models import complete, exactly, impossible, perturb
 from tiny_encoders import TINY, make_input
 from torch import nn
 
@@ -21,15 +21,7 @@ from mmtransfer.method import EditMethod
 from mmtransfer.tasks import Classification
 
 EDITS = [name for name, each in registry.methods().items() if issubclass(each, EditMethod)]
-CONFORMERS = ("wav2vec2-conformer", "wav2vec2-bert")
 REENTRANT = {"use_reentrant": True}
-
-
-def impossible(model_type: str) -> set[str]:
-    """Edits that a model of this type cannot have."""
-    return ({"prompt"} if model_type in CONFORMERS else set()) | (
-        {"lora"} if model_type == "wavlm" else set()
-    )
 
 
 def steady(model_type: str) -> nn.Module:
@@ -74,7 +66,7 @@ class TestReentrantCheckpointing:
         model = steady(model_type)
         if method in impossible(model_type):
             pytest.skip("a method that the type cannot have")
-        prepare(model, method, **exactly(method))
+        prepare(model, complete(method, **exactly(method)))
         perturb(model)
         expected = gradients(model, model_type)
         model.gradient_checkpointing_enable(REENTRANT)
@@ -129,7 +121,7 @@ class TestPrecision:
     @pytest.mark.parametrize("method", ["aat-ms", "lora", "full", "head"])
     def test_half_after_prepare(self, method):
         model = build_classifier()
-        prepare(model, method)
+        prepare(model, complete(method))
         model.half()
         # Inference is allowed.
         assert model(make_input("wav2vec2").half()).logits.dtype == torch.float16
@@ -160,7 +152,7 @@ class TestFrozenAfterPrepare:
     @pytest.mark.parametrize("method", EDITS)
     def test_freeze_base_model(self, method):
         model = build_classifier().train()
-        prepare(model, method)
+        prepare(model, complete(method))
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             logits(model)
@@ -187,7 +179,7 @@ class TestThawedAfterPrepare:
     @pytest.mark.parametrize("method", ["aat-ms", "head", "lora", "partial"])
     def test_saved_and_loaded(self, method, tmp_path):
         model = build_classifier()
-        prepare(model, method)
+        prepare(model, complete(method))
         name = "wav2vec2.encoder.layers.0.attention.k_proj.weight"
         model.get_parameter(name).requires_grad_(True)
         perturb(model)
@@ -199,7 +191,7 @@ class TestThawedAfterPrepare:
         torch.testing.assert_close(logits(other), logits(model))
         assert other.get_parameter(name).requires_grad
         mmtransfer.revert(other)
-        prepare(other, method)
+        prepare(other, complete(method))
         assert not other.get_parameter(name).requires_grad
         mmtransfer.load_prepared(other, tmp_path)
         torch.testing.assert_close(logits(other), logits(model))
@@ -218,7 +210,7 @@ class TestThawedAfterPrepare:
 
     @pytest.mark.parametrize("method", ["aat-ms", "hff-b+aat-ms"])
     def test_an_adapted_model(self, method, tmp_path):
-        model = AdaptedModel(TINY["bert"].build(), method, Classification(num_labels=3)).eval()
+        model = AdaptedModel(TINY["bert"].build(), complete(method), Classification(num_labels=3)).eval()
         weight = model.encoder.model.encoder.layer[0].intermediate.dense.weight
         weight.requires_grad_(True)
         with torch.no_grad():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from classifiers import build_classifier, logits
 from encoder_cases import model_state
-from prepared_models import perturb
+from prepared_models import complete, perturb
 from tiny_encoders import TINY, make_input
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -105,13 +105,13 @@ class TestParameters:
 
     @staticmethod
     def edit(model: nn.Module, method: str) -> None:
-        registry.find(method).edit(Encoder(model))
+        complete(method).edit(Encoder(model))
 
     @pytest.mark.parametrize("method", sorted({*EDITS, "head"} - {*OWN_WEIGHTS, "lora"}))
     def test_stay_frozen_next_to_what_is_trained(self, kind, method):
         model = with_weight(kind)
         before = flags(model)
-        found = prepare(model, method)
+        found = prepare(model, complete(method))
         assert not last_layer(model).attention.q_proj.weight.requires_grad
         new = {model.get_parameter(name).dtype for name in found.trainable}
         assert new == {torch.float32}
@@ -220,7 +220,7 @@ class TestShared:
         before = model_state(model)
         for method in EDITS:
             with pytest.raises(ValueError, match="layers 0 and 2 of the model are one module"):
-                prepare(model, method)
+                prepare(model, complete(method))
         assert model_state(model) == before
 
     def test_tied_weights_are_trained_once(self):
@@ -228,7 +228,7 @@ class TestShared:
         first, last = model.wav2vec2.encoder.layers[2], model.wav2vec2.encoder.layers[3]
         first.attention.q_proj.weight = last.attention.q_proj.weight
         for method in OWN_WEIGHTS:
-            edit = registry.find(method).edit(Encoder(model))
+            edit = complete(method).edit(Encoder(model))
             assert len(edit.parameters) == len({id(each) for each in edit.parameters})
             edit.revert()
 
@@ -262,7 +262,7 @@ class TestParametrised:
         model = self.build()
         expected = logits(model)
         before = flags(model)
-        found = prepare(model, method)
+        found = prepare(model, complete(method))
         if method != "prompt":
             torch.testing.assert_close(logits(model), expected)
         perturb(model)

@@ -121,8 +121,18 @@ TINY: dict[str, TinyModel] = {
         "ViTForImageClassification",
         {**_TRANSFORMER, "image_size": 12, "patch_size": 4, "num_channels": 1},
     ),
+    "deit": TinyModel(
+        "DeiTConfig",
+        "DeiTModel",
+        "DeiTForImageClassification",
+        {**_TRANSFORMER, "image_size": 12, "patch_size": 4, "num_channels": 1},
+    ),
     "bert": TinyModel("BertConfig", "BertModel", "BertForMaskedLM", _TEXT),
+    "electra": TinyModel(
+        "ElectraConfig", "ElectraModel", "ElectraForMaskedLM", {**_TEXT, "embedding_size": 12}
+    ),
     "roberta": TinyModel("RobertaConfig", "RobertaModel", "RobertaForMaskedLM", _TEXT),
+    "xlm-roberta": TinyModel("XLMRobertaConfig", "XLMRobertaModel", "XLMRobertaForMaskedLM", _TEXT),
     "distilbert": TinyModel(
         "DistilBertConfig",
         "DistilBertModel",
@@ -136,7 +146,25 @@ TINY: dict[str, TinyModel] = {
             "max_position_embeddings": 40,
         },
     ),
+    "gpt2": TinyModel(
+        "GPT2Config",
+        "GPT2Model",
+        "GPT2LMHeadModel",
+        {
+            "n_embd": 16,
+            "n_layer": 4,
+            "n_head": 2,
+            "n_inner": 24,
+            "vocab_size": 30,
+            "n_positions": 40,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+    ),
 }
+
+#: The types whose input is text.
+TEXT = ("bert", "electra", "roberta", "xlm-roberta", "distilbert", "gpt2")
 
 #: The post-norm and group-norm variants of the wav2vec2 family, as their "base" checkpoints have them.
 BASE_VARIANT = {"do_stable_layer_norm": False, "feat_extract_norm": "group"}
@@ -145,13 +173,13 @@ BASE_VARIANT = {"do_stable_layer_norm": False, "feat_extract_norm": "group"}
 def make_input(model_type: str, batch: int = 3, size: int | None = None) -> torch.Tensor:
     """A random main input; `size` along the time axis."""
     generator = torch.Generator().manual_seed(1)
-    if model_type in ("bert", "roberta", "distilbert"):
+    if model_type in TEXT:
         return torch.randint(3, 30, (batch, size or 11), generator=generator)
     if model_type == "whisper":
         return torch.randn(batch, 6, size or 60, generator=generator)
     if model_type == "audio-spectrogram-transformer":
         return torch.randn(batch, 20, 8, generator=generator)
-    if model_type == "vit":
+    if model_type in ("vit", "deit"):
         return torch.randn(batch, 1, 12, 12, generator=generator)
     if model_type == "wav2vec2-bert":
         return torch.randn(batch, size or 11, 6, generator=generator)

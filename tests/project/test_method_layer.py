@@ -27,7 +27,7 @@ FILES_OF_A_PAPER = (
 GENERAL = ("compare", "training", "cli", "tasks", "encoders", "data")
 #: Each imports from those before it alone, when it is imported.
 FLOORS = (
-    ("versions",),
+    ("versions", "model_files"),
     ("data",),
     ("training.settings", "training.memory"),
     ("encoders",),
@@ -42,7 +42,8 @@ FLOORS = (
     ("recognition",),
     ("compare",),
     ("demo",),
-    ("cli",),
+    # A paper's command is a part of the command line.
+    ("cli", *(f"{paper}.command" for paper in PAPERS)),
 )
 
 

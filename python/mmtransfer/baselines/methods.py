@@ -179,6 +179,11 @@ class LoRA(LayerEditMethod):
 
     def check(self, encoder: Encoder, layers: list[nn.Module]) -> None:
         check_layers(encoder, layers)
+        if encoder.description.fused is not None:
+            raise ValueError(
+                f"method {self.name!r} needs a projection of queries and one of values; "
+                f"{encoder.description.model_type} has one of queries, keys and values together"
+            )
         if not encoder.description.calls_projections:
             raise ValueError(
                 f"method {self.name!r} needs projections that are called; {encoder.description.model_type} "

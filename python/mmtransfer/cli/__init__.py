@@ -1,10 +1,12 @@
-"""The command line: `mmtransfer finetune`, `evaluate`, `predict`, `compare`, `methods`, `info` and `bench`.
+"""The command line: `mmtransfer finetune`, `evaluate`, `predict`, `compare`, `methods`, `info`, `bench`, and
+the commands that the papers' folders bring.
 
 User errors print one sentence to standard error and exit with status 1; wrong options exit with 2.
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import itertools
 import os
@@ -35,7 +37,16 @@ def bench() -> None:
 COMMANDS: dict[str, Callable[..., Any]] = {
     command.__name__: command for command in (finetune, evaluate, predict, compare, methods, info, bench)
 }
+_PACKAGE = Path(__file__).resolve().parents[1]
 NEEDS_NO_TRANSFORMERS = ("info", "bench")
+
+
+def commands() -> dict[str, Callable[..., Any]]:
+    """Every command by its name: those here, and COMMANDS of the papers' folders that have a `command.py`."""
+    # Found by their files: only the registry names papers, and it imports their methods, with torch.
+    folders = sorted(path.parent.name for path in _PACKAGE.glob("*/command.py"))
+    modules = [importlib.import_module(f"mmtransfer.{folder}.command") for folder in folders]
+    return COMMANDS | {command.__name__: command for module in modules for command in module.COMMANDS}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -56,7 +67,8 @@ def _run(arguments: Sequence[str] | None) -> None:
     if given[0] in ("-h", "--help"):
         print(_usage())
         sys.exit(0)
-    if given[0] not in COMMANDS:
+    known = commands()
+    if given[0] not in known:
         fail(f"no command {given[0]!r}; {_usage()}", 2)
     if given[0] not in NEEDS_NO_TRANSFORMERS and (problem := versions.find_problem()):
         print(problem, file=sys.stderr)
@@ -66,7 +78,7 @@ def _run(arguments: Sequence[str] | None) -> None:
     expanded = expand(given)
     _refuse_empty(expanded)
     tyro.cli(
-        COMMANDS[given[0]],
+        known[given[0]],
         prog=f"mmtransfer {given[0]}",
         args=expanded[1:],
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
@@ -92,7 +104,7 @@ def _refuse_empty(given: Sequence[str]) -> None:
 
 
 def _usage() -> str:
-    lines = [f"  {name:10}{inspect.getdoc(call)}".split("\n")[0] for name, call in COMMANDS.items()]
+    lines = [f"  {name:10}{inspect.getdoc(call)}".split("\n")[0] for name, call in commands().items()]
     return "\n".join(
         ["usage: mmtransfer COMMAND [OPTIONS]; mmtransfer COMMAND --help lists them", "", *lines]
     )

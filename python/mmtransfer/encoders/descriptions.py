@@ -39,6 +39,9 @@ class ModelDescription:
         prefix_tokens: learned tokens in front of the frames.
         layer_attention: the self-attention module; it returns a tensor or a tuple led by one.
         layer_query, layer_key, layer_value, layer_attention_output: its linear projections.
+        fused: how one module makes the first three, whose paths are then the same: None (it does not), "rows"
+            (a weight `(3 D, D)`, as in timm's `qkv` and in `nn.MultiheadAttention`) or "columns" (`(D, 3 D)`,
+            the transposed weight of GPT-2).
         layer_mlp: the two linear layers of the (last, where there are two) feed-forward block, in order.
         activation: config attribute that names the activation between the two.
         calls_projections: whether those four are called as modules; elsewhere their weights go into a
@@ -46,6 +49,7 @@ class ModelDescription:
         attention_alone_mixes: whether the tokens of a layer, dimension 1 of its input, meet in its attention
             only, so that others can be put in front of them; False too where time comes before the batch.
         shares_position_bias: whether layers take a bias over pairs of positions from the layer before.
+        keeps_keys: whether a call keeps the keys and values of all layers unless it has `use_cache=False`.
     """
 
     model_type: str
@@ -74,6 +78,8 @@ class ModelDescription:
     calls_projections: bool = True
     attention_alone_mixes: bool = True
     shares_position_bias: bool = False
+    fused: Literal["rows", "columns"] | None = None
+    keeps_keys: bool = False
 
 
 _WAV2VEC2 = ModelDescription(
@@ -135,6 +141,17 @@ _AST = ModelDescription(
     layer_value="attention.v_proj",
     layer_attention_output="attention.o_proj",
     layer_mlp=("mlp.fc1", "mlp.fc2"),
+)
+
+_VIT = replace(
+    _AST,
+    model_type="vit",
+    encoder=("vit", ""),
+    main_input="pixel_values",
+    input_dims=4,
+    time_dim=3,
+    input_sizes=((1, "num_channels"), (2, "image_size"), (3, "image_size")),
+    prefix_tokens=1,
 )
 
 _BERT = ModelDescription(
@@ -211,18 +228,12 @@ _DESCRIPTIONS = (
         activation="activation_function",
     ),
     _AST,
-    replace(
-        _AST,
-        model_type="vit",
-        encoder=("vit", ""),
-        main_input="pixel_values",
-        input_dims=4,
-        time_dim=3,
-        input_sizes=((1, "num_channels"), (2, "image_size"), (3, "image_size")),
-        prefix_tokens=1,
-    ),
+    _VIT,
+    replace(_VIT, model_type="deit", encoder=("deit", ""), prefix_tokens=2),
     _BERT,
+    replace(_BERT, model_type="electra", encoder=("electra", ""), behind_layers=()),
     replace(_BERT, model_type="roberta", encoder=("roberta", "")),
+    replace(_BERT, model_type="xlm-roberta", encoder=("roberta", "")),
     replace(
         _BERT,
         model_type="distilbert",
@@ -235,6 +246,29 @@ _DESCRIPTIONS = (
         layer_attention_output="attention.out_lin",
         layer_mlp=("ffn.lin1", "ffn.lin2"),
         activation="activation",
+    ),
+    ModelDescription(
+        model_type="gpt2",
+        encoder=("transformer", ""),
+        layers="h",
+        main_input="input_ids",
+        input_dims=2,
+        time_dim=1,
+        frames="same",
+        padding="exact",
+        final_norm="ln_f",
+        last_state_normed=True,
+        layer_attention="attn",
+        layer_query="attn.c_attn",
+        layer_key="attn.c_attn",
+        layer_value="attn.c_attn",
+        layer_attention_output="attn.c_proj",
+        layer_mlp=("mlp.c_fc", "mlp.c_proj"),
+        activation="activation_function",
+        # A token sees those before it alone: the tokens of a prompt would not see the text.
+        attention_alone_mixes=False,
+        fused="columns",
+        keeps_keys=True,
     ),
 )
 

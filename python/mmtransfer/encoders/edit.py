@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
@@ -21,6 +22,8 @@ from .encoder import Encoder
 from .freezing import Hold, get_holds, set_holds
 
 Forward = Callable[..., Any]
+#: Whether a checkpoint is being loaded, which brings the values of all that an edit adds.
+restoring: ContextVar[bool] = ContextVar("mmtransfer_restoring", default=False)
 #: On the encoder's module while an edit is in force: the name of the method.
 _MARK = "_mmtransfer_edit"
 
@@ -216,6 +219,16 @@ class Edit:
 
 
 @contextlib.contextmanager
+def restored() -> Iterator[None]:
+    """Have edits that are made in the body leave the values of additions to a checkpoint."""
+    token = restoring.set(True)
+    try:
+        yield
+    finally:
+        restoring.reset(token)
+
+
+@contextlib.contextmanager
 def untouched_on_error(model: nn.Module) -> Iterator[None]:
     """Give the model back as it was, dtypes, modes and `requires_grad` flags too, if the body raises."""
     parameters = [(each, each.data, each.requires_grad) for each in model.parameters()]
@@ -262,5 +275,7 @@ def check_layers(encoder: Encoder, layers: Iterable[nn.Module]) -> None:
                 layer.get_submodule(path)
             except AttributeError as error:
                 raise ValueError(f"layer {index} does not fit the description: {error}") from None
-        if int(getattr(layer.get_submodule(row.layer_attention_output), "out_features", 0)) < 1:
+        output = layer.get_submodule(row.layer_attention_output)
+        # GPT-2's transposed layers call it nf.
+        if int(getattr(output, "out_features", getattr(output, "nf", 0))) < 1:
             raise ValueError(f"layer {index}: {row.layer_attention_output!r} is not a linear layer")

@@ -105,4 +105,4 @@ def _longest(encoder: Encoder) -> int | None:
     if row.main_input != "input_ids" or most is None:
         return None
     # Its positions start behind that of the padding.
-    return most - config.pad_token_id - 1 if row.model_type == "roberta" else most
+    return most - config.pad_token_id - 1 if row.model_type in ("roberta", "xlm-roberta") else most

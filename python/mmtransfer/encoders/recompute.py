@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import Cache
 
 from .edit import Edit, Forward
 from .encoder import Encoder
@@ -77,6 +78,11 @@ class Recomputed:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not (self.active and torch.is_grad_enabled()):
             return self.inner(*args, **kwargs)
+        if any(isinstance(each, Cache) for each in (*args, *kwargs.values())):
+            raise ValueError(
+                "a layer that is computed again would add its keys and values to the cache twice; call the "
+                "model with use_cache=False, or set model.config.use_cache = False"
+            )
         return checkpoint(self.inner, *args, use_reentrant=False, **self.options, **kwargs)
 
 
@@ -89,7 +95,9 @@ def add_recompute(edit: Edit, encoder: Encoder, layers: list[nn.Module], kind: s
         policy = None
         if kind == "selective":
             policy = Policy()
-            for path in (description.layer_query, description.layer_key, description.layer_value):
+            # Where one module makes all three, it is there once.
+            paths = (description.layer_query, description.layer_key, description.layer_value)
+            for path in dict.fromkeys(paths):
                 module = layer.get_submodule(path)
                 edit.override(module, Kept(module.forward, policy))
         edit.override(layer, Recomputed(layer.forward, policy))

@@ -160,7 +160,8 @@ class TappedEncoder(nn.Module):
             lengths = lengths.clamp(min=self.parts.minimum_length)
             positions = torch.arange(inputs.shape[self.description.time_dim], device=inputs.device)
             mask = (positions < lengths.unsqueeze(1)).long()
-        return functools.partial(self.model, inputs, attention_mask=mask)
+        options = {"use_cache": False} if self.description.keeps_keys else {}
+        return functools.partial(self.model, inputs, attention_mask=mask, **options)
 
     def _tap_points(self) -> list[_TapPoint]:
         layers = self.parts.all_layers
