@@ -44,9 +44,7 @@ def can_reuse() -> bool:
     """Whether results may be kept from one call to the next: not while a graph is traced, and not inside
     ``torch.func`` and forward mode, whose tensors mean something in their own transform alone."""
     return not (
-        torch.compiler.is_compiling()
-        or _derivatives.transforms_active()
-        or forward_ad._current_level >= 0
+        torch.compiler.is_compiling() or _derivatives.transforms_active() or forward_ad._current_level >= 0
     )
 
 
@@ -170,7 +168,7 @@ def _gradients(
     wide = _common.accumulate_dtype(block.target[0].dtype)
     lam = constrain(block.weights.detach(), constraint)
     places = [place for place, need in enumerate(need_target) if need]
-    arguments = (grads, block.target, block.source, lam.to(wide), block.groups, need_weights, places, [])
+    arguments: Any = (grads, block.target, block.source, lam.to(wide), block.groups, need_weights, places, [])
     d_lam, of_places, _ = OPS[backend][2](*arguments)
     by_place = dict(zip(places, of_places, strict=True))
     d_weights = _through_constraint(d_lam, block.weights, constraint) if need_weights else None
@@ -189,7 +187,7 @@ def _through_constraint(d_lam: Tensor, weights: Tensor, constraint: str) -> Tens
 
 
 def _kernels_take(block: Block, grads: Sequence[Tensor]) -> bool:
-    """Whether the backward op takes the dtypes: one for all targets, one for all sources, and one half type."""
+    """Whether the backward op takes the dtypes: one for all targets, one for all sources, one half type."""
     kinds = [{tensor.dtype for tensor in tensors} for tensors in (block.target, block.source, grads)]
     halves = {torch.float16, torch.bfloat16} & set().union(*kinds)
     return all(len(kind) == 1 for kind in kinds) and len(halves) < 2
@@ -204,7 +202,7 @@ def _versions(block: Block) -> list[int]:
 def _check_versions(block: Block, versions: list[int]) -> None:
     if _versions(block) != versions:
         raise RuntimeError(
-            "merge: a target, a source or a weight was overwritten between the forward and the backward pass, "
-            "which reads it and keeps no copy; call backward before the optimiser's step, or run the forward "
-            "pass again"
+            "merge: a target, a source or a weight was overwritten between the forward and the backward "
+            "pass, which reads it and keeps no copy; call backward before the optimiser's step, or run the "
+            "forward pass again"
         )

@@ -2,6 +2,7 @@
 
     from mmtransfer import prepare, AdaptedModel             # adapt a model for your training code, or here
     from mmtransfer import TappedEncoder, hff                # read the layers of a frozen encoder; fuse them
+    from mmtransfer import mam                               # merge the attention of two models
     from mmtransfer import Edit, EditMethod, Method, registry   # write a method
 
 Names are imported when they are first used. Command line: ``mmtransfer --help``.
@@ -12,7 +13,10 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = ("aat", "baselines", "compare", "data", "encoders", "hff", "registry", "tasks", "training")
+_MODULES = (
+    *("aat", "baselines", "hff", "mam"),
+    *("compare", "data", "encoders", "registry", "tasks", "training"),
+)
 _NAMES = {
     "AdaptedModel": "model",
     "Edit": "encoders",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import subprocess
+import sys
 import warnings
 from typing import Any
 
@@ -412,3 +414,13 @@ class TestSimilarity:
             mam.similarity(target, source, [], [])
         with pytest.raises(ValueError, match="dictionary that has it"):
             mam.similarity(target, source, [{"input_ids": 3}], [])
+
+
+def test_the_package_imports_no_torch():
+    """The command line lists the folder's command in its help."""
+    code = "import sys, mmtransfer.mam as mam; print('torch' in sys.modules, mam.COMPARED, dir(mam) != [])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False () True\n"
+    # A module of the package must not hide a function of its name, which comes with the first use.
+    for name in mam.__all__:
+        assert getattr(mam, name) is getattr(mam, name)

@@ -35,12 +35,14 @@ class LayerMerge(nn.Module):
         merging: of the whole encoder.
     """
 
+    lam: nn.Parameter | None
+    merging: Merging
+
     def __init__(self, sources: dict[str, torch.Tensor], lam: torch.Tensor | None) -> None:
         super().__init__()
         for name, tensor in sources.items():
             self.register_buffer(name, tensor)
         self.register_parameter("lam", None if lam is None else nn.Parameter(lam))
-        self.merging: Merging
 
 
 @dataclass(frozen=True)
@@ -271,6 +273,8 @@ class MergedLinear(nn.Linear):
 
     It shares the parameters, and all else, with the module that it stands for.
     """
+
+    merged: MergedForward
 
     def __init__(self, module: nn.Linear, merged: MergedForward) -> None:
         nn.Module.__init__(self)
