@@ -156,6 +156,16 @@ class TestChunks:
             torch.testing.assert_close(value.double(), other.double(), rtol=eps, atol=eps)
         torch.testing.assert_close(gradients[0], expected[0], rtol=1e-5, atol=1e-3)
 
+    def test_hundreds_of_pairs(self) -> None:
+        """More than a launch on a GPU takes."""
+        target, source = pairs(*[(index % 7, 3) for index in range(300)])
+        lam, groups = torch.rand(9, requires_grad=True), [index % 9 for index in range(300)]
+        out = mmkernels.merge(target, source, lam, groups=groups)
+        expected = reference.merge(target, source, lam, groups=groups)
+        torch.testing.assert_close(out, expected)
+        found, exact = (torch.autograd.grad(sum(o.sum() for o in some), lam) for some in (out, expected))
+        torch.testing.assert_close(found, exact)
+
     def test_the_sums_are_of_float32_or_better(self) -> None:
         """A running sum of ones in float32 stops at 2^24; in half precision it is lost at once."""
         size = 40 * CHUNK
@@ -253,6 +263,14 @@ class TestDtypes:
         with torch.no_grad():
             mmkernels.merge(target, source, lam, groups=groups, out=into)
         assert all(map(torch.equal, into, out))
+
+    def test_autocast_changes_nothing(self) -> None:
+        target, source = pairs((9, 5), (40,))
+        lam = torch.rand(2, requires_grad=True)
+        plain = mmkernels.merge(target, source, lam)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = mmkernels.merge(target, source, lam)
+        assert all(map(torch.equal, out, plain))
 
     @pytest.mark.parametrize("of_lam", [*FLOATS, torch.float64])
     def test_lam_is_read_in_float32(self, of_lam: torch.dtype) -> None:
