@@ -33,8 +33,8 @@ FLOAT32: Types = (torch.float32, torch.float32, torch.float32)
 TYPES: list[Types] = sorted(
     {types for half in HALF_DTYPES for types in itertools.product((torch.float32, half), repeat=3)}, key=str
 )
-#: Tensors of a few elements, of a whole chunk, and of whole chunks and a rest.
-SIZES = (5, CHUNK, 0, 1000, 2 * CHUNK + 20, 1)
+#: Tensors of a few elements, of a whole chunk, of almost one, and of whole chunks and a rest.
+SIZES = (5, CHUNK, 0, CHUNK - 1, 2 * CHUNK + 20, 1)
 GROUP_OF = (2, 0, 1, 2, 0, 2)
 LAM = (0.3, 0.7, 0.9, 0.1)
 
@@ -121,6 +121,16 @@ def test_the_ends_are_copies_of_one_side(kernels: simt_build.Library, dtype: tor
     out = forward(kernels, problem)
     assert torch.equal(out[0], problem.target[0])
     assert torch.equal(out[1], problem.source[1])
+
+
+def test_the_nearer_side_keeps_its_digits(kernels: simt_build.Library) -> None:
+    problem = Problem(sizes=(1, 1), groups=(0, 1), lam=(2**-20, 1 - 2**-20))
+    for side, other in ((problem.target[0], problem.source[0]), (problem.source[1], problem.target[1])):
+        side.fill_(1.0)
+        other.fill_(1e8)
+    exact = torch.tensor([1 + 2**-20 * (1e8 - 1)])
+    for out in forward(kernels, problem):
+        torch.testing.assert_close(out, exact, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("lam", [-0.5, 0.25, 0.5, 0.75, 1.5, float("nan")])
