@@ -22,7 +22,7 @@ from . import learnable
 from .learnable import CHILD, LayerMerge, MergedLayer, Merging
 from .merging import fit
 from .projections import PARTS, Projection, check_parts, find_projections
-from .sources import Noise, Pair, describe_source, find_pairs
+from .sources import Noise, Pair, check_shared, describe_source, find_pairs
 
 if TYPE_CHECKING:
     from mmtransfer.model import AdaptedModel
@@ -109,7 +109,9 @@ class LMAM(LayerEditMethod):
             return
         indices = [index for index, layer in enumerate(encoder.all_layers) if layer in layers]
         pairs = [*self._pairs(encoder, indices)]
-        learnable.check_projections(encoder, [pair.target for pair in pairs])
+        own = find_projections(encoder, indices, self.projections, bias=self.bias)
+        check_shared(dict.fromkeys(own), alike=False)
+        learnable.check_projections(encoder, own)
         merged: list[MergedLayer] = []
         for index in indices:
             own = [pair for pair in pairs if pair.target.layer == index]
