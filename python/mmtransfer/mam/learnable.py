@@ -301,8 +301,8 @@ def check_projections(encoder: Encoder, projections: Sequence[Projection]) -> No
         plain = kind.forward in (nn.Linear.forward, Conv1D.forward) if called else kind is nn.Linear
         if not plain or "forward" in each.owner.__dict__:
             raise ValueError(
-                f"{each.name} is in a {kind.__name__}, and learnt merging replaces the weights of plain linear "
-                "layers; merge before training instead (mmtransfer.mam.merge)"
+                f"{each.name} is in a {kind.__name__}, and learnt merging replaces the weights of plain "
+                "linear layers; merge before training instead (mmtransfer.mam.merge)"
             )
 
 

@@ -108,10 +108,10 @@ class LMAM(LayerEditMethod):
         if self.folded:
             return
         indices = [index for index, layer in enumerate(encoder.all_layers) if layer in layers]
+        projections = find_projections(encoder, indices, self.projections, bias=self.bias)
+        check_shared(dict.fromkeys(projections), alike=False)
+        learnable.check_projections(encoder, projections)
         pairs = [*self._pairs(encoder, indices)]
-        own = find_projections(encoder, indices, self.projections, bias=self.bias)
-        check_shared(dict.fromkeys(own), alike=False)
-        learnable.check_projections(encoder, own)
         merged: list[MergedLayer] = []
         for index in indices:
             own = [pair for pair in pairs if pair.target.layer == index]
