@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import subprocess
 import sys
 import warnings
@@ -423,4 +424,5 @@ def test_the_package_imports_no_torch():
     assert done.stdout == "False () True\n"
     # A module of the package must not hide a function of its name, which comes with the first use.
     for name in mam.__all__:
-        assert getattr(mam, name) is getattr(mam, name)
+        assert getattr(mam, name) == getattr(mam, name)
+        assert not inspect.ismodule(getattr(mam, name))

@@ -21,7 +21,7 @@ from mmtransfer.tasks import Classification
 
 EDITS = [name for name, each in registry.methods().items() if issubclass(each, EditMethod)]
 #: Methods that train weights of the model itself.
-OWN_WEIGHTS = ("full", "partial")
+OWN_WEIGHTS = ("full", "partial", "l-mam")
 TASK = Classification(num_labels=3)
 
 
@@ -98,7 +98,7 @@ class TestParameters:
         message = rf"layers\.3\.attention\.q_proj\.weight cannot be trained: .*{dtype}"
         for change in (prepare, lambda *of: AdaptedModel(*of, TASK), self.edit):
             with pytest.raises(ValueError, match=message):
-                change(model, method)
+                change(model, complete(method))
             assert flags(model) == before
         # It is not stuck.
         prepare(model, "aat-m")
@@ -227,10 +227,12 @@ class TestShared:
         model = build_classifier()
         first, last = model.wav2vec2.encoder.layers[2], model.wav2vec2.encoder.layers[3]
         first.attention.q_proj.weight = last.attention.q_proj.weight
-        for method in OWN_WEIGHTS:
+        for method in ("full", "partial"):
             edit = complete(method).edit(Encoder(model))
             assert len(edit.parameters) == len({id(each) for each in edit.parameters})
             edit.revert()
+        with pytest.raises(ValueError, match="layers 2 and 3 of the target share"):
+            complete("l-mam").edit(Encoder(model))
 
     def test_a_parameter_that_is_given_twice(self):
         encoder = Encoder(build_classifier())

@@ -257,7 +257,7 @@ class MergedForward:
     def parameter(self, name: str) -> torch.Tensor | None:
         """A parameter of the module, merged if it is one that is."""
         slot = self.slots.get(name)
-        return self.module._parameters[name] if slot is None else self.merging.value(slot)
+        return getattr(self.module, name) if slot is None else self.merging.value(slot)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         weight, bias = self.parameter("weight"), self.parameter("bias")
@@ -294,13 +294,15 @@ class MergedLinear(nn.Linear):
 
 def check_projections(encoder: Encoder, projections: Sequence[Projection]) -> None:
     """ValueError for projections whose parameters cannot be replaced by others in a call."""
-    allowed: tuple[type, ...] = (nn.Linear, Conv1D) if encoder.description.calls_projections else (nn.Linear,)
+    called = encoder.description.calls_projections
     for each in projections:
-        if type(each.owner) not in allowed or "forward" in each.owner.__dict__:
+        kind = type(each.owner)
+        # A subclass that computes as a linear layer does, such as one with a parametrised bias, is as good.
+        plain = kind.forward in (nn.Linear.forward, Conv1D.forward) if called else kind is nn.Linear
+        if not plain or "forward" in each.owner.__dict__:
             raise ValueError(
-                f"{each.name} is in a {type(each.owner).__name__}, and learnt merging replaces the weights "
-                f"of plain {' and '.join(kind.__name__ for kind in allowed)} layers; merge before training "
-                "instead (mmtransfer.mam.merge)"
+                f"{each.name} is in a {kind.__name__}, and learnt merging replaces the weights of plain "
+                "linear layers; merge before training instead (mmtransfer.mam.merge)"
             )
 
 

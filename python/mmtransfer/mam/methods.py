@@ -22,7 +22,7 @@ from . import learnable
 from .learnable import CHILD, LayerMerge, MergedLayer, Merging
 from .merging import fit
 from .projections import PARTS, Projection, check_parts, find_projections
-from .sources import Noise, Pair, describe_source, find_pairs
+from .sources import Noise, Pair, check_shared, describe_source, find_pairs
 
 if TYPE_CHECKING:
     from mmtransfer.model import AdaptedModel
@@ -108,8 +108,10 @@ class LMAM(LayerEditMethod):
         if self.folded:
             return
         indices = [index for index, layer in enumerate(encoder.all_layers) if layer in layers]
+        projections = find_projections(encoder, indices, self.projections, bias=self.bias)
+        check_shared(dict.fromkeys(projections), alike=False)
+        learnable.check_projections(encoder, projections)
         pairs = [*self._pairs(encoder, indices)]
-        learnable.check_projections(encoder, [pair.target for pair in pairs])
         merged: list[MergedLayer] = []
         for index in indices:
             own = [pair for pair in pairs if pair.target.layer == index]

@@ -112,7 +112,7 @@ def find_pairs(
         partners = _partners(encoder, like, own, layer_map, bias=bias)
         heads = _check_heads(encoder, like)
     by_projection = dict(zip(own, partners, strict=True))
-    found = _check_shared(by_projection, alike=isinstance(like, Encoder))
+    found = check_shared(by_projection, alike=isinstance(like, Encoder))
     # A target that is merged with itself, shifted by some layers, would be read after it is written.
     written = {id(each.parameter) for each in found}
     pairs = []
@@ -234,7 +234,7 @@ def _place(projection: Projection | None) -> tuple[Any, ...] | None:
     return id(projection.parameter), None if projection.fused is None else projection.part
 
 
-def _check_shared(partners: Mapping[Projection, Projection | None], *, alike: bool) -> list[Projection]:
+def check_shared(partners: Mapping[Projection, Projection | None], *, alike: bool) -> list[Projection]:
     """Each parameter once. ValueError where two layers share one that would be merged with different ones."""
     seen: dict[Any, Projection] = {}
     for each, partner in partners.items():
