@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import math
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,7 +197,7 @@ class Method:
         return type(self).edit is not Method.edit
 
     def parts(self) -> tuple[Method, ...]:
-        """The methods that this one is made of: itself, or the two of a pair."""
+        """The methods that this one is made of: itself, or those of a combination."""
         return (self,)
 
     def options(self) -> dict[str, dict[str, Any]]:
@@ -244,14 +245,7 @@ class EditMethod(Method, abc.ABC):
             object.__setattr__(self, "starts_from", None)
 
     def edit(self, encoder: Encoder) -> Edit:
-        layers = self.select(encoder)
-        check_distinct(encoder.all_layers)
-        check_unquantised([encoder.root], encoder.root, "no gradient passes through it")
-        self.check(encoder, layers)
-        with Edit(encoder, self.name) as edit:
-            self.change(edit, encoder, layers)
-            add_recompute(edit, encoder, layers, self.recompute)
-        return edit
+        return _edit(encoder, self.name, (self,))
 
     def select(self, encoder: Encoder) -> list[nn.Module]:
         """The layers that are changed; all that run unless there is an option for it."""
@@ -325,32 +319,39 @@ class AdapterMethod(LayerEditMethod):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pair(Method):
-    """The readout of one method over the edit of another: `registry.find("hff-b+aat-ms")`.
+class Combination(Method):
+    """The readout of one method over the edits of others: `registry.find("hff-b+aat-ms")`,
+    `registry.find("l-mam+aat-ms")`.
 
     Attributes:
-        of: the two methods, readout first.
+        of: the methods, a readout first, if there is one; the edits change the encoder in their order.
     """
 
-    of: tuple[Method, Method]
+    of: tuple[Method, ...]
 
     def __post_init__(self) -> None:
-        readout, edit = self.of
-        if [(part.has_readout, part.has_edit) for part in self.of] != [(True, False), (False, True)]:
-            raise ValueError(
-                f"'{readout.name}+{edit.name}' must be one method, or a readout + an edit; "
-                "`mmtransfer methods` lists them"
-            )
-        # A pair takes from its parts, instance by instance, what other methods have on their class.
+        check_combination(self.of)
+        edits = [part for part in self.of if part.has_edit]
+        starts_from = edits[0].starts_from if self._readout is None else self._readout.name
+        # A combination takes from its parts, instance by instance, what other methods have on their class.
         taken = {
-            "name": f"{readout.name}+{edit.name}",
-            "title": f"{readout.title} + {edit.title}",
-            "paper": "; ".join(dict.fromkeys((readout.paper, edit.paper))),
-            "training": edit.training,
-            "starts_from": readout.name,
+            "name": "+".join(part.name for part in self.of),
+            "title": " + ".join(part.title for part in self.of),
+            "paper": "; ".join(dict.fromkeys(part.paper for part in self.of)),
+            # A rate that suits adapters would ruin weights that are trained with them.
+            "training": min((part.training for part in edits), key=lambda training: training.learning_rate),
+            "starts_from": starts_from,
         }
         for name, value in taken.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def _readout(self) -> Method | None:
+        return self.of[0] if self.of[0].has_readout else None
+
+    @property
+    def has_readout(self) -> bool:
+        return self._readout is not None
 
     def parts(self) -> tuple[Method, ...]:
         return self.of
@@ -362,27 +363,66 @@ class Pair(Method):
         return self.of[0].readout(encoder)
 
     def edit(self, encoder: Encoder) -> Edit:
-        return self.of[1].edit(encoder)
+        edits = [part for part in self.of if part.has_edit]
+        several = [part for part in edits if isinstance(part, EditMethod)]
+        return edits[0].edit(encoder) if len(edits) == 1 else _edit(encoder, self.name, several)
 
     def parameter_groups(self, model: AdaptedModel) -> dict[str, Group]:
-        return self._both([part.parameter_groups(model) for part in self.of])
+        return self._all([part.parameter_groups(model) for part in self.of])
 
     def baseline(self, model: AdaptedModel) -> AdaptedModel | None:
-        twin = self.of[0].baseline(model)
-        both = self.of[1].baseline(model if twin is None else twin)
-        return twin if both is None else both
+        twin = None
+        for part in self.of:
+            found = part.baseline(model if twin is None else twin)
+            twin = twin if found is None else found
+        return twin
 
     def insights(self, model: AdaptedModel) -> dict[str, dict[str, float]]:
-        return self._both([part.insights(model) for part in self.of])
+        return self._all([part.insights(model) for part in self.of])
 
-    def _both(self, found: list[dict[str, Any]]) -> dict[str, Any]:
-        """The entries of both parts; where a name is in both, with the names of the methods."""
-        shared = found[0].keys() & found[1].keys()
+    def _all(self, found: list[dict[str, Any]]) -> dict[str, Any]:
+        """The entries of all parts; where a name is in several, with the names of the methods."""
+        count = Counter(name for entries in found for name in entries)
         return {
-            f"{name} ({part.name})" if name in shared else name: value
+            f"{name} ({part.name})" if count[name] > 1 else name: value
             for part, entries in zip(self.of, found, strict=True)
             for name, value in entries.items()
         }
+
+
+def check_combination(parts: Sequence[Method]) -> None:
+    """ValueError unless the parts are at most one readout, first, and edits, each once."""
+    name = "+".join(part.name for part in parts)
+    kinds = [(part.has_readout, part.has_edit) for part in parts]
+    edits = parts[1:] if kinds[:1] == [(True, False)] else parts
+    if not edits or any((part.has_readout, part.has_edit) != (False, True) for part in edits):
+        raise ValueError(
+            f"{name!r} must be one method, or a readout + an edit, or several edits, a readout first; "
+            "`mmtransfer methods` lists them"
+        )
+    if len({part.name for part in parts}) < len(parts):
+        raise ValueError(f"{name!r} names a method twice")
+    alone = next((each for each in edits if not isinstance(each, EditMethod)), None)
+    if len(edits) > 1 and alone is not None:
+        raise ValueError(f"{name!r} has several edits, and {alone.name!r} goes with no other")
+
+
+def _edit(encoder: Encoder, name: str, methods: Sequence[EditMethod]) -> Edit:
+    """The changes of all methods, in their order, as one edit."""
+    chosen = [method.select(encoder) for method in methods]
+    check_distinct(encoder.all_layers)
+    check_unquantised([encoder.root], encoder.root, "no gradient passes through it")
+    kinds = sorted({method.recompute for method in methods if method.recompute != "none"})
+    if len(kinds) > 1:
+        raise ValueError(f"{name!r} needs one value of recompute for all, got {' and '.join(kinds)}")
+    for method, layers in zip(methods, chosen, strict=True):
+        method.check(encoder, layers)
+    with Edit(encoder, name) as edit:
+        for method, layers in zip(methods, chosen, strict=True):
+            method.change(edit, encoder, layers)
+        changed = [layer for layer in encoder.layers if any(layer in layers for layers in chosen)]
+        add_recompute(edit, encoder, changed, kinds[0] if kinds else "none")
+    return edit
 
 
 def _check_option(method: Method, each: dataclasses.Field[Any], hint: Any) -> None:

@@ -271,12 +271,18 @@ class AdaptedModel(nn.Module):
         self.reverted = True
 
     def exchange(self, method: Method) -> None:
-        """Have the edit of another method with the same readout; weights that were trained in place stay."""
+        """Have the edit of another method with the same readout. Trained values stay, those of additions too
+        where the other edit makes the same."""
+        before = self.trained_tensors()
         saving.remove(self.encoder.edit)
         self.encoder.edit.revert()
         self.method = method
         self.encoder.edit = method.edit(self.encoder.parts)
         saving.install(self.encoder.edit)
+        with torch.no_grad():
+            for name, tensor in self.trained_tensors().items():
+                if name in before and tensor is not before[name]:
+                    tensor.copy_(before[name])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """`checkpoint.save` of this model."""

@@ -1,4 +1,4 @@
-"""All methods by name: those of the papers' folders, those registered by users, and pairs of them."""
+"""All methods by name: those of the papers' folders, those registered by users, and combinations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mmtransfer.method import Method, Pair
+from mmtransfer.method import Combination, Method, check_combination
 
 #: The folders with methods; a new paper adds its name here.
 PAPERS = ("baselines", "hff", "aat", "mam")
@@ -43,7 +43,7 @@ def unregister(name: str) -> None:
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method but the pairs, by name."""
+    """Every method but the combinations, by name."""
     return {**_published(), **_registered}
 
 
@@ -53,16 +53,18 @@ def default_names() -> tuple[str, ...]:
 
 
 def find(name: str | Method, /, **options: Any) -> Method:
-    """The method of a name, `"aat-ms"`, or the pair of a readout and an edit, `"hff-b+aat-ms"`.
+    """The method of a name, `"aat-ms"`, or of a readout and an edit, `"hff-b+aat-ms"`, or of several edits,
+    `"l-mam+aat-ms"`.
 
     Args:
         name: of the method; a method itself is returned with the options changed.
-        options: fields of the method. In a pair an option goes to each part that has it; a dictionary under
-            the name of a part, as in checkpoints, is for that part alone, and wins.
+        options: fields of the method. In a combination an option goes to each part that has it; a dictionary
+            under the name of a part, as in checkpoints, is for that part alone, and wins.
 
     Raises:
         TypeError: neither a name nor a method; a class must be called first.
-        ValueError: no such method, a pair of other kinds, an unknown option, or a value out of range.
+        ValueError: no such method, methods that do not go together, an unknown option, or a value out of
+            range.
     """
     if not isinstance(name, (Method, str)):
         is_class = isinstance(name, type) and issubclass(name, Method)
@@ -72,13 +74,13 @@ def find(name: str | Method, /, **options: Any) -> Method:
         parts = list(name.parts())
     else:
         parts = [_class(part)() for part in name.split("+")]
-        _check_pair(name, parts)
+        _check_parts(parts)
     changes = _distribute(parts, options)
     changed = [
         dataclasses.replace(part, **change) if change else part
         for part, change in zip(parts, changes, strict=True)
     ]
-    return changed[0] if len(changed) == 1 else Pair(of=(changed[0], changed[1]))
+    return changed[0] if len(changed) == 1 else Combination(of=tuple(changed))
 
 
 def has_option(method: Method, key: str) -> bool:
@@ -86,16 +88,18 @@ def has_option(method: Method, key: str) -> bool:
     return any(key == part.name or key in _fields(part) for part in method.parts())
 
 
-def _check_pair(name: str, parts: list[Method]) -> None:
-    kinds = [(part.has_readout, part.has_edit) for part in parts]
-    if len(parts) == 1 or kinds == [(True, False), (False, True)]:
+def _check_parts(parts: list[Method]) -> None:
+    if len(parts) == 1:
         return
-    known = [method() for method in methods().values()]
-    readouts = ", ".join(each.name for each in known if each.has_readout)
-    edits = ", ".join(each.name for each in known if each.has_edit)
-    raise ValueError(
-        f"{name!r} must be one method, or a readout + an edit; readouts are {readouts}; edits are {edits}"
-    )
+    try:
+        check_combination(parts)
+    except ValueError as error:
+        known = [method() for method in methods().values()]
+        readouts = ", ".join(each.name for each in known if each.has_readout)
+        edits = ", ".join(each.name for each in known if each.has_edit)
+        raise ValueError(
+            f"{str(error).partition(';')[0]}; readouts are {readouts}; edits are {edits}"
+        ) from None
 
 
 def _distribute(parts: list[Method], options: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from tiny_encoders import TINY, make_input
 from mmtransfer import AdaptedModel, registry
 from mmtransfer.aat import AAT
 from mmtransfer.hff.methods import HFFbMethod
-from mmtransfer.method import EditMethod, Method, Pair
+from mmtransfer.method import Combination, EditMethod, Method
 from mmtransfer.tasks import Classification
 
 METHODS = registry.methods()
@@ -82,7 +83,7 @@ class TestPairs:
     def test_a_pair_is_its_two_parts(self, readout: str, edit: str) -> None:
         pair = registry.find(f"{readout}+{edit}")
         one, other = registry.find(readout), registry.find(edit)
-        assert isinstance(pair, Pair)
+        assert isinstance(pair, Combination)
         assert pair.parts() == (one, other)
         assert pair.name == f"{readout}+{edit}"
         assert pair.title == f"{one.title} + {other.title}"
@@ -92,7 +93,7 @@ class TestPairs:
 
     @pytest.mark.parametrize(
         "name",
-        ["hff-b+lff", "aat-ms+hff-b", "aat-ms+aat-m", "head+aat-ms", "hff-b+head", "hff-b+aat-ms+lora"],
+        ["hff-b+lff", "aat-ms+hff-b", "head+aat-ms", "hff-b+head", "aat-ms+hff-b+lora", "hff-b+lff+lora"],
     )
     def test_other_pairs_are_refused_with_those_that_are_possible(self, name: str) -> None:
         with pytest.raises(ValueError, match="must be one method, or a readout") as raised:
@@ -101,6 +102,44 @@ class TestPairs:
         assert repr(name) in text
         assert f"readouts are {', '.join(READOUTS)}" in text
         assert f"edits are {', '.join(EDITS)}" in text
+
+
+class TestSeveralEdits:
+    def test_it_is_its_parts(self) -> None:
+        found = registry.find("hff-b+lora+aat-ms", rank=3, bottleneck=5, **{"aat-ms": {"layers": (0,)}})
+        lora, aat = registry.find("lora", rank=3), registry.find("aat-ms", bottleneck=5, layers=(0,))
+        assert found.parts() == (registry.find("hff-b"), lora, aat)
+        assert found.name == "hff-b+lora+aat-ms"
+        assert (found.has_readout, found.has_edit, found.starts_from) == (True, True, "hff-b")
+        without = registry.find("lora+aat-ms")
+        assert (without.has_readout, without.has_edit, without.starts_from) == (False, True, "head")
+
+    def test_recompute_wraps_a_layer_once(self) -> None:
+        model = whisper()
+        found = registry.find("full+aat-ms", recompute="full", **{"aat-ms": {"layers": (1,)}})
+        AdaptedModel(model, found, Classification(num_labels=3))
+        kinds = [type(each.forward.inner).__name__ for each in model.encoder.layers]
+        assert kinds == ["method"] * len(model.encoder.layers)
+
+    @pytest.mark.parametrize(
+        ("name", "options", "message"),
+        [
+            ("lora+lora", {}, "names a method twice"),
+            (
+                "full+aat-ms",
+                {"full": {"recompute": "full"}, "aat-ms": {"recompute": "selective"}},
+                "one value of",
+            ),
+            ("aat-ms+aat-m", {}, "has an attribute 'adapter_mlp' already"),
+        ],
+    )
+    def test_what_does_not_go_together(self, name: str, options: dict[str, Any], message: str) -> None:
+        model = whisper()
+        before = {key: id(value) for key, value in model.named_modules()}
+        with pytest.raises(ValueError, match=message):
+            AdaptedModel(model, registry.find(name, **options), Classification(num_labels=3))
+        assert {key: id(value) for key, value in model.named_modules()} == before
+        assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 class TestNames:

@@ -65,6 +65,13 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         torch.testing.assert_close(found[name], value, msg=name, **tolerance)
 
 
+def disturb(parameters: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for each in parameters:
+            each.add_(0.05 * torch.randn(each.shape, generator=generator).to(each))
+
+
 class TestValues:
     @pytest.mark.parametrize("model_type", TYPES)
     def test_share_0_is_the_target_bit_for_bit(self, model_type):
@@ -407,6 +414,42 @@ class TestCopies:
         assert not any(type(each).__name__ == "MergedLinear" for each in model.modules())
 
 
+class TestWithAdapters:
+    @pytest.mark.parametrize("method", ["l-mam+aat-ms", "aat-ms+l-mam"])
+    def test_both_edits_act_and_are_trained(self, method):
+        """As merging first and adding the same adapters then."""
+        source = source_of()
+        model, merged = build("wav2vec2"), build("wav2vec2")
+        mmtransfer.prepare(model, method, source=source, initial=0.3)
+        mam.merge(merged, source, 0.3)
+        mmtransfer.prepare(merged, "aat-ms")
+        for each in (model, merged):
+            disturb(p for name, p in each.named_parameters() if "adapter_" in name)
+        torch.testing.assert_close(encode(model), encode(merged), rtol=1e-12, atol=1e-12)
+        weigh(encode(model)).backward()
+        named = dict(model.named_parameters())
+        for part in (
+            "attention_merge.lam",
+            "adapter_attention.up_weight",
+            "adapter_mlp.down_weight",
+            "q_proj",
+        ):
+            found = [each.grad for name, each in named.items() if part in name]
+            assert found, part
+            assert any(grad is not None and grad.any() for grad in found), part
+
+    def test_rates_and_taking_back(self):
+        model = TINY["wav2vec2"].build()
+        names = list(model.state_dict())
+        adapted = AdaptedModel(model, "hff-b+l-mam+aat-ms", TASK, source=source_of(), lambda_rate=0.5)
+        assert adapted.parameter_groups()["lambda"].learning_rate == 0.5
+        # Adapters' rate would ruin the weights that are trained with them.
+        assert adapted.method.training == registry.find("l-mam").training
+        assert adapted.method.starts_from == "hff-b"
+        adapted.revert()
+        assert list(model.state_dict()) == names
+
+
 class TestFolding:
     @pytest.mark.parametrize("model_type", TYPES)
     def test_a_prepared_model(self, model_type, tmp_path):
@@ -424,9 +467,11 @@ class TestFolding:
         with pytest.raises(ValueError, match="no learnt merging in force"):
             mam.fold(plain)
 
-    @pytest.mark.parametrize("method", ["l-mam", "hff-b+l-mam"])
+    @pytest.mark.parametrize("method", ["l-mam", "hff-b+l-mam", "l-mam+aat-ms", "hff-b+aat-ms+l-mam"])
     def test_checkpoints_before_and_after(self, method, tmp_path):
         model = AdaptedModel(TINY["wav2vec2"].build(), method, TASK, source=source_of(), initial=0.2).eval()
+        # Adapters start as zero.
+        disturb(model.encoder.edit.parameters)
         inputs = make_input("wav2vec2")
         expected = model(inputs).logits.detach()
         model.save_pretrained(tmp_path / "merged")
@@ -443,6 +488,14 @@ class TestFolding:
             folded.save_pretrained(tmp_path / "folded")
             again = mmtransfer.load(tmp_path / "folded", TINY["wav2vec2"].build())
             torch.testing.assert_close(again(inputs).logits, expected)
+
+    def test_a_prepared_model_with_adapters_is_left_alone(self):
+        model = build("wav2vec2")
+        mmtransfer.prepare(model, "l-mam+aat-ms", source=source_of(), initial=0.3)
+        expected = encode(model)
+        with pytest.raises(ValueError, match="the model has aat-ms too"):
+            mam.fold(model)
+        assert torch.equal(encode(model), expected)
 
     def test_a_prepared_checkpoint(self, tmp_path):
         model = learnt(build_classifier())

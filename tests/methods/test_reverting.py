@@ -11,7 +11,7 @@ from tiny_encoders import TINY
 from torch import nn
 
 from mmtransfer import AdaptedModel, Edit, EditMethod, Encoder, Group, Method, prepare, registry
-from mmtransfer.method import LastLayer, Pair
+from mmtransfer.method import Combination, LastLayer
 from mmtransfer.tasks import Classification
 from mmtransfer.training.loop import parameter_groups
 from mmtransfer.training.settings import Training
@@ -110,4 +110,4 @@ def test_a_head_inside_the_encoder_is_refused() -> None:
 
 def test_a_pair_in_the_wrong_order_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'aat-ms\+hff-b' must be one method, or a readout \+ an edit"):
-        Pair(of=(registry.find("aat-ms"), registry.find("hff-b")))
+        Combination(of=(registry.find("aat-ms"), registry.find("hff-b")))

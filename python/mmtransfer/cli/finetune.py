@@ -27,7 +27,7 @@ class Source:
     """The method, the model and the data.
 
     Attributes:
-        method: its name, or that of a pair ("a+b"); `mmtransfer methods` lists them.
+        method: its name, or names joined by "+"; `mmtransfer methods` lists them.
         model: folder or hub name of a speech model.
         data: folder of class folders, or of recordings with text files next to them; a manifest, CSV or JSON
             lines, with the columns path, label or text and, if wanted, split and speaker; or a data set of

@@ -41,7 +41,7 @@ def methods(import_: Imports = ()) -> None:
         found = method()
         kinds["edit" if found.has_edit else "readout"] = found.name
         print("\n".join(_lines(found)))
-    print(f"\nA readout + an edit is a method too: {kinds['readout']}+{kinds['edit']}")
+    print(f"\nA readout + an edit is a method too: {kinds['readout']}+{kinds['edit']}; so are several edits")
 
 
 def _lines(method: Method) -> Iterator[str]:

@@ -440,7 +440,7 @@ def find_methods(settings: CompareSettings) -> list[Method]:
         owners = [index for index, method in enumerate(found) if registry.has_option(method, key)]
         changes = {key: value}
         if not owners and isinstance(value, dict):
-            # Those of a pair, under its name.
+            # Those of a combination, under its name.
             owners, changes = [index for index, method in enumerate(found) if method.name == key], value
         if not owners:
             raise ValueError(f"none of the methods {', '.join(names)} has an option {key!r}")

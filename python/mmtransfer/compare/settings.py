@@ -21,8 +21,8 @@ class CompareSettings:
     """The methods and their training. None leaves the choice to each method.
 
     Attributes:
-        methods: names of methods and pairs ("a+b"), separated by spaces; None is a selection of every paper.
-            `mmtransfer methods` lists the names.
+        methods: names of methods, or combinations joined by "+", separated by spaces; None is a selection of
+            every paper. `mmtransfer methods` lists the names.
         options: of the methods, by field; one goes to every method that has it, and must have an owner. Those
             under the name of a method are for that method alone, and may also be of its training:
             `TRAINING_OPTIONS`.
