@@ -279,6 +279,22 @@ class TestTraining:
         assert torch.equal(encode(model), encode(twin))
         assert not torch.allclose(encode(model), before)
 
+    @pytest.mark.parametrize("told_by", ["gradients", "mode"])
+    def test_what_is_written_through_data(self, told_by):
+        """By a loop without an optimiser, and by averaged weights that take the place of the trained ones."""
+        model = learnt(build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+        for step in range(2):
+            weigh(encode(model)).backward()
+            encode(model)
+            for each in model.parameters():
+                if each.grad is not None:
+                    each.data -= 1e-3 * each.grad
+            if told_by == "gradients":
+                model.zero_grad()
+            else:
+                model.train(step == 1)
+            assert torch.equal(encode(model), encode(copy.deepcopy(model)))
+
     def test_a_backward_pass_after_a_step_is_refused(self):
         model = learnt(build("wav2vec2"))
         loss = weigh(encode(model))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -105,11 +105,17 @@ class _Held:
     inference: bool
     #: Aliases that keep the memory, so that no other tensor has its address.
     aliases: list[torch.Tensor]
+    #: Slots, and whether it is the share, of tensors that have been seen with a gradient.
+    graded: set[tuple[int, bool]] = field(default_factory=set)
 
 
 class Merging:
     """The merged attention of an encoder. It is made when the first projection is called, in one call for all
     layers, and used until a share, a weight, the optimiser or autocast's dtype changes.
+
+    No version counter sees what is written through `.data`, as some averages of weights and training loops
+    without an optimiser do. All is merged again too when gradients have been cleared, as each step does, and
+    when the model goes from training to evaluation or back.
 
     Refers to modules and not to their tensors, so that a deep copy of the model has its own.
 
@@ -178,16 +184,30 @@ class Merging:
             and held.states[index] == state
             and (held.graph or not (torch.is_grad_enabled() and any(state[-1])))
             and (not held.inference or torch.is_inference_mode_enabled())
+            and not self._cleared(held, index)
         )
 
+    def _cleared(self, held: _Held, index: int) -> bool:
+        """Whether a gradient that was there since the merge is gone."""
+        slot = self.slots[index]
+        tensors: tuple[Any, ...] = (slot.projection.parameter, self.layers[slot.layer].shares.lam)
+        for is_share, tensor in enumerate(tensors):
+            key = index, bool(is_share)
+            if tensor.grad is not None:
+                held.graded.add(key)
+            elif key in held.graded:
+                return True
+        return False
+
     def _state(self, slot: Slot) -> tuple[Any, ...]:
-        """Where the tensors behind a slot are, how often they were written, and which want a gradient."""
+        """Where the tensors behind a slot are, how often they were written, the mode of the layer, and which
+        want a gradient."""
         layer = self.layers[slot.layer]
         sources = (layer.own._buffers[layer.buffers[place]] for place in slot.places.values())
         tensors: tuple[Any, ...] = (slot.projection.parameter, layer.shares.lam, *sources)
         written = tuple([0 if each.is_inference() else each._version for each in tensors])
         places = tuple([each.data_ptr() for each in tensors])
-        return written, places, (tensors[0].requires_grad, tensors[1].requires_grad)
+        return written, places, layer.own.training, (tensors[0].requires_grad, tensors[1].requires_grad)
 
     def _merge(self, dtype: torch.dtype | None) -> _Held:
         # The old values are dropped first: both need not be there at once.
