@@ -506,6 +506,22 @@ class TestFolding:
             again = mmtransfer.load(tmp_path / "folded", TINY["wav2vec2"].build())
             torch.testing.assert_close(again(inputs).logits, expected)
 
+    def test_a_model_that_is_not_folded_is_not_merged(self):
+        """Its parameters are not the weights that it computes with."""
+        model, plain = learnt(build("wav2vec2")), build("wav2vec2")
+        before = copy.deepcopy(model.state_dict())
+        for target, source, name in ((model, plain, "target"), (plain, model, "source")):
+            for call in (
+                lambda target=target, source=source: mam.merge(target, source, 0.5),
+                lambda target=target, source=source: mam.merge(target, mam.Noise(source), 0.5),
+                lambda target=target, source=source: mam.sweep(target, source, [0.5], encode),
+            ):
+                with pytest.raises(ValueError, match=f"the {name} has learnt merging .* fold it first"):
+                    call()
+        assert_same(model.state_dict(), before)
+        mam.merge(plain, mam.fold(model), 1.0)
+        torch.testing.assert_close(encode(plain), encode(model))
+
     def test_a_prepared_model_with_adapters_is_left_alone(self):
         model = build("wav2vec2")
         mmtransfer.prepare(model, "l-mam+aat-ms", source=source_of(), initial=0.3)
