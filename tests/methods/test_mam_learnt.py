@@ -455,6 +455,14 @@ class TestWithAdapters:
             assert found, part
             assert any(grad is not None and grad.any() for grad in found), part
 
+    def test_lora_comes_afterwards(self):
+        plain = build("wav2vec2")
+        with pytest.raises(ValueError, match=r"none of its own; remove .* LoRA, .* \(l-mam\+lora\)"):
+            mmtransfer.prepare(plain, "lora+l-mam", source=source_of())
+        expected = encode(plain)
+        mmtransfer.prepare(plain, "l-mam+lora", source=source_of(), initial=0.0)
+        assert torch.equal(encode(plain), expected)
+
     def test_rates_and_taking_back(self):
         model = TINY["wav2vec2"].build()
         names = list(model.state_dict())

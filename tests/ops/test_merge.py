@@ -449,6 +449,25 @@ class TestInto:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            torch.vmap,
+            torch.func.functionalize,
+            lambda call: lambda *pair: torch.func.jvp(call, pair, pair)[0],
+        ],
+        ids=["vmap", "functionalize", "jvp"],
+    )
+    def test_transforms(self, transform: Any) -> None:
+        """Their tensors have no address."""
+        (target,), (source,) = pairs((3, 4))
+        expected = mmkernels.merge([target], [source], 0.3)[0]
+
+        def merge(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+            return mmkernels.merge([target], [source], 0.3, out=[torch.empty_like(target)])[0]
+
+        torch.testing.assert_close(transform(merge)(target, source), expected)
+
     def test_compiled(self) -> None:
         torch._dynamo.reset()
         target, source = pairs((3, 4), (5,))

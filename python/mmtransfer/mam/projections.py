@@ -138,8 +138,8 @@ def _check(projection: Projection, parameter: Any) -> None:
         )
         raise ValueError(
             f"layer {projection.layer}: the projection {projection.part!r} must have a plain floating "
-            f"{projection.attribute}, got {found}; remove parametrisations, and load floating weights on one "
-            "device"
+            f"{projection.attribute}, got {found}; remove parametrisations and LoRA, which may be added "
+            "afterwards (l-mam+lora), and load floating weights on one device"
         )
     dims = 2 if projection.kind == "weight" else 1
     long = 1 if projection.fused == "columns" and dims == 2 else 0
