@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.nn.merge import _Clamp
+from mmkernels.nn.merge import constrain
 from mmkernels.ops import _common, _derivatives
 from mmkernels.ops.merge import merge, reference
 from mmkernels.ops.merge.schema import OPS
@@ -31,13 +31,6 @@ class Block:
     target: list[Tensor]
     source: list[Tensor]
     groups: list[int]
-
-
-def constrain(weights: Tensor, constraint: str) -> Tensor:
-    """The shares of the source that ``weights`` stand for; see ``mmkernels.nn.Merge``."""
-    if constraint == "sigmoid":
-        return weights.sigmoid()
-    return _Clamp.apply(weights) if constraint == "clamp" else weights
 
 
 def can_reuse() -> bool:

@@ -279,6 +279,20 @@ class TestTraining:
         assert torch.equal(encode(model), encode(twin))
         assert not torch.allclose(encode(model), before)
 
+    def test_averaged_weights_are_seen_in_eval_mode(self):
+        """An average of weights is swapped in by `.data`, which no version counter sees."""
+        model = learnt(build("wav2vec2")).train()
+        encode(model)
+        weight = model.encoder.layers[1].attention.k_proj.weight
+        weight.data.mul_(2)
+        model.eval()
+        assert torch.equal(encode(model), encode(copy.deepcopy(model)))
+        weight.data.mul_(0.5)
+        model.train()
+        encode(model)
+        model.eval()
+        assert torch.equal(encode(model), encode(copy.deepcopy(model)))
+
     def test_a_backward_pass_after_a_step_is_refused(self):
         model = learnt(build("wav2vec2"))
         loss = weigh(encode(model))
@@ -555,7 +569,7 @@ class TestMethod:
         ("options", "message"),
         [
             ({"per": "head"}, "per must be one of"),
-            ({"constraint": "sigmoid", "initial": 0.0}, r"initial must be in \]0, 1\["),
+            ({"constraint": "sigmoid", "initial": 0.0}, "initial must be between 0 and 1"),
             ({"constraint": "clamp", "initial": 1.5}, r"initial must be in \[0, 1\]"),
             ({"projections": ["o"]}, "parts must be some of"),
             ({"source_dtype": "float16"}, "source_dtype must be one of"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 import mmkernels
-from mmkernels.nn.cached_merge import Block, can_reuse, constrain, merge_blocks
+from mmkernels.nn.cached_merge import Block, can_reuse, merge_blocks
+from mmkernels.nn.merge import constrain
 from mmtransfer.encoders.autocast import autocast_dtype
 from mmtransfer.encoders.edit import Edit
 from mmtransfer.encoders.encoder import Encoder
@@ -109,7 +109,8 @@ class _Held:
 
 class Merging:
     """The merged attention of an encoder. It is made when the first projection is called, in one call for all
-    layers, and used until a share, a weight, the optimiser or autocast's dtype changes.
+    layers, and used until a share, a weight, autocast's dtype or the mode (`train`, `eval`) changes, or an
+    optimiser takes a step. Writes through `.data` alone are not seen before one of these.
 
     Refers to modules and not to their tensors, so that a deep copy of the model has its own.
 
@@ -181,13 +182,14 @@ class Merging:
         )
 
     def _state(self, slot: Slot) -> tuple[Any, ...]:
-        """Where the tensors behind a slot are, how often they were written, and which want a gradient."""
+        """The mode; where the tensors behind a slot are, how often they were written, which want a gradient."""
         layer = self.layers[slot.layer]
         sources = (layer.own._buffers[layer.buffers[place]] for place in slot.places.values())
         tensors: tuple[Any, ...] = (slot.projection.parameter, layer.shares.lam, *sources)
         written = tuple([0 if each.is_inference() else each._version for each in tensors])
         places = tuple([each.data_ptr() for each in tensors])
-        return written, places, (tensors[0].requires_grad, tensors[1].requires_grad)
+        training = slot.projection.owner.training
+        return training, written, places, (tensors[0].requires_grad, tensors[1].requires_grad)
 
     def _merge(self, dtype: torch.dtype | None) -> _Held:
         # The old values are dropped first: both need not be there at once.
@@ -327,8 +329,3 @@ def install(edit: Edit, encoder: Encoder, merging: Merging) -> None:
 def find_merging(model: nn.Module) -> Merging | None:
     """The merged attention in a model that has L-MAM in force."""
     return next((each.merging for each in model.modules() if isinstance(each, LayerMerge)), None)
-
-
-def start_value(initial: float, constraint: str) -> float:
-    """The trained number that stands for a share."""
-    return math.log(initial / (1 - initial)) if constraint == "sigmoid" else initial
