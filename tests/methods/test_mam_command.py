@@ -22,6 +22,7 @@ from mmtransfer import mam
 from mmtransfer.mam.files.checkpoint import Stored
 from mmtransfer.mam.files.pieces import cut
 from mmtransfer.mam.files.plan import Entry, Term
+from mmtransfer.mam.files.weights import find_depths
 from mmtransfer.model_files import read_header
 
 
@@ -101,6 +102,14 @@ def test_lists_run_over_the_layers_and_filters_choose_tensors(tmp_path: Path) ->
     }  # fmt: skip
     assert values([*filters, {"value": 9}], "default", weight=0.25)["embed.weight"] == 9
     assert values([{"filter": "*", "value": 8}], "any")["layers.0.mlp.bias"] == 8
+    assert values({"filter": "attn", "value": 8}, "alone", weight=0)["layers.0.attn.q.weight"] == 8
+
+
+def test_a_layer_that_is_alone_is_the_last() -> None:
+    """As in mergekit."""
+    assert find_depths(["layers.0.q", "blocks.0.q", "blocks.2.q", "blocks.1.q", "norm"]) == {
+        "layers.0.q": 1, "blocks.0.q": 0, "blocks.1.q": 0.5, "blocks.2.q": 1, "norm": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("files_in", [1, 3])

@@ -182,7 +182,7 @@ class Merging:
         )
 
     def _state(self, slot: Slot) -> tuple[Any, ...]:
-        """The mode; where the tensors behind a slot are, how often they were written, which want a gradient."""
+        """The mode, and of the tensors behind a slot: places, how often written, which want a gradient."""
         layer = self.layers[slot.layer]
         sources = (layer.own._buffers[layer.buffers[place]] for place in slot.places.values())
         tensors: tuple[Any, ...] = (slot.projection.parameter, layer.shares.lam, *sources)
