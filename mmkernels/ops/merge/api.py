@@ -77,7 +77,7 @@ def _reference_gradients(
     need_target: list[int],
     need_source: list[int],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """What the op returns for these arguments, computed by the reference."""
+    """The results of the op for these arguments, by the reference."""
     _, asked, dtype, _ = ctx.options
     count = len(target)
 
@@ -124,7 +124,8 @@ def merge(
         groups: For each pair the index of its entry of ``lam``, as Python integers.
         dtype: Of the results; by default each has its target's.
         out: Contiguous tensors of the shapes and dtypes of the results: they are written and returned, and
-            there is no gradient. They may be the targets, or the sources, themselves.
+            there is no gradient. ``out[k]`` may be ``target[k]`` or ``source[k]`` itself, and all may be in
+            one buffer. Where an ``out`` overlaps another tensor of the call, values are undefined.
         backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` or ``"reference"``.
 
     Returns:

@@ -27,7 +27,7 @@ CHILD = "attention_merge"
 
 
 class LayerMerge(nn.Module):
-    """What L-MAM adds to a layer: the source's matrices, which are buffers, and the layer's own shares.
+    """The part of L-MAM in a layer: the source's matrices, which are buffers, and the layer's own shares.
 
     Attributes:
         lam: `(1,)`, or one for each projection; before the constraint. None where the lowest merged layer has

@@ -44,7 +44,7 @@ class LMAM(LayerEditMethod):
         source: folder or hub name of a model as wide as the encoder, "N(0,1)" or "N(target)" for noise; in
             Python also a model, `Encoder(model, description)` or `mam.Noise`. Has to be given.
         layers: those that are merged; None for all up to the last tap.
-        per: what has a share of its own: "layer", "matrix" (each projection) or "global" (all have one).
+        per: "layer" or "matrix" (each layer or projection has its own share), or "global" (all have one).
         constraint: "none", "clamp" or "sigmoid", as in `mmkernels.nn.Merge`.
         initial: share of the source at the start.
         lambda_rate: learning rate of the shares, which have no weight decay.

@@ -32,7 +32,7 @@ class Weights:
 
 
 def read_weights(where: str, value: Any) -> Weights:
-    """The weights that a recipe gives under `where`; ValueError says what they may be."""
+    """The weights that a recipe gives under `where`; ValueError names those allowed."""
     value = [value] if isinstance(value, dict) else value
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         return Weights(tuple(_read_filter(f"{where}[{i}]", each) for i, each in enumerate(value)))
