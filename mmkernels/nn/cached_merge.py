@@ -25,12 +25,14 @@ class Block:
         target: the tensors that a share of the source is merged into.
         source: as many, of the same shapes; no gradient flows to them.
         groups: for each pair the index of its entry of ``weights``.
+        passed: whether a backward pass has gone through the node.
     """
 
     weights: Tensor
     target: list[Tensor]
     source: list[Tensor]
     groups: list[int]
+    passed: bool = False
 
 
 def can_reuse() -> bool:
@@ -109,6 +111,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         block = ctx.block
+        block.passed = True
         _check_versions(block, ctx.versions)
         need_weights, *need_targets = ctx.needs_input_grad[3:]
         used = [

@@ -98,6 +98,7 @@ class _Held:
     """Merged parameters, and the state of everything that they were made of."""
 
     values: list[torch.Tensor]
+    blocks: list[Block]
     states: list[tuple[Any, ...]]
     steps: int
     dtype: torch.dtype | None
@@ -109,8 +110,9 @@ class _Held:
 
 class Merging:
     """The merged attention of an encoder. It is made when the first projection is called, in one call for all
-    layers, and used until a share, a weight, autocast's dtype or the mode (`train`, `eval`) changes, or an
-    optimiser takes a step. Writes through `.data` alone are not seen before one of these.
+    layers, and used until a share, a weight, autocast's dtype or the mode (`train`, `eval`) changes, an
+    optimiser takes a step, or gradients are set to None. Writes through `.data` alone are not seen before one
+    of these.
 
     Refers to modules and not to their tensors, so that a deep copy of the model has its own.
 
@@ -177,9 +179,17 @@ class Merging:
             held.steps == _Steps.count
             and held.dtype == dtype
             and held.states[index] == state
+            and not self._is_stepped(held, index)
             and (held.graph or not (torch.is_grad_enabled() and any(state[-1])))
             and (not held.inference or torch.is_inference_mode_enabled())
         )
+
+    def _is_stepped(self, held: _Held, index: int) -> bool:
+        """Whether the gradients of a backward pass are gone: a step that no optimiser has told of."""
+        slot = self.slots[index]
+        trained = self.layers[slot.layer].shares.lam, slot.projection.parameter
+        gone = all(each.grad is None for each in trained if each is not None and each.requires_grad)
+        return gone and held.blocks[slot.layer].passed
 
     def _state(self, slot: Slot) -> tuple[Any, ...]:
         """The mode, and of the tensors behind a slot: places, how often written, which want a gradient."""
@@ -208,7 +218,7 @@ class Merging:
         aliases += [tensor for block in blocks for tensor in (block.weights.detach(), *block.source)]
         self.count += 1
         graph, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return _Held(values, states, steps, dtype, graph, inference, aliases)
+        return _Held(values, blocks, states, steps, dtype, graph, inference, aliases)
 
     def _value_of_now(self, slot: Slot) -> torch.Tensor:
         """The merged parameter of a slot, of this call alone."""
