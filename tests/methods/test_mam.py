@@ -237,6 +237,13 @@ class TestMerge:
         with pytest.raises(ValueError, match="layer 1: the projection 'k' must have a plain floating weight"):
             mam.merge(target, source_of(), 0.5)
 
+    def test_a_source_without_values(self):
+        target = TINY["hubert"].build()
+        before = copy.deepcopy(target.state_dict())
+        with pytest.raises(ValueError, match="the source is on the meta device and has no values"):
+            mam.merge(target, source_of().to("meta"), 0.5)
+        assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
     def test_a_source_from_a_folder(self, tmp_path):
         source = source_of(head=True)
         source.save_pretrained(tmp_path)
@@ -303,11 +310,14 @@ class TestNoise:
             "first": mam.Noise("target"),
             "again": mam.Noise("target"),
             "text": "N(target)",
+            "as in the paper": "N(Target)",
             "other": mam.Noise("target", seed=1),
         }.items():
             found[name] = [pair.source for pair in find_pairs(target, noise).pairs]
         assert all(torch.equal(a, b) for a, b in zip(found["first"], found["again"], strict=True))
         assert all(torch.equal(a, b) for a, b in zip(found["first"], found["text"], strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(found["first"], found["as in the paper"], strict=True))
+        assert mam.Noise("0, 1") == mam.Noise()
         assert not any(torch.equal(a, b) for a, b in zip(found["first"], found["other"], strict=True))
         drawn = [pair.source for pair in find_pairs(target, mam.Noise()).pairs]
         assert len({float(each[0, 0]) for each in drawn}) == 12
@@ -320,7 +330,7 @@ class TestNoise:
         assert torch.equal(found[0], find_pairs(target, mam.Noise()).pairs[0].source)
 
     def test_wrong_ones(self):
-        for arguments in ((None,), ("",), (mam.Noise(),), ("0,1", -1), ("0,1", 0.5)):
+        for arguments in ((None,), ("",), ("Source",), (mam.Noise(),), ("0,1", -1), ("0,1", 0.5)):
             with pytest.raises(ValueError, match=r"like must be|seed must be"):
                 mam.Noise(*arguments)
 
@@ -413,8 +423,28 @@ class TestSimilarity:
             mam.similarity(target, source, self.batches("hubert"), self.batches("bert") * 2)
         with pytest.raises(ValueError, match="got 0 and 0"):
             mam.similarity(target, source, [], [])
-        with pytest.raises(ValueError, match="dictionary that has it"):
-            mam.similarity(target, source, [{"input_ids": 3}], [])
+        for batch, given in (
+            ({"input_ids": 3}, r"a dictionary with input_ids \(int\)"),
+            (({},), "tuple"),
+            ("a.wav", "str"),
+            ({}, "a dictionary with nothing"),
+        ):
+            with pytest.raises(ValueError, match=f"dictionary that has it; got {given}"):
+                mam.similarity(target, source, [batch], [])
+        for one in (make_input("hubert"), {"input_values": make_input("hubert")}):
+            with pytest.raises(
+                ValueError, match=r"batches must be an iterable of batches, such as \[batch\]"
+            ):
+                mam.similarity(target, source, one, [])
+
+    @pytest.mark.parametrize("side", ["target", "source"])
+    def test_states_that_are_not_finite_have_no_order(self, side):
+        target, source = TINY["hubert"].build(), source_of()
+        layer = target.encoder.layers[1] if side == "target" else source.encoder.layer[1]
+        with torch.no_grad():
+            [*layer.parameters()][-1][0] = float("nan")
+        with pytest.raises(ValueError, match=f"the {side} has hidden states .* not finite, first in layer 1"):
+            mam.similarity(target, source, self.batches("hubert"), self.batches("bert", mask=False))
 
 
 def test_the_package_imports_no_torch():

@@ -58,6 +58,17 @@ def test_weights_are_normalised_unless_told_otherwise(
         assert torch.equal(found[name], tensor) == (factor == 1)
 
 
+def test_keys_without_a_value_are_as_if_not_there(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """As mergekit writes and takes them."""
+    expected = merged(linear((pair[0], 0.7), (pair[1], 0.3)), tmp_path / "expected")
+    recipe = linear((pair[0], 0.7), (pair[1], 0.3), base_model=None, dtype=None, tokenizer_source=None)
+    same(merged({**recipe, "slices": None, "parameters": None}, tmp_path / "nulls"), expected)
+    half = {**linear((pair[0], 0.5)), "parameters": {"weight": 0.5, "normalize": None}}
+    half["models"].append({"model": str(pair[1]), "parameters": None})
+    expected = merged(linear((pair[0], 0.5), (pair[1], 0.5)), tmp_path / "expected_halves")
+    same(merged(half, tmp_path / "halves"), expected)
+
+
 def test_weights_one_and_zero_copy_the_first_model(tmp_path: Path) -> None:
     tensors, others = random_tensors(1), random_tensors(2)
     others["norm.weight"][:] = float("nan")

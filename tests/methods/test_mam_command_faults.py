@@ -204,7 +204,13 @@ def test_attention_of_models_that_do_not_fit(tmp_path: Path) -> None:
     attempt("lost", "lacks the tensor encoder.layer.2.attention.self.key.weight")
     attempt("bert", "layers must be layer indices in [-4, 3]", "got 7", layers=[1, 7])
     attempt("bert", "layer_map must have 4 entries", "in [-4, 3]", layer_map=[0, 1, 2, 9])
-    attempt("bert", "one for each of the 2 layers", layers=[0, 1], **{"lambda": [0.1, 0.2, 0.3]})
+    attempt(
+        "bert",
+        "lambda must be a number",
+        "one for each of the 2 layers",
+        layers=[0, 1],
+        **{"lambda": [0.1, 0.2, 0.3]},
+    )
 
 
 def test_code_of_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

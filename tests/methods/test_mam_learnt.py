@@ -311,6 +311,22 @@ class TestTraining:
         model.eval()
         assert torch.equal(encode(model), encode(copy.deepcopy(model)))
 
+    @pytest.mark.parametrize("told_by", ["gradients", "mode"])
+    def test_what_is_written_through_data(self, told_by):
+        """By a loop without an optimiser, and by averaged weights that take the place of the trained ones."""
+        model = learnt(build("bert", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)).train()
+        for step in range(2):
+            weigh(encode(model)).backward()
+            encode(model)
+            for each in model.parameters():
+                if each.grad is not None:
+                    each.data -= 1e-3 * each.grad
+            if told_by == "gradients":
+                model.zero_grad()
+            else:
+                model.train(step == 1)
+            assert torch.equal(encode(model), encode(copy.deepcopy(model)))
+
     def test_a_backward_pass_after_a_step_is_refused(self):
         model = learnt(build("wav2vec2"))
         loss = weigh(encode(model))
@@ -522,6 +538,22 @@ class TestFolding:
             folded.save_pretrained(tmp_path / "folded")
             again = mmtransfer.load(tmp_path / "folded", TINY["wav2vec2"].build())
             torch.testing.assert_close(again(inputs).logits, expected)
+
+    def test_a_model_that_is_not_folded_is_not_merged(self):
+        """Its parameters are not the weights that it computes with."""
+        model, plain = learnt(build("wav2vec2")), build("wav2vec2")
+        before = copy.deepcopy(model.state_dict())
+        for target, source, name in ((model, plain, "target"), (plain, model, "source")):
+            for call in (
+                lambda target=target, source=source: mam.merge(target, source, 0.5),
+                lambda target=target, source=source: mam.merge(target, mam.Noise(source), 0.5),
+                lambda target=target, source=source: mam.sweep(target, source, [0.5], encode),
+            ):
+                with pytest.raises(ValueError, match=f"the {name} has learnt merging .* fold it first"):
+                    call()
+        assert_same(model.state_dict(), before)
+        mam.merge(plain, mam.fold(model), 1.0)
+        torch.testing.assert_close(encode(plain), encode(model))
 
     def test_a_prepared_model_with_adapters_is_left_alone(self):
         model = build("wav2vec2")

@@ -568,6 +568,31 @@ class TestBadInput:
             merge(out=good, dtype=torch.bfloat16)
         assert good[0].eq(7).all(), "written before all was checked"
 
+    @pytest.mark.parametrize("backend", ["auto", "reference"])
+    def test_out_over_memory_of_other_pairs(self, backend: str) -> None:
+        """Pairs are computed in no order: a swap or a tied weight would depend on it."""
+        memory = torch.arange(40.0)
+        a, b = memory[:16].view(4, 4), memory[16:32].view(4, 4)
+        ones, other = torch.ones(4, 4), torch.empty(4, 4)
+        shifted = memory[1:17].view(4, 4)
+        merge = functools.partial(mmkernels.merge, lam=0.5, backend=backend)
+        for call, message in (
+            (lambda: merge([a, a], [ones, ones], out=[a, a]), r"out\[1\] shares memory with out\[0\]"),
+            (lambda: merge([a, b], [ones, ones], out=[b, a]), r"out\[1\] shares memory with target\[0\]"),
+            (lambda: merge([ones], [a], out=[shifted]), r"out\[0\] shares memory with source\[0\]"),
+            (lambda: merge([a, a], [ones, ones], out=[a, other]), r"out\[0\] shares memory with target\[1\]"),
+        ):
+            before = memory.clone()
+            with pytest.raises(ValueError, match=message):
+                call()
+            assert torch.equal(memory, before)
+        share = torch.full((1,), 0.5)
+        with pytest.raises(ValueError, match=r"out\[0\] shares memory with lam"):
+            mmkernels.merge([torch.ones(1)], [torch.ones(1)], share, out=[share], backend=backend)
+        # A tensor that is read by several pairs, neighbours in one memory, and a transpose, which is copied.
+        mmkernels.merge([a, b], [ones, ones], 0.5, out=[a, b], backend=backend)
+        mmkernels.merge([a.mT, b], [b, ones], 0.5, out=[a, other], backend=backend)
+
     def test_float64_goes_with_float64(self) -> None:
         target, source = pairs((2, 3), (4,))
         wide = [t.double() for t in target]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -124,8 +126,8 @@ def merge(
         groups: For each pair the index of its entry of ``lam``, as Python integers.
         dtype: Of the results; by default each has its target's.
         out: Contiguous tensors of the shapes and dtypes of the results: they are written and returned, and
-            there is no gradient. ``out[k]`` may be ``target[k]`` or ``source[k]`` itself, and all may be in
-            one buffer. Where an ``out`` overlaps another tensor of the call, values are undefined.
+            there is no gradient. ``out[k]`` may be ``target[k]``, or ``source[k]``, itself; otherwise it
+            shares no memory with another tensor of the call.
         backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` or ``"reference"``.
 
     Returns:
@@ -145,8 +147,8 @@ def merge(
     Raises:
         TypeError: A value of the wrong type or dtype.
         ValueError: Lengths, shapes, devices or dtypes that do not match, a group that ``lam`` has no entry
-            for, a value of ``lam`` that is not finite, ``out`` where a gradient is needed, or a backend that
-            cannot serve.
+            for, a value of ``lam`` that is not finite, ``out`` where a gradient is needed or over memory that
+            another pair reads or writes, or a backend that cannot serve.
         RuntimeError: In the backward pass: an input was overwritten since the forward pass.
 
     Source: the merged attention of MAM and L-MAM (arXiv 2312.14378).
@@ -176,6 +178,8 @@ def merge(
     try:
         if out is not None:
             _check_no_gradient(weights, target, source, out)
+            if not torch.compiler.is_compiling():
+                _check_overlap(weights, target, source, out)
         if backend == "reference":
             merged = reference.merge(target, source, weights, groups=groups, dtype=dtype)
             return merged if out is None else _copy_into(out, merged)
@@ -399,3 +403,47 @@ def _check_no_gradient(
             "merge: out is written without a gradient, and lam, target, source or out requires one; "
             "call it under torch.no_grad(), or without out"
         )
+
+
+def _check_overlap(
+    weights: Tensor, target: Sequence[Tensor], source: Sequence[Tensor], out: Sequence[Tensor]
+) -> None:
+    """ValueError for a result that would be written over something that is still to be read or written: pairs
+    are computed in no order."""
+    spans = sorted((*_span(tensor), index) for index, tensor in enumerate(out) if _has_memory(tensor))
+    for (_, end, first), (begin, _, second) in pairwise(spans):
+        if begin < end:
+            raise ValueError(
+                f"merge: out[{second}] shares memory with out[{first}]; each result must have its own, and a "
+                "tensor that is there twice, as a tied weight, must be given once"
+            )
+    begins = [begin for begin, _, _ in spans]
+    read = {"target": target, "source": source, "lam": [weights]}
+    for name, tensors in read.items():
+        for index, tensor in enumerate(tensors):
+            # One that is not contiguous is copied before anything is written.
+            if not spans or not _has_memory(tensor) or not tensor.is_contiguous():
+                continue
+            begin, end = _span(tensor)
+            place = bisect_right(begins, begin)
+            for out_begin, out_end, pair in spans[max(place - 1, 0) :]:
+                if out_begin >= end:
+                    break
+                itself = name != "lam" and (pair, out_begin, out_end) == (index, begin, end)
+                if out_end > begin and not itself:
+                    which = name if name == "lam" else f"{name}[{index}]"
+                    raise ValueError(
+                        f"merge: out[{pair}] shares memory with {which}; it may be target[{pair}] or "
+                        f"source[{pair}] itself, and overlap no other tensor"
+                    )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    # Subclasses, such as the tensors of a trace, may have no address.
+    return type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """First byte of a contiguous tensor, and the one behind its last."""
+    begin = tensor.data_ptr()
+    return begin, begin + tensor.numel() * tensor.element_size()

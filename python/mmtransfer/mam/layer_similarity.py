@@ -80,7 +80,8 @@ def similarity(
         seed: of the directions.
 
     Raises:
-        ValueError: models that cannot be merged, different numbers of samples, or none.
+        ValueError: models that cannot be merged, different numbers of samples, or none, something that is no
+            batch, or hidden states that are not finite.
     """
     own, other = (each if isinstance(each, Encoder) else Encoder(each) for each in (target, source))
     mapped = layer_pairs(own, other, layer_map)
@@ -93,6 +94,12 @@ def similarity(
             f"{mine.shape[1]} and {theirs.shape[1]}"
         )
     theirs = theirs[list(mapped)]
+    for name, states in (("target", mine), ("source", theirs)):
+        if bad := [layer for layer, each in enumerate(states) if not each.isfinite().all()]:
+            raise ValueError(
+                f"the {name} has hidden states that are not finite, first in layer {bad[0]}; they have no "
+                "distance: look for NaN in its inputs and weights"
+            )
     unit = torch.randn(mine.shape[2], directions, generator=torch.Generator().manual_seed(seed)).to(mine)
     unit = unit / unit.norm(dim=0)
     sliced = (mine @ unit).sort(dim=1).values - (theirs @ unit).sort(dim=1).values
@@ -107,6 +114,8 @@ def similarity(
 def pool(model: nn.Module | Encoder, batches: Iterable[Any]) -> torch.Tensor:
     """The mean of each layer's output over each sample's valid frames: `(L, N, D)` float32, on the CPU."""
     encoder = model if isinstance(model, Encoder) else Encoder(model)
+    if isinstance(batches, (torch.Tensor, Mapping)):
+        raise ValueError(f"batches must be an iterable of batches, such as [batch], got {_kind(batches)}")
     found: list[list[torch.Tensor]] = [[] for _ in encoder.all_layers]
     with _evaluating(encoder.model), torch.no_grad():
         for batch in batches:
@@ -126,7 +135,7 @@ def _arguments(encoder: Encoder, batch: Any) -> tuple[dict[str, Any], torch.Tens
     if not isinstance(given.get(row.main_input), torch.Tensor):
         raise ValueError(
             f"a batch for {row.model_type} must be a tensor, {row.main_input}, or a dictionary that has it; "
-            f"got {', '.join(map(str, given)) or 'an empty one'}"
+            f"got {_kind(batch)}"
         )
     device = next(encoder.model.parameters()).device
     call = {
@@ -141,6 +150,14 @@ def _arguments(encoder: Encoder, batch: Any) -> tuple[dict[str, Any], torch.Tens
         if int(counts.min()) < 1:
             raise ValueError("each sample must have at least one valid frame")
     return call, counts
+
+
+def _kind(batch: Any) -> str:
+    """What was given for a batch, for a message."""
+    if isinstance(batch, Mapping):
+        kinds = ", ".join(f"{name} ({type(value).__name__})" for name, value in batch.items())
+        return f"a dictionary with {kinds or 'nothing'}"
+    return type(batch).__name__
 
 
 @contextmanager

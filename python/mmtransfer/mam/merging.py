@@ -154,12 +154,17 @@ def _fitted(pairs: Pairs) -> list[torch.Tensor]:
 
 
 def fit(source: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """A source on the target's device, and in its dtype where float64 meets another, which the op refuses."""
+    """A source on the target's device, and in its dtype where float64 meets another, which the op refuses.
+
+    ValueError for one without values.
+    """
+    if source.is_meta and not target.is_meta:
+        raise ValueError("the source is on the meta device and has no values to merge; load its weights")
     dtype = target.dtype if torch.float64 in (source.dtype, target.dtype) else source.dtype
     return source.detach().to(target.device, dtype)
 
 
-def check_lam(lam: Any, pairs: Pairs) -> tuple[float, ...]:
+def check_lam(lam: Any, pairs: Pairs, name: str = "lam") -> tuple[float, ...]:
     """One share for each layer. ValueError for another number of them, or one outside [0, 1]."""
     count = len(pairs.layers)
     values = lam.tolist() if isinstance(lam, torch.Tensor) else lam
@@ -167,8 +172,8 @@ def check_lam(lam: Any, pairs: Pairs) -> tuple[float, ...]:
     numbers = all(isinstance(each, (int, float)) and not isinstance(each, bool) for each in values)
     if len(values) != count or not numbers or not all(0 <= each <= 1 for each in values):
         raise ValueError(
-            f"lam must be a number in [0, 1], or one for each of the {count} layers, got {lam!r}; it is the "
-            "share of the source"
+            f"{name} must be a number in [0, 1], or one for each of the {count} layers, got {lam!r}; it is "
+            "the share of the source"
         )
     return tuple(float(each) for each in values)
 

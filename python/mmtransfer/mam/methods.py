@@ -47,7 +47,8 @@ class LMAM(LayerEditMethod):
         per: "layer" or "matrix" (each layer or projection has its own share), or "global" (all have one).
         constraint: "none", "clamp" or "sigmoid", as in `mmkernels.nn.Merge`.
         initial: share of the source at the start.
-        lambda_rate: learning rate of the shares, which have no weight decay.
+        lambda_rate: learning rate of the shares, which have no weight decay, in `finetune` and `compare`; an
+            optimiser of yours needs a group for them (docs/methods.md).
         train_target: train the whole encoder, as full fine-tuning does; false trains the shares alone.
         projections: those that are merged, of "q", "k" and "v".
         bias: merge the target's biases too.

@@ -14,6 +14,7 @@ from torch import nn
 
 from mmtransfer.encoders.encoder import Encoder, resolve_layers
 
+from .learnable import find_merging
 from .projections import PARTS, Projection, find_projections, num_heads
 
 _STANDARD, _TARGET = "0,1", "target"
@@ -39,6 +40,15 @@ class Noise:
     def __post_init__(self) -> None:
         if isinstance(self.like, (Noise, type(None))) or self.like == "":
             raise ValueError(f'like must be "0,1", "target" or a source, got {self.like!r}')
+        text = self.like.replace(" ", "").lower() if isinstance(self.like, str) else None
+        if text in (_STANDARD, _TARGET):
+            # The paper writes N(Target).
+            object.__setattr__(self, "like", text)
+        elif text == "source" and not Path(self.like).exists():
+            raise ValueError(
+                "like must be the source itself for the paper's N(Source), a model, a folder or a hub "
+                f"name, got {self.like!r}"
+            )
         if not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
 
@@ -103,9 +113,11 @@ def find_pairs(
     """
     encoder = target if isinstance(target, Encoder) else Encoder(target)
     source = open_source(source)
+    like = source.like if isinstance(source, Noise) else source
+    _check_plain("target", encoder)
+    _check_plain("source", like)
     indices = choose_layers(encoder, layers)
     own = find_projections(encoder, indices, parts, bias=bias)
-    like = source.like if isinstance(source, Noise) else source
     heads: tuple[int | None, int | None] = (num_heads(encoder), None)
     partners: list[Projection | None] = [None] * len(own)
     if isinstance(like, Encoder):
@@ -152,6 +164,15 @@ def open_source(source: Source) -> Encoder | Noise:
     from mmtransfer.encoders.loading import load_model
 
     return Encoder(load_model(source, speech=False))
+
+
+def _check_plain(name: str, model: Any) -> None:
+    """ValueError for a model that learns to merge: its parameters are not those that it computes with."""
+    if isinstance(model, Encoder) and find_merging(model.root) is not None:
+        raise ValueError(
+            f"the {name} has learnt merging (l-mam) in force, and computes with other weights than its "
+            "parameters; fold it first (mmtransfer.mam.fold)"
+        )
 
 
 def describe_source(source: Any) -> str:

@@ -40,7 +40,7 @@ def plan_attention(recipe: AttentionRecipe, target: Checkpoint, source: Checkpoi
         # Said by `_heads` instead.
         warnings.simplefilter("ignore")
         pairs = find_pairs(own.encoder, theirs.encoder, **recipe.options)
-    lam = check_lam(recipe.lam, pairs)
+    lam = check_lam(list(recipe.lam) if isinstance(recipe.lam, tuple) else recipe.lam, pairs, "lambda")
     patches: dict[str, list[Patch]] = {}
     for pair, group in zip(pairs.pairs, pairs.groups, strict=True):
         stored = _find(own, pair.target)

@@ -77,7 +77,15 @@ def read_recipe(content: Any) -> LinearRecipe | AttentionRecipe:
     raise ValueError(f"merge_method must be linear or mam, got {method!r}")
 
 
-def _read_linear(content: Mapping[str, Any]) -> LinearRecipe:
+def _without_nulls(value: Any) -> Any:
+    """A recipe without the keys whose value is null: mergekit takes them as if they were not there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(each) for key, each in value.items() if each is not None}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
+
+
+def _read_linear(content: dict[str, Any]) -> LinearRecipe:
+    content = _without_nulls(content)
     _check_keys("", content, _LINEAR)
     given = content.get("models")
     if not isinstance(given, list) or len(given) < 2:
