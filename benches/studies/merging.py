@@ -1,4 +1,4 @@
-"""What merging a text model's attention does to a speech recogniser, on the recordings of `make demo`.
+"""The effect of merging a text model's attention on a speech recogniser, on the recordings of `make demo`.
 
 ``python -m benches.studies.merging`` trains linear CTC heads on the last layer of Whisper tiny.en's frozen
 encoder, merges MiniLM-L6's queries, keys and values into it (MAM, arXiv 2312.14378) at several lambdas, with

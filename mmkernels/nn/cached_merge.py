@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.nn.merge import _Clamp
+from mmkernels.nn.merge import constrain
 from mmkernels.ops import _common, _derivatives
 from mmkernels.ops.merge import merge, reference
 from mmkernels.ops.merge.schema import OPS
@@ -25,19 +25,14 @@ class Block:
         target: the tensors that a share of the source is merged into.
         source: as many, of the same shapes; no gradient flows to them.
         groups: for each pair the index of its entry of ``weights``.
+        passed: whether a backward pass has gone through the node.
     """
 
     weights: Tensor
     target: list[Tensor]
     source: list[Tensor]
     groups: list[int]
-
-
-def constrain(weights: Tensor, constraint: str) -> Tensor:
-    """The shares of the source that ``weights`` stand for; see ``mmkernels.nn.Merge``."""
-    if constraint == "sigmoid":
-        return weights.sigmoid()
-    return _Clamp.apply(weights) if constraint == "clamp" else weights
+    passed: bool = False
 
 
 def can_reuse() -> bool:
@@ -116,6 +111,7 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         block = ctx.block
+        block.passed = True
         _check_versions(block, ctx.versions)
         need_weights, *need_targets = ctx.needs_input_grad[3:]
         used = [

@@ -51,27 +51,18 @@ class Merge(nn.Module):
             raise ValueError(f"num_groups must be at least 1, got {num_groups}")
         if constraint not in CONSTRAINTS:
             raise ValueError(f"constraint must be one of {', '.join(CONSTRAINTS)}, got {constraint!r}")
-        allowed, interval = {
-            "none": (math.isfinite(init), "finite"),
-            "clamp": (0 <= init <= 1, "in [0, 1]"),
-            "sigmoid": (0 < init < 1, "between 0 and 1"),
-        }[constraint]
-        if not allowed:
-            raise ValueError(f"init must be {interval} with constraint={constraint!r}, got {init}")
+        check_start("init", init, constraint)
         self.num_groups, self.init, self.constraint, self.backend = num_groups, init, constraint, backend
         self.weights = nn.Parameter(torch.empty(num_groups))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        start = math.log(self.init / (1 - self.init)) if self.constraint == "sigmoid" else self.init
-        nn.init.constant_(self.weights, start)
+        nn.init.constant_(self.weights, start_value(self.init, self.constraint))
 
     @property
     def lam(self) -> Tensor:
         """``(G,)``, the share of the source in each group."""
-        if self.constraint == "sigmoid":
-            return self.weights.sigmoid()
-        return _Clamp.apply(self.weights) if self.constraint == "clamp" else self.weights
+        return constrain(self.weights, self.constraint)
 
     def forward(
         self,
@@ -89,6 +80,29 @@ class Merge(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_groups}, init={self.init}, constraint={self.constraint!r}"
+
+
+def constrain(weights: Tensor, constraint: str) -> Tensor:
+    """The shares of the source that ``weights`` stand for; see :class:`Merge`."""
+    if constraint == "sigmoid":
+        return weights.sigmoid()
+    return _Clamp.apply(weights) if constraint == "clamp" else weights
+
+
+def start_value(share: float, constraint: str) -> float:
+    """The number that :func:`constrain` makes ``share`` of."""
+    return math.log(share / (1 - share)) if constraint == "sigmoid" else share
+
+
+def check_start(name: str, share: float, constraint: str) -> None:
+    """ValueError, with the name, for a share that training cannot start from."""
+    allowed, interval = {
+        "none": (math.isfinite(share), "finite"),
+        "clamp": (0 <= share <= 1, "in [0, 1]"),
+        "sigmoid": (0 < share < 1, "between 0 and 1"),
+    }[constraint]
+    if not allowed:
+        raise ValueError(f"{name} must be {interval} with constraint={constraint!r}, got {share}")
 
 
 class _Clamp(torch.autograd.Function):

@@ -13,10 +13,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = (
-    *("aat", "baselines", "hff", "mam"),
-    *("compare", "data", "encoders", "registry", "tasks", "training"),
-)
+_MODULES = ("aat", "baselines", "compare", "data", "encoders", "hff", "mam", "registry", "tasks", "training")
 _NAMES = {
     "AdaptedModel": "model",
     "Edit": "encoders",

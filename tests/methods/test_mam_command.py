@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,12 @@ from tiny_encoders import TINY
 from transformers import AutoModel, AutoModelForCTC, BertConfig, BertForMaskedLM, Wav2Vec2FeatureExtractor
 
 from mmtransfer import mam
+from mmtransfer.mam.files import pieces
 from mmtransfer.mam.files.checkpoint import Stored
 from mmtransfer.mam.files.pieces import cut
 from mmtransfer.mam.files.plan import Entry, Term
+from mmtransfer.mam.files.streams import Reader
+from mmtransfer.mam.files.weights import find_depths
 from mmtransfer.model_files import read_header
 
 
@@ -112,6 +116,14 @@ def test_lists_run_over_the_layers_and_filters_choose_tensors(tmp_path: Path) ->
     }  # fmt: skip
     assert values([*filters, {"value": 9}], "default", weight=0.25)["embed.weight"] == 9
     assert values([{"filter": "*", "value": 8}], "any")["layers.0.mlp.bias"] == 8
+    assert values({"filter": "attn", "value": 8}, "alone", weight=0)["layers.0.attn.q.weight"] == 8
+
+
+def test_a_layer_that_is_alone_is_the_last() -> None:
+    """As in mergekit."""
+    assert find_depths(["layers.0.q", "blocks.0.q", "blocks.2.q", "blocks.1.q", "norm"]) == {
+        "layers.0.q": 1, "blocks.0.q": 0, "blocks.1.q": 0.5, "blocks.2.q": 1, "norm": 0,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("files_in", [1, 3])
@@ -337,6 +349,37 @@ def test_attention_of_models_with_heads_in_other_dtypes(tmp_path: Path) -> None:
     same({name: each.bfloat16() for name, each in wide.state_dict().items()}, found.state_dict())
     mam.merge(own, theirs, 0.2, match_rms=True)
     same(found.state_dict(), own.state_dict())
+
+
+def test_fused_weights_are_read_once_and_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor with matrices to merge is in memory as a whole."""
+    running, most, read = [0], [0], []
+    patch, read_whole = pieces._patch, Reader.read_whole
+
+    def watched(*arguments: Any) -> int:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        count = patch(*arguments)
+        running[0] -= 1
+        return count
+
+    def noted(self: Reader, stored: Stored) -> torch.Tensor:
+        read.append(stored)
+        return read_whole(self, stored)
+
+    monkeypatch.setattr(pieces, "_patch", watched)
+    monkeypatch.setattr(Reader, "read_whole", noted)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
+    places = {side: str(tmp_path / side) for side in ("target", "source")}
+    for place in places.values():
+        TINY["gpt2"].build().save_pretrained(place)
+    merged({"merge_method": "mam", **places, "lambda": 0.2}, tmp_path / "out")
+    assert most == [1]
+    # The target's and the source's, of four layers.
+    assert len(read) == len(set(read)) == 8
 
 
 def test_heads_of_other_numbers_are_said(tmp_path: Path) -> None:

@@ -213,6 +213,19 @@ def test_attention_of_models_that_do_not_fit(tmp_path: Path) -> None:
     )
 
 
+def test_code_of_a_checkpoint_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers would ask on the terminal; the answer is no."""
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    TINY["hubert"].build().save_pretrained(tmp_path / "hubert")
+    foreign = save(
+        tmp_path / "foreign", random_tensors(1), model_type="foreign", auto_map={"AutoConfig": "own.Own"}
+    )
+    (foreign / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    recipe = {**MAM, "target": str(tmp_path / "hubert"), "source": str(foreign)}
+    refused(recipe, tmp_path / "out", "no model can be built from the config.json of", "custom code")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_the_output_is_respected(pair: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = pair
     recipe, out = linear((a, 1), (b, 1)), tmp_path / "out"

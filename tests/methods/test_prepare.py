@@ -149,7 +149,7 @@ class TestErrors:
             ("aat-m", {"rewrite": True, "activation": "relu"}, "nothing to rewrite: .*'gelu'"),
             ("hff-b", {}, "hff-b has a readout"),
             ("hff-b+aat-ms", {}, r"hff-b\+aat-ms has a readout"),
-            ("aat-ms+aat-m", {}, "must be one method, or a readout"),
+            ("aat-ms+hff-b", {}, "must be one method, or a readout"),
         ],
     )
     def test_options(self, model, method, options, message):

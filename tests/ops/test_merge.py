@@ -420,6 +420,18 @@ class TestInto:
             mmkernels.merge(target, source, [0.3, 0.9], out=source, backend=backend)
             assert all(map(torch.equal, source, expected))
 
+    @pytest.mark.parametrize("dtype", FLOATS)
+    def test_parts_of_one_buffer(self, dtype: torch.dtype) -> None:
+        """At any address, in a call of so many elements that results are written around the caches."""
+        shapes = [(5,), (2, CHUNK + 1), (62, CHUNK), (7,)]
+        target, source = pairs(*shapes, dtype=dtype)
+        sizes = [t.numel() for t in target]
+        flat = torch.full((sum(sizes) + 2,), 7.0, dtype=dtype)
+        out = [part.view(s) for part, s in zip(flat[1:-1].split(sizes), shapes, strict=True)]
+        mmkernels.merge(target, source, 0.3, out=out)
+        assert all(map(torch.equal, out, mmkernels.merge(target, source, 0.3)))
+        assert flat[0] == flat[-1] == 7
+
     def test_parameters_in_place(self) -> None:
         target, source = pairs((3, 4), (5,))
         expected = mmkernels.merge(target, source, 0.3)

@@ -2,7 +2,7 @@
 //
 // Tensors are contiguous and cut into chunks of kMergeChunk elements. d_lam[g] is the sum of grad * (source -
 // target) over the pairs of group g: one partial sum for each chunk, added in the order of pairs and chunks.
-// So it is the same whatever the number of threads or multiprocessors.
+// It does not depend on the number of threads or multiprocessors.
 #pragma once
 
 #include <cstddef>

@@ -79,7 +79,7 @@ def _reference_gradients(
     need_target: list[int],
     need_source: list[int],
 ) -> tuple[Tensor | None, list[Tensor | None], list[Tensor | None]]:
-    """What the op returns for these arguments, computed by the reference."""
+    """The results of the op for these arguments, by the reference."""
     _, asked, dtype, _ = ctx.options
     count = len(target)
 

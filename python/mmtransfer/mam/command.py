@@ -41,7 +41,7 @@ def merge(
         output: folder for the result.
         max_shard_size: of a file of weights, such as 500MB.
         overwrite: replace an earlier merge in OUT, in one step at the end.
-        dry_run: print what each tensor would be made of, and write nothing.
+        dry_run: print the origin of each tensor, and write nothing.
     """
     limit = _read_size(max_shard_size)
     if output is None and not dry_run:
@@ -75,7 +75,7 @@ def _read_size(text: str) -> int:
 
 
 def _read(path: Path) -> tuple[str, Any]:
-    """The text of a recipe, and what it holds."""
+    """The text of a recipe, and its content."""
     try:
         text = path.expanduser().read_text(encoding="utf-8")
         return text, values.parse(text)
@@ -130,7 +130,7 @@ def _count(plan: Plan) -> str:
 
 
 def _describe(plan: Plan) -> Iterator[str]:
-    """A line for each tensor: name, shape, dtype, and what it is made of; then the totals."""
+    """A line for each tensor: name, shape, dtype and origin; then the totals."""
     rows = [(entry.name, _shape(entry), entry.dtype, _origin(entry, plan)) for entry in plan.entries]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     for row in rows:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers.pytorch_utils import Conv1D
 
 import mmkernels
-from mmkernels.nn.cached_merge import Block, can_reuse, constrain, merge_blocks
+from mmkernels.nn.cached_merge import Block, can_reuse, merge_blocks
+from mmkernels.nn.merge import constrain
 from mmtransfer.encoders.autocast import autocast_dtype
 from mmtransfer.encoders.edit import Edit
 from mmtransfer.encoders.encoder import Encoder
@@ -27,7 +27,7 @@ CHILD = "attention_merge"
 
 
 class LayerMerge(nn.Module):
-    """What L-MAM adds to a layer: the source's matrices, which are buffers, and the layer's own shares.
+    """The part of L-MAM in a layer: the source's matrices, which are buffers, and the layer's own shares.
 
     Attributes:
         lam: `(1,)`, or one for each projection; before the constraint. None where the lowest merged layer has
@@ -98,6 +98,7 @@ class _Held:
     """Merged parameters, and the state of everything that they were made of."""
 
     values: list[torch.Tensor]
+    blocks: list[Block]
     states: list[tuple[Any, ...]]
     steps: int
     dtype: torch.dtype | None
@@ -105,17 +106,13 @@ class _Held:
     inference: bool
     #: Aliases that keep the memory, so that no other tensor has its address.
     aliases: list[torch.Tensor]
-    #: Slots, and whether it is the share, of tensors that have been seen with a gradient.
-    graded: set[tuple[int, bool]] = field(default_factory=set)
 
 
 class Merging:
     """The merged attention of an encoder. It is made when the first projection is called, in one call for all
-    layers, and used until a share, a weight, the optimiser or autocast's dtype changes.
-
-    No version counter sees what is written through `.data`, as some averages of weights and training loops
-    without an optimiser do. All is merged again too when gradients have been cleared, as each step does, and
-    when the model goes from training to evaluation or back.
+    layers, and used until a share, a weight, autocast's dtype or the mode (`train`, `eval`) changes, an
+    optimiser takes a step, or gradients are set to None. Writes through `.data` alone are not seen before one
+    of these.
 
     Refers to modules and not to their tensors, so that a deep copy of the model has its own.
 
@@ -182,32 +179,27 @@ class Merging:
             held.steps == _Steps.count
             and held.dtype == dtype
             and held.states[index] == state
+            and not self._is_stepped(held, index)
             and (held.graph or not (torch.is_grad_enabled() and any(state[-1])))
             and (not held.inference or torch.is_inference_mode_enabled())
-            and not self._cleared(held, index)
         )
 
-    def _cleared(self, held: _Held, index: int) -> bool:
-        """Whether a gradient that was there since the merge is gone."""
+    def _is_stepped(self, held: _Held, index: int) -> bool:
+        """Whether the gradients of a backward pass are gone: a step that no optimiser has told of."""
         slot = self.slots[index]
-        tensors: tuple[Any, ...] = (slot.projection.parameter, self.layers[slot.layer].shares.lam)
-        for is_share, tensor in enumerate(tensors):
-            key = index, bool(is_share)
-            if tensor.grad is not None:
-                held.graded.add(key)
-            elif key in held.graded:
-                return True
-        return False
+        trained = self.layers[slot.layer].shares.lam, slot.projection.parameter
+        gone = all(each.grad is None for each in trained if each is not None and each.requires_grad)
+        return gone and held.blocks[slot.layer].passed
 
     def _state(self, slot: Slot) -> tuple[Any, ...]:
-        """Where the tensors behind a slot are, how often they were written, the mode of the layer, and which
-        want a gradient."""
+        """The mode, and of the tensors behind a slot: places, how often written, which want a gradient."""
         layer = self.layers[slot.layer]
         sources = (layer.own._buffers[layer.buffers[place]] for place in slot.places.values())
         tensors: tuple[Any, ...] = (slot.projection.parameter, layer.shares.lam, *sources)
         written = tuple([0 if each.is_inference() else each._version for each in tensors])
         places = tuple([each.data_ptr() for each in tensors])
-        return written, places, layer.own.training, (tensors[0].requires_grad, tensors[1].requires_grad)
+        training = slot.projection.owner.training
+        return training, written, places, (tensors[0].requires_grad, tensors[1].requires_grad)
 
     def _merge(self, dtype: torch.dtype | None) -> _Held:
         # The old values are dropped first: both need not be there at once.
@@ -226,7 +218,7 @@ class Merging:
         aliases += [tensor for block in blocks for tensor in (block.weights.detach(), *block.source)]
         self.count += 1
         graph, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        return _Held(values, states, steps, dtype, graph, inference, aliases)
+        return _Held(values, blocks, states, steps, dtype, graph, inference, aliases)
 
     def _value_of_now(self, slot: Slot) -> torch.Tensor:
         """The merged parameter of a slot, of this call alone."""
@@ -347,8 +339,3 @@ def install(edit: Edit, encoder: Encoder, merging: Merging) -> None:
 def find_merging(model: nn.Module) -> Merging | None:
     """The merged attention in a model that has L-MAM in force."""
     return next((each.merging for each in model.modules() if isinstance(each, LayerMerge)), None)
-
-
-def start_value(initial: float, constraint: str) -> float:
-    """The trained number that stands for a share."""
-    return math.log(initial / (1 - initial)) if constraint == "sigmoid" else initial

@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge` did; `print` shows it.
+    """The report of `merge`; `print` shows it.
 
     Attributes:
         layers: of the target that were merged.

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mmkernels.backends import BACKENDS
-from mmkernels.nn.merge import CONSTRAINTS
+from mmkernels.nn.merge import CONSTRAINTS, check_start, start_value
 from mmtransfer.encoders.edit import Edit, restoring
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.precision import find_dtype
@@ -35,14 +35,16 @@ class LMAM(LayerEditMethod):
 
     A projection computes with `(1 - lam) * W + lam * W_source`. Its own W and lam are trained together; the
     source is frozen, and only the matrices that are merged are kept, in the checkpoint too, which needs no
-    source to be loaded. All layers are merged at once, when a step of the optimiser has changed something.
+    source to be loaded. All layers are merged at once, when a step of the optimiser has changed something;
+    values that are written through `.data` elsewhere count after the next `train()` or `eval()` that changes
+    the mode.
     `mmtransfer.mam.fold(model)` writes the merged weights into the model when training is over.
 
     Attributes:
         source: folder or hub name of a model as wide as the encoder, "N(0,1)" or "N(target)" for noise; in
             Python also a model, `Encoder(model, description)` or `mam.Noise`. Has to be given.
         layers: those that are merged; None for all up to the last tap.
-        per: what has a share of its own: "layer", "matrix" (each projection) or "global" (all have one).
+        per: "layer" or "matrix" (each layer or projection has its own share), or "global" (all have one).
         constraint: "none", "clamp" or "sigmoid", as in `mmkernels.nn.Merge`.
         initial: share of the source at the start.
         lambda_rate: learning rate of the shares, which have no weight decay, in `finetune` and `compare`; an
@@ -80,13 +82,7 @@ class LMAM(LayerEditMethod):
         super().__post_init__()
         check_parts(self.projections)
         check_number("lambda_rate", self.lambda_rate)
-        inside = 0 <= self.initial <= 1 if self.constraint == "clamp" else 0 < self.initial < 1
-        if self.constraint != "none" and not inside:
-            ends = "[0, 1]" if self.constraint == "clamp" else "]0, 1["
-            raise ValueError(
-                f"{self.name}: initial must be in {ends} with constraint {self.constraint!r}, "
-                f"got {self.initial!r}"
-            )
+        check_start(f"{self.name}: initial", self.initial, self.constraint)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LMAM:
         return self  # a copy of a trained model does not copy a source that is in memory
@@ -169,7 +165,7 @@ class LMAM(LayerEditMethod):
         groups = range(len(pairs)) if self.per == "matrix" else [0] * len(pairs)
         lam = None
         if self.per != "global" or not below:
-            start = learnable.start_value(self.initial, self.constraint)
+            start = start_value(self.initial, self.constraint)
             lam = torch.full((max(groups) + 1,), start, **edit.place(layer))
         own = edit.add(layer, CHILD, LayerMerge(sources, lam))
         owner = below[0].own if self.per == "global" and below else own

@@ -49,7 +49,7 @@ class Projection:
 
     @property
     def view(self) -> torch.Tensor:
-        """This part of the parameter: a weight `(D_out, D_in)` or a bias `(D_out,)`, whatever the layout."""
+        """This part of the parameter: a weight `(D_out, D_in)` or a bias `(D_out,)`, in every layout."""
         return self.select(self.parameter)
 
     def select(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -133,9 +133,7 @@ def _find(encoder: Encoder, index: int, part: str, kind: str) -> tuple[nn.Module
 def _check(projection: Projection, parameter: Any) -> None:
     """ValueError for a parameter that is not there as a plain one, or whose shape the layout rules out."""
     if type(parameter) is not nn.Parameter or not parameter.is_floating_point():
-        found = (
-            "none of its own" if parameter is None else f"a {type(parameter).__name__} of {parameter.dtype}"
-        )
+        found = "none" if parameter is None else f"a {type(parameter).__name__} of {parameter.dtype}"
         raise ValueError(
             f"layer {projection.layer}: the projection {projection.part!r} must have a plain floating "
             f"{projection.attribute}, got {found}; remove parametrisations and LoRA, which may be added "

@@ -1,4 +1,4 @@
-"""What is merged into a target: the projections of another model, or noise in place of them."""
+"""Sources of a merge: the projections of another model, or noise in place of them."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from mmtransfer.data.errors import DataError, first
 from mmtransfer.model_files import find_fault, read_header, read_json, weight_files
 
-#: What merging reads of a model on the hub.
-_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*")
+#: Files besides weights: configuration, tokenizer and the like.
+SETTINGS = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*")
 _CONVERT = (
     "convert it first: python -c \"from transformers import AutoModel; AutoModel.from_pretrained('{0}')"
     ".save_pretrained('{0}-safetensors')\" (or the Auto class of its head)"
@@ -94,7 +94,7 @@ def _find_folder(place: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(place, allow_patterns=list(_PATTERNS)))
+        return Path(snapshot_download(place, allow_patterns=["*.safetensors", *SETTINGS]))
     except Exception as error:
         # Its errors are those of several HTTP libraries.
         reason = " ".join(str(error).split())[:200].removesuffix(".")

@@ -40,11 +40,11 @@ def build_model(checkpoint: Checkpoint) -> nn.Module:
 
     DataError where transformers knows no such model.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
     try:
         with _quiet(), torch.device("meta"):
-            return AutoModel.from_config(AutoConfig.from_pretrained(checkpoint.folder))
+            return AutoModel.from_config(_read_config(checkpoint), trust_remote_code=False)
     except Exception as error:
         # Configurations and models of several kinds are behind this call; each has its own exceptions.
         reason = " ".join(str(error).split())[:300].removesuffix(".")
@@ -90,7 +90,7 @@ def _find_ties(checkpoint: Checkpoint, rename: Callable[[str], str]) -> Mapping[
         return {}
     try:
         with _quiet(), torch.device("meta"):
-            model = kind(transformers.AutoConfig.from_pretrained(checkpoint.folder))
+            model = kind(_read_config(checkpoint))
             model.tie_weights()
     except Exception:
         return {}
@@ -98,6 +98,13 @@ def _find_ties(checkpoint: Checkpoint, rename: Callable[[str], str]) -> Mapping[
     for name, parameter in model.named_parameters(remove_duplicate=False):
         groups.setdefault(id(parameter), []).append(rename(name))
     return {name: [other for other in group if other != name] for group in groups.values() for name in group}
+
+
+def _read_config(checkpoint: Checkpoint) -> Any:
+    from transformers import AutoConfig
+
+    # Said, because transformers would ask on the terminal whether to run code of the checkpoint.
+    return AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
 
 
 @contextlib.contextmanager

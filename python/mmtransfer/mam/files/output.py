@@ -46,7 +46,7 @@ def new_folder(
 ) -> Iterator[Path]:
     """A folder to fill, which takes the place of `path` in one step when the block ends without an error.
 
-    What a killed run has left is removed, and said through `note`. The folder is locked while it is filled:
+    Leftovers of killed runs are removed, and named through `note`. The folder is locked while it is filled:
     that of a process that has ended is not.
 
     Raises:

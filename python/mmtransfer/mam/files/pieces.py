@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 import mmkernels
 from mmtransfer.data.errors import DataError
 
+from .checkpoint import Stored
 from .plan import FLOATS, Entry, Patch
 from .streams import PIECE, TORCH, Reader, write_at
 
@@ -20,9 +22,8 @@ _PORTION = 32 << 20
 #: Weights of two tensors whose sum is this close to 1 are an interpolation.
 _CLOSE = 1e-9
 
-
-#: Tensors that are in memory as a whole at the same time, at most.
-_whole = threading.BoundedSemaphore(2)
+#: Held for a tensor that is in memory as a whole: one at a time.
+_whole = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -132,15 +133,17 @@ def _patch(piece: Piece, reader: Reader) -> int:
     entry = piece.entry
     own = reader.read_whole(entry.terms[0].stored)
     result = own.to(TORCH[entry.dtype])
+    # The three parts of a fused tensor are read once.
+    read = functools.lru_cache(maxsize=1)(reader.read_whole)
     for patch in entry.patches:
-        source = _source_of(patch, own, reader)
+        source = _source_of(patch, own, read)
         _merge(patch, own, source, result)
         _check_range(entry, [own, source], result)
     write_at(piece.file, result, piece.start)
     return entry.size
 
 
-def _source_of(patch: Patch, own: Tensor, reader: Reader) -> Tensor:
+def _source_of(patch: Patch, own: Tensor, read: Callable[[Stored], Tensor]) -> Tensor:
     """The matrix of the source, as it is merged into one of the target's tensor."""
     # Imported here: a linear merge needs no transformers, which takes seconds.
     from mmtransfer.mam.merging import fit
@@ -149,7 +152,7 @@ def _source_of(patch: Patch, own: Tensor, reader: Reader) -> Tensor:
     target = patch.target.select(own)
     if patch.stored is None or patch.source is None:
         return torch.zeros_like(target)
-    source = patch.source.select(reader.read_whole(patch.stored))
+    source = patch.source.select(read(patch.stored))
     return fit(match_scale(source, target) if patch.match_rms else source, target)
 
 

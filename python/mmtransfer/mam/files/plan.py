@@ -1,4 +1,4 @@
-"""What a merge will write: each tensor of the result, and of which stored tensors it is made."""
+"""The plan of a merge: each tensor of the result, and the stored tensors that it is made of."""
 
 from __future__ import annotations
 

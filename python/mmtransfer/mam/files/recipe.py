@@ -33,7 +33,7 @@ class LinearRecipe:
         target: index of the model whose names, configuration and other files the result has.
         normalize: divide the weights of each tensor by their sum.
         dtype: of the result's floating-point tensors; None: as the target has them.
-        missing: what becomes of tensors that not all models have: an error, or the target's are kept.
+        missing: of tensors that not all models have: an error, or the target's are kept.
     """
 
     models: tuple[tuple[str, Weights | None], ...]
@@ -63,7 +63,7 @@ class AttentionRecipe:
 
 
 def read_recipe(content: Any) -> LinearRecipe | AttentionRecipe:
-    """The recipe that YAML holds; ValueError names the key, what it is and what it may be."""
+    """The recipe that YAML holds; ValueError names the key, its value and those allowed."""
     if not content or not isinstance(content, dict):
         given = "nothing" if not content else type(content).__name__
         raise ValueError(

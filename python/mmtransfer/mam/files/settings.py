@@ -1,4 +1,4 @@
-"""What a result has besides weights: the target's configuration, tokenizer and other small files."""
+"""Files of a result besides weights: the target's configuration, tokenizer and other small ones."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import shutil
 from pathlib import Path
 
+from .checkpoint import SETTINGS
 from .plan import Plan
 from .recipe import DTYPES
 
-_COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "LICENSE*")
 #: Indices, and states of training runs.
 _LEFT = ("*.index.json", "trainer_state.json", "all_results.json", "train_results.json", "eval_results.json")
 
@@ -30,5 +30,5 @@ def write_settings(folder: Path, plan: Plan) -> None:
 def find_settings(folder: Path) -> list[Path]:
     """The files that are copied."""
     left = {path for pattern in _LEFT for path in folder.glob(pattern)}
-    found = {path for pattern in _COPIED for path in folder.glob(pattern) if path.is_file()}
+    found = {path for pattern in SETTINGS for path in folder.glob(pattern) if path.is_file()}
     return sorted(found - left)

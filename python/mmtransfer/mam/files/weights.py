@@ -32,7 +32,8 @@ class Weights:
 
 
 def read_weights(where: str, value: Any) -> Weights:
-    """The weights that a recipe gives under `where`; ValueError says what they may be."""
+    """The weights that a recipe gives under `where`; ValueError names those allowed."""
+    value = [value] if isinstance(value, dict) else value
     if isinstance(value, list) and value and all(isinstance(each, dict) for each in value):
         return Weights(tuple(_read_filter(f"{where}[{i}]", each) for i, each in enumerate(value)))
     return Weights(((None, _read_values(where, value)),))
@@ -74,15 +75,15 @@ def _interpolate(values: Sequence[float], depth: float) -> float:
 
 
 def find_depths(names: Iterable[str]) -> dict[str, float]:
-    """The depth of each tensor: 0 in the first layer to 1 in the last of its list; 0 outside of layers."""
-    places: dict[str, tuple[str, int]] = {}
-    names = list(names)
-    for name in names:
-        if match := _LAYER.match(name):
-            places[name] = (name[: match.start(1)], int(match[1]))
+    """The depth of each tensor: 0 in the first layer to 1 in the last of its list (1 if it is the only one),
+    0 outside of layers."""
+    depths = dict.fromkeys(names, 0.0)
+    places = {
+        name: (name[: match.start(1)], int(match[1])) for name in depths if (match := _LAYER.match(name))
+    }
     deepest: dict[str, int] = {}
     for stack, index in places.values():
         deepest[stack] = max(index, deepest.get(stack, 0))
-    return {
-        name: places[name][1] / max(deepest[places[name][0]], 1) if name in places else 0.0 for name in names
-    }
+    for name, (stack, index) in places.items():
+        depths[name] = index / deepest[stack] if deepest[stack] else 1.0
+    return depths
