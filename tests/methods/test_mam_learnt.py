@@ -490,7 +490,7 @@ class TestWithAdapters:
 
     def test_lora_comes_afterwards(self):
         plain = build("wav2vec2")
-        with pytest.raises(ValueError, match=r"none of its own; remove .* LoRA, .* \(l-mam\+lora\)"):
+        with pytest.raises(ValueError, match=r"got none; remove .* LoRA, .* \(l-mam\+lora\)"):
             mmtransfer.prepare(plain, "lora+l-mam", source=source_of())
         expected = encode(plain)
         mmtransfer.prepare(plain, "l-mam+lora", source=source_of(), initial=0.0)
