@@ -422,7 +422,7 @@ def _edit(encoder: Encoder, name: str, methods: Sequence[EditMethod]) -> Edit:
             method.change(edit, encoder, layers)
         changed = [layer for layer in encoder.layers if any(layer in layers for layers in chosen)]
         add_recompute(edit, encoder, changed, kinds[0] if kinds else "none")
-    return edit
+        return edit
 
 
 def _check_option(method: Method, each: dataclasses.Field[Any], hint: Any) -> None:
