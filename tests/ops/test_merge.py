@@ -73,7 +73,7 @@ def raw(call: Call) -> list[tuple[Any, tuple[Any, ...]]]:
 
 
 def alone(call: Call, index: int) -> tuple[Call, Any]:
-    """A pair has the bits that it has in a call of its own."""
+    """A pair has the same bits as in a call without the others."""
     a = call.arguments
     lam, groups = a["lam"], a.get("groups")
     entry = groups[index] if groups else index % lam.numel()
