@@ -155,7 +155,7 @@ def study(recogniser: Recogniser, progress: Progress) -> list[Curve]:
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """Error against lambda with the controls, and error by the layers that are merged."""
-    figure = Figure(figsize=(9.6, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.6, 4.4), layout="constrained")
     over_lambda, by_layers = figure.subplots(1, 2, width_ratios=(1.35, 1))
     base = 100 * statistics.fmean(record["unmerged"])
     curves = [Curve(**{**each, "layers": tuple(each["layers"])}) for each in record["curves"]]
@@ -169,9 +169,11 @@ def draw(record: dict[str, Any], path: Path) -> None:
     over_lambda.set_ylim(30, 102)
     over_lambda.set_xlabel("lambda, the share of the source, in all layers")
     over_lambda.set_ylabel("character error, %")
-    over_lambda.legend(frameon=False, fontsize=8)
     _draw_blocks(by_layers, [each for each in curves if len(each.layers) < len(LAYER_MAP)], base)
-    for axes in (over_lambda, by_layers):
+    for axes, side in ((over_lambda, "left"), (by_layers, "right")):
+        # Below the axes, where no line or bar is.
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc=f"outside lower {side}", ncols=2, frameon=False, fontsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
 
@@ -195,7 +197,6 @@ def _draw_blocks(axes: Axes, curves: Sequence[Curve], base: float) -> None:
     axes.invert_yaxis()
     axes.set_xlim(34, None)
     axes.set_xlabel("character error, %")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def main() -> None:
