@@ -13,7 +13,13 @@ from mmtransfer.method import EditMethod
 from mmtransfer.tasks import Classification
 
 EDITS = [name for name, each in registry.methods().items() if issubclass(each, EditMethod)]
-IMPOSSIBLE = {("prompt", "wav2vec2-conformer"), ("prompt", "wav2vec2-bert"), ("lora", "wavlm")}
+IMPOSSIBLE = {
+    ("prompt", "wav2vec2-conformer"),
+    ("prompt", "wav2vec2-bert"),
+    ("prompt", "gpt2"),
+    ("lora", "wavlm"),
+    ("lora", "gpt2"),
+}
 
 
 @pytest.mark.parametrize("taps", [None, [0, 2]], ids=str)
