@@ -121,11 +121,24 @@ def test_figures_are_those_of_the_records() -> None:
     for line in printed.splitlines():
         if line.startswith("|"):
             assert line in README
-    record = json.loads((ROOT / "docs/demo.json").read_text())
-    for method in record["methods"]:
-        row = next(line for line in README.splitlines() if line.startswith(f"| `{method['name']}` |"))
-        assert f" {100 * method['score']:.1f}" in row
-        assert f" {method['trainable_parameters']:,} " in row
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [("demo", None), ("demo-merging", {"full": "`full`, three seeds", "l-mam": "`l-mam`"})],
+    ids=["demo", "merging"],
+)
+def test_rows_of_methods_are_those_of_the_records(name: str, rows: dict[str, str] | None) -> None:
+    record = json.loads((ROOT / f"docs/{name}.json").read_text())
+    methods = {method["name"]: method for method in record["methods"]}
+    for method, start in (rows or {method: f"`{method}`" for method in methods}).items():
+        result = methods[method]
+        row = next(line for line in README.splitlines() if line.startswith(f"| {start} |"))
+        assert f" {100 * result['score']:.1f}" in row
+        if result["spread"]:
+            assert f" ± {100 * result['spread']:.1f} |" in row
+        assert f" {result['trainable_parameters']:,} " in row
+        assert f" {result['seconds_per_epoch']:.1f} |" in row
 
 
 @pytest.mark.parametrize("block", blocks("python"))

@@ -175,6 +175,7 @@ def _insight(comparison: Comparison, name: str, number: int) -> str:
         for run in runs:
             axes.plot(centres, [run[key] for key in own], "o", color=colour, ms=3.5)
     axes.set_xticks(range(len(keys)), keys)
+    axes.set_ylabel(name)
     axes.axhline(0, color=_FAINT, linewidth=0.8)
     if len(methods) > 1:
         _legend(figure, axes)
