@@ -59,7 +59,7 @@ def _reference_gradients(
     """The gradients of frames and scores, computed by the reference."""
     _, asked, frames, reduce = ctx.options
     if x is None:  # the result is linear in the frames: its gradient is that at any of them
-        x = grad.new_zeros(grad.shape[0], frames, grad.shape[2])
+        x = ends.new_zeros((ends.shape[0], frames, grad.shape[2]), dtype=grad.dtype)
 
     def pool(x: Tensor, scores: Tensor | None) -> Tensor:
         if reduce == MAX:
