@@ -92,9 +92,9 @@ class Problem:
 
     def reference(self, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         """The reference's result in `dtype`, and its gradients of frames and scores."""
-        x = self.x.to(dtype).requires_grad_()
+        x = self.x.to(dtype, copy=True).requires_grad_()
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        scores = None if self.scores is None else self.scores.to(wide).requires_grad_()
+        scores = None if self.scores is None else self.scores.to(wide, copy=True).requires_grad_()
         out = reference.segment_pool(x, self.stops, reduce=self.reduce, scores=scores, counts=self.valid)
         leaves = [x] if scores is None else [x, scores]
         return out.detach(), list(torch.autograd.grad(out, leaves, self.grad.to(dtype)))

@@ -11,7 +11,7 @@ from mmkernels.ops._common import accumulate_dtype
 
 #: Values of the argument ``reduce``; the torch ops take their places.
 REDUCTIONS = ("mean", "sum", "max", "last", "attention")
-MAX, ATTENTION = REDUCTIONS.index("max"), REDUCTIONS.index("attention")
+MAX, LAST, ATTENTION = map(REDUCTIONS.index, ("max", "last", "attention"))
 
 
 def _forward_fake(

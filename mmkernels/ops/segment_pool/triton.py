@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmkernels.ops._common import accumulate_dtype
 from mmkernels.ops._triton import dense_rows, expect, expect_optional, loop_bound, on_device
-from mmkernels.ops.segment_pool.schema import ATTENTION, MAX, REDUCTIONS
+from mmkernels.ops.segment_pool.schema import ATTENTION, LAST, MAX, REDUCTIONS
 
 PIECE = 64
 #: Rows and columns that a program works on at a time: 32 elements a thread.
@@ -28,7 +28,7 @@ WIDEST_BLOCK = 512
 BLOCK_SEGMENTS = 256
 MEAN_CODE = tl.constexpr(REDUCTIONS.index("mean"))
 MAX_CODE = tl.constexpr(MAX)
-LAST_CODE = tl.constexpr(REDUCTIONS.index("last"))
+LAST_CODE = tl.constexpr(LAST)
 ATTENTION_CODE = tl.constexpr(ATTENTION)
 #: The frame of a maximum that has none yet.
 NO_FRAME = tl.constexpr(2**31 - 1)
@@ -160,6 +160,10 @@ def segment_pool_fwd_kernel(
     used = column < width
     row, segment, first, rows, place = piece_of(stops, unit, segments, tiles, PIECE, BLOCK_SEGMENTS)
     is_segment = unit - row * (segments + tiles) < segments
+    if REDUCE == LAST_CODE:  # no segment has a second piece
+        start, stop = extent_of(stops + row * segments, segment, segments)
+        rows = tl.minimum(stop - start, 1)
+        first, place = stop - rows, tl.full((), -1, tl.int64)
     if is_segment | (rows > 0):
         source = x + row * batch_stride + first * frame_stride
         largest = tl.zeros((), accumulate)
@@ -196,8 +200,6 @@ def segment_pool_fwd_kernel(
                 value, frame = add_to_largest(value, frame, loaded, number, inside)
             elif REDUCE == ATTENTION_CODE:
                 value += exponentials(of_piece, r, rows, largest)[:, None] * loaded
-            elif REDUCE == LAST_CODE:
-                value += tl.where((r == rows - 1)[:, None], loaded, 0.0)
             else:
                 value += loaded
         if REDUCE == MAX_CODE:
@@ -497,7 +499,7 @@ def segment_pool_fwd(
     index = x.new_empty((batch if save and reduce == MAX else 0, segments, width), dtype=torch.int32)
     if batch * segments == 0 or width == 0:
         return out, stats.zero_(), index
-    tiles = triton.cdiv(inputs.frames, PIECE) if inputs.frames > PIECE else 0
+    tiles = triton.cdiv(inputs.frames, PIECE) if inputs.frames > PIECE and reduce != LAST else 0
     places = 2 * batch * tiles
     partial = x.new_empty((places, width), dtype=wide)
     partial_index = x.new_empty((places if reduce == MAX else 0, width), dtype=torch.int32)
