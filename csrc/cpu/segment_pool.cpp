@@ -4,6 +4,7 @@
 #include <cstring>
 #include <limits>
 
+#include "cpu/pages.h"
 #include "cpu/rows.h"
 
 namespace mmk::cpu {
@@ -11,8 +12,9 @@ namespace {
 
 // Columns that a piece is worked on at a time: their sums stay in the L1 cache.
 constexpr int64_t kTile = 1024;
-// Gradients of this many elements do not stay in the caches: they are written around them.
-constexpr int64_t kLeastStreamed = int64_t{1} << 20;
+// Gradients of this many bytes do not stay in the caches: they are written around them. Those in new memory
+// are not, since the system has just cleared its pages through the caches.
+constexpr int64_t kLeastStreamed = int64_t{4} << 20;
 
 template <class T>
 struct Rows {
@@ -54,9 +56,8 @@ MMK_INLINE void add_rows(acc_t<T>* sum, Rows<T> x, const acc_t<T>* weights, int6
         const vec_t<A> after = total(before, [&](int r) MMK_LAMBDA { return load(x.row(r) + j); });
         store(sum + j, after);
       },
-      [&](int64_t j) MMK_LAMBDA {
-        sum[j] = total(sum[j], [&](int r) MMK_LAMBDA { return convert(x.row(r)[j]); });
-      });
+      [&](int64_t j)
+          MMK_LAMBDA { sum[j] = total(sum[j], [&](int r) MMK_LAMBDA { return convert(x.row(r)[j]); }); });
 }
 
 // sum = the sum of at least one row
@@ -275,7 +276,8 @@ MMK_INLINE void attention_weights(const SegmentPoolBackward& args, const Segment
   const SegmentPoolShape& shape = args.shape;
   const A* scores = static_cast<const A*>(args.scores) + piece.row * shape.frames + piece.first;
   const A* stats = static_cast<const A*>(args.stats) + 2 * (piece.row * shape.segments + piece.segment);
-  for (int64_t r = 0; r < piece.last - piece.first; ++r) weights[r] = std::exp(scores[r] - stats[0]) * stats[1];
+  for (int64_t r = 0; r < piece.last - piece.first; ++r)
+    weights[r] = std::exp(scores[r] - stats[0]) * stats[1];
 }
 
 // d_scores of a piece: complete where it is its whole segment, else grad . x, with its part of the sum.
@@ -362,7 +364,8 @@ MMK_INLINE void spread_piece(const SegmentPoolBackward& args, const SegmentPiece
   const int64_t first = piece.row * shape.frames + piece.first;
   if (piece.segment < 0) {
     if (args.dx != nullptr) {
-      std::memset(at<T>(args.dx, first * shape.width), 0, static_cast<size_t>(frames * shape.width) * sizeof(T));
+      std::memset(at<T>(args.dx, first * shape.width), 0,
+                  static_cast<size_t>(frames * shape.width) * sizeof(T));
     }
     if (args.d_scores != nullptr) std::fill_n(static_cast<A*>(args.d_scores) + first, frames, A(0));
     return;
@@ -430,7 +433,8 @@ MMK_MULTIARCH void segment_pool_combine(const SegmentPoolForward& args, const Se
 MMK_MULTIARCH void segment_pool_backward(const SegmentPoolBackward& args, const SegmentPlan& plan,
                                          int64_t begin, int64_t end) {
   const SegmentPoolShape& shape = args.shape;
-  const bool stream = shape.batch * shape.frames * shape.width >= kLeastStreamed;
+  const int64_t bytes = shape.batch * shape.frames * shape.width * element_size(shape.dtype);
+  const bool stream = bytes >= kLeastStreamed && bytes < kNewMemory;
   dispatch(shape.dtype, [&](auto element) MMK_LAMBDA {
     for (int64_t i = begin; i < end; ++i) spread_piece<decltype(element)>(args, plan.pieces[i], stream);
   });
@@ -445,7 +449,8 @@ void segment_pool_finish_scores(const SegmentPoolBackward& args, const SegmentPl
     for (int64_t i = begin; i < end; ++i) {
       const LongSegment& segment = plan.long_segments[i];
       A mean = 0;
-      for (int64_t p = segment.first; p < segment.last; ++p) mean += static_cast<const A*>(args.partial_dot)[p];
+      for (int64_t p = segment.first; p < segment.last; ++p)
+        mean += static_cast<const A*>(args.partial_dot)[p];
       const int64_t place = segment.row * shape.segments + segment.segment;
       const int64_t stop = args.stops[place];
       const int64_t start = stop - frames_of_segment(shape, args.stops, segment.row, segment.segment);

@@ -167,8 +167,8 @@ MMK_INLINE void copy_streaming(void* to, const void* from, int64_t bytes) {
 #ifdef __SSE2__
   if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
     for (; done + 16 <= bytes; done += 16) {
-      const __m128i word = _mm_loadu_si128(
-          reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + done));
+      const __m128i word =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + done));
       _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + done), word);
     }
   }

@@ -1,6 +1,5 @@
-#include "cuda/segment_pool.cuh"
-
 #include "cuda/common/scan.cuh"
+#include "cuda/segment_pool.cuh"
 
 namespace mmk::cuda {
 namespace {
@@ -31,8 +30,6 @@ __global__ void __launch_bounds__(kStopThreads)
 }
 
 // ---- pieces
-
-constexpr int kRowsInFlight = 8;
 
 // What a thread has of a piece: its columns of the sum, or of the largest value and its frame.
 template <class T, Reduction kReduce>
@@ -82,24 +79,35 @@ MMK_DEVICE void add_rows(Columns<T, kReduce>& columns, const SegmentPoolForward&
   }
 }
 
+// Rows at odd addresses are loaded element by element, and fewer together.
 template <bool kAligned, class T, Reduction kReduce>
 MMK_DEVICE void add_piece(Columns<T, kReduce>& columns, const SegmentPoolForward& args, const T* x,
                           const PoolPiece& piece, const LaneScores& weights, int64_t column) {
+  constexpr int kRows = kAligned ? 8 : 2;
   int row = 0;
 #pragma unroll 1
-  for (; row + kRowsInFlight <= piece.rows; row += kRowsInFlight) {
-    add_rows<kRowsInFlight, kAligned>(columns, args, x, piece, weights, row, column);
+  for (; row + kRows <= piece.rows; row += kRows) {
+    add_rows<kRows, kAligned>(columns, args, x, piece, weights, row, column);
   }
-  if (piece.rows & 4) add_rows<4, kAligned>(columns, args, x, piece, weights, row, column);
-  row += piece.rows & 4;
-  if (piece.rows & 2) add_rows<2, kAligned>(columns, args, x, piece, weights, row, column);
-  row += piece.rows & 2;
+  if constexpr (kRows > 4) {
+    if (piece.rows & 4) add_rows<4, kAligned>(columns, args, x, piece, weights, row, column);
+    row += piece.rows & 4;
+  }
+  if constexpr (kRows > 2) {
+    if (piece.rows & 2) add_rows<2, kAligned>(columns, args, x, piece, weights, row, column);
+    row += piece.rows & 2;
+  }
   if (piece.rows & 1) add_rows<1, kAligned>(columns, args, x, piece, weights, row, column);
+}
+
+// Blocks per multiprocessor for which the eight rows in flight fit the registers.
+constexpr int pool_blocks(Reduction reduce) {
+  return reduce == Reduction::kMax || reduce == Reduction::kAttention ? 4 : 6;
 }
 
 // A warp takes a slice of the columns of a unit.
 template <class T, Reduction kReduce, bool kAligned>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, pool_blocks(kReduce))
     pool_pieces(const __grid_constant__ SegmentPoolForward args, int64_t tiles, int64_t slices) {
   constexpr int kWidth = kVectorWidth<T>;
   const SegmentPoolShape& shape = args.shape;
@@ -119,9 +127,8 @@ __global__ void __launch_bounds__(kPoolThreads)
     if (piece.rows > 0) divisor = static_cast<float>(piece.rows);
   }
   if constexpr (kReduce == Reduction::kAttention) {
-    const float largest = finite_largest(warp_max(weights.low > weights.high || weights.low != weights.low
-                                                      ? weights.low
-                                                      : weights.high));
+    const float largest = finite_largest(
+        warp_max(weights.low > weights.high || weights.low != weights.low ? weights.low : weights.high));
     weights.exponentials(largest, 1.0f, piece.rows);
     const float sum = warp_sum(weights.low + weights.high);
     divisor = divisor_of(sum);
@@ -129,14 +136,16 @@ __global__ void __launch_bounds__(kPoolThreads)
       if (piece.partial >= 0) {
         static_cast<float2*>(args.partial_stats)[piece.partial] = {largest, sum};
       } else if (args.stats != nullptr) {
-        static_cast<float2*>(args.stats)[piece.row * shape.segments + piece.segment] = {largest, 1.0f / divisor};
+        static_cast<float2*>(args.stats)[piece.row * shape.segments + piece.segment] = {largest,
+                                                                                        1.0f / divisor};
       }
     }
   }
 
   const int64_t column = (slice * kWarpSize + lane_index()) * kWidth;
   Columns<T, kReduce> columns;
-  const T* x = static_cast<const T*>(args.x) + piece.row * args.batch_stride + piece.first * args.frame_stride;
+  const T* x =
+      static_cast<const T*>(args.x) + piece.row * args.batch_stride + piece.first * args.frame_stride;
   add_piece<kAligned>(columns, args, x, piece, weights, column);
   const bool whole = piece.partial < 0;
   const int64_t place = whole ? piece.row * shape.segments + piece.segment : piece.partial;
@@ -176,8 +185,8 @@ __global__ void __launch_bounds__(kPoolThreads)
   const PoolUnits units(shape, args.stops, 0);
   Vec<T, kWidth> value = {};
   if (units.frames_of(row, segment) > 0) {
-    const T* x = static_cast<const T*>(args.x) + row * args.batch_stride +
-                 (args.stops[place] - 1) * args.frame_stride;
+    const T* x =
+        static_cast<const T*>(args.x) + row * args.batch_stride + (args.stops[place] - 1) * args.frame_stride;
     value = load_columns<kAligned, kWidth>(x, column, shape.width);
   }
   store_columns<kAligned>(static_cast<T*>(args.out) + place * shape.width, column, shape.width, value);

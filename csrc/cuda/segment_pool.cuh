@@ -1,9 +1,9 @@
 // Shared by the forward and the backward kernels of segment_pool.
 //
-// The units of a row are its segments, then its tiles of kSegmentPiece frames. The unit of a segment takes its
-// first piece; the unit of a tile the later piece that starts in it. There is at most one, since pieces of a
-// segment start kSegmentPiece frames apart, and the next segment's second piece as far after its end. So no
-// count of pieces is needed, and the grid depends on the sizes alone.
+// The units of a row are its segments, then its tiles of kSegmentPiece frames. The unit of a segment takes
+// its first piece; the unit of a tile the later piece that starts in it. There is at most one, since pieces
+// of a segment start kSegmentPiece frames apart, and the next segment's second piece as far after its end. So
+// no count of pieces is needed, and the grid depends on the sizes alone.
 #pragma once
 
 #include "cuda/common/dispatch.cuh"
@@ -20,7 +20,7 @@ inline constexpr float kInfinity = __builtin_huge_valf();
 struct PoolPiece {
   int64_t row;
   int64_t segment;
-  int64_t first;    // frames [first, first + rows)
+  int64_t first;  // frames [first, first + rows)
   int rows;
   int64_t partial;  // its place among the partial results; -1 if it is its whole segment
 };

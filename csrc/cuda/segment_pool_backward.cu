@@ -82,8 +82,7 @@ __global__ void __launch_bounds__(kPoolThreads)
       write(piece.first + row, piece.first + row == last ? grad : Vec<T, kWidth>{});
     }
   } else if constexpr (kReduce == Reduction::kMax) {
-    const auto index =
-        load_columns<kAligned, kWidth>(args.index + place * shape.width, column, shape.width);
+    const auto index = load_columns<kAligned, kWidth>(args.index + place * shape.width, column, shape.width);
 #pragma unroll 4
     for (int row = 0; row < piece.rows; ++row) {
       const int32_t frame = static_cast<int32_t>(piece.first) + row;
@@ -129,14 +128,15 @@ MMK_DEVICE float frame_dot(const SegmentPoolBackward& args, const PoolPiece& pie
       value[i] = weight * a[i];
     }
     if constexpr (kNeedX) {
-      store_columns<kAligned>(frame_row<T>(args, piece.row, frame), column, width, from_accumulator<T>(value));
+      store_columns<kAligned>(frame_row<T>(args, piece.row, frame), column, width,
+                              from_accumulator<T>(value));
     }
   }
   return warp_sum(dot);
 }
 
 template <class T, bool kAligned, bool kNeedX>
-__global__ void __launch_bounds__(kPoolThreads)
+__global__ void __launch_bounds__(kPoolThreads, 5)
     score_gradients(const __grid_constant__ SegmentPoolBackward args, int64_t tiles) {
   constexpr int kWidth = kVectorWidth<T>;
   const SegmentPoolShape& shape = args.shape;
@@ -211,7 +211,8 @@ cudaError_t backward_scores(const SegmentPoolBackward& args, CudaStream stream) 
   const int64_t units = shape.batch * (shape.segments + tiles);
   dim3 grid;
   if (!make_grid(units, &grid)) return cudaErrorInvalidConfiguration;
-  const auto kernel = args.dx == nullptr ? score_gradients<T, kAligned, false> : score_gradients<T, kAligned, true>;
+  const auto kernel =
+      args.dx == nullptr ? score_gradients<T, kAligned, false> : score_gradients<T, kAligned, true>;
   const cudaError_t error = launch_overlapping(kernel, grid, dim3(kPoolThreads), 0, stream, args, tiles);
   if (error != cudaSuccess || segment_pool_tiles(shape.frames) == 0) return error;
   if (!make_grid(ceil_div<int64_t>(units, kPoolWarps), &grid)) return cudaErrorInvalidConfiguration;
@@ -228,8 +229,8 @@ cudaError_t backward(const SegmentPoolBackward& args, CudaStream stream) {
   dim3 grid;
   if (!make_grid(ceil_div<int64_t>(warps, kPoolWarps), &grid)) return cudaErrorInvalidConfiguration;
   return dispatch_reduction(shape.reduce, [&](auto reduce) {
-    return launch_overlapping(spread_pieces<T, decltype(reduce)::value, kAligned>, grid, dim3(kPoolThreads), 0,
-                              stream, args, tiles, slices);
+    return launch_overlapping(spread_pieces<T, decltype(reduce)::value, kAligned>, grid, dim3(kPoolThreads),
+                              0, stream, args, tiles, slices);
   });
 }
 

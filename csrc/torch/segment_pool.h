@@ -25,8 +25,8 @@ struct SegmentPoolInputs {
                     "reduce: expected 0 to ", static_cast<int64_t>(Reduction::kAttention), ", got ", reduce);
     STD_TORCH_CHECK(frames >= 0 && frames <= std::numeric_limits<int32_t>::max(),
                     "frames: expected at most 2147483647, got ", frames);
-    shape = {dtype_of(like, "x"), static_cast<Reduction>(reduce), like.size(0), frames,
-             given_ends.size(1),  like.size(2)};
+    shape = {dtype_of(like, "x"), static_cast<Reduction>(reduce), like.size(0), frames, given_ends.size(1),
+             like.size(2)};
     ends = checked(given_ends, {shape.batch, shape.segments}, ScalarType::Long, like, "ends");
     scores = checked(given_scores, {shape.batch, shape.frames}, accumulate(), like, "scores");
     counts = checked(given_counts, {shape.batch}, ScalarType::Long, like, "counts");
@@ -101,7 +101,8 @@ struct SegmentPoolGradients {
       args.stats = stats.const_data_ptr();
     }
     if (inputs.max()) {
-      index = checked(given_index, {shape.batch, shape.segments, shape.width}, ScalarType::Int, grad, "index");
+      index =
+          checked(given_index, {shape.batch, shape.segments, shape.width}, ScalarType::Int, grad, "index");
       args.index = static_cast<const int32_t*>(index.const_data_ptr());
     }
     args.scores = data_or_null(inputs.scores);

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "cpu/pages.h"
 #include "torch/segment_pool.h"
 
 namespace mmk::glue {
@@ -70,8 +71,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& ends, 
   const int64_t indexed = results.args.index == nullptr ? 0 : plan.partials;
   const Tensor partial = new_empty(x, {plan.partials, shape.width}, inputs.accumulate());
   const Tensor partial_index = new_empty(x, {indexed, shape.width}, ScalarType::Int);
-  const Tensor partial_stats =
-      new_empty(x, {inputs.attention() ? plan.partials : 0, 2}, inputs.accumulate());
+  const Tensor partial_stats = new_empty(x, {inputs.attention() ? plan.partials : 0, 2}, inputs.accumulate());
   results.args.stops = stops.data();
   results.args.partial = mutable_or_null(partial);
   results.args.partial_index = static_cast<int32_t*>(mutable_or_null(partial_index));
@@ -99,6 +99,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const OptionalTensor& x,
   check_shape(grad, {shape.batch, shape.segments, shape.width}, "grad");
   const std::vector<int64_t> stops = stops_of(inputs, false);
   SegmentPoolGradients gradients(inputs, grad, x, stats, index, need_x, need_scores);
+  cpu::prefer_huge_pages(gradients.args.dx, gradients.dx.numel() * element_size(shape.dtype));
   const cpu::SegmentPlan plan = cpu::segment_plan(shape, stops.data(), true);
   const Tensor partial_dot = new_empty(grad, {need_scores ? plan.partials : 0}, inputs.accumulate());
   gradients.args.stops = stops.data();

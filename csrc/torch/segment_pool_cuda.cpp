@@ -22,9 +22,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& ends, 
   const SegmentPoolShape& shape = inputs.shape;
   SegmentPoolResults results(inputs, x, save);
   const Stops stops(inputs);
-  const int64_t partials = shape.reduce == Reduction::kLast
-                               ? 0
-                               : 2 * shape.batch * cuda::segment_pool_tiles(shape.frames);
+  const int64_t partials =
+      shape.reduce == Reduction::kLast ? 0 : 2 * shape.batch * cuda::segment_pool_tiles(shape.frames);
   const int64_t indexed = results.args.index == nullptr ? 0 : partials;
   const Tensor partial = new_empty(x, {partials, shape.width}, ScalarType::Float);
   const Tensor partial_index = new_empty(x, {indexed, shape.width}, ScalarType::Int);

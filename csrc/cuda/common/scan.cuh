@@ -6,7 +6,8 @@
 namespace mmk {
 
 // Combines each thread's value with those of all threads before it in the block, and gives the block's total.
-// All threads must call it. It ends with a barrier and needs none before, so that calls can follow each other.
+// All threads must call it. It ends with a barrier and needs none before, so that calls can follow each
+// other.
 template <int Threads, class T, class Combine>
 MMK_DEVICE T block_scan(T value, Combine combine, T* total) {
   static_assert(Threads % kWarpSize == 0 && Threads <= 1024, "whole warps");

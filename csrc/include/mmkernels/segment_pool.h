@@ -40,9 +40,9 @@ struct SegmentPoolForward {
   void* out;             // [batch, segments, width]
   void* stats;           // attention: [batch, segments, 2] largest score and 1 / sum of exponentials, or null
   int32_t* index;        // max: [batch, segments, width] the frame of the value, -1 for none, or null
-  void* partial;            // [partials, width] sums or values of pieces
-  int32_t* partial_index;   // max with index: [partials, width]
-  void* partial_stats;      // attention: [partials, 2] largest score and sum of exponentials
+  void* partial;         // [partials, width] sums or values of pieces
+  int32_t* partial_index;  // max with index: [partials, width]
+  void* partial_stats;     // attention: [partials, 2] largest score and sum of exponentials
 };
 
 struct SegmentPoolBackward {

@@ -296,8 +296,8 @@ def segment_pool_combine_kernel(
                 value, frame = add_to_largest(value, frame, loaded, number, inside)
             elif REDUCE == ATTENTION_CODE:
                 score = tl.load(partial_stats + 2 * place, mask=k < pieces, other=0.0)
-                total = tl.load(partial_stats + 2 * place + 1, mask=k < pieces, other=0.0)
-                value += tl.where(total == 0.0, 0.0, tl.exp(score - largest))[:, None] * loaded
+                of_piece = tl.load(partial_stats + 2 * place + 1, mask=k < pieces, other=0.0)
+                value += tl.where(of_piece == 0.0, 0.0, tl.exp(score - largest))[:, None] * loaded
             else:
                 value += loaded
         target = (row * segments + segment) * width + column
@@ -614,8 +614,10 @@ def segment_pool_bwd(
 
 
 def strides_of(tensor: Tensor) -> tuple[int, int]:
-    """Strides of the first two dimensions, 0 for one of a single element, whose stride may be anything."""
-    return tuple(tensor.stride(d) if tensor.shape[d] > 1 else 0 for d in (0, 1))  # type: ignore[return-value]
+    """Strides of the first two dimensions. torch lets that of a single element be anything; then it is the
+    usual one, so that a batch of one frame compiles nothing again."""
+    batch, rows, width = tensor.shape
+    return tensor.stride(0) if batch > 1 else rows * width, tensor.stride(1) if rows > 1 else width
 
 
 def alignment_of(x: Tensor) -> int:
