@@ -22,7 +22,16 @@ if TYPE_CHECKING:
     from mmkernels.patch import Report
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "accelerate", "adapter", "info", "layer_mix", "layer_project", "merge", "segment_pool"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "adapter",
+    "info",
+    "layer_mix",
+    "layer_project",
+    "merge",
+    "segment_pool",
+]
 
 _library.load()
 

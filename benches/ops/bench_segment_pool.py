@@ -50,7 +50,7 @@ def index_add(x: Tensor, segment: Tensor, lengths: Tensor) -> Tensor:
 
 
 def index_softmax(x: Tensor, segment: Tensor, lengths: Tensor, scores: Tensor) -> Tensor:
-    """Attention by indices: the largest score, the sum of exponentials and the weighted sum of each segment."""
+    """Attention by indices: largest score, sum of exponentials and weighted sum of each segment."""
     batch, segments, _ = lengths.shape
     flat = scores.flatten()
     largest = flat.new_full((batch * segments,), -torch.inf)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of segment_pool, run on the CPU by the host SIMT runtime, against the float64 reference."""
+"""The CUDA kernels of segment_pool, run by the host SIMT runtime, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -105,7 +105,9 @@ def kernels() -> simt_build.Library:
     return simt_build.load(simt_build.build("segment_pool", SOURCES, races=True))
 
 
-def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2) -> tuple[Tensor, Tensor, Tensor]:
+def forward(
+    kernels: simt_build.Library, problem: Problem, *, order: int = 2
+) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and what the backward pass reads of it: statistics and frames of maxima."""
     empty = problem.memory.empty
     shape = problem.batch, problem.segments, problem.width
@@ -134,7 +136,12 @@ def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2) ->
 
 
 def backward(
-    kernels: simt_build.Library, problem: Problem, *, x: bool = True, scores: bool | None = None, order: int = 2
+    kernels: simt_build.Library,
+    problem: Problem,
+    *,
+    x: bool = True,
+    scores: bool | None = None,
+    order: int = 2,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of frames and scores; by default all that the problem has."""
     scores = problem.reduce == "attention" if scores is None else scores

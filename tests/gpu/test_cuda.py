@@ -229,7 +229,10 @@ def test_ends_are_clamped_on_the_device(reduce: str, backend: str) -> None:
     x.requires_grad_()
     found, expected = (
         mmkernels.segment_pool(x, ends, reduce=reduce, scores=given, counts=counts, backend=backend)
-        for ends, counts in ((wild, torch.tensor([-2, 4, 99], device="cuda")), (tame, torch.tensor([0, 4, 4], device="cuda")))
+        for ends, counts in (
+            (wild, torch.tensor([-2, 4, 99], device="cuda")),
+            (tame, torch.tensor([0, 4, 4], device="cuda")),
+        )
     )
     assert torch.equal(found, expected)
     gradients = [torch.autograd.grad(out.float().sum(), x)[0] for out in (found, expected)]

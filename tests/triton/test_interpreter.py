@@ -884,7 +884,9 @@ def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
     opcheck(MERGE_OPS["triton"][2], (out, *pairs, norm, [0, 4], [3] if narrow else []))
 
     code = ATTENTION if norm else MAX
-    pool = pool_call(REDUCTIONS[code], torch.bfloat16, counts=(1, 0, 4)).detached(requires_grad=False).arguments
+    pool = (
+        pool_call(REDUCTIONS[code], torch.bfloat16, counts=(1, 0, 4)).detached(requires_grad=False).arguments
+    )
     inputs = [pool[name] for name in ("x", "ends", "scores", "counts")]
     opcheck(POOL_OPS["triton"][0], (*inputs, code, not narrow))
     out, *saved = POOL_OPS["triton"][0](*inputs, code, True)

@@ -10,7 +10,7 @@ from torch.autograd import forward_ad
 
 from mmkernels.ops import _common, _derivatives, _inference
 from mmkernels.ops.segment_pool import reference
-from mmkernels.ops.segment_pool.schema import ATTENTION, MAX, OPS, REDUCTIONS
+from mmkernels.ops.segment_pool.schema import MAX, OPS, REDUCTIONS
 
 
 class _SegmentPool(torch.autograd.Function):
@@ -97,8 +97,8 @@ def segment_pool(
         ends: ``(B, M)``, int32 or int64, non-decreasing in each row: segment j of a row is its frames
             ``[ends[j - 1], ends[j])``, the first from frame 0 on. Frames from the last end on are in no
             segment. Values that decrease or lie outside ``[0, T]`` are an error on the CPU; on CUDA, where
-            reading them would wait for the device, under ``torch.compile`` with another backend than the CPU's
-            kernels, and in ``torch.func``, they are clamped to ``[0, T]`` and to the largest end before them.
+            reading them would wait for the device, and in ``torch.func``, they are clamped to ``[0, T]`` and
+            to the largest end before them.
         reduce: ``"mean"``, ``"sum"``, ``"max"`` (the first of equal values; NaN where a frame has one),
             ``"last"`` (the last frame), or ``"attention"`` (frames weighted by the softmax of ``scores``
             inside each segment).
@@ -122,11 +122,12 @@ def segment_pool(
 
     Raises:
         TypeError: A value of the wrong type or dtype.
-        ValueError: Shapes or devices that do not match, an unknown ``reduce``, ``scores`` missing or not used,
+        ValueError: Shapes or devices that do not match, an unknown ``reduce``, ``scores`` missing or unused,
             values of ``ends``, ``counts`` or ``scores`` as above, or a backend that cannot serve.
         RuntimeError: In the backward pass: an input was overwritten since the forward pass.
 
-    Source: the pooling of SSR-Connector (arXiv 2410.00168), and its selection of boundary frames (``"last"``).
+    Source: the pooling of SSR-Connector (arXiv 2410.00168), and its selection of boundary frames
+    (``"last"``).
     """
     _check_tensors(x, ends, reduce, scores, counts)
     asked = backend
@@ -195,9 +196,9 @@ def _check_values(x: Tensor, ends: Tensor, scores: Tensor | None, counts: Tensor
     op, frames, segments = "segment_pool", x.shape[1], ends.shape[1]
     valid = torch.ones_like(ends, dtype=torch.bool)
     if counts is not None:
-        if (row := _first((counts < 0) | (counts > segments))) is not None:
-            count = counts[row].item()
-            raise ValueError(f"{op}: counts must lie in [0, {segments}], got {count} in row {row[0]}")
+        if (wrong_row := _first((counts < 0) | (counts > segments))) is not None:
+            count = counts[wrong_row].item()
+            raise ValueError(f"{op}: counts must lie in [0, {segments}], got {count} in row {wrong_row[0]}")
         valid = torch.arange(segments) < counts.unsqueeze(-1)
     outside = valid & ((ends < 0) | (ends > frames))
     if (place := _first(outside)) is not None:

@@ -57,7 +57,9 @@ def segment_stops(ends: Tensor, counts: Tensor | None, frames: int) -> Tensor:
 
 def take_frames(x: Tensor, index: Tensor) -> Tensor:
     """The frames of ``x (B, T, D)`` that ``index (B, M, D)`` or ``(B, M, 1)`` names; 0 where it is -1."""
-    with_zero = torch.cat([x, torch.zeros_like(x[:, :1]) if x.shape[1] else x.new_zeros(x.shape[0], 1, x.shape[2])], 1)
+    with_zero = torch.cat(
+        [x, torch.zeros_like(x[:, :1]) if x.shape[1] else x.new_zeros(x.shape[0], 1, x.shape[2])], 1
+    )
     index = torch.where(index < 0, x.shape[1], index)
     return with_zero.gather(1, index.expand(index.shape[0], index.shape[1], x.shape[2]))
 

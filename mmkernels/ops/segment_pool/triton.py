@@ -216,9 +216,8 @@ def segment_pool_fwd_kernel(
         else:
             target = (row * segments + segment) * width + column
             tl.store(out + target, (result / divisor).to(out.dtype.element_ty), mask=used)
-            if REDUCE == MAX_CODE:
-                if index is not None:
-                    tl.store(index + target, found, mask=used)
+            if index is not None:
+                tl.store(index + target, found, mask=used)
 
 
 @triton.jit
@@ -280,9 +279,9 @@ def segment_pool_combine_kernel(
             largest, total = partial_softmax(partial_stats, row, start, pieces, tiles, PIECE, BLOCK_SEGMENTS)
             divisor = tl.where(total == 0.0, 1.0, total)
             if stats is not None:
-                if tl.program_id(1) == 0:
-                    tl.store(stats + 2 * (row * segments + segment), largest)
-                    tl.store(stats + 2 * (row * segments + segment) + 1, 1.0 / divisor)
+                saved = stats + 2 * (row * segments + segment)
+                tl.store(saved, largest, mask=tl.program_id(1) == 0)
+                tl.store(saved + 1, 1.0 / divisor, mask=tl.program_id(1) == 0)
         value = tl.zeros((BLOCK_ROWS, BLOCK_D), accumulate)
         frame = tl.full((BLOCK_ROWS, BLOCK_D), NO_FRAME, tl.int32)
         for block in range(loop_bound((pieces + BLOCK_ROWS - 1) // BLOCK_ROWS)):
@@ -313,7 +312,7 @@ def segment_pool_combine_kernel(
 
 @triton.jit
 def first_uncovered(stops, unit, row, segments, tiles, PIECE: tl.constexpr):
-    """The first frame of a unit's tile that is in no segment; past the last frame for the unit of a segment."""
+    """First and end of the frames of a unit's tile that are in no segment; the unit of a segment has none."""
     tile = unit - row * (segments + tiles) - segments
     covered = tl.load(stops + row * segments + segments - 1, mask=segments > 0, other=0)
     return tl.where(tile < 0, (tiles + 1) * PIECE, tl.maximum(covered, tile * PIECE)), (tile + 1) * PIECE
@@ -354,7 +353,7 @@ def segment_pool_spread_kernel(
     unit = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
     used = column < width
-    row, segment, first, rows, place = piece_of(stops, unit, segments, tiles, PIECE, BLOCK_SEGMENTS)
+    row, segment, first, rows, _ = piece_of(stops, unit, segments, tiles, PIECE, BLOCK_SEGMENTS)
     start, stop = extent_of(stops + row * segments, segment, segments)
     element: tl.constexpr = dx.dtype.element_ty
     target = dx + row * frames * width + column[None, :]
@@ -646,7 +645,13 @@ class Inputs:
 
     @classmethod
     def checked(
-        cls, like: Tensor, frames: int, ends: Tensor, scores: Tensor | None, counts: Tensor | None, reduce: int
+        cls,
+        like: Tensor,
+        frames: int,
+        ends: Tensor,
+        scores: Tensor | None,
+        counts: Tensor | None,
+        reduce: int,
     ) -> Inputs:
         """``like`` has the batch, the width and the dtype: the frames, or the gradient of the result."""
         if like.dim() != 3 or ends.dim() != 2:
@@ -684,4 +689,10 @@ class Inputs:
         """Constants of a launch that the width decides, and those of every launch."""
         block = min(triton.next_power_of_2(self.width), WIDEST_BLOCK)
         warps = max(1, BLOCK_ROWS * block // 1024)
-        return {"PIECE": PIECE, "BLOCK_SEGMENTS": BLOCK_SEGMENTS, "BLOCK_D": block, "num_warps": warps, **more}
+        return {
+            "PIECE": PIECE,
+            "BLOCK_SEGMENTS": BLOCK_SEGMENTS,
+            "BLOCK_D": block,
+            "num_warps": warps,
+            **more,
+        }
