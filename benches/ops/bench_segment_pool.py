@@ -141,6 +141,7 @@ def _case(
     dtype: torch.dtype = torch.float32,
     **options: Any,
 ) -> Case:
+    variant = reduce if token == TOKEN else f"{reduce}, one segment"
     batch, frames, width = (2, 24, 40) if tiny else (batch, frames, WAV2VEC2_LARGE.width)
     token = min(token, frames // 2 if tiny else frames)
     segments = frames // token
@@ -153,11 +154,11 @@ def _case(
     backward = out + all_frames * (1 + attends) + 2 * scores
     backward += results * width * 4 if reduce == "max" else 0
     forward_flops = results * width if reduce == "last" else (1 + attends) * rows * width
-    backward_flops = 3 * attends * rows * width
+    backward_flops = 3 * attends * rows * width + results * width
     return Case(
         op="segment_pool",
         shape=WAV2VEC2_LARGE.name,
-        variant=reduce if token == TOKEN or tiny else f"{reduce}, one segment",
+        variant=variant,
         direction=direction,
         dtype=dtype,
         device=device,
