@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import ModuleType
 
 import pytest
@@ -17,6 +17,7 @@ import test_adapter
 import test_layer_mix
 import test_layer_project
 import test_merge
+import test_segment_pool
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from mmkernels.ops.adapter import schema as adapter_schema
 from mmkernels.ops.layer_mix import schema as layer_mix_schema
 from mmkernels.ops.layer_project import schema as layer_project_schema
 from mmkernels.ops.merge import schema as merge_schema
+from mmkernels.ops.segment_pool import schema as segment_pool_schema
 from op_tests import (
     BackendNames,
     Call,
@@ -51,6 +53,7 @@ SCHEMAS: dict[str, ModuleType] = {
     "layer_mix": layer_mix_schema,
     "layer_project": layer_project_schema,
     "merge": merge_schema,
+    "segment_pool": segment_pool_schema,
 }
 #: The suffixes of an op's torch ops, in the order of its schema's OPS, and the fakes.
 FAKES = {"fwd": "_forward_fake", "out": "_out_fake", "bwd": "_backward_fake"}
@@ -98,13 +101,13 @@ def _cuda_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels.functions.mmk_simt_clear_error()
 
 
-def on_the_cpu(spec: OpSpec) -> type:
+def on_the_cpu(spec: OpSpec, without: Collection[type] = ()) -> type:
     products = [("cpu", backend) for device, backend in spec.library_products if device == "cuda"]
     # Cases of many rows take minutes here; the tests of the kernels have such sizes.
     cases = {name: case for name, case in spec.cases.items() if name != "many_rows"}
     rounded = {("cpu", name): names for (_, name), names in spec.rounded_by_library.items()}
     changes = {"library_products": products, "cases": cases, "rounded_by_library": rounded}
-    return op_tests(dataclasses.replace(spec, **changes), DTYPES, ELSEWHERE)
+    return op_tests(dataclasses.replace(spec, **changes), DTYPES, {*ELSEWHERE, *without})
 
 
 def test_every_op_is_here() -> None:
@@ -268,3 +271,5 @@ TestAdapter = on_the_cpu(test_adapter.SPEC)
 TestLayerMix = on_the_cpu(test_layer_mix.SPEC)
 TestLayerProject = on_the_cpu(test_layer_project.SPEC)
 TestMerge = on_the_cpu(test_merge.SPEC)
+TestSegmentPool = on_the_cpu(test_segment_pool.ATTENTION)
+TestSegmentPoolWithoutScores = on_the_cpu(test_segment_pool.SPEC, test_segment_pool.OF_PARAMETERS)

@@ -19,11 +19,14 @@ import test_adapter_cuda
 import test_layer_mix_cuda
 import test_layer_project_cuda
 import test_merge_cuda
+import test_segment_pool_cuda
 import torch
 from devices import DEVICES, H100, REGISTERS, RESERVED_SHARED, SHARED_WITHOUT_OPT_IN, Device
 from simt_build import Launch, Library
 from simt_tensors import DTYPE_CODES, integers
 from test_ptxas import MOST_REGISTERS, Usage, usages
+
+from mmkernels.ops.segment_pool.schema import REDUCTIONS
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,6 +39,7 @@ SOURCES = sorted(
         *test_layer_mix_cuda.SOURCES,
         *test_layer_project_cuda.SOURCES,
         *test_merge_cuda.SOURCES,
+        *test_segment_pool_cuda.SOURCES,
     }
 )
 #: Of wav2vec2, HuBERT, WavLM, Whisper and their kind; the last is too wide for the registers of a block.
@@ -131,10 +135,25 @@ def launch_merge(types: tuple[torch.dtype, ...]) -> None:
             library().call("merge_backward", *inputs, layers, tensors, tensors, tensors, needed, needed)
 
 
+def launch_segment_pool(width: int, dtype: torch.dtype) -> None:
+    """Segments of 4 frames, and those of many pieces that may be among them."""
+    call, strides = library().call, integers(1500 * width, width)
+    for code, reduce in enumerate(REDUCTIONS):
+        sizes = integers(DTYPE_CODES[dtype], code, 8, 1500, 375, width)
+        ends = (sizes, MEMORY, None, MEMORY)
+        for address in (MEMORY, UNALIGNED):
+            call("segment_pool_forward", *ends, address, strides, *[MEMORY] * 7)
+            wanted = [(address, None), (address, MEMORY), (None, MEMORY)]
+            for dx, d_scores in wanted if reduce == "attention" else wanted[:1]:
+                gradients = (address, strides, address, strides, *[MEMORY] * 3, dx, d_scores, MEMORY)
+                call("segment_pool_backward", *ends, *gradients)
+
+
 def launch_everything() -> None:
     for types in test_merge_cuda.TYPES:
         launch_merge(types)
     for width, dtype in product(WIDTHS, DTYPE_CODES):
+        launch_segment_pool(width, dtype)
         for count, norm in product(LAYERS, (False, True)):
             for affine in {False, norm}:
                 launch_layer_mix(width, count, dtype, norm, affine)

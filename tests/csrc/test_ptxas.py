@@ -52,6 +52,13 @@ MOST_REGISTERS = {
     "interpolate": 64,  # 4 blocks of 256 threads per multiprocessor
     "interpolate_gradients": 80,  # 3 blocks
     "reduce_lam": 40,
+    "segment_stops": 40,
+    "pool_pieces": 104,  # 4 blocks of 128 threads with eight rows in flight: 64 KB per multiprocessor
+    "take_last": 32,
+    "combine_pieces": 48,
+    "spread_pieces": 64,
+    "score_gradients": 96,
+    "finish_scores": 32,
 }
 
 #: Bytes of local memory. Four instances of mix_norm (float32 rows of 1,280 columns, and long rows at odd

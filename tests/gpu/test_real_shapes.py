@@ -10,6 +10,7 @@ from test_adapter import SPEC as ADAPTER
 from test_layer_mix import SPEC as LAYER_MIX
 from test_layer_project import SPEC as LAYER_PROJECT
 from test_merge import SPEC as MERGE
+from test_segment_pool import ATTENTION as SEGMENT_POOL
 
 from op_tests import Call, OpSpec, Shape, backends, check_against_reference, generator_for
 
@@ -94,3 +95,13 @@ def test_merge(width: int, dtype: torch.dtype, backend: str) -> None:
     layer = [(width, width), (width,)] * 3
     shape = {"sizes": layer * 4, "groups": [index // len(layer) for index in range(4 * len(layer))]}
     check(MERGE, shape, dtype, backend, torch.float32)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("segments", [1, 12, 300])
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max", "last", "attention"])
+def test_segment_pool(reduce: str, segments: int, width: int, dtype: torch.dtype, backend: str) -> None:
+    shape = {"B": 3, "T": 1500, "M": segments, "D": width, "reduce": reduce, "counts": segments > 1}
+    check(SEGMENT_POOL, shape, dtype, backend, torch.float32)

@@ -82,6 +82,17 @@ def merge_module() -> tuple[Any, Any]:
     return of_module(module, *names.values(), **names)
 
 
+ENDS = torch.tensor([[2, 2, 4], [1, 3, 3], [0, 4, 4], [1, 2, 3], [4, 4, 4]])
+
+
+def segment_pool() -> tuple[Any, Any]:
+    return mmkernels.segment_pool(X, ENDS), run(mmkernels.segment_pool, x=X, ends=ENDS)
+
+
+def segment_pool_module() -> tuple[Any, Any]:
+    return of_module(mmkernels.nn.SegmentPool(), X, ENDS, x=X, ends=ENDS)
+
+
 def featurizer() -> tuple[Any, Any]:
     lengths = [torch.tensor([3, 2])] * 4
     module = mmkernels.nn.Featurizer(4, hidden_size=8, downsample_rate=320)
@@ -107,10 +118,12 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "merge": merge,
     "merge_one": lambda: merge(lam=random(1)),
     "merge_groups": lambda: merge(lam=random(2), groups=[1, 0, 1]),
+    "segment_pool": segment_pool,
     "Adapter": lambda: of_module(mmkernels.nn.Adapter(8, 3, activation="gelu", scale=0.5), X, x=X),
     "LayerMix": lambda: of_module(mmkernels.nn.LayerMix(4), LAYERS, layers=LAYERS),
     "LayerProject": lambda: of_module(mmkernels.nn.LayerProject(4, 8, 3), X, x=X),
     "Merge": merge_module,
+    "SegmentPool": segment_pool_module,
     "Featurizer": featurizer,
     "accelerate": accelerate,
 }

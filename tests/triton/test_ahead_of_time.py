@@ -28,6 +28,8 @@ from mmkernels.ops import _triton as shared  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
+from mmkernels.ops.segment_pool import triton as pool  # noqa: E402
+from mmkernels.ops.segment_pool.schema import REDUCTIONS  # noqa: E402
 
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 #: Bytes of shared memory that one block may have.
@@ -49,8 +51,9 @@ PARAMETERS = {
     *("d_weight", "d_norm_weight", "d_norm_bias"),
 }
 INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
-INTEGERS |= {"chunks", "first_chunk"}
-INT64_POINTERS = {"table", "lengths"}
+INTEGERS |= {"chunks", "first_chunk", "segments"}
+INT64_POINTERS = {"table", "lengths", "ends", "counts", "stops"}
+INT32_POINTERS = {"partial_group", "index", "partial_index"}
 
 
 def type_of(name: str, element: str, parameter: str) -> str:
@@ -58,7 +61,7 @@ def type_of(name: str, element: str, parameter: str) -> str:
         return "i32"
     if name in INT64_POINTERS:
         return "*i64"
-    if name == "partial_group":
+    if name in INT32_POINTERS:
         return "*i32"
     if name == "scale":
         return "fp32"
@@ -143,6 +146,7 @@ FUSED = {
     **{"BLOCK_M": 16, "BLOCK_H": 16, "BLOCK_D": 16},
 }
 FUSED_BACKWARD = {**FUSED, "ADD_GRAD": True}
+POOL = {"PIECE": 16, "BLOCK_SEGMENTS": 64, "BLOCK_ROWS": 4, "BLOCK_D": 32}
 SMALL_LAUNCHES = [
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": True}),
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": False}),
@@ -162,6 +166,12 @@ SMALL_LAUNCHES = [
     (adapter.adapter_bwd_kernel, FUSED_BACKWARD),
     (adapter.adapter_product_kernel, {**PRODUCT, "INNER": 1}),
     (merge.merge_sum_kernel, {"SUMS": 64}),
+    (pool.segment_pool_stops_kernel, {"BLOCK_SEGMENTS": 64}),
+    (pool.segment_pool_fwd_kernel, {**POOL, "REDUCE": 0, "ALIGNMENT": 1}),
+    (pool.segment_pool_combine_kernel, {**POOL, "REDUCE": 0}),
+    (pool.segment_pool_spread_kernel, {**POOL, "REDUCE": 0, "ACCUMULATE": pool.tl.float32}),
+    (pool.segment_pool_dots_kernel, {**POOL, "WIDTH": 1, "ALIGNMENT": 1}),
+    (pool.segment_pool_scores_kernel, {"PIECE": 16, "BLOCK_SEGMENTS": 64}),
 ]
 
 
@@ -325,6 +335,53 @@ def test_merge_sums(capability: int, tmp_path: pathlib.Path) -> None:
         merge.merge_sum_kernel, capability, "fp32", {"SUMS": merge.SUMS}, num_warps=merge.WARPS
     )
     check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+POOL_ABSENT = {
+    "max": ["scores", "stats", "partial_stats"],
+    "attention": ["index", "partial_index"],
+}
+
+
+@each_capability
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize(("element", "width"), [("fp32", 768), ("bf16", 1024), ("fp16", 33)])
+def test_pool(element: str, width: int, reduce: str, capability: int, tmp_path: pathlib.Path) -> None:
+    code = REDUCTIONS.index(reduce)
+    block = min(triton.next_power_of_2(width), pool.WIDEST_BLOCK)
+    tile = {"BLOCK_ROWS": pool.BLOCK_ROWS, "BLOCK_D": block}
+    constants = {"PIECE": pool.PIECE, "BLOCK_SEGMENTS": pool.BLOCK_SEGMENTS, **tile}
+    none = ["scores", "stats", "partial_stats", "index", "partial_index"]
+    absent = POOL_ABSENT.get(reduce, none)
+    alignment = 16 if width % 16 == 0 else 1
+    launches = [
+        (pool.segment_pool_fwd_kernel, {"REDUCE": code, "ALIGNMENT": alignment}),
+        (pool.segment_pool_spread_kernel, {"REDUCE": code, "ACCUMULATE": pool.tl.float32}),
+    ]
+    if reduce != "last":
+        launches.append((pool.segment_pool_combine_kernel, {"REDUCE": code}))
+    if reduce == "attention":
+        launches.append((pool.segment_pool_dots_kernel, {"WIDTH": width, "ALIGNMENT": alignment}))
+    for kernel, own in launches:
+        missing = [name for name in absent if name in kernel.arg_names]
+        warps = max(1, pool.BLOCK_ROWS * block // 1024)
+        compiled = compile_kernel(
+            kernel, capability, element, {**constants, **own}, missing, warps, size=alignment
+        )
+        check_resources(compiled, LEAST_SHARED, tmp_path)
+        if kernel is pool.segment_pool_fwd_kernel and alignment == 16:
+            assert re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", compiled.asm["ptx"])
+
+
+@each_capability
+def test_pool_stops_and_scores(capability: int, tmp_path: pathlib.Path) -> None:
+    segments = {"BLOCK_SEGMENTS": pool.BLOCK_SEGMENTS}
+    for kernel, constants in (
+        (pool.segment_pool_stops_kernel, segments),
+        (pool.segment_pool_scores_kernel, {**segments, "PIECE": pool.PIECE}),
+    ):
+        compiled = compile_kernel(kernel, capability, "fp32", constants, num_warps=1)
+        check_resources(compiled, LEAST_SHARED, tmp_path)
 
 
 def uses_tensor_cores(compiled: Any) -> bool:

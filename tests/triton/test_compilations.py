@@ -26,6 +26,8 @@ from mmkernels.ops.adapter import triton as adapter  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.layer_project import triton as project  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
+from mmkernels.ops.segment_pool import triton as pool  # noqa: E402
+from mmkernels.ops.segment_pool.schema import REDUCTIONS  # noqa: E402
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 BATCH = 3
@@ -84,6 +86,18 @@ def merge_step(size: int, dtype: torch.dtype, count: int) -> None:
     merge.merge_bwd(out, target, target, lam, groups, True, [0], list(range(len(target))))
 
 
+def pool_step(frames: int, dtype: torch.dtype, width: int) -> None:
+    """Also of other numbers of segments. Rows of at most a piece need one kernel less."""
+    x = torch.zeros(BATCH, frames, width, dtype=dtype)
+    ends = torch.zeros(BATCH, frames // 4 + 1, dtype=torch.int64)
+    for code, reduce in enumerate(REDUCTIONS):
+        scores = torch.zeros(BATCH, frames) if reduce == "attention" else None
+        out, stats, index = pool.segment_pool_fwd(x, ends, scores, None, code, True)
+        for need_scores in {False, scores is not None}:
+            saved = (out, x, ends, scores, None, stats, index, frames, code)
+            pool.segment_pool_bwd(*saved, True, need_scores)
+
+
 def narrow_step(step: Callable[..., None], rows: int, dtype: torch.dtype, width: int) -> None:
     step(rows, dtype, width, dtype)
 
@@ -95,6 +109,8 @@ CASES: dict[str, tuple[Callable[[int, torch.dtype, int], None], int, tuple[int, 
     "layer_project": (project_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
     "adapter": (adapter_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
     "merge": (merge_step, 5000, (1, 2, 15, 16, 31, 48, 64, 333)),
+    "segment_pool": (pool_step, 64, (1, 2, 15, 16, 31, 48, 64, 65, 333)),
+    "segment_pool of odd rows": (pool_step, 33, (1, 2, 15, 16, 31, 48, 64, 65, 333)),
     "layer_project of a half-precision model": (
         functools.partial(narrow_step, project_step),
         *(64, (1, 2, 15, 16, 31, 48)),

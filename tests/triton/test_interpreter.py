@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels import adapter, layer_mix, layer_project, merge
+from mmkernels import adapter, layer_mix, layer_project, merge, segment_pool
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.backends import TRITON_INTERPRETED
 from mmkernels.ops._common import ACTIVATION_CODES
@@ -26,6 +26,9 @@ from mmkernels.ops.layer_project import reference as project_reference
 from mmkernels.ops.layer_project.schema import OPS as PROJECT_OPS
 from mmkernels.ops.merge import reference as merge_reference
 from mmkernels.ops.merge.schema import OPS as MERGE_OPS
+from mmkernels.ops.segment_pool import reference as pool_reference
+from mmkernels.ops.segment_pool.schema import ATTENTION, MAX, REDUCTIONS
+from mmkernels.ops.segment_pool.schema import OPS as POOL_OPS
 from op_tests import Call, assert_close_to_reference, poisoned_memory, value_and_gradients
 
 if not TRITON_INTERPRETED:
@@ -726,6 +729,125 @@ def test_merge_of_nothing() -> None:
     assert gradients[-1].tolist() == [0, 0, 0]
 
 
+POOL_ENDS = ((3, 3, 20, 41), (0, 16, 17, 50), (5, 5, 5, 6))
+each_reduction = pytest.mark.parametrize("reduce", REDUCTIONS)
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 16 frames, tiles of 4 rows and 16 columns; two segments are looked at at a time."""
+    from mmkernels.ops.segment_pool import triton as kernels
+
+    for name, value in (("PIECE", 16), ("BLOCK_ROWS", 4), ("WIDEST_BLOCK", 16), ("BLOCK_SEGMENTS", 2)):
+        monkeypatch.setattr(kernels, name, value)
+
+
+def pool_call(
+    reduce: str,
+    dtype: torch.dtype,
+    width: int = 5,
+    ends: tuple[tuple[int, ...], ...] = POOL_ENDS,
+    counts: tuple[int, ...] | None = None,
+    frames: int = 52,
+) -> Call:
+    """Frames in no segment hold NaN."""
+    x = torch.randn(len(ends), frames, width, dtype=torch.float64).to(dtype)
+    scores = 2 * wide_parameter(len(ends), frames, dtype=dtype)
+    for row, stops in enumerate(ends):
+        last = ([0, *stops][counts[row]] if counts else stops[-1]) if stops else 0
+        x[row, last:], scores[row, last:] = math.nan, math.nan
+    arguments = {
+        "x": x,
+        "ends": torch.tensor(ends, dtype=torch.int64).reshape(len(ends), -1),
+        "reduce": reduce,
+        "scores": scores if reduce == "attention" else None,
+        "counts": None if counts is None else torch.tensor(counts),
+    }
+    return Call(arguments, ("x", "scores")).detached()
+
+
+def check_pool(call: Call, dtype: torch.dtype) -> None:
+    batch, _, width = call.arguments["x"].shape
+    grad = torch.randn(batch, call.arguments["ends"].shape[1], width, dtype=torch.float64).to(dtype)
+    check(segment_pool, pool_reference.segment_pool, call, grad, dtype)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@each_dtype
+@each_reduction
+def test_pool(reduce: str, dtype: torch.dtype) -> None:
+    """Whole segments, of several pieces, without frames; frames in none."""
+    check_pool(pool_call(reduce, dtype), dtype)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@each_reduction
+def test_pool_sizes(reduce: str) -> None:
+    check_pool(pool_call(reduce, torch.float32, 33, counts=(4, 1, 0)), torch.float32)
+    check_pool(pool_call(reduce, torch.float32, 1, ((9,),), frames=9), torch.float32)
+    check_pool(pool_call(reduce, torch.float32, 2, ((), ()), frames=9), torch.float32)
+    check_pool(pool_call(reduce, torch.float32, 2, ((0, 0),), frames=0), torch.float32)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("frozen", ["x", "scores"])
+def test_pool_only_the_gradients_that_are_asked_for(frozen: str) -> None:
+    call = pool_call("attention", torch.float32)
+    call.arguments[frozen].requires_grad_(False)
+    check_pool(call, torch.float32)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@each_reduction
+def test_pool_of_ends_of_any_value(reduce: str) -> None:
+    """The raw op clamps them to the frames, and to their running maximum; counts too."""
+    call = pool_call(reduce, torch.float32, ends=((52,),) * 3).detached(requires_grad=False).arguments
+    ends = torch.tensor([[5, 2, 40, 30, 99], [-4, 3, 2, 1000, 4], [-(2**63), 7, 3, 2**63 - 1, -(2**63)]])
+    code = REDUCTIONS.index(reduce)
+    for counts in (None, torch.tensor([2, -3, 99])):
+        out, stats, index = POOL_OPS["triton"][0](call["x"], ends, call["scores"], counts, code, True)
+        x = call["x"].clone().requires_grad_()
+        expected = pool_reference.segment_pool(x, ends, reduce=reduce, scores=call["scores"], counts=counts)
+        torch.testing.assert_close(out, expected)
+        inputs = torch.ones_like(out), call["x"], ends, call["scores"], counts, stats, index
+        dx, _ = POOL_OPS["triton"][1](*inputs, 52, code, True, False)
+        torch.testing.assert_close(dx, torch.autograd.grad(expected.sum(), x)[0])
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("frames", [5, 50])
+def test_pool_of_special_values(frames: int) -> None:
+    """The first of equal maxima and of NaN; scores of -inf; a segment of nothing else."""
+    ends = torch.tensor([[frames]])
+    x = torch.zeros(1, frames, 4)
+    x[0, [3, frames - 1], 0] = 2.0
+    x[0, [2, frames - 1], 1] = math.nan
+    x[0, :, 2] = -math.inf
+    out, _, index = POOL_OPS["triton"][0](x, ends, None, None, MAX, True)
+    assert index.flatten().tolist() == [3, 2, 0, 0]
+    torch.testing.assert_close(out, pool_reference.segment_pool(x, ends, reduce="max"), equal_nan=True)
+    call = pool_call("attention", torch.float32, ends=((frames,),), frames=frames)
+    with torch.no_grad():
+        call.arguments["scores"][0, 1 : frames - 1] = -math.inf
+    check_pool(call, torch.float32)
+    with torch.no_grad():
+        call.arguments["scores"].fill_(-math.inf)
+    out = segment_pool(**call.arguments, backend="triton")
+    assert out.eq(0).all()
+    assert all(gradient.eq(0).all() for gradient in torch.autograd.grad(out.sum(), call.leaves()))
+
+
+@pytest.mark.usefixtures("short_pieces")
+@each_reduction
+def test_pool_of_a_row_does_not_depend_on_the_batch(reduce: str) -> None:
+    call = pool_call(reduce, torch.float32, 17).detached(requires_grad=False)
+    a = call.arguments
+    scores = None if a["scores"] is None else a["scores"][:1, :41]
+    alone = call.with_arguments(x=a["x"][:1, :41], ends=a["ends"][:1], scores=scores)
+    out = segment_pool(**a, backend="triton")
+    assert torch.equal(out[:1], segment_pool(**alone.arguments, backend="triton"))
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
@@ -760,6 +882,15 @@ def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
     opcheck(MERGE_OPS["triton"][1], (*pairs, out))
     opcheck(MERGE_OPS["triton"][2], (out, *pairs, norm, [0, 4], [3] if narrow else []))
 
+    code = ATTENTION if norm else MAX
+    pool = (
+        pool_call(REDUCTIONS[code], torch.bfloat16, counts=(1, 0, 4)).detached(requires_grad=False).arguments
+    )
+    inputs = [pool[name] for name in ("x", "ends", "scores", "counts")]
+    opcheck(POOL_OPS["triton"][0], (*inputs, code, not narrow))
+    out, *saved = POOL_OPS["triton"][0](*inputs, code, True)
+    opcheck(POOL_OPS["triton"][1], (out, *inputs, *saved, 52, code, not narrow, norm))
+
 
 def test_ops_refuse_what_would_read_past_the_end() -> None:
     layer = torch.randn(2, 3, 4)
@@ -786,6 +917,33 @@ def test_ops_refuse_what_would_read_past_the_end() -> None:
         backward([layer[:1]], [layer], [layer], torch.ones(1), [0], True, [], [])
     with pytest.raises(ValueError, match="need_source: expected indices of pairs"):
         backward([layer], [layer], [layer], torch.ones(1), [0], True, [0], [1])
+
+
+def test_pool_ops_refuse_what_would_read_past_the_end() -> None:
+    forward, backward = POOL_OPS["triton"]
+    x, ends, scores = torch.randn(2, 5, 3), torch.tensor([[1, 2], [1, 2]]), torch.zeros(2, 5)
+    for arguments, message in (
+        ((x[0], ends, None, None, 0, True), "expected frames of three dimensions"),
+        ((x, ends[:1], None, None, 0, True), "ends: expected shape"),
+        ((x, ends.int(), None, None, 0, True), "ends: expected shape"),
+        ((x, ends, scores, None, 0, True), "reduce: expected below 5, with scores for 4 alone"),
+        ((x, ends, scores[:, 1:], None, 4, True), "scores: expected shape"),
+        ((x, ends, None, torch.ones(1), 0, True), "counts: expected shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forward(*arguments)
+    grad, stats = torch.randn(2, 2, 3), torch.zeros(2, 2, 2)
+    index = torch.zeros(2, 2, 3, dtype=torch.int32)
+    for arguments, message in (
+        ((grad[:, :1], None, ends, None, None, stats, index, 5, 0, True, False), "grad: expected 2 segments"),
+        ((grad, None, ends, None, None, stats, index[:1], 5, 2, True, False), "index: expected shape"),
+        ((grad, None, ends, scores, None, stats[:1], index, 5, 4, True, False), "stats: expected shape"),
+        ((grad, None, ends, scores, None, stats, index, 5, 4, True, True), "need_scores: expected attention"),
+        ((grad, x[:, :4], ends, scores, None, stats, index, 5, 4, True, True), "x: expected shape"),
+        ((grad, None, ends, None, None, stats, index, -1, 0, True, False), "frames: expected below"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backward(*arguments)
 
 
 @pytest.mark.parametrize("op", ["layer_project", "adapter"])
