@@ -26,6 +26,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from mmkernels.ops import _norm_product as norm_product  # noqa: E402
 from mmkernels.ops import _triton as shared  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
+from mmkernels.ops.ctc_align import triton as ctc  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
 
@@ -43,14 +44,15 @@ OF_ELEMENT_TYPE = {
     *("x", "y", "out", "preactivation", "folded_weight"),
     *("grad", "value", "scaled_grad", "addend", "dx"),
     *("left", "right", "up_weight", "hidden", "activated"),
+    "log_probs",
 }
 PARAMETERS = {
     *("weight", "bias", "norm_weight", "norm_bias", "up_bias"),
     *("d_weight", "d_norm_weight", "d_norm_bias"),
 }
 INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
-INTEGERS |= {"chunks", "first_chunk"}
-INT64_POINTERS = {"table", "lengths"}
+INTEGERS |= {"chunks", "first_chunk", "tokens", "classes", "blank"}
+INT64_POINTERS = {"table", "lengths", "targets", "input_lengths", "target_lengths", "paths", "ends"}
 
 
 def type_of(name: str, element: str, parameter: str) -> str:
@@ -60,6 +62,8 @@ def type_of(name: str, element: str, parameter: str) -> str:
         return "*i64"
     if name == "partial_group":
         return "*i32"
+    if name == "codes":
+        return "*i8"
     if name == "scale":
         return "fp32"
     if name in PARAMETERS:
@@ -162,6 +166,7 @@ SMALL_LAUNCHES = [
     (adapter.adapter_bwd_kernel, FUSED_BACKWARD),
     (adapter.adapter_product_kernel, {**PRODUCT, "INNER": 1}),
     (merge.merge_sum_kernel, {"SUMS": 64}),
+    (ctc.ctc_align_fwd_kernel, {"RESCALE_FRAMES": 32, "BLOCK": 256}),
 ]
 
 
@@ -323,6 +328,22 @@ def test_merge(dtypes: tuple[str, str, str], alignment: int, capability: int, tm
 def test_merge_sums(capability: int, tmp_path: pathlib.Path) -> None:
     compiled = compile_kernel(
         merge.merge_sum_kernel, capability, "fp32", {"SUMS": merge.SUMS}, num_warps=merge.WARPS
+    )
+    check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+@each_capability
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize(
+    ("element", "tokens"), [("fp32", 200), ("bf16", 200), ("fp16", 1500), ("fp32", ctc.MOST_TRITON_TOKENS)]
+)
+def test_ctc_align(element: str, tokens: int, lengths: bool, capability: int, tmp_path: pathlib.Path) -> None:
+    """The scores of all states stay in registers, up to the most tokens that the op takes."""
+    block = ctc.block_for(tokens)
+    constants = {"RESCALE_FRAMES": ctc.RESCALE, "BLOCK": block}
+    absent = [] if lengths else ["input_lengths", "target_lengths"]
+    compiled = compile_kernel(
+        ctc.ctc_align_fwd_kernel, capability, element, constants, absent, num_warps=ctc.warps_for(block)
     )
     check_resources(compiled, LEAST_SHARED, tmp_path)
 

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from mmkernels.ops import _common, _derivatives, _inference
 from mmkernels.ops.ctc_align import reference
 from mmkernels.ops.ctc_align.alignment import Alignment
-from mmkernels.ops.ctc_align.schema import OPS
+from mmkernels.ops.ctc_align.schema import MOST_TRITON_TOKENS, OPS
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -41,16 +41,17 @@ def ctc_align(
         out = mmkernels.ctc_align(log_probs, targets, *lengths, **call)
 
     Args:
-        log_probs: ``(B, T, C)``, the log-probabilities of C classes in each frame: float32, float16, bfloat16;
-            on the CPU float64 too. Any strides; if the last dimension is not dense, it is copied once. NaN and
-            +inf count as -inf. All values between 0 and 1 are probabilities that miss their logarithm: on the
-            CPU, a warning.
+        log_probs: ``(B, T, C)``, the log-probabilities of C classes in each frame: float32, float16,
+            bfloat16, on the CPU float64 too. Any strides; if the last dimension is not dense, it is copied
+            once. NaN and +inf count as -inf. Values that are all between 0 and 1 are probabilities, which
+            need a logarithm: on the CPU, a warning.
         targets: ``(B, U)`` int32 or int64: the tokens of each utterance, without blanks.
         input_lengths: ``(B,)`` integers: valid frames of each utterance; by default T. On any device: copied
             to that of ``log_probs`` if it is on the CPU.
         target_lengths: ``(B,)`` integers: valid tokens; by default U.
         blank: The class of blanks.
-        backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` or ``"reference"``.
+        backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` (at most 8,191 tokens) or
+            ``"reference"``.
 
     Returns:
         An :class:`Alignment`: ``paths (B, T)`` and ``ends (B, U)`` (int64), ``scores (B, T)`` and
@@ -82,7 +83,7 @@ def ctc_align(
     transforms = forward_ad._current_level >= 0 or _derivatives.transforms_active()
     if transforms:
         backend = _derivatives.backend_in_transforms("ctc_align", backend, tensors)
-    backend = _common.choose_backend("ctc_align", backend, log_probs)
+    backend = _choose_backend(backend, log_probs, targets.shape[1])
     if log_probs.is_cpu and not transforms and not torch.compiler.is_compiling():
         _check_values(log_probs, targets, input_lengths, target_lengths, blank)
 
@@ -90,6 +91,18 @@ def ctc_align(
     run = reference.ctc_align if backend == "reference" else OPS[backend][0]
     paths, ends, total = run(*arguments)
     return Alignment(paths, _scores(log_probs, paths), ends, total, total > -torch.inf, blank)
+
+
+def _choose_backend(backend: str, log_probs: Tensor, tokens: int) -> str:
+    chosen = _common.choose_backend("ctc_align", backend, log_probs)
+    if chosen != "triton" or tokens <= MOST_TRITON_TOKENS:
+        return chosen
+    if backend == "auto":
+        return "reference"
+    raise ValueError(
+        f"ctc_align: backend='triton' cannot be used: its kernel takes targets of at most "
+        f"{MOST_TRITON_TOKENS} tokens, got {tokens}"
+    )
 
 
 def _scores(log_probs: Tensor, paths: Tensor) -> Tensor:
@@ -192,7 +205,7 @@ def _warn_of_probabilities(log_probs: Tensor, input_lengths: Tensor | None) -> N
         first = first[input_lengths > 0]
     if first.numel() > 0 and first.shape[1] > 1 and bool(((first >= 0) & (first <= 1)).all()):
         warnings.warn(
-            "ctc_align: log_probs look like probabilities: all values of the first frames are between 0 and 1; "
-            "give torch.log_softmax of the logits",
+            "ctc_align: log_probs look like probabilities: all values of the first frames are between 0 and "
+            "1; give torch.log_softmax of the logits",
             stacklevel=4,
         )

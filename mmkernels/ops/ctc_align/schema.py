@@ -11,6 +11,8 @@ from mmkernels.ops._common import accumulate_dtype
 #: Frames after which the largest score is subtracted from all; the same in all backends, so that they round
 #: alike.
 RESCALE = 32
+#: The Triton kernel keeps all states of an utterance in the registers of one program.
+MOST_TRITON_TOKENS = 8191
 
 
 def _forward_fake(
