@@ -50,7 +50,8 @@ struct CtcCheckpoints {
 constexpr CtcCheckpoints ctc_checkpoints(int64_t frames, int64_t tokens) {
   constexpr int64_t kMostScores = int64_t{1} << 24;
   const int64_t scores = 2 * (tokens + 1) * frames;
-  const int64_t block = kCtcRescale * std::max<int64_t>(1, (scores / kMostScores + kCtcRescale) / kCtcRescale);
+  const int64_t block =
+      kCtcRescale * std::max<int64_t>(1, (scores / kMostScores + kCtcRescale) / kCtcRescale);
   return {block, (frames + block - 1) / block};
 }
 

@@ -39,7 +39,7 @@ def length_of(lengths, program, most):
 
 @triton.jit
 def step(even, odd, left, skips, blank_score, token_scores):
-    """Scores after a frame, and a code of where they come from: bit 0 for the blank, the others for the token."""
+    """Scores after a frame, and a code of where they come from: bit 0 for the blank, others for the token."""
     two = tl.where(skips, left, NEVER)
     advance = tl.where((two > even) & (two > odd), 2, tl.where(even > odd, 1, 0))
     best = tl.where(advance == 2, two, tl.where(advance == 1, even, odd))
