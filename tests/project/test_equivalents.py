@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -82,6 +83,17 @@ def merge_module() -> tuple[Any, Any]:
     return of_module(module, *names.values(), **names)
 
 
+def ctc_align() -> tuple[Any, Any]:
+    arguments = {"log_probs": random(1, 5, 3).log_softmax(2), "targets": torch.tensor([[1, 1]]), "blank": 2}
+    path = mmkernels.ctc_align(**arguments).paths[0].tolist()
+    return path, list(run(mmkernels.ctc_align, itertools=itertools, **arguments))
+
+
+def ctc_aligner() -> tuple[Any, Any]:
+    names = {"log_probs": random(2, 6, 4).log_softmax(2), "targets": torch.tensor([[1, 3], [0, 0]])}
+    return of_module(mmkernels.nn.CTCAligner(blank=2), *names.values(), mmkernels=mmkernels, **names)
+
+
 def featurizer() -> tuple[Any, Any]:
     lengths = [torch.tensor([3, 2])] * 4
     module = mmkernels.nn.Featurizer(4, hidden_size=8, downsample_rate=320)
@@ -100,6 +112,7 @@ def accelerate() -> tuple[Any, Any]:
 CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "adapter": adapter,
     "adapter_norm": lambda: adapter(norm_weight=random(8), norm_bias=random(8)),
+    "ctc_align": ctc_align,
     "layer_mix": layer_mix,
     "layer_mix_norm": lambda: layer_mix(norm=True, norm_weight=random(8), norm_bias=random(8)),
     "layer_project": layer_project,
@@ -108,6 +121,7 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "merge_one": lambda: merge(lam=random(1)),
     "merge_groups": lambda: merge(lam=random(2), groups=[1, 0, 1]),
     "Adapter": lambda: of_module(mmkernels.nn.Adapter(8, 3, activation="gelu", scale=0.5), X, x=X),
+    "CTCAligner": ctc_aligner,
     "LayerMix": lambda: of_module(mmkernels.nn.LayerMix(4), LAYERS, layers=LAYERS),
     "LayerProject": lambda: of_module(mmkernels.nn.LayerProject(4, 8, 3), X, x=X),
     "Merge": merge_module,

@@ -34,11 +34,12 @@ def ctc_align(
     scores are equal. Scores are added in float32 (float64 for float64), and the largest is subtracted every
     32 frames, so that hours of audio lose no precision.
 
-    Equivalent to (for one utterance; a loop over frames, then back)::
+    Equivalent to, for one short utterance (``itertools`` imported)::
 
-        call = dict(backend="reference", blank=blank)
-        lengths = (input_lengths, target_lengths)
-        out = mmkernels.ctc_align(log_probs, targets, *lengths, **call)
+        frames, target = range(log_probs.shape[1]), targets[0].tolist()
+        tried = itertools.product(range(log_probs.shape[2]), repeat=len(frames))
+        paths = [p for p in tried if [k for k, _ in itertools.groupby(p) if k != blank] == target]
+        out = max(paths, key=lambda path: float(log_probs[0, frames, path].sum()))  # paths[0]
 
     Args:
         log_probs: ``(B, T, C)``, the log-probabilities of C classes in each frame: float32, float16,

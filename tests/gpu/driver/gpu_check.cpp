@@ -10,6 +10,7 @@ struct Op {
 };
 constexpr Op kOps[] = {
     {"adapter", mmk::check::check_adapter},
+    {"ctc_align", mmk::check::check_ctc_align},
     {"layer_mix", mmk::check::check_layer_mix},
     {"layer_project", mmk::check::check_layer_project},
     {"merge", mmk::check::check_merge},
