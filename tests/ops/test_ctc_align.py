@@ -15,9 +15,9 @@ from hypothesis import strategies
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 
-import mmkernels
 from mmkernels import ctc_align
 from mmkernels.nn import CTCAligner
+from mmkernels.ops.ctc_align import Alignment, with_wildcard
 from mmkernels.ops.ctc_align import reference as definition
 from mmkernels.ops.ctc_align.schema import OPS
 from op_tests import Call, OpSpec, Shape, backends, op_tests
@@ -108,7 +108,7 @@ LEFT_OUT = (Derivatives, Overwriting, InferenceTensors)
 TestCtcAlign = op_tests(SPEC, without=LEFT_OUT)
 
 
-def same(found: mmkernels.ops.ctc_align.Alignment, problem: Problem) -> None:
+def same(found: Alignment, problem: Problem) -> None:
     """The same bits as the reference, but for the order in which a total is added."""
     paths, ends, total = problem.expected()
     assert torch.equal(found.paths, paths)
@@ -307,6 +307,19 @@ def test_the_op_stays_in_bounds_for_any_values() -> None:
         assert (total == -torch.inf).all()
         assert (paths == -1).all()
         assert (ends == 0).all()
+
+
+def test_a_wildcard_takes_what_the_text_leaves_out() -> None:
+    spoken = torch.tensor([0, 1, 1, 0, 2, 3, 0, 2, 3, 0, 1, 0])
+    log_probs = torch.full((1, 12, 4), -8.0)
+    log_probs[0, torch.arange(12), spoken] = -0.1
+    star = log_probs.shape[2]
+    found = ctc_align(with_wildcard(log_probs), torch.tensor([[1, star, 1]]))
+    assert float(found.total[0]) == pytest.approx(-1.2 - 5 * 0.1)
+    assert found.paths[0].tolist() == [0, 1, 1, 0, *[star] * 5, 0, 1, 0]
+    assert float(ctc_align(log_probs, torch.tensor([[1, 1]])).total[0]) < -30
+    with pytest.raises(ValueError, match=r"with_wildcard: log_probs must be \(B, T, C\)"):
+        with_wildcard(log_probs[0])
 
 
 LONG = """

@@ -46,7 +46,8 @@ def ctc_align(
             bfloat16, on the CPU float64 too. Any strides; if the last dimension is not dense, it is copied
             once. NaN and +inf count as -inf. Values that are all between 0 and 1 are probabilities, which
             need a logarithm: on the CPU, a warning.
-        targets: ``(B, U)`` int32 or int64: the tokens of each utterance, without blanks.
+        targets: ``(B, U)`` int32 or int64: the tokens of each utterance, without blanks. For words that a
+            transcript may miss, see ``mmkernels.ops.ctc_align.with_wildcard``.
         input_lengths: ``(B,)`` integers: valid frames of each utterance; by default T. On any device: copied
             to that of ``log_probs`` if it is on the CPU.
         target_lengths: ``(B,)`` integers: valid tokens; by default U.
