@@ -118,7 +118,10 @@ struct Utterance {
       for (; c < classes; ++c) all[c] = usable<A>(convert(row[c]));
       for (int64_t i = first; i <= last; ++i) emission[i] = all[labels[i]];
     } else {
+      // Those of one frame are far apart, and no hardware prefetcher finds them.
+      const T* next = frame(std::min(t + 2, frames - 1));
       for (int64_t i = first; i <= last; ++i) {
+        __builtin_prefetch(next + labels[i]);
         emission[i] = labels[i] < classes ? usable<A>(convert(row[labels[i]])) : kNever<A>;
       }
     }

@@ -48,8 +48,7 @@ def ctc_align(
             need a logarithm: on the CPU, a warning.
         targets: ``(B, U)`` int32 or int64: the tokens of each utterance, without blanks. For words that a
             transcript may miss, see ``mmkernels.ops.ctc_align.with_wildcard``.
-        input_lengths: ``(B,)`` integers: valid frames of each utterance; by default T. On any device: copied
-            to that of ``log_probs`` if it is on the CPU.
+        input_lengths: ``(B,)`` integers: valid frames of each utterance; by default T.
         target_lengths: ``(B,)`` integers: valid tokens; by default U.
         blank: The class of blanks.
         backend: ``"auto"``, ``"native"`` (compiled), ``"triton"`` (at most 8,191 tokens) or
@@ -152,9 +151,7 @@ def _as_lengths(name: str, lengths: Tensor | None, log_probs: Tensor) -> Tensor 
             f"got {tuple(lengths.shape)}"
         )
     if lengths.device != log_probs.device:
-        if not lengths.is_cpu:
-            raise ValueError(f"ctc_align: {name} is on {lengths.device}, log_probs is on {log_probs.device}")
-        lengths = lengths.to(log_probs.device, non_blocking=True)
+        raise ValueError(f"ctc_align: {name} is on {lengths.device}, log_probs is on {log_probs.device}")
     return lengths.to(torch.int64)
 
 
