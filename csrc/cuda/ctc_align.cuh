@@ -125,9 +125,8 @@ struct CtcMoves {
 };
 
 // The scores of a block of frames again, for the 32 pairs up to `last`; see the moves that led to them.
-template <class T>
+template <int kAhead, class T>
 MMK_DEVICE CtcMoves ctc_recompute(const CtcUtterance<T>& u, int block, int frames, int last) {
-  constexpr int kAhead = 8;
   const int lane = lane_index(), first_frame = block * kCtcFrames;
   const int i = last - (kWarpSize - 1) + lane;
   const CtcPair* kept = u.checkpoint(block);
@@ -164,14 +163,14 @@ MMK_DEVICE CtcMoves ctc_recompute(const CtcUtterance<T>& u, int block, int frame
 }
 
 // One warp writes path, ends and total; the path ends in pair `pair`, in its token if `odd`.
-template <class T>
+template <int kAhead, class T>
 MMK_DEVICE void ctc_backtrace(const CtcUtterance<T>& u, int pair, bool odd) {
   const int lane = lane_index();
   double total = 0.0;
 #pragma unroll 1
   for (int block = ceil_div(u.frames, kCtcFrames) - 1; block >= 0; --block) {
     const int frames = min(kCtcFrames, u.frames - block * kCtcFrames), last = pair;
-    const CtcMoves moves = ctc_recompute(u, block, frames, last);
+    const CtcMoves moves = ctc_recompute<kAhead>(u, block, frames, last);
     int own_pair = 0;
     bool own_odd = false, entered = false;
 #pragma unroll 4
@@ -216,7 +215,8 @@ MMK_DEVICE void ctc_finish(const CtcUtterance<T>& u, float blank, float token) {
   __syncthreads();
   if (warp_index() > 0) return;
   const bool odd = u.tokens > 0 && !(blank > token);
-  ctc_backtrace(u, odd ? u.tokens - 1 : u.tokens, odd);
+  constexpr int kAhead = Threads < 1024 ? 8 : 4;  // frames; a thread has 64 registers there
+  ctc_backtrace<kAhead>(u, odd ? u.tokens - 1 : u.tokens, odd);
 }
 
 }  // namespace mmk::cuda
