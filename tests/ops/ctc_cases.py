@@ -26,8 +26,9 @@ class Problem:
         return reference.ctc_align(*vars(self).values())
 
 
-#: Values of log-probabilities: continuous, with many equal sums, and with impossible ones among them.
-KINDS = ("continuous", "grid", "holes")
+#: Values of log-probabilities: continuous; with many equal sums; with impossible ones among them; so low that
+#: every sum is rounded, and the order of roundings decides between paths.
+KINDS = ("continuous", "grid", "holes", "low")
 
 
 def random_problem(
@@ -48,7 +49,9 @@ def random_problem(
 
     blank = int(integers(0, classes - 1, 1))
     log_probs = torch.randn(batch, frames, classes, generator=generator).log_softmax(2)
-    if kind != "continuous":
+    if kind == "low":
+        log_probs = log_probs * 0.01 - 700
+    elif kind != "continuous":
         log_probs = (log_probs * 2).round() / 2
     if kind == "holes":
         log_probs[torch.rand(log_probs.shape, generator=generator) < 0.15] = -torch.inf

@@ -8,6 +8,7 @@ import sys
 import warnings
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ctc_cases import KINDS, Problem, all_paths, check_row, random_problem
@@ -223,6 +224,47 @@ def test_long_audio_in_half_precision(dtype: torch.dtype) -> None:
     assert exact.total < -20_000
     assert (exact.total - found.scores.double().sum()).abs() < 0.05
     torch.testing.assert_close(found.total.double(), exact.total, rtol=1e-6, atol=0)
+
+
+def path_with_little_slack(log_probs: np.ndarray, target: np.ndarray, blank: int) -> list[int]:
+    """The definition in float32, where the frames are few more than the tokens: after each frame a path can
+    be in few pairs of states, those from ``tokens - frames + t`` on."""
+    frames, tokens = len(log_probs), len(target)
+    band, never = frames - tokens + 1, np.float32(-np.inf)
+    even, odd = np.full(band, never), np.full(band, never)
+    moves = []
+    for t in range(frames):
+        pair = np.arange(tokens - frames + t, t + 1)
+        valid = (pair >= 0) & (pair < tokens)
+        token = target[np.where(valid, pair, 0)]
+        differs = valid & (pair > 0) & (token != target[np.where(valid, pair, 0) - 1])
+        left, skip = odd, np.where(differs, odd, never)
+        even, odd = np.append(even[1:], np.float32(0) if t == 0 else never), np.append(odd[1:], never)
+        moved = np.where((skip > even) & (skip > odd), 2, np.where(even > odd, 1, 0))
+        moves.append((pair[0], left > even, moved))
+        odd = np.maximum(np.maximum(odd, even), skip) + np.where(valid, log_probs[t, token], never)
+        even = np.maximum(even, left) + log_probs[t, blank]
+        if (t + 1) % 32 == 0:
+            largest = np.maximum(even, odd).max()
+            even, odd = even - largest, odd - largest
+    at_token = not even[1] > odd[0]  # of the last two pairs
+    place = tokens - at_token
+    path = []
+    for first, from_left, moved in reversed(moves):
+        path.append(int(target[place]) if at_token else blank)
+        advance = int(moved[place - first]) if at_token else int(from_left[place - first])
+        place -= advance == 2 or (advance == 1 and not at_token)
+        at_token ^= advance == 1
+    return path[::-1]
+
+
+def test_long_audio_has_the_path_of_the_definition() -> None:
+    """So long that checkpoints are farther apart than rescalings; the order of roundings decides the path."""
+    frames, tokens = 17_000, 16_900
+    log_probs = (torch.randn(1, frames, 9) * 0.01 - 700).float()
+    targets = (torch.arange(tokens) * 5 % 8 + 1)[None]
+    found = ctc_align(log_probs, targets)
+    assert found.paths[0].tolist() == path_with_little_slack(log_probs[0].numpy(), targets[0].numpy(), 0)
 
 
 def test_int32_targets_and_lengths() -> None:
