@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,3 +94,35 @@ def check_row(problem: Problem, row: int, path: Tensor, ends: Tensor, total: flo
         assert begin == 0 or found[begin] == token, "blanks belong to the token before them"
         begin = end
     assert begin == frames or tokens == 0
+
+
+def path_with_little_slack(log_probs: np.ndarray, target: np.ndarray, blank: int) -> list[int]:
+    """The definition in float32, where the frames are few more than the tokens: after each frame a path can
+    be in few pairs of states, those from ``tokens - frames + t`` on."""
+    frames, tokens = len(log_probs), len(target)
+    band, never = frames - tokens + 1, np.float32(-np.inf)
+    even, odd = np.full(band, never), np.full(band, never)
+    moves = []
+    for t in range(frames):
+        pair = np.arange(tokens - frames + t, t + 1)
+        valid = (pair >= 0) & (pair < tokens)
+        token = target[np.where(valid, pair, 0)]
+        differs = valid & (pair > 0) & (token != target[np.where(valid, pair, 0) - 1])
+        left, skip = odd, np.where(differs, odd, never)
+        even, odd = np.append(even[1:], np.float32(0) if t == 0 else never), np.append(odd[1:], never)
+        moved = np.where((skip > even) & (skip > odd), 2, np.where(even > odd, 1, 0))
+        moves.append((pair[0], left > even, moved))
+        odd = np.maximum(np.maximum(odd, even), skip) + np.where(valid, log_probs[t, token], never)
+        even = np.maximum(even, left) + log_probs[t, blank]
+        if (t + 1) % 32 == 0:
+            largest = np.maximum(even, odd).max()
+            even, odd = even - largest, odd - largest
+    at_token = not even[1] > odd[0]  # of the last two pairs
+    place = tokens - at_token
+    path = []
+    for first, from_left, moved in reversed(moves):
+        path.append(int(target[place]) if at_token else blank)
+        advance = int(moved[place - first]) if at_token else int(from_left[place - first])
+        place -= advance == 2 or (advance == 1 and not at_token)
+        at_token ^= advance == 1
+    return path[::-1]

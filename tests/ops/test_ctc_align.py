@@ -5,13 +5,11 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
-import warnings
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from ctc_cases import KINDS, Problem, all_paths, check_row, random_problem
+from ctc_cases import KINDS, Problem, all_paths, check_row, path_with_little_slack, random_problem
 from hypothesis import strategies
 from torch import Tensor
 from torch.func import grad, jvp, vmap
@@ -226,38 +224,6 @@ def test_long_audio_in_half_precision(dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.total.double(), exact.total, rtol=1e-6, atol=0)
 
 
-def path_with_little_slack(log_probs: np.ndarray, target: np.ndarray, blank: int) -> list[int]:
-    """The definition in float32, where the frames are few more than the tokens: after each frame a path can
-    be in few pairs of states, those from ``tokens - frames + t`` on."""
-    frames, tokens = len(log_probs), len(target)
-    band, never = frames - tokens + 1, np.float32(-np.inf)
-    even, odd = np.full(band, never), np.full(band, never)
-    moves = []
-    for t in range(frames):
-        pair = np.arange(tokens - frames + t, t + 1)
-        valid = (pair >= 0) & (pair < tokens)
-        token = target[np.where(valid, pair, 0)]
-        differs = valid & (pair > 0) & (token != target[np.where(valid, pair, 0) - 1])
-        left, skip = odd, np.where(differs, odd, never)
-        even, odd = np.append(even[1:], np.float32(0) if t == 0 else never), np.append(odd[1:], never)
-        moved = np.where((skip > even) & (skip > odd), 2, np.where(even > odd, 1, 0))
-        moves.append((pair[0], left > even, moved))
-        odd = np.maximum(np.maximum(odd, even), skip) + np.where(valid, log_probs[t, token], never)
-        even = np.maximum(even, left) + log_probs[t, blank]
-        if (t + 1) % 32 == 0:
-            largest = np.maximum(even, odd).max()
-            even, odd = even - largest, odd - largest
-    at_token = not even[1] > odd[0]  # of the last two pairs
-    place = tokens - at_token
-    path = []
-    for first, from_left, moved in reversed(moves):
-        path.append(int(target[place]) if at_token else blank)
-        advance = int(moved[place - first]) if at_token else int(from_left[place - first])
-        place -= advance == 2 or (advance == 1 and not at_token)
-        at_token ^= advance == 1
-    return path[::-1]
-
-
 def test_long_audio_has_the_path_of_the_definition() -> None:
     """So long that checkpoints are farther apart than rescalings; the order of roundings decides the path."""
     frames, tokens = 17_000, 16_900
@@ -387,67 +353,3 @@ def test_the_module() -> None:
     module = CTCAligner(blank=problem.blank)
     same(module(problem.log_probs, problem.targets, problem.input_lengths, problem.target_lengths), problem)
     assert repr(module) == f"CTCAligner(blank={problem.blank})"
-
-
-def good() -> dict[str, Any]:
-    return {"log_probs": torch.randn(2, 6, 4).log_softmax(2), "targets": torch.tensor([[1, 2], [3, 3]])}
-
-
-BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"log_probs": [1.0]}, TypeError, "log_probs must be a tensor, got list"),
-    ({"log_probs": torch.zeros(2, 6, 4, dtype=torch.int64)}, TypeError, "log_probs must be float32"),
-    ({"log_probs": torch.zeros(6, 4)}, ValueError, r"log_probs must be \(B, T, C\).*log_probs\[None\]"),
-    ({"targets": torch.zeros(2, 2)}, TypeError, "targets must be int32 or int64, got torch.float32"),
-    (
-        {"targets": torch.ones(3, 2, dtype=torch.int64)},
-        ValueError,
-        "targets must be .* B = 2 as in log_probs",
-    ),
-    ({"targets": torch.ones(2, dtype=torch.int64)}, ValueError, r"targets must be \(B, U\)"),
-    ({"targets": torch.ones(2, 2, dtype=torch.int64, device="meta")}, ValueError, "targets is on meta"),
-    ({"targets": torch.tensor([[1, 2], [3, 0]])}, ValueError, r"targets\[1, 1\] is 0, which is the blank"),
-    ({"targets": torch.tensor([[1, 4], [3, 3]])}, ValueError, r"targets\[0, 1\] is 4, .* class in \[0, 4\)"),
-    (
-        {"targets": torch.tensor([[1, 2], [-1, 3]])},
-        ValueError,
-        r"targets\[1, 0\] is -1, which is not a class",
-    ),
-    ({"blank": 4}, ValueError, r"blank must be a class in \[0, 4\), got 4"),
-    ({"blank": -1}, ValueError, "blank must be a class"),
-    ({"blank": 0.0}, TypeError, "blank must be an int, got float"),
-    ({"input_lengths": [6, 6]}, TypeError, "input_lengths must be a tensor, got list"),
-    ({"input_lengths": torch.ones(2)}, TypeError, "input_lengths must be an integer tensor"),
-    ({"input_lengths": torch.tensor([6])}, ValueError, r"input_lengths must have shape \(2,\)"),
-    (
-        {"input_lengths": torch.tensor([6, 7])},
-        ValueError,
-        r"input_lengths must lie in \[0, 6\], got 7 for utt.* 1",
-    ),
-    (
-        {"target_lengths": torch.tensor([-1, 2])},
-        ValueError,
-        r"target_lengths must lie in \[0, 2\], got -1 for .* 0",
-    ),
-    (
-        {"target_lengths": torch.tensor([1, 2], device="meta")},
-        ValueError,
-        "target_lengths is on meta, log_probs",
-    ),
-    ({"backend": "fast"}, ValueError, "backend must be one of auto, native, triton, reference"),
-]
-
-
-@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=[message for *_, message in BAD])
-def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=f"ctc_align: .*{message}"):
-        ctc_align(**{**good(), **change})
-
-
-def test_probabilities_are_named() -> None:
-    arguments = good()
-    with pytest.warns(UserWarning, match="log_probs look like probabilities"):
-        ctc_align(**{**arguments, "log_probs": arguments["log_probs"].exp()})
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ctc_align(**arguments)
-        ctc_align(**{**arguments, "log_probs": torch.zeros(2, 0, 4)})

@@ -8,9 +8,10 @@
 //
 // from even[0] = 0 before the first frame, all others -inf. Of equal predecessors the one of the smallest
 // advance is taken, and a path ends in the last token rather than in the blank behind it. After each
-// kCtcRescale frames the largest score of the pairs tokens - frames + t to t is subtracted: of the others no
-// path comes from the start, or reaches the end. All
-// backends do these operations in this order, in float (double for double), so that they give the same path.
+// kCtcRescale frames the largest score of the pairs tokens - frames + t to t is subtracted: a path from the
+// start to the end is in no other. All backends do these operations in this order, in float (double for
+// double), so that they give the same path.
+//
 // A log-probability that is NaN or +inf counts as -inf, and so does a token that is the blank or no class.
 #pragma once
 
