@@ -16,6 +16,7 @@ from itertools import product
 import pytest
 import simt_build
 import test_adapter_cuda
+import test_ctc_align_cuda
 import test_layer_mix_cuda
 import test_layer_project_cuda
 import test_merge_cuda
@@ -36,6 +37,7 @@ pytestmark = [
 SOURCES = sorted(
     {
         *test_adapter_cuda.SOURCES,
+        *test_ctc_align_cuda.SOURCES,
         *test_layer_mix_cuda.SOURCES,
         *test_layer_project_cuda.SOURCES,
         *test_merge_cuda.SOURCES,
@@ -147,9 +149,17 @@ def launch_segment_pool(width: int, dtype: torch.dtype) -> None:
             for dx, d_scores in wanted if reduce == "attention" else wanted[:1]:
                 gradients = (address, strides, address, strides, *[MEMORY] * 3, dx, d_scores, MEMORY)
                 call("segment_pool_backward", *ends, *gradients)
+def launch_ctc_align(dtype: torch.dtype, tokens: int) -> None:
+    """A batch of clips of half a minute; blocks of every size, and the kernel for more tokens."""
+    batch, frames, classes = 32, 1500, 32
+    sizes = integers(DTYPE_CODES[dtype], batch, frames, classes, tokens, 0, frames * classes, classes)
+    for lengths in (MEMORY, None):
+        library().call("ctc_align", sizes, MEMORY, MEMORY, lengths, lengths, *[MEMORY] * 4)
 
 
 def launch_everything() -> None:
+    for dtype, pairs in product(DTYPE_CODES, (*test_ctc_align_cuda.LAYOUTS.values(), 40_000)):
+        launch_ctc_align(dtype, pairs - 1)
     for types in test_merge_cuda.TYPES:
         launch_merge(types)
     for width, dtype in product(WIDTHS, DTYPE_CODES):

@@ -30,6 +30,8 @@ MOST_REGISTERS = {
     "finish_rows": 32,
     "column_sums": 40,
     "up_bias": 32,
+    "align": 144,  # a block to each utterance, of which a multiprocessor has one at most
+    "align_wide": 64,  # of 1,024 threads
     "mix_plain": 80,
     "mix_bias": 40,
     "mix_norm": 168,

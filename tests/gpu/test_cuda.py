@@ -105,6 +105,19 @@ def pool_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
         return grad
 
     return step, scores
+def ctc_align_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """A ragged batch; the gradient of the squares of the scores is twice the scores, at the path."""
+    log_probs = torch.randn(5, 300, 32, device="cuda").log_softmax(2).requires_grad_()
+    targets = torch.randint(1, 32, (5, 90), device="cuda")
+    frames = torch.tensor([300, 299, 200, 40, 0], device="cuda")
+    tokens = torch.tensor([90, 70, 50, 90, 0], device="cuda")
+
+    def step() -> Tensor:
+        found = mmkernels.ctc_align(log_probs, targets, frames, tokens, backend=backend)
+        (grad,) = torch.autograd.grad(found.scores.square().sum(), log_probs)
+        return grad
+
+    return step, log_probs
 
 
 STEPS = {
@@ -113,6 +126,7 @@ STEPS = {
     "adapter": adapter_step,
     "merge": merge_step,
     "segment_pool": pool_step,
+    "ctc_align": ctc_align_step,
 }
 each = pytest.mark.parametrize("op", list(STEPS))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +92,15 @@ def segment_pool() -> tuple[Any, Any]:
 
 def segment_pool_module() -> tuple[Any, Any]:
     return of_module(mmkernels.nn.SegmentPool(), X, ENDS, x=X, ends=ENDS)
+def ctc_align() -> tuple[Any, Any]:
+    arguments = {"log_probs": random(1, 5, 3).log_softmax(2), "targets": torch.tensor([[1, 1]]), "blank": 2}
+    path = mmkernels.ctc_align(**arguments).paths[0].tolist()
+    return path, list(run(mmkernels.ctc_align, itertools=itertools, **arguments))
+
+
+def ctc_aligner() -> tuple[Any, Any]:
+    names = {"log_probs": random(2, 6, 4).log_softmax(2), "targets": torch.tensor([[1, 3], [0, 0]])}
+    return of_module(mmkernels.nn.CTCAligner(blank=2), *names.values(), mmkernels=mmkernels, **names)
 
 
 def featurizer() -> tuple[Any, Any]:
@@ -111,6 +121,7 @@ def accelerate() -> tuple[Any, Any]:
 CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "adapter": adapter,
     "adapter_norm": lambda: adapter(norm_weight=random(8), norm_bias=random(8)),
+    "ctc_align": ctc_align,
     "layer_mix": layer_mix,
     "layer_mix_norm": lambda: layer_mix(norm=True, norm_weight=random(8), norm_bias=random(8)),
     "layer_project": layer_project,
@@ -120,6 +131,7 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "merge_groups": lambda: merge(lam=random(2), groups=[1, 0, 1]),
     "segment_pool": segment_pool,
     "Adapter": lambda: of_module(mmkernels.nn.Adapter(8, 3, activation="gelu", scale=0.5), X, x=X),
+    "CTCAligner": ctc_aligner,
     "LayerMix": lambda: of_module(mmkernels.nn.LayerMix(4), LAYERS, layers=LAYERS),
     "LayerProject": lambda: of_module(mmkernels.nn.LayerProject(4, 8, 3), X, x=X),
     "Merge": merge_module,

@@ -13,6 +13,7 @@ SIGNATURES = {
         "(x, down_weight, down_bias, up_weight, up_bias, *, residual=None, scale=1.0, activation='relu', "
         "norm_weight=None, norm_bias=None, eps=1e-05, backend='auto')"
     ),
+    "ctc_align": "(log_probs, targets, input_lengths=None, target_lengths=None, *, blank=0, backend='auto')",
     "info": "()",
     "layer_mix": (
         "(layers, weights, *, norm=False, eps=1e-05, norm_weight=None, norm_bias=None, lengths=None, "
@@ -25,7 +26,7 @@ SIGNATURES = {
     "merge": "(target, source, lam, *, groups=None, dtype=None, out=None, backend='auto')",
     "segment_pool": "(x, ends, *, reduce='mean', scores=None, counts=None, backend='auto')",
 }
-MODULES = {"Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge", "SegmentPool"}
+MODULES = {"Adapter", "CTCAligner", "Featurizer", "LayerMix", "LayerProject", "Merge", "SegmentPool"}
 
 
 def bare(function: object) -> str:
@@ -44,7 +45,7 @@ def test_modules() -> None:
 
 
 def test_public_docstrings_say_what_users_need() -> None:
-    for name in ("adapter", "layer_mix", "layer_project", "merge", "segment_pool"):
+    for name in ("adapter", "ctc_align", "layer_mix", "layer_project", "merge", "segment_pool"):
         text = inspect.getdoc(getattr(mmkernels, name)) or ""
         for part in ("Equivalent to", "Args:", "Returns:", "Raises:", "Gradients", "Source:"):
             assert part in text, f"{name}: {part}"

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from mmkernels.ops import _norm_product as norm_product  # noqa: E402
 from mmkernels.ops import _triton as shared  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
+from mmkernels.ops.ctc_align import triton as ctc  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
 from mmkernels.ops.segment_pool import triton as pool  # noqa: E402
@@ -45,14 +46,16 @@ OF_ELEMENT_TYPE = {
     *("x", "y", "out", "preactivation", "folded_weight"),
     *("grad", "value", "scaled_grad", "addend", "dx"),
     *("left", "right", "up_weight", "hidden", "activated"),
+    "log_probs",
 }
 PARAMETERS = {
     *("weight", "bias", "norm_weight", "norm_bias", "up_bias"),
     *("d_weight", "d_norm_weight", "d_norm_bias"),
 }
 INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
-INTEGERS |= {"chunks", "first_chunk", "segments"}
+INTEGERS |= {"chunks", "first_chunk", "segments", "tokens", "classes", "blank"}
 INT64_POINTERS = {"table", "lengths", "ends", "counts", "stops"}
+INT64_POINTERS |= {"targets", "input_lengths", "target_lengths", "paths"}
 INT32_POINTERS = {"partial_group", "index", "partial_index"}
 
 
@@ -63,6 +66,8 @@ def type_of(name: str, element: str, parameter: str) -> str:
         return "*i64"
     if name in INT32_POINTERS:
         return "*i32"
+    if name == "codes":
+        return "*i8"
     if name == "scale":
         return "fp32"
     if name in PARAMETERS:
@@ -172,6 +177,7 @@ SMALL_LAUNCHES = [
     (pool.segment_pool_spread_kernel, {**POOL, "REDUCE": 0, "ACCUMULATE": pool.tl.float32}),
     (pool.segment_pool_dots_kernel, {**POOL, "WIDTH": 1, "ALIGNMENT": 1}),
     (pool.segment_pool_scores_kernel, {"PIECE": 16, "BLOCK_SEGMENTS": 64}),
+    (ctc.ctc_align_fwd_kernel, {"RESCALE_FRAMES": 32, "BLOCK": 256}),
 ]
 
 
@@ -382,6 +388,20 @@ def test_pool_stops_and_scores(capability: int, tmp_path: pathlib.Path) -> None:
     ):
         compiled = compile_kernel(kernel, capability, "fp32", constants, num_warps=1)
         check_resources(compiled, LEAST_SHARED, tmp_path)
+@each_capability
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize(
+    ("element", "tokens"), [("fp32", 200), ("bf16", 200), ("fp16", 1500), ("fp32", ctc.MOST_TRITON_TOKENS)]
+)
+def test_ctc_align(element: str, tokens: int, lengths: bool, capability: int, tmp_path: pathlib.Path) -> None:
+    """The scores of all states stay in registers, up to the most tokens that the op takes."""
+    block = ctc.block_for(tokens)
+    constants = {"RESCALE_FRAMES": ctc.RESCALE, "BLOCK": block}
+    absent = [] if lengths else ["input_lengths", "target_lengths"]
+    compiled = compile_kernel(
+        ctc.ctc_align_fwd_kernel, capability, element, constants, absent, num_warps=ctc.warps_for(block)
+    )
+    check_resources(compiled, LEAST_SHARED, tmp_path)
 
 
 def uses_tensor_cores(compiled: Any) -> bool:

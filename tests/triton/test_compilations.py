@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key, create_function_f
 
 from mmkernels.ops._common import ACTIVATION_CODES  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
+from mmkernels.ops.ctc_align import triton as ctc  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.layer_project import triton as project  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
@@ -134,3 +135,13 @@ def test_lengths_compile_nothing_again(
     for frames in lengths:
         step(frames, dtype, width)
     assert {kernel: len(found) for kernel, found in keys.items()} == before
+
+
+def test_sizes_of_a_batch_compile_ctc_align_once(keys: dict[str, set[str]]) -> None:
+    """But for tokens, which need another kernel past each power of two from 256 on."""
+    for frames in (1, 2, 15, 16, 48, 333):
+        for tokens in (0, 1, 16, 100, 255):
+            targets = torch.ones(BATCH, tokens, dtype=torch.int64)
+            lengths = torch.full((BATCH,), frames)
+            ctc.ctc_align_fwd(torch.zeros(BATCH, frames, 32), targets, lengths, lengths, 0)
+    assert {kernel: len(found) for kernel, found in keys.items()} == {"ctc_align_fwd_kernel": 1}

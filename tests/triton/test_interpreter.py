@@ -8,18 +8,22 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from ctc_cases import KINDS, Problem, random_problem
 from torch import Tensor
 
-from mmkernels import adapter, layer_mix, layer_project, merge, segment_pool
+from mmkernels import (adapter, ctc_align, layer_mix, layer_project, merge, segment_pool)
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.backends import TRITON_INTERPRETED
 from mmkernels.ops._common import ACTIVATION_CODES
 from mmkernels.ops.adapter import reference as adapter_reference
 from mmkernels.ops.adapter.schema import OPS as ADAPTER_OPS
+from mmkernels.ops.ctc_align.schema import MOST_TRITON_TOKENS
+from mmkernels.ops.ctc_align.schema import OPS as CTC_OPS
 from mmkernels.ops.layer_mix import reference as mix_reference
 from mmkernels.ops.layer_mix.schema import OPS as MIX_OPS
 from mmkernels.ops.layer_project import reference as project_reference
@@ -846,6 +850,69 @@ def test_pool_of_a_row_does_not_depend_on_the_batch(reduce: str) -> None:
     alone = call.with_arguments(x=a["x"][:1, :41], ends=a["ends"][:1], scores=scores)
     out = segment_pool(**a, backend="triton")
     assert torch.equal(out[:1], segment_pool(**alone.arguments, backend="triton"))
+def check_ctc(problem: Problem) -> tuple[Tensor, ...]:
+    """The bits of the reference, but for the order in which a total is added."""
+    with poisoned_memory():
+        found: tuple[Tensor, ...] = CTC_OPS["triton"][0](*vars(problem).values())
+    paths, ends, totals = problem.expected()
+    assert torch.equal(found[0], paths)
+    assert torch.equal(found[1], ends)
+    torch.testing.assert_close(found[2], totals, rtol=1e-6, atol=1e-6)
+    return found
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctc_align(kind: str, dtype: torch.dtype) -> None:
+    """Ragged, with ties, and with utterances that have no path; below and above the rescaling period."""
+    check_ctc(random_problem(1, kind, dtype, batch=8, frames=7))
+    check_ctc(random_problem(2, kind, dtype, batch=2, frames=39, tokens=12, classes=6))
+
+
+@pytest.mark.parametrize("frames", [31, 32, 33, 64])
+def test_ctc_align_around_the_rescaling_period(frames: int) -> None:
+    problem = random_problem(frames, "grid", batch=2, frames=frames, tokens=12, classes=5)
+    check_ctc(replace(problem, input_lengths=torch.full((2,), frames)))
+
+
+def test_ctc_align_of_more_tokens_than_the_smallest_block() -> None:
+    problem = random_problem(3, "grid", batch=1, frames=40, tokens=300, classes=50)
+    problem = replace(problem, target_lengths=torch.tensor([30]), input_lengths=torch.tensor([40]))
+    assert check_ctc(problem)[2] > -math.inf
+
+
+def test_ctc_align_of_any_values() -> None:
+    """Lengths and tokens that the host does not read; NaN; strides of audio with the time first."""
+    problem = random_problem(5, batch=5, frames=12, tokens=3)
+    log_probs = problem.log_probs.transpose(0, 1).contiguous().transpose(0, 1)
+    log_probs[torch.rand(log_probs.shape) < 0.05] = math.nan
+    targets = problem.targets.clone()
+    targets[0, 1], targets[1, 2], targets[2, 0] = 1 << 40, -1, problem.blank
+    wild = torch.tensor([1 << 40, 12, 12, -5, 12]), torch.tensor([3, 1 << 50, 3, 2, -(1 << 50)])
+    check_ctc(Problem(log_probs, targets, *wild, problem.blank))
+    wide = log_probs.mT.contiguous().mT
+    check_ctc(replace(problem, log_probs=wide))
+
+
+@pytest.mark.parametrize(("batch", "frames", "tokens"), [(0, 5, 2), (2, 0, 2), (2, 5, 0), (2, 0, 0)])
+def test_ctc_align_of_nothing(batch: int, frames: int, tokens: int) -> None:
+    check_ctc(random_problem(6, batch=batch, frames=frames, tokens=tokens))
+
+
+def test_ctc_align_of_too_many_tokens_is_refused() -> None:
+    log_probs, targets = torch.randn(1, 3, 4), torch.ones(1, MOST_TRITON_TOKENS + 1, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=r"backend='triton' cannot be used: .* at most 8191 tokens, got 8192"
+    ):
+        ctc_align(log_probs, targets, backend="triton")
+
+
+def test_ctc_align_scores_have_gradients() -> None:
+    log_probs = torch.randn(1, 9, 4).log_softmax(2).requires_grad_()
+    found = ctc_align(log_probs, torch.tensor([[1, 3]]), backend="triton")
+    found.scores.sum().backward()
+    assert log_probs.grad is not None
+    assert torch.equal(log_probs.grad[0], torch.nn.functional.one_hot(found.paths[0], 4).float())
 
 
 @pytest.mark.parametrize("norm", [False, True])
@@ -890,6 +957,7 @@ def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
     opcheck(POOL_OPS["triton"][0], (*inputs, code, not narrow))
     out, *saved = POOL_OPS["triton"][0](*inputs, code, True)
     opcheck(POOL_OPS["triton"][1], (out, *inputs, *saved, 52, code, not narrow, norm))
+    opcheck(CTC_OPS["triton"][0], tuple(vars(random_problem(7, dtype=torch.bfloat16, batch=2)).values()))
 
 
 def test_ops_refuse_what_would_read_past_the_end() -> None:
@@ -904,6 +972,10 @@ def test_ops_refuse_what_would_read_past_the_end() -> None:
     for name, residual, up_weight in (("residual", layer[0, :2], up), ("up_weight", None, up[:3])):
         with pytest.raises(ValueError, match=f"{name}: expected shape"):
             ADAPTER_OPS["triton"][0](layer[0], down, None, up_weight, None, residual, None, None, *options)
+    with pytest.raises(ValueError, match="targets: expected shape"):
+        CTC_OPS["triton"][0](layer, torch.ones(3, 2, dtype=torch.int64), None, None, 0)
+    with pytest.raises(ValueError, match="blank: expected a class below 4, got 4"):
+        CTC_OPS["triton"][0](layer, torch.ones(2, 2, dtype=torch.int64), None, None, 4)
     forward, into, backward = MERGE_OPS["triton"]
     with pytest.raises(ValueError, match="target, source and groups: expected lists of one length"):
         forward([layer], [layer, layer], torch.ones(1), [0], torch.float32)
