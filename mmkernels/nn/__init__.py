@@ -7,5 +7,6 @@ from mmkernels.nn.featurizer import Featurizer
 from mmkernels.nn.layer_mix import LayerMix
 from mmkernels.nn.layer_project import LayerProject
 from mmkernels.nn.merge import Merge
+from mmkernels.nn.monotonic_align import MonotonicAlign
 
-__all__ = ["Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge"]
+__all__ = ["Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge", "MonotonicAlign"]

@@ -17,6 +17,7 @@ import test_adapter
 import test_layer_mix
 import test_layer_project
 import test_merge
+import test_monotonic_align
 import torch
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from mmkernels.ops.adapter import schema as adapter_schema
 from mmkernels.ops.layer_mix import schema as layer_mix_schema
 from mmkernels.ops.layer_project import schema as layer_project_schema
 from mmkernels.ops.merge import schema as merge_schema
+from mmkernels.ops.monotonic_align import schema as monotonic_align_schema
 from op_tests import (
     BackendNames,
     Call,
@@ -51,6 +53,7 @@ SCHEMAS: dict[str, ModuleType] = {
     "layer_mix": layer_mix_schema,
     "layer_project": layer_project_schema,
     "merge": merge_schema,
+    "monotonic_align": monotonic_align_schema,
 }
 #: The suffixes of an op's torch ops, in the order of its schema's OPS, and the fakes.
 FAKES = {"fwd": "_forward_fake", "out": "_out_fake", "bwd": "_backward_fake"}
@@ -268,3 +271,9 @@ TestAdapter = on_the_cpu(test_adapter.SPEC)
 TestLayerMix = on_the_cpu(test_layer_mix.SPEC)
 TestLayerProject = on_the_cpu(test_layer_project.SPEC)
 TestMerge = on_the_cpu(test_merge.SPEC)
+
+
+class TestMonotonicAlign(test_monotonic_align.OnEveryBackend):
+    served = (("cpu", "native"),)
+    dtypes = DTYPES
+    many = 30

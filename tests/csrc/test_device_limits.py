@@ -19,6 +19,7 @@ import test_adapter_cuda
 import test_layer_mix_cuda
 import test_layer_project_cuda
 import test_merge_cuda
+import test_monotonic_align_cuda
 import torch
 from devices import DEVICES, H100, REGISTERS, RESERVED_SHARED, SHARED_WITHOUT_OPT_IN, Device
 from simt_build import Launch, Library
@@ -36,6 +37,7 @@ SOURCES = sorted(
         *test_layer_mix_cuda.SOURCES,
         *test_layer_project_cuda.SOURCES,
         *test_merge_cuda.SOURCES,
+        *test_monotonic_align_cuda.SOURCES,
     }
 )
 #: Of wav2vec2, HuBERT, WavLM, Whisper and their kind; the last is too wide for the registers of a block.
@@ -131,7 +133,16 @@ def launch_merge(types: tuple[torch.dtype, ...]) -> None:
             library().call("merge_backward", *inputs, layers, tensors, tensors, tensors, needed, needed)
 
 
+def launch_monotonic_align(dtype: torch.dtype) -> None:
+    """A batch of sentences, and a chapter."""
+    for (frames, tokens), address in product(((800, 200), (30_000, 6_000)), (MEMORY, UNALIGNED)):
+        sizes = integers(DTYPE_CODES[dtype], 16, frames, tokens, frames * tokens, tokens)
+        library().call("monotonic_align", sizes, address, *[MEMORY] * 5)
+
+
 def launch_everything() -> None:
+    for dtype in DTYPE_CODES:
+        launch_monotonic_align(dtype)
     for types in test_merge_cuda.TYPES:
         launch_merge(types)
     for width, dtype in product(WIDTHS, DTYPE_CODES):

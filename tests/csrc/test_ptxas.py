@@ -52,6 +52,7 @@ MOST_REGISTERS = {
     "interpolate": 64,  # 4 blocks of 256 threads per multiprocessor
     "interpolate_gradients": 80,  # 3 blocks
     "reduce_lam": 40,
+    "align": 128,  # a block of 512 threads
 }
 
 #: Bytes of local memory. Four instances of mix_norm (float32 rows of 1,280 columns, and long rows at odd

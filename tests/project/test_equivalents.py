@@ -37,7 +37,7 @@ def equivalent(documented: object) -> str:
 def run(documented: object, **names: Any) -> Any:
     code = equivalent(documented)
     assert 1 <= len(code.splitlines()) <= 4
-    scope = {"torch": torch, "F": nn.functional, "ACTIVATIONS": ACTIVATIONS, **names}
+    scope = {"torch": torch, "F": nn.functional, "ACTIVATIONS": ACTIVATIONS, "mmkernels": mmkernels, **names}
     exec(code, scope)
     return scope["out"]
 
@@ -82,6 +82,18 @@ def merge_module() -> tuple[Any, Any]:
     return of_module(module, *names.values(), **names)
 
 
+def monotonic_align() -> tuple[Any, Any]:
+    log_probs = random(7, 4)
+    out = run(mmkernels.monotonic_align, log_probs=log_probs, T=7, U=4)
+    return mmkernels.monotonic_align(log_probs[None])[0], out
+
+
+def aligner() -> tuple[Any, Any]:
+    frames, tokens = X[:2].repeat(1, 2, 1) + random(2, 8, 8), X[2:4]
+    module = mmkernels.nn.MonotonicAlign(scale=0.5)
+    return of_module(module, frames, tokens, frames=frames, tokens=tokens)
+
+
 def featurizer() -> tuple[Any, Any]:
     lengths = [torch.tensor([3, 2])] * 4
     module = mmkernels.nn.Featurizer(4, hidden_size=8, downsample_rate=320)
@@ -107,10 +119,12 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "merge": merge,
     "merge_one": lambda: merge(lam=random(1)),
     "merge_groups": lambda: merge(lam=random(2), groups=[1, 0, 1]),
+    "monotonic_align": monotonic_align,
     "Adapter": lambda: of_module(mmkernels.nn.Adapter(8, 3, activation="gelu", scale=0.5), X, x=X),
     "LayerMix": lambda: of_module(mmkernels.nn.LayerMix(4), LAYERS, layers=LAYERS),
     "LayerProject": lambda: of_module(mmkernels.nn.LayerProject(4, 8, 3), X, x=X),
     "Merge": merge_module,
+    "MonotonicAlign": aligner,
     "Featurizer": featurizer,
     "accelerate": accelerate,
 }

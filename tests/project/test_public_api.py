@@ -23,8 +23,9 @@ SIGNATURES = {
         "backend='auto')"
     ),
     "merge": "(target, source, lam, *, groups=None, dtype=None, out=None, backend='auto')",
+    "monotonic_align": "(log_probs, frame_lengths=None, token_lengths=None, *, backend='auto')",
 }
-MODULES = {"Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge"}
+MODULES = {"Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge", "MonotonicAlign"}
 
 
 def bare(function: object) -> str:
@@ -43,7 +44,7 @@ def test_modules() -> None:
 
 
 def test_public_docstrings_say_what_users_need() -> None:
-    for name in ("adapter", "layer_mix", "layer_project", "merge"):
+    for name in ("adapter", "layer_mix", "layer_project", "merge", "monotonic_align"):
         text = inspect.getdoc(getattr(mmkernels, name)) or ""
         for part in ("Equivalent to", "Args:", "Returns:", "Raises:", "Gradients", "Source:"):
             assert part in text, f"{name}: {part}"

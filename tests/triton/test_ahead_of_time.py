@@ -28,6 +28,7 @@ from mmkernels.ops import _triton as shared  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
+from mmkernels.ops.monotonic_align import triton as monotonic  # noqa: E402
 
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 #: Bytes of shared memory that one block may have.
@@ -43,14 +44,15 @@ OF_ELEMENT_TYPE = {
     *("x", "y", "out", "preactivation", "folded_weight"),
     *("grad", "value", "scaled_grad", "addend", "dx"),
     *("left", "right", "up_weight", "hidden", "activated"),
+    *("log_probs",),
 }
 PARAMETERS = {
     *("weight", "bias", "norm_weight", "norm_bias", "up_bias"),
     *("d_weight", "d_norm_weight", "d_norm_bias"),
 }
 INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
-INTEGERS |= {"chunks", "first_chunk"}
-INT64_POINTERS = {"table", "lengths"}
+INTEGERS |= {"chunks", "first_chunk", "tokens"}
+INT64_POINTERS = {"table", "lengths", "frame_lengths", "token_lengths", "durations"}
 
 
 def type_of(name: str, element: str, parameter: str) -> str:
@@ -58,7 +60,7 @@ def type_of(name: str, element: str, parameter: str) -> str:
         return "i32"
     if name in INT64_POINTERS:
         return "*i64"
-    if name == "partial_group":
+    if name in ("partial_group", "words"):
         return "*i32"
     if name == "scale":
         return "fp32"
@@ -324,6 +326,18 @@ def test_merge_sums(capability: int, tmp_path: pathlib.Path) -> None:
     compiled = compile_kernel(
         merge.merge_sum_kernel, capability, "fp32", {"SUMS": merge.SUMS}, num_warps=merge.WARPS
     )
+    check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+@each_capability
+@each_element
+@pytest.mark.parametrize("absent", [(), ("frame_lengths", "token_lengths")])
+def test_monotonic_align(
+    element: str, absent: tuple[str, ...], capability: int, tmp_path: pathlib.Path
+) -> None:
+    constants = {"PANEL": monotonic.PANEL, "BITS": monotonic.BITS}
+    kernel = monotonic.monotonic_align_fwd_kernel
+    compiled = compile_kernel(kernel, capability, element, constants, absent, num_warps=monotonic.WARPS)
     check_resources(compiled, LEAST_SHARED, tmp_path)
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels import adapter, layer_mix, layer_project, merge
+from mmkernels import adapter, layer_mix, layer_project, merge, monotonic_align
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.backends import TRITON_INTERPRETED
 from mmkernels.ops._common import ACTIVATION_CODES
@@ -26,6 +26,8 @@ from mmkernels.ops.layer_project import reference as project_reference
 from mmkernels.ops.layer_project.schema import OPS as PROJECT_OPS
 from mmkernels.ops.merge import reference as merge_reference
 from mmkernels.ops.merge.schema import OPS as MERGE_OPS
+from mmkernels.ops.monotonic_align import reference as monotonic_reference
+from mmkernels.ops.monotonic_align.schema import OPS as MONOTONIC_OPS
 from op_tests import Call, assert_close_to_reference, poisoned_memory, value_and_gradients
 
 if not TRITON_INTERPRETED:
@@ -726,6 +728,59 @@ def test_merge_of_nothing() -> None:
     assert gradients[-1].tolist() == [0, 0, 0]
 
 
+def monotonic_batch(dtype: torch.dtype, frames: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Three utterances on a grid of 0.5, so that many paths are equally good; padding holds NaN."""
+    x = (2 * torch.randn(3, frames, tokens)).round() / 2
+    lengths = torch.tensor([frames, tokens, frames]), torch.tensor([tokens, tokens, (tokens + 1) // 2])
+    for row, (length, count) in enumerate(zip(*lengths, strict=True)):
+        x[row, length:] = math.nan
+        x[row, :, count:] = math.nan
+    return x.to(dtype), *lengths
+
+
+@each_dtype
+@pytest.mark.parametrize(("frames", "tokens"), [(1, 1), (33, 5), (64, 32), (40, 40)])
+def test_monotonic(frames: int, tokens: int, dtype: torch.dtype) -> None:
+    batch = monotonic_batch(dtype, frames, tokens)
+    with poisoned_memory():
+        durations = monotonic_align(*batch, backend="triton")
+    assert torch.equal(durations, monotonic_reference.monotonic_align(*batch))
+
+
+def test_monotonic_panels_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmkernels.ops.monotonic_align import triton as kernels
+
+    monkeypatch.setattr(kernels, "PANEL", 16)
+    x, *lengths = monotonic_batch(torch.float32, 50, 40)
+    for given in (x, x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        durations = monotonic_align(given, *lengths, backend="triton")
+        assert torch.equal(durations, monotonic_reference.monotonic_align(x, *lengths))
+
+
+def test_monotonic_values_that_only_the_device_sees() -> None:
+    x = torch.randn(5, 20, 9)
+    x[4, 3, 2] = math.nan
+    frames, tokens = torch.tensor([99, -3, 4, 20, 20]), torch.tensor([99, 5, 9, -1, 9])
+    with poisoned_memory():
+        found = MONOTONIC_OPS["triton"][0](x, frames, tokens)
+    assert found[1:].eq(0).all()
+    assert torch.equal(found[:1], monotonic_reference.monotonic_align(x[:1]))
+
+
+def test_monotonic_infinite_scores() -> None:
+    x = torch.randn(2, 20, 9)
+    x.view(-1)[::7] = math.inf
+    x.view(-1)[::5] = -math.inf
+    durations = monotonic_align(x, backend="triton")
+    assert torch.equal(durations, monotonic_reference.monotonic_align(x))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 0), (2, 4, 0)])
+def test_monotonic_of_nothing(shape: tuple[int, ...]) -> None:
+    out = monotonic_align(torch.zeros(shape), backend="triton")
+    assert torch.equal(out, torch.zeros(shape[0], shape[2], dtype=torch.int64))
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
@@ -759,6 +814,9 @@ def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
     opcheck(MERGE_OPS["triton"][0], (*pairs, torch.float32))
     opcheck(MERGE_OPS["triton"][1], (*pairs, out))
     opcheck(MERGE_OPS["triton"][2], (out, *pairs, norm, [0, 4], [3] if narrow else []))
+
+    lengths = torch.tensor([6, 4]) if norm else None
+    opcheck(MONOTONIC_OPS["triton"][0], (torch.randn(2, 6, 4), lengths, lengths if narrow else None))
 
 
 def test_ops_refuse_what_would_read_past_the_end() -> None:

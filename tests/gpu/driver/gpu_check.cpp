@@ -13,6 +13,7 @@ constexpr Op kOps[] = {
     {"layer_mix", mmk::check::check_layer_mix},
     {"layer_project", mmk::check::check_layer_project},
     {"merge", mmk::check::check_merge},
+    {"monotonic_align", mmk::check::check_monotonic_align},
 };
 
 }  // namespace

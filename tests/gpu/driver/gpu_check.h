@@ -221,5 +221,6 @@ void check_adapter(Report& report);
 void check_layer_mix(Report& report);
 void check_layer_project(Report& report);
 void check_merge(Report& report);
+void check_monotonic_align(Report& report);
 
 }  // namespace mmk::check
