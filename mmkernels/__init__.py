@@ -1,8 +1,8 @@
 """Fused kernels for adapting speech and audio transformers, as torch ops.
 
-Ops: :func:`adapter`, :func:`layer_mix`, :func:`layer_project`, :func:`merge`, :func:`monotonic_align`.
-Modules: :mod:`mmkernels.nn`. Existing models: :func:`accelerate`. Which backend runs each op on this machine:
-:func:`info`, or ``python -m mmkernels``.
+Ops: :func:`adapter`, :func:`cif`, :func:`layer_mix`, :func:`layer_project`, :func:`merge`,
+:func:`monotonic_align`. Modules: :mod:`mmkernels.nn`. Existing models: :func:`accelerate`. Which backend runs
+each op on this machine: :func:`info`, or ``python -m mmkernels``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmkernels import _library
 from mmkernels.ops.adapter import adapter
+from mmkernels.ops.cif import cif
 from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_project import layer_project
 from mmkernels.ops.merge import merge
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "adapter",
+    "cif",
     "info",
     "layer_mix",
     "layer_project",

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from mmkernels.nn.adapter import Adapter
+from mmkernels.nn.cif import CIF
 from mmkernels.nn.featurizer import Featurizer
 from mmkernels.nn.layer_mix import LayerMix
 from mmkernels.nn.layer_project import LayerProject
 from mmkernels.nn.merge import Merge
 from mmkernels.nn.monotonic_align import MonotonicAlign
 
-__all__ = ["Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge", "MonotonicAlign"]
+__all__ = ["CIF", "Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge", "MonotonicAlign"]

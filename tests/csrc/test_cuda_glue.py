@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 import simt_build
 import test_adapter
+import test_cif
 import test_layer_mix
 import test_layer_project
 import test_merge
@@ -23,6 +24,7 @@ from torch import Tensor
 
 import mmkernels
 from mmkernels.ops.adapter import schema as adapter_schema
+from mmkernels.ops.cif import schema as cif_schema
 from mmkernels.ops.layer_mix import schema as layer_mix_schema
 from mmkernels.ops.layer_project import schema as layer_project_schema
 from mmkernels.ops.merge import schema as merge_schema
@@ -50,6 +52,7 @@ pytestmark = [
 NAMESPACE = "mmkernels_simt"
 SCHEMAS: dict[str, ModuleType] = {
     "adapter": adapter_schema,
+    "cif": cif_schema,
     "layer_mix": layer_mix_schema,
     "layer_project": layer_project_schema,
     "merge": merge_schema,
@@ -268,6 +271,7 @@ def test_strides_of_single_elements_choose_no_kernel(
 
 
 TestAdapter = on_the_cpu(test_adapter.SPEC)
+TestCif = on_the_cpu(test_cif.SPEC)
 TestLayerMix = on_the_cpu(test_layer_mix.SPEC)
 TestLayerProject = on_the_cpu(test_layer_project.SPEC)
 TestMerge = on_the_cpu(test_merge.SPEC)

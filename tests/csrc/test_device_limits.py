@@ -16,6 +16,7 @@ from itertools import product
 import pytest
 import simt_build
 import test_adapter_cuda
+import test_cif_cuda
 import test_layer_mix_cuda
 import test_layer_project_cuda
 import test_merge_cuda
@@ -34,6 +35,7 @@ pytestmark = [
 SOURCES = sorted(
     {
         *test_adapter_cuda.SOURCES,
+        *test_cif_cuda.SOURCES,
         *test_layer_mix_cuda.SOURCES,
         *test_layer_project_cuda.SOURCES,
         *test_merge_cuda.SOURCES,
@@ -140,7 +142,21 @@ def launch_monotonic_align(dtype: torch.dtype) -> None:
         library().call("monotonic_align", sizes, address, *[MEMORY] * 5)
 
 
+def launch_cif(width: int, dtype: torch.dtype) -> None:
+    frames, tokens = 1500, 300
+    sizes = integers(DTYPE_CODES[dtype], 24, frames, width, tokens, frames * width, width)
+    for address, scaled in product((MEMORY, UNALIGNED), (False, True)):
+        inputs = (address, MEMORY, None)
+        library().call("cif_forward", sizes, 1.0, 0.5, *inputs, some(scaled), *[MEMORY] * 7)
+        grad = (address, integers(tokens * width, width))
+        for dx, d_alpha in ((MEMORY, MEMORY), (MEMORY, None), (None, MEMORY)):
+            outputs = (*[MEMORY] * 4, dx, d_alpha, MEMORY, MEMORY)
+            library().call("cif_backward", sizes, 1.0, scaled, *grad, *inputs, *outputs)
+
+
 def launch_everything() -> None:
+    for width, dtype in product(WIDTHS, DTYPE_CODES):
+        launch_cif(width, dtype)
     for dtype in DTYPE_CODES:
         launch_monotonic_align(dtype)
     for types in test_merge_cuda.TYPES:

@@ -52,6 +52,10 @@ MOST_REGISTERS = {
     "interpolate": 64,  # 4 blocks of 256 threads per multiprocessor
     "interpolate_gradients": 80,  # 3 blocks
     "reduce_lam": 40,
+    "plan": 48,
+    "sum_tokens": 96,  # 2 blocks of 256 threads: 64 KB in flight
+    "frame_gradients": 96,
+    "alpha_gradients": 48,
     "align": 128,  # a block of 512 threads
 }
 

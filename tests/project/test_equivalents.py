@@ -82,6 +82,17 @@ def merge_module() -> tuple[Any, Any]:
     return of_module(module, *names.values(), **names)
 
 
+def cif() -> tuple[Any, Any]:
+    alpha = torch.full((5,), 0.7, dtype=torch.float64)
+    names = {"x": X[:, 0], "alpha": alpha, "beta": 0.8, "max_length": 4}
+    found = mmkernels.cif(X[None, :, 0], alpha[None], beta=0.8, tail_threshold=2.0, max_length=4)
+    return found.features[0], run(mmkernels.cif, **names)
+
+
+def cif_module() -> tuple[Any, Any]:
+    return of_module(mmkernels.nn.CIF(8, beta=0.5), X, x=X)
+
+
 def monotonic_align() -> tuple[Any, Any]:
     log_probs = random(7, 4)
     out = run(mmkernels.monotonic_align, log_probs=log_probs, T=7, U=4)
@@ -119,11 +130,13 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "merge": merge,
     "merge_one": lambda: merge(lam=random(1)),
     "merge_groups": lambda: merge(lam=random(2), groups=[1, 0, 1]),
+    "cif": cif,
     "monotonic_align": monotonic_align,
     "Adapter": lambda: of_module(mmkernels.nn.Adapter(8, 3, activation="gelu", scale=0.5), X, x=X),
     "LayerMix": lambda: of_module(mmkernels.nn.LayerMix(4), LAYERS, layers=LAYERS),
     "LayerProject": lambda: of_module(mmkernels.nn.LayerProject(4, 8, 3), X, x=X),
     "Merge": merge_module,
+    "CIF": cif_module,
     "MonotonicAlign": aligner,
     "Featurizer": featurizer,
     "accelerate": accelerate,

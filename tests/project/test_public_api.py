@@ -13,6 +13,10 @@ SIGNATURES = {
         "(x, down_weight, down_bias, up_weight, up_bias, *, residual=None, scale=1.0, activation='relu', "
         "norm_weight=None, norm_bias=None, eps=1e-05, backend='auto')"
     ),
+    "cif": (
+        "(x, alpha, *, beta=1.0, lengths=None, target_lengths=None, tail_threshold=0.5, max_length=None, "
+        "backend='auto')"
+    ),
     "info": "()",
     "layer_mix": (
         "(layers, weights, *, norm=False, eps=1e-05, norm_weight=None, norm_bias=None, lengths=None, "
@@ -25,7 +29,7 @@ SIGNATURES = {
     "merge": "(target, source, lam, *, groups=None, dtype=None, out=None, backend='auto')",
     "monotonic_align": "(log_probs, frame_lengths=None, token_lengths=None, *, backend='auto')",
 }
-MODULES = {"Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge", "MonotonicAlign"}
+MODULES = {"Adapter", "CIF", "Featurizer", "LayerMix", "LayerProject", "Merge", "MonotonicAlign"}
 
 
 def bare(function: object) -> str:
@@ -44,7 +48,7 @@ def test_modules() -> None:
 
 
 def test_public_docstrings_say_what_users_need() -> None:
-    for name in ("adapter", "layer_mix", "layer_project", "merge", "monotonic_align"):
+    for name in ("adapter", "cif", "layer_mix", "layer_project", "merge", "monotonic_align"):
         text = inspect.getdoc(getattr(mmkernels, name)) or ""
         for part in ("Equivalent to", "Args:", "Returns:", "Raises:", "Gradients", "Source:"):
             assert part in text, f"{name}: {part}"

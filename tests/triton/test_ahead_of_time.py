@@ -26,6 +26,7 @@ from triton.compiler import ASTSource  # noqa: E402
 from mmkernels.ops import _norm_product as norm_product  # noqa: E402
 from mmkernels.ops import _triton as shared  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
+from mmkernels.ops.cif import triton as cif  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
 from mmkernels.ops.monotonic_align import triton as monotonic  # noqa: E402
@@ -44,7 +45,7 @@ OF_ELEMENT_TYPE = {
     *("x", "y", "out", "preactivation", "folded_weight"),
     *("grad", "value", "scaled_grad", "addend", "dx"),
     *("left", "right", "up_weight", "hidden", "activated"),
-    *("log_probs",),
+    *("log_probs", "features"),
 }
 PARAMETERS = {
     *("weight", "bias", "norm_weight", "norm_bias", "up_bias"),
@@ -53,6 +54,7 @@ PARAMETERS = {
 INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
 INTEGERS |= {"chunks", "first_chunk", "tokens"}
 INT64_POINTERS = {"table", "lengths", "frame_lengths", "token_lengths", "durations"}
+INT64_POINTERS |= {"target_lengths", "counts", "ends"}
 
 
 def type_of(name: str, element: str, parameter: str) -> str:
@@ -60,7 +62,9 @@ def type_of(name: str, element: str, parameter: str) -> str:
         return "i32"
     if name in INT64_POINTERS:
         return "*i64"
-    if name in ("partial_group", "words"):
+    if name in ("sums", "facts"):
+        return "*fp64"
+    if name in ("partial_group", "words", "token"):
         return "*i32"
     if name == "scale":
         return "fp32"
@@ -326,6 +330,32 @@ def test_merge_sums(capability: int, tmp_path: pathlib.Path) -> None:
     compiled = compile_kernel(
         merge.merge_sum_kernel, capability, "fp32", {"SUMS": merge.SUMS}, num_warps=merge.WARPS
     )
+    check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+CIF = {"BETA": 1.0, "THRESHOLD": 0.5, "WIDTH": 768, "SCALED": True}
+CIF |= {"BLOCK_T": cif.BLOCK_T, "BLOCK_FRAMES": cif.BLOCK_FRAMES, "BLOCK_D": cif.BLOCK_D}
+CIF_LAUNCHES = [
+    (cif.cif_plan_kernel, {}, ("target_lengths",)),
+    (cif.cif_plan_kernel, {}, ("lengths",)),
+    (cif.cif_tokens_kernel, {}, ()),
+    (cif.cif_frames_kernel, {"BLOCK_D": 1024}, ()),
+    (cif.cif_frames_kernel, {"BLOCK_D": 1024}, ("dx", "lengths")),
+    (cif.cif_frames_kernel, {"BLOCK_D": 1024}, ("dots",)),
+    (cif.cif_alpha_kernel, {}, ()),
+    (cif.cif_alpha_kernel, {"SCALED": False}, ("lengths",)),
+]
+
+
+@each_capability
+@each_element
+@pytest.mark.parametrize("launch", CIF_LAUNCHES, ids=lambda launch: launch[0].__name__)
+def test_cif(
+    launch: tuple[Any, dict[str, Any], tuple[str, ...]], element: str, capability: int, tmp_path: pathlib.Path
+) -> None:
+    kernel, own, absent = launch
+    constants = {name: value for name, value in {**CIF, **own}.items() if name in kernel.arg_names}
+    compiled = compile_kernel(kernel, capability, element, constants, absent, num_warps=cif.WARPS)
     check_resources(compiled, LEAST_SHARED, tmp_path)
 
 

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction, compute_cache_key, create_function_f
 
 from mmkernels.ops._common import ACTIVATION_CODES  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
+from mmkernels.ops.cif import triton as cif  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.layer_project import triton as project  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
@@ -85,6 +86,16 @@ def merge_step(size: int, dtype: torch.dtype, count: int) -> None:
     merge.merge_bwd(out, target, target, lam, groups, True, [0], list(range(len(target))))
 
 
+def cif_step(frames: int, dtype: torch.dtype, width: int) -> None:
+    """Also of other numbers of tokens, with target lengths and without."""
+    x, alpha = torch.zeros(BATCH, frames, width, dtype=dtype), torch.ones(BATCH, frames)
+    lengths = torch.full((BATCH,), frames)
+    for targets, tokens in ((None, frames), (lengths, frames), (None, 1), (None, 7)):
+        out, counts, _, *plan = cif.cif_fwd(x, alpha, lengths, targets, 1.0, 0.5, tokens)
+        scaled = targets is not None
+        cif.cif_bwd(out, x, alpha, lengths, counts, *plan, 1.0, scaled, True, True)
+
+
 def monotonic_step(frames: int, dtype: torch.dtype, tokens: int) -> None:
     """With lengths and without, and of other numbers of tokens."""
     for count in {1, tokens, frames}:
@@ -106,6 +117,7 @@ CASES: dict[str, tuple[Callable[[int, torch.dtype, int], None], int, tuple[int, 
     "layer_project": (project_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
     "adapter": (adapter_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
     "merge": (merge_step, 5000, (1, 2, 15, 16, 31, 48, 64, 333)),
+    "cif": (cif_step, 64, (1, 2, 15, 16, 31, 48, 64, 333)),
     "monotonic_align": (monotonic_step, 64, (1, 2, 15, 16, 31, 48, 64, 333)),
     "layer_project of a half-precision model": (
         functools.partial(narrow_step, project_step),

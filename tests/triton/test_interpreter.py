@@ -14,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mmkernels import adapter, layer_mix, layer_project, merge, monotonic_align
+from mmkernels import adapter, cif, layer_mix, layer_project, merge, monotonic_align
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.backends import TRITON_INTERPRETED
 from mmkernels.ops._common import ACTIVATION_CODES
 from mmkernels.ops.adapter import reference as adapter_reference
 from mmkernels.ops.adapter.schema import OPS as ADAPTER_OPS
+from mmkernels.ops.cif import reference as cif_reference
+from mmkernels.ops.cif.schema import OPS as CIF_OPS
 from mmkernels.ops.layer_mix import reference as mix_reference
 from mmkernels.ops.layer_mix.schema import OPS as MIX_OPS
 from mmkernels.ops.layer_project import reference as project_reference
@@ -728,6 +730,110 @@ def test_merge_of_nothing() -> None:
     assert gradients[-1].tolist() == [0, 0, 0]
 
 
+def cif_call(
+    dtype: torch.dtype,
+    frames: int,
+    width: int,
+    tokens: int,
+    *,
+    scaled: bool,
+    high: float = 0.9,
+    beta: float = 1.0,
+) -> Call:
+    """A ragged batch; padding of x holds NaN."""
+    lengths = torch.tensor([frames, 0, max(frames - 3, 0)])
+    x = torch.randn(3, frames, width, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        x[row, length:] = math.nan
+    alpha = (0.05 + high * torch.rand(3, frames, dtype=torch.float64)) * beta
+    arguments: dict[str, Any] = {
+        "x": x.to(dtype),
+        "alpha": alpha.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        "beta": beta,
+        "lengths": lengths,
+        "target_lengths": torch.tensor([tokens, 2, max(tokens - 2, 0)]) if scaled else None,
+        "max_length": tokens,
+    }
+    return Call(arguments, ("x", "alpha")).detached()
+
+
+def cif_features(**arguments: Any) -> Tensor:
+    return cif(**arguments).features
+
+
+def cif_reference_features(**arguments: Any) -> Tensor:
+    return cif_reference.cif(**arguments).features
+
+
+def check_cif(call: Call, dtype: torch.dtype) -> None:
+    """Also the lengths and ends."""
+    arguments = call.arguments
+    shape = (3, arguments["max_length"], arguments["x"].shape[2])
+    grad = torch.randn(shape, dtype=torch.float64).to(dtype)
+    check(cif_features, cif_reference_features, call, grad, dtype)
+    with poisoned_memory():
+        found = cif(**call.arguments, backend="triton")
+    expected = cif_reference.cif(**call.arguments)
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.ends, expected.ends)
+
+
+@each_dtype
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cif(scaled: bool, dtype: torch.dtype) -> None:
+    check_cif(cif_call(dtype, 14, 17, 7, scaled=scaled), dtype)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("frames", "width", "tokens", "high"),
+    [(1, 1, 1, 0.9), (5, 300, 4, 1.8), (6, 8, 25, 6.0), (15, 40, 3, 0.9)],
+)
+def test_cif_sizes(frames: int, width: int, tokens: int, high: float, scaled: bool) -> None:
+    """Several blocks of columns; several tokens from a frame; more tokens than there is room for."""
+    call = cif_call(torch.float32, frames, width, tokens, scaled=scaled, high=high, beta=0.7)
+    check_cif(call, torch.float32)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cif_steps_of_a_whole_utterance(scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmkernels.ops.cif import triton as kernels
+
+    monkeypatch.setattr(kernels, "BLOCK_T", 16)
+    check_cif(cif_call(torch.float32, 40, 4, 20, scaled=scaled), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["x", "alpha"])
+def test_cif_gradient_that_is_asked_for(name: str) -> None:
+    call = cif_call(torch.float32, 14, 17, 7, scaled=True)
+    call.arguments[name].requires_grad_(False)
+    check_cif(call, torch.float32)
+
+
+def test_cif_values_that_only_the_device_sees() -> None:
+    x, alpha = torch.randn(3, 8, 4), torch.full((3, 8), 0.4)
+    alpha[2] = torch.tensor([-1.0, math.nan, math.inf, 1e38, -0.0, 3e38, 0.5, -math.inf])
+    lengths = torch.tensor([99, -4, 8])
+    with poisoned_memory():
+        out, counts, ends, *plan = CIF_OPS["triton"][0](x, alpha, lengths, None, 1.0, 0.5, 5)
+        CIF_OPS["triton"][1](out, x, alpha, lengths, counts, *plan, 1.0, False, True, True)
+    assert counts.tolist() == [3, 0, 5]
+    assert out[1].eq(0).all()
+    assert ((ends >= 0) & (ends <= 8)).all()
+
+
+@pytest.mark.parametrize(("frames", "width", "tokens"), [(0, 4, 3), (5, 0, 3), (5, 4, 0)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cif_of_nothing(frames: int, width: int, tokens: int, scaled: bool) -> None:
+    call = cif_call(torch.float32, frames, width, tokens, scaled=scaled)
+    found = cif(**call.arguments, backend="triton")
+    expected = cif_reference.cif(**call.arguments)
+    torch.testing.assert_close(found, expected)
+    leaves = call.leaves()
+    for gradient in torch.autograd.grad(found.features.sum(), leaves):
+        assert gradient.eq(0).all()
+
+
 def monotonic_batch(dtype: torch.dtype, frames: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """Three utterances on a grid of 0.5, so that many paths are equally good; padding holds NaN."""
     x = (2 * torch.randn(3, frames, tokens)).round() / 2
@@ -814,6 +920,13 @@ def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
     opcheck(MERGE_OPS["triton"][0], (*pairs, torch.float32))
     opcheck(MERGE_OPS["triton"][1], (*pairs, out))
     opcheck(MERGE_OPS["triton"][2], (out, *pairs, norm, [0, 4], [3] if narrow else []))
+
+    call = cif_call(torch.bfloat16, 9, 5, 4, scaled=norm).detached(requires_grad=False).arguments
+    inputs = (call["x"], call["alpha"].float(), call["lengths"])
+    forward = (*inputs, call["target_lengths"], 1.0, 0.5, 4)
+    opcheck(CIF_OPS["triton"][0], forward)
+    out, counts, _, *plan = CIF_OPS["triton"][0](*forward)
+    opcheck(CIF_OPS["triton"][1], (out, *inputs, counts, *plan, 1.0, norm, narrow, True))
 
     lengths = torch.tensor([6, 4]) if norm else None
     opcheck(MONOTONIC_OPS["triton"][0], (torch.randn(2, 6, 4), lengths, lengths if narrow else None))

@@ -16,8 +16,8 @@ from mmkernels.ops._triton import dense_rows, expect_optional, loop_bound, on_de
 
 PANEL = 256
 WARPS = 4
-#: Back-pointers are bits: bit ``t % 32`` of word ``(t // 32, u)`` says that the best path comes from the token
-#: before u.
+#: Back-pointers are bits: bit ``t % 32`` of word ``(t // 32, u)`` says that the best path to u comes from the
+#: token before.
 BITS = 32
 
 

@@ -10,6 +10,7 @@ struct Op {
 };
 constexpr Op kOps[] = {
     {"adapter", mmk::check::check_adapter},
+    {"cif", mmk::check::check_cif},
     {"layer_mix", mmk::check::check_layer_mix},
     {"layer_project", mmk::check::check_layer_project},
     {"merge", mmk::check::check_merge},

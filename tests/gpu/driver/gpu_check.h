@@ -218,6 +218,7 @@ class Report {
 };
 
 void check_adapter(Report& report);
+void check_cif(Report& report);
 void check_layer_mix(Report& report);
 void check_layer_project(Report& report);
 void check_merge(Report& report);
