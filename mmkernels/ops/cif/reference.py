@@ -32,19 +32,19 @@ def cif(
     valid = frame < length
     weight = torch.where(valid, widened(alpha, accumulate).double(), 0.0)
     total = weight.sum(1)
+    end = weight.cumsum(1)
+    tail_token = tail_factor = None
     if target_lengths is None:
         whole = (total / beta).floor()
         rest = total - whole * beta
         tail = (rest >= tail_threshold * beta) & (rest > 0)
-        tail_factor = torch.where(tail, beta / torch.where(tail, rest, 1.0), 1.0)
+        tail_token, tail_factor = whole, torch.where(tail, beta / torch.where(tail, rest, 1.0), 1.0)
         count = (whole + tail).to(torch.int64)
     else:
-        whole = tail_factor = None
         count = target_lengths.to(torch.int64).clamp(min=0)
         sounds = total > 0
         scale = torch.where(sounds, beta * count.double() / torch.where(sounds, total, 1.0), 0.0)
-        weight = weight * scale[:, None]
-    end = weight.cumsum(1)
+        end = end * scale[:, None]
     start = torch.cat([end.new_zeros((end.shape[0], 1)), end[:, :-1]], dim=1) if frames > 0 else end
     if max_length is None:
         max_length = int(count.max()) if count.numel() > 0 else 0
@@ -52,17 +52,24 @@ def cif(
     wide = x.to(accumulate)
     features, ends = [], []
     for j in range(max_length):
-        low, high = j * beta, (j + 1) * beta
-        overlap = (end.clamp(max=high) - start.clamp(min=low)).clamp(min=0)
-        if whole is not None and tail_factor is not None:
-            overlap = overlap * torch.where(whole == j, tail_factor, 1.0)[:, None]
+        low = j * beta
+        high = torch.full_like(total, (j + 1) * beta)
+        if target_lengths is not None:
+            # The last token ends with the last frame.
+            high = torch.where(j == count - 1, torch.inf, high)
+        high = high[:, None]
+        # Not minimum and maximum, which halve the gradient of equal numbers: here it is that of more weight.
+        upper = torch.where(end < high, end, high)
+        lower = torch.where(start >= low, start, low)
+        overlap = (upper - lower).clamp(min=0)
+        if tail_token is not None and tail_factor is not None:
+            overlap = overlap * torch.where(tail_token == j, tail_factor, 1.0)[:, None]
         # Frames elsewhere may hold NaN, so they are replaced and not multiplied by zero.
-        part = valid & (start <= high) & (end >= low) & (j < count)[:, None]
+        part = valid & (start < high) & (end >= low) & (j < count)[:, None]
         overlap = torch.where(part, overlap, 0.0).to(accumulate)
         features.append((overlap[:, :, None] * torch.where(part[:, :, None], wide, 0.0)).sum(1))
         before = (end / beta).floor() <= j
         if target_lengths is not None:
-            # The last token ends with the last frame.
             before = before | (j >= count - 1)[:, None]
         ends.append(((before & valid).sum(1) + 1).minimum(length[:, 0]))
     counts = count.clamp(max=max_length)
