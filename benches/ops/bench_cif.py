@@ -114,7 +114,7 @@ def _case(
         candidates=candidates(device),
         problem=functools.partial(_problem, batch, frames, tokens, width, direction, variant, device),
         # Weights near 0 and 1 are differences of sums of hundreds.
-        tolerance=1e-3,
+        tolerance=1e-4,
         **options,
     )
 

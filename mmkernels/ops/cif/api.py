@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.ops import _common, _derivatives, _inference
+from mmkernels.ops import _common, _derivatives, _inference, _lengths
 from mmkernels.ops.cif import reference
 from mmkernels.ops.cif.result import CIF
 from mmkernels.ops.cif.schema import OPS
 
 _OP = "cif"
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 class _Cif(torch.autograd.Function):
@@ -135,8 +134,8 @@ def cif(
     """
     beta, tail_threshold = _check_options(beta, tail_threshold, max_length)
     _check_inputs(x, alpha)
-    lengths = _check_lengths("lengths", lengths, x, x.shape[1])
-    target_lengths = _check_lengths("target_lengths", target_lengths, x, None)
+    lengths = _lengths.check_lengths(_OP, "lengths", lengths, "x", x, x.shape[1])
+    target_lengths = _lengths.check_lengths(_OP, "target_lengths", target_lengths, "x", x, None)
     _check_alpha(alpha, lengths)
     asked = backend
     if forward_ad._current_level >= 0 or _derivatives.transforms_active():
@@ -214,37 +213,8 @@ def _check_inputs(x: Tensor, alpha: Tensor) -> None:
         raise ValueError(f"{_OP}: alpha is on {alpha.device}, x is on {x.device}")
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether reading values is free: on the CPU, where no transform hides them."""
-    tracing = torch.compiler.is_compiling() or _derivatives.transforms_active()
-    fake = isinstance(tensor, torch._subclasses.FakeTensor)
-    return tensor.is_cpu and not tracing and not fake
-
-
-def _check_lengths(name: str, lengths: Tensor | None, x: Tensor, most: int | None) -> Tensor | None:
-    if lengths is None:
-        return None
-    _common.check_tensor(_OP, name, lengths)
-    if lengths.dtype not in _INTEGERS:
-        raise TypeError(f"{_OP}: {name} must be an integer tensor, got {lengths.dtype}")
-    if lengths.shape != x.shape[:1]:
-        raise ValueError(
-            f"{_OP}: {name} must have shape {tuple(x.shape[:1])}, one entry for each utterance, "
-            f"got {tuple(lengths.shape)}"
-        )
-    if lengths.device != x.device:
-        raise ValueError(f"{_OP}: {name} is on {lengths.device}, x is on {x.device}")
-    if _readable(lengths) and lengths.numel() > 0:
-        low, high = (int(value) for value in torch.aminmax(lengths))
-        if most is not None and (low < 0 or high > most):
-            raise ValueError(f"{_OP}: {name} must lie in [0, {most}], got values from {low} to {high}")
-        if low < 0:
-            raise ValueError(f"{_OP}: {name} must not be negative, got {low}")
-    return lengths.to(torch.int64)
-
-
 def _check_alpha(alpha: Tensor, lengths: Tensor | None) -> None:
-    if not _readable(alpha):
+    if not _lengths.readable(alpha):
         return
     wrong = ~((alpha >= 0) & (alpha < math.inf))
     if not wrong.any():

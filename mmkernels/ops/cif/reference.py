@@ -56,7 +56,7 @@ def cif(
         high = torch.full_like(total, (j + 1) * beta)
         if target_lengths is not None:
             # The last token ends with the last frame.
-            high = torch.where(j == count - 1, torch.inf, high)
+            high = high.masked_fill(count - 1 == j, torch.inf)
         high = high[:, None]
         # Not minimum and maximum, which halve the gradient of equal numbers: here it is that of more weight.
         upper = torch.where(end < high, end, high)

@@ -6,12 +6,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.ops import _common, _derivatives
+from mmkernels.ops import _common, _derivatives, _lengths
 from mmkernels.ops.monotonic_align import reference
 from mmkernels.ops.monotonic_align.schema import OPS
 
 _OP = "monotonic_align"
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def monotonic_align(
@@ -70,14 +69,18 @@ def monotonic_align(
     if log_probs.dim() != 3:
         raise ValueError(f"{_OP}: log_probs must be (B, T, U), got shape {tuple(log_probs.shape)}")
     _, frames, tokens = log_probs.shape
-    frame_lengths = _check_lengths("frame_lengths", frame_lengths, log_probs, frames)
-    token_lengths = _check_lengths("token_lengths", token_lengths, log_probs, tokens)
+    frame_lengths = _lengths.check_lengths(
+        _OP, "frame_lengths", frame_lengths, "log_probs", log_probs, frames
+    )
+    token_lengths = _lengths.check_lengths(
+        _OP, "token_lengths", token_lengths, "log_probs", log_probs, tokens
+    )
     if forward_ad._current_level >= 0 or _derivatives.transforms_active():
         tensors = (log_probs, frame_lengths, token_lengths)
         backend = _derivatives.backend_in_transforms(_OP, backend, tensors)
     backend = _common.choose_backend(_OP, backend, log_probs)
     log_probs = log_probs.detach()
-    if not _readable(log_probs):
+    if not _lengths.readable(log_probs):
         return _durations(backend, log_probs, frame_lengths, token_lengths)
     _check_feasible(log_probs, frame_lengths, token_lengths)
     durations = _durations(backend, log_probs, frame_lengths, token_lengths)
@@ -94,40 +97,14 @@ def _durations(
     return out
 
 
-def _readable(tensor: Tensor) -> bool:
-    """Whether reading values is free: on the CPU, where no transform hides them."""
-    tracing = torch.compiler.is_compiling() or _derivatives.transforms_active()
-    return tensor.is_cpu and not tracing and type(tensor) is Tensor
-
-
-def _check_lengths(name: str, lengths: Tensor | None, log_probs: Tensor, most: int) -> Tensor | None:
-    if lengths is None:
-        return None
-    _common.check_tensor(_OP, name, lengths)
-    if lengths.dtype not in _INTEGERS:
-        raise TypeError(f"{_OP}: {name} must be an integer tensor, got {lengths.dtype}")
-    if lengths.shape != log_probs.shape[:1]:
-        raise ValueError(
-            f"{_OP}: {name} must have shape {tuple(log_probs.shape[:1])}, one entry for each utterance, "
-            f"got {tuple(lengths.shape)}"
-        )
-    if lengths.device != log_probs.device:
-        raise ValueError(f"{_OP}: {name} is on {lengths.device}, log_probs is on {log_probs.device}")
-    if _readable(lengths) and lengths.numel() > 0:
-        low, high = (int(value) for value in torch.aminmax(lengths))
-        if low < 0 or high > most:
-            raise ValueError(f"{_OP}: {name} must lie in [0, {most}], got values from {low} to {high}")
-    return lengths.to(torch.int64)
-
-
-def _lengths(lengths: Tensor | None, log_probs: Tensor, dimension: int) -> Tensor:
+def _given(lengths: Tensor | None, log_probs: Tensor, dimension: int) -> Tensor:
     if lengths is not None:
         return lengths
     return torch.full(log_probs.shape[:1], log_probs.shape[dimension])
 
 
 def _check_feasible(log_probs: Tensor, frame_lengths: Tensor | None, token_lengths: Tensor | None) -> None:
-    frames, tokens = _lengths(frame_lengths, log_probs, 1), _lengths(token_lengths, log_probs, 2)
+    frames, tokens = _given(frame_lengths, log_probs, 1), _given(token_lengths, log_probs, 2)
     if (frames < tokens).any():
         row = int((frames < tokens).nonzero()[0])
         raise ValueError(
@@ -140,11 +117,11 @@ def _check_found(
     durations: Tensor, log_probs: Tensor, frame_lengths: Tensor | None, token_lengths: Tensor | None
 ) -> None:
     """Feasible rows without durations have a NaN."""
-    tokens = _lengths(token_lengths, log_probs, 2)
+    tokens = _given(token_lengths, log_probs, 2)
     lost = (tokens > 0) & (durations.sum(1) == 0)
     if lost.any():
         row = int(lost.nonzero()[0])
-        frames = int(_lengths(frame_lengths, log_probs, 1)[row])
+        frames = int(_given(frame_lengths, log_probs, 1)[row])
         frame, token = log_probs[row, :frames, : int(tokens[row])].isnan().nonzero()[0].tolist()
         raise ValueError(
             f"{_OP}: log_probs must not be NaN within the lengths, but are in row {row} of the batch at "
