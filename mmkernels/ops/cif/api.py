@@ -88,7 +88,7 @@ def cif(
 
     Equivalent to, for one utterance ``(T, D)`` of which ``max_length`` tokens fire, without a tail::
 
-        C, j = alpha.cumsum(0)[:, None], beta * torch.arange(max_length)
+        C, j = alpha.cumsum(0)[:, None], beta * torch.arange(max_length).to(alpha)
         overlap = C.clamp(max=j + beta) - (C - alpha[:, None]).clamp(min=j)
         out = overlap.clamp(min=0).T @ x
 
