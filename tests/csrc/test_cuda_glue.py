@@ -14,20 +14,24 @@ from types import ModuleType
 import pytest
 import simt_build
 import test_adapter
+import test_cif
 import test_ctc_align
 import test_layer_mix
 import test_layer_project
 import test_merge
+import test_monotonic_align
 import test_segment_pool
 import torch
 from torch import Tensor
 
 import mmkernels
 from mmkernels.ops.adapter import schema as adapter_schema
+from mmkernels.ops.cif import schema as cif_schema
 from mmkernels.ops.ctc_align import schema as ctc_align_schema
 from mmkernels.ops.layer_mix import schema as layer_mix_schema
 from mmkernels.ops.layer_project import schema as layer_project_schema
 from mmkernels.ops.merge import schema as merge_schema
+from mmkernels.ops.monotonic_align import schema as monotonic_align_schema
 from mmkernels.ops.segment_pool import schema as segment_pool_schema
 from op_tests import (
     BackendNames,
@@ -57,6 +61,8 @@ SCHEMAS: dict[str, ModuleType] = {
     "layer_project": layer_project_schema,
     "merge": merge_schema,
     "segment_pool": segment_pool_schema,
+    "cif": cif_schema,
+    "monotonic_align": monotonic_align_schema,
 }
 #: The suffixes of an op's torch ops, in the order of its schema's OPS, and the fakes.
 FAKES = {"fwd": "_forward_fake", "out": "_out_fake", "bwd": "_backward_fake"}
@@ -277,3 +283,10 @@ TestLayerProject = on_the_cpu(test_layer_project.SPEC)
 TestMerge = on_the_cpu(test_merge.SPEC)
 TestSegmentPool = on_the_cpu(test_segment_pool.ATTENTION)
 TestSegmentPoolWithoutScores = on_the_cpu(test_segment_pool.SPEC, test_segment_pool.OF_PARAMETERS)
+TestCif = on_the_cpu(test_cif.SPEC)
+
+
+class TestMonotonicAlign(test_monotonic_align.OnEveryBackend):
+    served = (("cpu", "native"),)
+    dtypes = DTYPES
+    many = 30

@@ -30,7 +30,7 @@ MOST_REGISTERS = {
     "finish_rows": 32,
     "column_sums": 40,
     "up_bias": 32,
-    "align": 144,  # a block to each utterance, of which a multiprocessor has one at most
+    "align": 144,  # of ctc_align and monotonic_align: a block to each utterance, one to a multiprocessor
     "align_wide": 64,  # of 1,024 threads
     "mix_plain": 80,
     "mix_bias": 40,
@@ -61,6 +61,10 @@ MOST_REGISTERS = {
     "spread_pieces": 64,
     "score_gradients": 96,
     "finish_scores": 32,
+    "plan": 48,
+    "sum_tokens": 96,  # 2 blocks of 256 threads: 64 KB in flight
+    "frame_gradients": 96,
+    "alpha_gradients": 48,
 }
 
 #: Bytes of local memory. Four instances of mix_norm (float32 rows of 1,280 columns, and long rows at odd

@@ -105,6 +105,8 @@ def pool_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
         return grad
 
     return step, scores
+
+
 def ctc_align_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
     """A ragged batch; the gradient of the squares of the scores is twice the scores, at the path."""
     log_probs = torch.randn(5, 300, 32, device="cuda").log_softmax(2).requires_grad_()

@@ -107,6 +107,8 @@ def test_merge(width: int, dtype: torch.dtype, backend: str) -> None:
 def test_segment_pool(reduce: str, segments: int, width: int, dtype: torch.dtype, backend: str) -> None:
     shape = {"B": 3, "T": 1500, "M": segments, "D": width, "reduce": reduce, "counts": segments > 1}
     check(SEGMENT_POOL, shape, dtype, backend, torch.float32)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("frames", "tokens"), [(60, 40), (1500, 200), (1500, 450), (3000, 900), (4000, 1900), (4500, 2500)]

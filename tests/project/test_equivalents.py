@@ -38,7 +38,7 @@ def equivalent(documented: object) -> str:
 def run(documented: object, **names: Any) -> Any:
     code = equivalent(documented)
     assert 1 <= len(code.splitlines()) <= 4
-    scope = {"torch": torch, "F": nn.functional, "ACTIVATIONS": ACTIVATIONS, **names}
+    scope = {"torch": torch, "F": nn.functional, "ACTIVATIONS": ACTIVATIONS, "mmkernels": mmkernels, **names}
     exec(code, scope)
     return scope["out"]
 
@@ -92,6 +92,8 @@ def segment_pool() -> tuple[Any, Any]:
 
 def segment_pool_module() -> tuple[Any, Any]:
     return of_module(mmkernels.nn.SegmentPool(), X, ENDS, x=X, ends=ENDS)
+
+
 def ctc_align() -> tuple[Any, Any]:
     arguments = {"log_probs": random(1, 5, 3).log_softmax(2), "targets": torch.tensor([[1, 1]]), "blank": 2}
     path = mmkernels.ctc_align(**arguments).paths[0].tolist()
@@ -101,6 +103,29 @@ def ctc_align() -> tuple[Any, Any]:
 def ctc_aligner() -> tuple[Any, Any]:
     names = {"log_probs": random(2, 6, 4).log_softmax(2), "targets": torch.tensor([[1, 3], [0, 0]])}
     return of_module(mmkernels.nn.CTCAligner(blank=2), *names.values(), mmkernels=mmkernels, **names)
+
+
+def cif() -> tuple[Any, Any]:
+    alpha = torch.full((5,), 0.7, dtype=torch.float64)
+    names = {"x": X[:, 0], "alpha": alpha, "beta": 0.8, "max_length": 4}
+    found = mmkernels.cif(X[None, :, 0], alpha[None], beta=0.8, tail_threshold=2.0, max_length=4)
+    return found.features[0], run(mmkernels.cif, **names)
+
+
+def cif_module() -> tuple[Any, Any]:
+    return of_module(mmkernels.nn.CIF(8, beta=0.5), X, x=X)
+
+
+def monotonic_align() -> tuple[Any, Any]:
+    log_probs = random(7, 4)
+    out = run(mmkernels.monotonic_align, log_probs=log_probs, T=7, U=4)
+    return mmkernels.monotonic_align(log_probs[None])[0], out
+
+
+def aligner() -> tuple[Any, Any]:
+    frames, tokens = X[:2].repeat(1, 2, 1) + random(2, 8, 8), X[2:4]
+    module = mmkernels.nn.MonotonicAlign(scale=0.5)
+    return of_module(module, frames, tokens, frames=frames, tokens=tokens)
 
 
 def featurizer() -> tuple[Any, Any]:
@@ -130,12 +155,16 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "merge_one": lambda: merge(lam=random(1)),
     "merge_groups": lambda: merge(lam=random(2), groups=[1, 0, 1]),
     "segment_pool": segment_pool,
+    "cif": cif,
+    "monotonic_align": monotonic_align,
     "Adapter": lambda: of_module(mmkernels.nn.Adapter(8, 3, activation="gelu", scale=0.5), X, x=X),
     "CTCAligner": ctc_aligner,
     "LayerMix": lambda: of_module(mmkernels.nn.LayerMix(4), LAYERS, layers=LAYERS),
     "LayerProject": lambda: of_module(mmkernels.nn.LayerProject(4, 8, 3), X, x=X),
     "Merge": merge_module,
     "SegmentPool": segment_pool_module,
+    "CIF": cif_module,
+    "MonotonicAlign": aligner,
     "Featurizer": featurizer,
     "accelerate": accelerate,
 }

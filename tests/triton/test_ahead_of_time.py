@@ -26,9 +26,11 @@ from triton.compiler import ASTSource  # noqa: E402
 from mmkernels.ops import _norm_product as norm_product  # noqa: E402
 from mmkernels.ops import _triton as shared  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
+from mmkernels.ops.cif import triton as cif  # noqa: E402
 from mmkernels.ops.ctc_align import triton as ctc  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
+from mmkernels.ops.monotonic_align import triton as monotonic  # noqa: E402
 from mmkernels.ops.segment_pool import triton as pool  # noqa: E402
 from mmkernels.ops.segment_pool.schema import REDUCTIONS  # noqa: E402
 
@@ -46,7 +48,7 @@ OF_ELEMENT_TYPE = {
     *("x", "y", "out", "preactivation", "folded_weight"),
     *("grad", "value", "scaled_grad", "addend", "dx"),
     *("left", "right", "up_weight", "hidden", "activated"),
-    "log_probs",
+    *("log_probs", "features"),
 }
 PARAMETERS = {
     *("weight", "bias", "norm_weight", "norm_bias", "up_bias"),
@@ -56,7 +58,8 @@ INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inp
 INTEGERS |= {"chunks", "first_chunk", "segments", "tokens", "classes", "blank"}
 INT64_POINTERS = {"table", "lengths", "ends", "counts", "stops"}
 INT64_POINTERS |= {"targets", "input_lengths", "target_lengths", "paths"}
-INT32_POINTERS = {"partial_group", "index", "partial_index"}
+INT64_POINTERS |= {"frame_lengths", "token_lengths", "durations"}
+INT32_POINTERS = {"partial_group", "index", "partial_index", "words", "token"}
 
 
 def type_of(name: str, element: str, parameter: str) -> str:
@@ -66,6 +69,8 @@ def type_of(name: str, element: str, parameter: str) -> str:
         return "*i64"
     if name in INT32_POINTERS:
         return "*i32"
+    if name in ("sums", "facts"):
+        return "*fp64"
     if name == "codes":
         return "*i8"
     if name == "scale":
@@ -388,6 +393,8 @@ def test_pool_stops_and_scores(capability: int, tmp_path: pathlib.Path) -> None:
     ):
         compiled = compile_kernel(kernel, capability, "fp32", constants, num_warps=1)
         check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
 @each_capability
 @pytest.mark.parametrize("lengths", [False, True])
 @pytest.mark.parametrize(
@@ -401,6 +408,44 @@ def test_ctc_align(element: str, tokens: int, lengths: bool, capability: int, tm
     compiled = compile_kernel(
         ctc.ctc_align_fwd_kernel, capability, element, constants, absent, num_warps=ctc.warps_for(block)
     )
+    check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+CIF = {"BETA": 1.0, "THRESHOLD": 0.5, "WIDTH": 768, "SCALED": True}
+CIF |= {"BLOCK_T": cif.BLOCK_T, "BLOCK_FRAMES": cif.BLOCK_FRAMES, "BLOCK_D": cif.BLOCK_D}
+CIF_LAUNCHES = [
+    (cif.cif_plan_kernel, {}, ("target_lengths",)),
+    (cif.cif_plan_kernel, {}, ("lengths",)),
+    (cif.cif_tokens_kernel, {}, ()),
+    (cif.cif_frames_kernel, {"BLOCK_D": 1024}, ()),
+    (cif.cif_frames_kernel, {"BLOCK_D": 1024}, ("dx", "lengths")),
+    (cif.cif_frames_kernel, {"BLOCK_D": 1024}, ("dots",)),
+    (cif.cif_alpha_kernel, {}, ()),
+    (cif.cif_alpha_kernel, {"SCALED": False}, ("lengths",)),
+]
+
+
+@each_capability
+@each_element
+@pytest.mark.parametrize("launch", CIF_LAUNCHES, ids=lambda launch: launch[0].__name__)
+def test_cif(
+    launch: tuple[Any, dict[str, Any], tuple[str, ...]], element: str, capability: int, tmp_path: pathlib.Path
+) -> None:
+    kernel, own, absent = launch
+    constants = {name: value for name, value in {**CIF, **own}.items() if name in kernel.arg_names}
+    compiled = compile_kernel(kernel, capability, element, constants, absent, num_warps=cif.WARPS)
+    check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+@each_capability
+@each_element
+@pytest.mark.parametrize("absent", [(), ("frame_lengths", "token_lengths")])
+def test_monotonic_align(
+    element: str, absent: tuple[str, ...], capability: int, tmp_path: pathlib.Path
+) -> None:
+    constants = {"PANEL": monotonic.PANEL, "BITS": monotonic.BITS}
+    kernel = monotonic.monotonic_align_fwd_kernel
+    compiled = compile_kernel(kernel, capability, element, constants, absent, num_warps=monotonic.WARPS)
     check_resources(compiled, LEAST_SHARED, tmp_path)
 
 

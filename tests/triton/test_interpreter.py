@@ -16,12 +16,14 @@ import torch
 from ctc_cases import KINDS, Problem, random_problem
 from torch import Tensor
 
-from mmkernels import (adapter, ctc_align, layer_mix, layer_project, merge, segment_pool)
+from mmkernels import adapter, cif, ctc_align, layer_mix, layer_project, merge, monotonic_align, segment_pool
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.backends import TRITON_INTERPRETED
 from mmkernels.ops._common import ACTIVATION_CODES
 from mmkernels.ops.adapter import reference as adapter_reference
 from mmkernels.ops.adapter.schema import OPS as ADAPTER_OPS
+from mmkernels.ops.cif import reference as cif_reference
+from mmkernels.ops.cif.schema import OPS as CIF_OPS
 from mmkernels.ops.ctc_align.schema import MOST_TRITON_TOKENS
 from mmkernels.ops.ctc_align.schema import OPS as CTC_OPS
 from mmkernels.ops.layer_mix import reference as mix_reference
@@ -30,6 +32,8 @@ from mmkernels.ops.layer_project import reference as project_reference
 from mmkernels.ops.layer_project.schema import OPS as PROJECT_OPS
 from mmkernels.ops.merge import reference as merge_reference
 from mmkernels.ops.merge.schema import OPS as MERGE_OPS
+from mmkernels.ops.monotonic_align import reference as monotonic_reference
+from mmkernels.ops.monotonic_align.schema import OPS as MONOTONIC_OPS
 from mmkernels.ops.segment_pool import reference as pool_reference
 from mmkernels.ops.segment_pool.schema import ATTENTION, MAX, REDUCTIONS
 from mmkernels.ops.segment_pool.schema import OPS as POOL_OPS
@@ -850,6 +854,8 @@ def test_pool_of_a_row_does_not_depend_on_the_batch(reduce: str) -> None:
     alone = call.with_arguments(x=a["x"][:1, :41], ends=a["ends"][:1], scores=scores)
     out = segment_pool(**a, backend="triton")
     assert torch.equal(out[:1], segment_pool(**alone.arguments, backend="triton"))
+
+
 def check_ctc(problem: Problem) -> tuple[Tensor, ...]:
     """The bits of the reference, but for the order in which a total is added."""
     with poisoned_memory():
@@ -915,6 +921,163 @@ def test_ctc_align_scores_have_gradients() -> None:
     assert torch.equal(log_probs.grad[0], torch.nn.functional.one_hot(found.paths[0], 4).float())
 
 
+def cif_call(
+    dtype: torch.dtype,
+    frames: int,
+    width: int,
+    tokens: int,
+    *,
+    scaled: bool,
+    high: float = 0.9,
+    beta: float = 1.0,
+) -> Call:
+    """A ragged batch; padding of x holds NaN."""
+    lengths = torch.tensor([frames, 0, max(frames - 3, 0)])
+    x = torch.randn(3, frames, width, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        x[row, length:] = math.nan
+    alpha = (0.05 + high * torch.rand(3, frames, dtype=torch.float64)) * beta
+    arguments: dict[str, Any] = {
+        "x": x.to(dtype),
+        "alpha": alpha.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        "beta": beta,
+        "lengths": lengths,
+        "target_lengths": torch.tensor([tokens, 2, max(tokens - 2, 0)]) if scaled else None,
+        "max_length": tokens,
+    }
+    return Call(arguments, ("x", "alpha")).detached()
+
+
+def cif_features(**arguments: Any) -> Tensor:
+    return cif(**arguments).features
+
+
+def cif_reference_features(**arguments: Any) -> Tensor:
+    return cif_reference.cif(**arguments).features
+
+
+def check_cif(call: Call, dtype: torch.dtype) -> None:
+    """Also the lengths and ends."""
+    arguments = call.arguments
+    shape = (3, arguments["max_length"], arguments["x"].shape[2])
+    grad = torch.randn(shape, dtype=torch.float64).to(dtype)
+    check(cif_features, cif_reference_features, call, grad, dtype)
+    with poisoned_memory():
+        found = cif(**call.arguments, backend="triton")
+    expected = cif_reference.cif(**call.arguments)
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.ends, expected.ends)
+
+
+@each_dtype
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cif(scaled: bool, dtype: torch.dtype) -> None:
+    check_cif(cif_call(dtype, 14, 17, 7, scaled=scaled), dtype)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("frames", "width", "tokens", "high"),
+    [(1, 1, 1, 0.9), (5, 300, 4, 1.8), (6, 8, 25, 6.0), (15, 40, 3, 0.9)],
+)
+def test_cif_sizes(frames: int, width: int, tokens: int, high: float, scaled: bool) -> None:
+    """Several blocks of columns; several tokens from a frame; more tokens than there is room for."""
+    call = cif_call(torch.float32, frames, width, tokens, scaled=scaled, high=high, beta=0.7)
+    check_cif(call, torch.float32)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cif_steps_of_a_whole_utterance(scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmkernels.ops.cif import triton as kernels
+
+    monkeypatch.setattr(kernels, "BLOCK_T", 16)
+    check_cif(cif_call(torch.float32, 40, 4, 20, scaled=scaled), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["x", "alpha"])
+def test_cif_gradient_that_is_asked_for(name: str) -> None:
+    call = cif_call(torch.float32, 14, 17, 7, scaled=True)
+    call.arguments[name].requires_grad_(False)
+    check_cif(call, torch.float32)
+
+
+def test_cif_values_that_only_the_device_sees() -> None:
+    x, alpha = torch.randn(3, 8, 4), torch.full((3, 8), 0.4)
+    alpha[2] = torch.tensor([-1.0, math.nan, math.inf, 1e38, -0.0, 3e38, 0.5, -math.inf])
+    lengths = torch.tensor([99, -4, 8])
+    with poisoned_memory():
+        out, counts, ends, *plan = CIF_OPS["triton"][0](x, alpha, lengths, None, 1.0, 0.5, 5)
+        CIF_OPS["triton"][1](out, x, alpha, lengths, counts, *plan, 1.0, False, True, True)
+    assert counts.tolist() == [3, 0, 5]
+    assert out[1].eq(0).all()
+    assert ((ends >= 0) & (ends <= 8)).all()
+
+
+@pytest.mark.parametrize(("frames", "width", "tokens"), [(0, 4, 3), (5, 0, 3), (5, 4, 0)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cif_of_nothing(frames: int, width: int, tokens: int, scaled: bool) -> None:
+    call = cif_call(torch.float32, frames, width, tokens, scaled=scaled)
+    found = cif(**call.arguments, backend="triton")
+    expected = cif_reference.cif(**call.arguments)
+    torch.testing.assert_close(found, expected)
+    leaves = call.leaves()
+    for gradient in torch.autograd.grad(found.features.sum(), leaves):
+        assert gradient.eq(0).all()
+
+
+def monotonic_batch(dtype: torch.dtype, frames: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Three utterances on a grid of 0.5, so that many paths are equally good; padding holds NaN."""
+    x = (2 * torch.randn(3, frames, tokens)).round() / 2
+    lengths = torch.tensor([frames, tokens, frames]), torch.tensor([tokens, tokens, (tokens + 1) // 2])
+    for row, (length, count) in enumerate(zip(*lengths, strict=True)):
+        x[row, length:] = math.nan
+        x[row, :, count:] = math.nan
+    return x.to(dtype), *lengths
+
+
+@each_dtype
+@pytest.mark.parametrize(("frames", "tokens"), [(1, 1), (33, 5), (64, 32), (40, 40)])
+def test_monotonic(frames: int, tokens: int, dtype: torch.dtype) -> None:
+    batch = monotonic_batch(dtype, frames, tokens)
+    with poisoned_memory():
+        durations = monotonic_align(*batch, backend="triton")
+    assert torch.equal(durations, monotonic_reference.monotonic_align(*batch))
+
+
+def test_monotonic_panels_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmkernels.ops.monotonic_align import triton as kernels
+
+    monkeypatch.setattr(kernels, "PANEL", 16)
+    x, *lengths = monotonic_batch(torch.float32, 50, 40)
+    for given in (x, x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        durations = monotonic_align(given, *lengths, backend="triton")
+        assert torch.equal(durations, monotonic_reference.monotonic_align(x, *lengths))
+
+
+def test_monotonic_values_that_only_the_device_sees() -> None:
+    x = torch.randn(5, 20, 9)
+    x[4, 3, 2] = math.nan
+    frames, tokens = torch.tensor([99, -3, 4, 20, 20]), torch.tensor([99, 5, 9, -1, 9])
+    with poisoned_memory():
+        found = MONOTONIC_OPS["triton"][0](x, frames, tokens)
+    assert found[1:].eq(0).all()
+    assert torch.equal(found[:1], monotonic_reference.monotonic_align(x[:1]))
+
+
+def test_monotonic_infinite_scores() -> None:
+    x = torch.randn(2, 20, 9)
+    x.view(-1)[::7] = math.inf
+    x.view(-1)[::5] = -math.inf
+    durations = monotonic_align(x, backend="triton")
+    assert torch.equal(durations, monotonic_reference.monotonic_align(x))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 0), (2, 4, 0)])
+def test_monotonic_of_nothing(shape: tuple[int, ...]) -> None:
+    out = monotonic_align(torch.zeros(shape), backend="triton")
+    assert torch.equal(out, torch.zeros(shape[0], shape[2], dtype=torch.int64))
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
@@ -958,6 +1121,15 @@ def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
     out, *saved = POOL_OPS["triton"][0](*inputs, code, True)
     opcheck(POOL_OPS["triton"][1], (out, *inputs, *saved, 52, code, not narrow, norm))
     opcheck(CTC_OPS["triton"][0], tuple(vars(random_problem(7, dtype=torch.bfloat16, batch=2)).values()))
+    call = cif_call(torch.bfloat16, 9, 5, 4, scaled=norm).detached(requires_grad=False).arguments
+    inputs = (call["x"], call["alpha"].float(), call["lengths"])
+    forward = (*inputs, call["target_lengths"], 1.0, 0.5, 4)
+    opcheck(CIF_OPS["triton"][0], forward)
+    out, counts, _, *plan = CIF_OPS["triton"][0](*forward)
+    opcheck(CIF_OPS["triton"][1], (out, *inputs, counts, *plan, 1.0, norm, narrow, True))
+
+    lengths = torch.tensor([6, 4]) if norm else None
+    opcheck(MONOTONIC_OPS["triton"][0], (torch.randn(2, 6, 4), lengths, lengths if narrow else None))
 
 
 def test_ops_refuse_what_would_read_past_the_end() -> None:
