@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -24,15 +25,21 @@ TAPS = ("embeddings", 0, 1, 3)
 QUICK = Training(epochs=2, batch_size=8, learning_rate=3e-3, cpu=True)
 
 
+@functools.cache
+def _base() -> Experiment:
+    return synthetic_experiment()
+
+
 def words_of_two_lengths(classes: int = 4) -> Recordings:
     short, long = (synthetic(classes=classes, train_clips=3, test_clips=2, seconds=s) for s in (0.25, 0.5))
     return replace(short, train=short.train + long.train, test=short.test + long.test)
 
 
 def small_experiment(recordings: Recordings | None = None) -> Experiment:
+    """Its model is the caller's own; that of each call has the same weights."""
     if recordings is None:
         recordings = synthetic(classes=4, train_clips=6, test_clips=3, seconds=0.4)
-    return replace(synthetic_experiment(), recordings=recordings)
+    return replace(_base(), model=copy.deepcopy(_base().model), recordings=recordings)
 
 
 def task_of(experiment: Experiment, name: str = "classification") -> Task:
