@@ -7,10 +7,12 @@ import functools
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from prepared_models import complete
 from transformers import set_seed
 
 from mmtransfer import AdaptedModel
+from mmtransfer.compare import step
 from mmtransfer.compare.experiment import Experiment
 from mmtransfer.data import Recordings, synthetic
 from mmtransfer.data.features import Collator
@@ -25,9 +27,17 @@ TAPS = ("embeddings", 0, 1, 3)
 QUICK = Training(epochs=2, batch_size=8, learning_rate=3e-3, cpu=True)
 
 
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at no time and at no memory: each is measured once or twice."""
+    monkeypatch.setattr(step, "ROUNDS", (2, 2))
+    monkeypatch.setattr(step, "_MEMORY_STEPS", 1)
+
+
 @functools.cache
 def _base() -> Experiment:
-    return synthetic_experiment()
+    return replace(
+        synthetic_experiment(), recordings=synthetic(classes=4, train_clips=6, test_clips=3, seconds=0.4)
+    )
 
 
 def words_of_two_lengths(classes: int = 4) -> Recordings:
@@ -36,10 +46,11 @@ def words_of_two_lengths(classes: int = 4) -> Recordings:
 
 
 def small_experiment(recordings: Recordings | None = None) -> Experiment:
-    """Its model is the caller's own; that of each call has the same weights."""
-    if recordings is None:
-        recordings = synthetic(classes=4, train_clips=6, test_clips=3, seconds=0.4)
-    return replace(_base(), model=copy.deepcopy(_base().model), recordings=recordings)
+    """The model and the lists of clips are the caller's own; each call gives the same."""
+    base = _base()
+    given = base.recordings if recordings is None else recordings
+    own = replace(given, train=[*given.train], test=[*given.test])
+    return replace(base, model=copy.deepcopy(base.model), recordings=own)
 
 
 def task_of(experiment: Experiment, name: str = "classification") -> Task:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from audio_files import write_clip
 from command_line import QUICK, Result, fails, record, run
+from small_experiment import few_rounds
 from tiny_encoders import TINY
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
@@ -29,7 +30,7 @@ from mmtransfer.demo.experiments import synthetic_experiment
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "ROUNDS", (2, 2))
+    few_rounds(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
     output = tmp_path_factory.mktemp("synthetic") / "report"
-    arguments = ["--epochs", "2", "--seeds", "2", "--tuning-epochs", "1", "--cpu"]
+    arguments = ["--epochs", "2", "--seeds", "2", "--tuning-epochs", "1", "--cpu", "--workers", "1"]
     arguments += ["--save-models", "--output", output]
     return run("compare", "--synthetic", *arguments), output
 

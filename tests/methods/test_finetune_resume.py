@@ -169,7 +169,8 @@ def test_a_run_that_stopped_early_and_was_killed_does_not_go_on(model, recording
 
 def test_the_command_killed_at_any_time(model, tmp_path) -> None:
     data = write_speech(tmp_path / "speech")
-    arguments = ["--method", "full", "--model", model, "--data", data, "--epochs", "12"]
+    arguments = ["--method", "full", "--model", model, "--data", data]
+    arguments += ["--epochs", "12", "--start-epochs", "2"]
     assert finetune(tmp_path / "whole", *arguments).code == 0
     output = tmp_path / "run"
     command = [sys.executable, "-m", "mmtransfer.cli", "finetune", "--output", output, *arguments]
