@@ -16,7 +16,7 @@ from mmtransfer.compare import step
 from mmtransfer.compare.experiment import Experiment
 from mmtransfer.data import Recordings, synthetic
 from mmtransfer.data.features import Collator
-from mmtransfer.demo.experiments import synthetic_experiment
+from mmtransfer.demo import experiments
 from mmtransfer.encoders import TappedEncoder
 from mmtransfer.tasks import Task, find_task
 from mmtransfer.training.caching import CachedInputs, EncoderCollator, cache_inputs
@@ -29,14 +29,21 @@ QUICK = Training(epochs=2, batch_size=8, learning_rate=3e-3, cpu=True)
 
 def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that look at no time and at no memory: each is measured once or twice."""
-    monkeypatch.setattr(step, "ROUNDS", (2, 2))
+    monkeypatch.setattr(step, "ROUNDS", (1, 2))
     monkeypatch.setattr(step, "_MEMORY_STEPS", 1)
+
+
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer and shorter words for `mmtransfer compare --synthetic`; as many classes."""
+    few = functools.partial(synthetic, train_clips=5, test_clips=3, seconds=0.5)
+    monkeypatch.setattr(experiments, "synthetic", few)
 
 
 @functools.cache
 def _base() -> Experiment:
     return replace(
-        synthetic_experiment(), recordings=synthetic(classes=4, train_clips=6, test_clips=3, seconds=0.4)
+        experiments.synthetic_experiment(),
+        recordings=synthetic(classes=4, train_clips=6, test_clips=3, seconds=0.4),
     )
 
 

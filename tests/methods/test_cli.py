@@ -15,7 +15,7 @@ import pytest
 import torch
 from audio_files import write_clip
 from command_line import QUICK, Result, fails, record, run
-from small_experiment import few_rounds
+from small_experiment import few_rounds, few_words
 from tiny_encoders import TINY
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
@@ -64,10 +64,14 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """A comparison of all default methods, on fewer and shorter words than the command has."""
     output = tmp_path_factory.mktemp("synthetic") / "report"
     arguments = ["--epochs", "2", "--seeds", "2", "--tuning-epochs", "1", "--cpu", "--workers", "1"]
     arguments += ["--save-models", "--output", output]
-    return run("compare", "--synthetic", *arguments), output
+    with pytest.MonkeyPatch.context() as patch:
+        few_rounds(patch)
+        few_words(patch)
+        return run("compare", "--synthetic", *arguments), output
 
 
 def test_the_synthetic_comparison_prints_a_table(synthetic: tuple[Result, Path]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import QUICK as QUICK_FLAGS
 from command_line import run
-from small_experiment import QUICK, build, collator, few_rounds, inputs_of, small_experiment
+from small_experiment import QUICK, build, collator, few_rounds, few_words, inputs_of, small_experiment
 
 from mmtransfer import registry
 from mmtransfer.compare import session, tables
@@ -116,7 +116,8 @@ def test_nan_in_the_model_without_a_cache(experiment) -> None:
 
 
 @pytest.mark.parametrize("rate", ["1e30", "1e38"])
-def test_a_learning_rate_that_diverges(rate: str, tmp_path: Path) -> None:
+def test_a_learning_rate_that_diverges(rate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_words(monkeypatch)
     arguments = ["--methods", "head", "lff", "--learning-rate", rate, "--output", tmp_path]
     result = run("compare", "--synthetic", *arguments, *QUICK_FLAGS, "--epochs", "2")
     assert result.code == 1

@@ -12,7 +12,7 @@ import torch
 from command_line import QUICK as QUICK_FLAGS
 from command_line import fails, record, run
 from example_methods import FrameLabels, LearntMerge, MaxReadout
-from small_experiment import QUICK, build, few_rounds, inputs_of, small_experiment
+from small_experiment import QUICK, build, few_rounds, few_words, inputs_of, small_experiment
 
 import mmtransfer
 from mmtransfer import AdaptedModel, registry, tasks
@@ -166,6 +166,10 @@ class TestCheckpoints:
 
 
 class TestCommandLine:
+    @pytest.fixture(autouse=True)
+    def _few_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        few_words(monkeypatch)
+
     def compare(self, output: Path, *arguments: str, methods=EXAMPLES):
         flags = ["--methods", *methods, "--output", output, *QUICK_FLAGS]
         return run("compare", "--synthetic", *flags, *arguments)
