@@ -15,6 +15,7 @@ import pytest
 import torch
 from audio_files import write_clip
 from command_line import QUICK, Result, fails, record, run
+from finetune_data import FRAMES
 from small_experiment import few_rounds, few_words
 from tiny_encoders import TINY
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
@@ -44,7 +45,7 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wav2vec2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "wav2vec2"
-    TINY["wav2vec2"].build(head=True).save_pretrained(folder)
+    TINY["wav2vec2"].build(head=True, num_feat_extract_layers=3, **FRAMES).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
     return folder
 
