@@ -1,8 +1,8 @@
 """Fused kernels for adapting speech and audio transformers, as torch ops.
 
-Ops: :func:`adapter`, :func:`layer_mix`, :func:`layer_project`, :func:`merge`. Modules: :mod:`mmkernels.nn`.
-Existing models: :func:`accelerate`. Which backend runs each op on this machine: :func:`info`, or
-``python -m mmkernels``.
+Ops: :func:`adapter`, :func:`cif`, :func:`ctc_align`, :func:`layer_mix`, :func:`layer_project`, :func:`merge`,
+:func:`monotonic_align`, :func:`segment_pool`. Modules: :mod:`mmkernels.nn`. Existing models:
+:func:`accelerate`. Which backend runs each op on this machine: :func:`info`, or ``python -m mmkernels``.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from mmkernels import _library
 from mmkernels.ops.adapter import adapter
+from mmkernels.ops.cif import cif
+from mmkernels.ops.ctc_align import ctc_align
 from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_project import layer_project
 from mmkernels.ops.merge import merge
+from mmkernels.ops.monotonic_align import monotonic_align
+from mmkernels.ops.segment_pool import segment_pool
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,7 +25,19 @@ if TYPE_CHECKING:
     from mmkernels.patch import Report
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "accelerate", "adapter", "info", "layer_mix", "layer_project", "merge"]
+__all__ = [
+    "__version__",
+    "accelerate",
+    "adapter",
+    "cif",
+    "ctc_align",
+    "info",
+    "layer_mix",
+    "layer_project",
+    "merge",
+    "monotonic_align",
+    "segment_pool",
+]
 
 _library.load()
 

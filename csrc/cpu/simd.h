@@ -161,6 +161,22 @@ MMK_INLINE void store_streaming(T* p, vec_t<acc_t<T>> v) {
 #endif
 }
 
+// As memcpy, around the caches where `to` is a multiple of 16 bytes.
+MMK_INLINE void copy_streaming(void* to, const void* from, int64_t bytes) {
+  int64_t done = 0;
+#ifdef __SSE2__
+  if (reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    for (; done + 16 <= bytes; done += 16) {
+      const __m128i word =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(from) + done));
+      _mm_stream_si128(reinterpret_cast<__m128i*>(static_cast<char*>(to) + done), word);
+    }
+  }
+#endif
+  std::memcpy(static_cast<char*>(to) + done, static_cast<const char*>(from) + done,
+              static_cast<size_t>(bytes - done));
+}
+
 MMK_INLINE void finish_streaming() {
 #ifdef __SSE2__
   _mm_sfence();

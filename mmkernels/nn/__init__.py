@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 from mmkernels.nn.adapter import Adapter
+from mmkernels.nn.cif import CIF
+from mmkernels.nn.ctc_align import CTCAligner
 from mmkernels.nn.featurizer import Featurizer
 from mmkernels.nn.layer_mix import LayerMix
 from mmkernels.nn.layer_project import LayerProject
 from mmkernels.nn.merge import Merge
+from mmkernels.nn.monotonic_align import MonotonicAlign
+from mmkernels.nn.segment_pool import SegmentPool
 
-__all__ = ["Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge"]
+__all__ = [
+    "CIF",
+    "Adapter",
+    "CTCAligner",
+    "Featurizer",
+    "LayerMix",
+    "LayerProject",
+    "Merge",
+    "MonotonicAlign",
+    "SegmentPool",
+]

@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import ModuleType
 
 import pytest
 import simt_build
 import test_adapter
+import test_cif
+import test_ctc_align
 import test_layer_mix
 import test_layer_project
 import test_merge
+import test_monotonic_align
+import test_segment_pool
 import torch
 from torch import Tensor
 
 import mmkernels
 from mmkernels.ops.adapter import schema as adapter_schema
+from mmkernels.ops.cif import schema as cif_schema
+from mmkernels.ops.ctc_align import schema as ctc_align_schema
 from mmkernels.ops.layer_mix import schema as layer_mix_schema
 from mmkernels.ops.layer_project import schema as layer_project_schema
 from mmkernels.ops.merge import schema as merge_schema
+from mmkernels.ops.monotonic_align import schema as monotonic_align_schema
+from mmkernels.ops.segment_pool import schema as segment_pool_schema
 from op_tests import (
     BackendNames,
     Call,
@@ -48,9 +56,13 @@ pytestmark = [
 NAMESPACE = "mmkernels_simt"
 SCHEMAS: dict[str, ModuleType] = {
     "adapter": adapter_schema,
+    "ctc_align": ctc_align_schema,
     "layer_mix": layer_mix_schema,
     "layer_project": layer_project_schema,
     "merge": merge_schema,
+    "segment_pool": segment_pool_schema,
+    "cif": cif_schema,
+    "monotonic_align": monotonic_align_schema,
 }
 #: The suffixes of an op's torch ops, in the order of its schema's OPS, and the fakes.
 FAKES = {"fwd": "_forward_fake", "out": "_out_fake", "bwd": "_backward_fake"}
@@ -98,13 +110,13 @@ def _cuda_kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     kernels.functions.mmk_simt_clear_error()
 
 
-def on_the_cpu(spec: OpSpec) -> type:
+def on_the_cpu(spec: OpSpec, without: Collection[type] = ()) -> type:
     products = [("cpu", backend) for device, backend in spec.library_products if device == "cuda"]
     # Cases of many rows take minutes here; the tests of the kernels have such sizes.
     cases = {name: case for name, case in spec.cases.items() if name != "many_rows"}
     rounded = {("cpu", name): names for (_, name), names in spec.rounded_by_library.items()}
     changes = {"library_products": products, "cases": cases, "rounded_by_library": rounded}
-    return op_tests(dataclasses.replace(spec, **changes), DTYPES, ELSEWHERE)
+    return op_tests(dataclasses.replace(spec, **changes), DTYPES, {*ELSEWHERE, *without})
 
 
 def test_every_op_is_here() -> None:
@@ -265,6 +277,16 @@ def test_strides_of_single_elements_choose_no_kernel(
 
 
 TestAdapter = on_the_cpu(test_adapter.SPEC)
+TestCtcAlign = on_the_cpu(test_ctc_align.SPEC, test_ctc_align.LEFT_OUT)
 TestLayerMix = on_the_cpu(test_layer_mix.SPEC)
 TestLayerProject = on_the_cpu(test_layer_project.SPEC)
 TestMerge = on_the_cpu(test_merge.SPEC)
+TestSegmentPool = on_the_cpu(test_segment_pool.ATTENTION)
+TestSegmentPoolWithoutScores = on_the_cpu(test_segment_pool.SPEC, test_segment_pool.OF_PARAMETERS)
+TestCif = on_the_cpu(test_cif.SPEC)
+
+
+class TestMonotonicAlign(test_monotonic_align.OnEveryBackend):
+    served = (("cpu", "native"),)
+    dtypes = DTYPES
+    many = 30

@@ -16,14 +16,20 @@ from itertools import product
 import pytest
 import simt_build
 import test_adapter_cuda
+import test_cif_cuda
+import test_ctc_align_cuda
 import test_layer_mix_cuda
 import test_layer_project_cuda
 import test_merge_cuda
+import test_monotonic_align_cuda
+import test_segment_pool_cuda
 import torch
 from devices import DEVICES, H100, REGISTERS, RESERVED_SHARED, SHARED_WITHOUT_OPT_IN, Device
 from simt_build import Launch, Library
 from simt_tensors import DTYPE_CODES, integers
 from test_ptxas import MOST_REGISTERS, Usage, usages
+
+from mmkernels.ops.segment_pool.schema import REDUCTIONS
 
 pytestmark = [
     pytest.mark.slow,
@@ -33,9 +39,13 @@ pytestmark = [
 SOURCES = sorted(
     {
         *test_adapter_cuda.SOURCES,
+        *test_ctc_align_cuda.SOURCES,
         *test_layer_mix_cuda.SOURCES,
         *test_layer_project_cuda.SOURCES,
         *test_merge_cuda.SOURCES,
+        *test_segment_pool_cuda.SOURCES,
+        *test_cif_cuda.SOURCES,
+        *test_monotonic_align_cuda.SOURCES,
     }
 )
 #: Of wav2vec2, HuBERT, WavLM, Whisper and their kind; the last is too wide for the registers of a block.
@@ -131,10 +141,57 @@ def launch_merge(types: tuple[torch.dtype, ...]) -> None:
             library().call("merge_backward", *inputs, layers, tensors, tensors, tensors, needed, needed)
 
 
+def launch_segment_pool(width: int, dtype: torch.dtype) -> None:
+    """Segments of 4 frames, and those of many pieces that may be among them."""
+    call, strides = library().call, integers(1500 * width, width)
+    for code, reduce in enumerate(REDUCTIONS):
+        sizes = integers(DTYPE_CODES[dtype], code, 8, 1500, 375, width)
+        ends = (sizes, MEMORY, None, MEMORY)
+        for address in (MEMORY, UNALIGNED):
+            call("segment_pool_forward", *ends, address, strides, *[MEMORY] * 7)
+            wanted = [(address, None), (address, MEMORY), (None, MEMORY)]
+            for dx, d_scores in wanted if reduce == "attention" else wanted[:1]:
+                gradients = (address, strides, address, strides, *[MEMORY] * 3, dx, d_scores, MEMORY)
+                call("segment_pool_backward", *ends, *gradients)
+
+
+def launch_ctc_align(dtype: torch.dtype, tokens: int) -> None:
+    """A batch of clips of half a minute; blocks of every size, and the kernel for more tokens."""
+    batch, frames, classes = 32, 1500, 32
+    sizes = integers(DTYPE_CODES[dtype], batch, frames, classes, tokens, 0, frames * classes, classes)
+    for lengths in (MEMORY, None):
+        library().call("ctc_align", sizes, MEMORY, MEMORY, lengths, lengths, *[MEMORY] * 4)
+
+
+def launch_monotonic_align(dtype: torch.dtype) -> None:
+    """A batch of sentences, and a chapter."""
+    for (frames, tokens), address in product(((800, 200), (30_000, 6_000)), (MEMORY, UNALIGNED)):
+        sizes = integers(DTYPE_CODES[dtype], 16, frames, tokens, frames * tokens, tokens)
+        library().call("monotonic_align", sizes, address, *[MEMORY] * 5)
+
+
+def launch_cif(width: int, dtype: torch.dtype) -> None:
+    frames, tokens = 1500, 300
+    sizes = integers(DTYPE_CODES[dtype], 24, frames, width, tokens, frames * width, width)
+    for address, scaled in product((MEMORY, UNALIGNED), (False, True)):
+        inputs = (address, MEMORY, None)
+        library().call("cif_forward", sizes, 1.0, 0.5, *inputs, some(scaled), *[MEMORY] * 7)
+        grad = (address, integers(tokens * width, width))
+        for dx, d_alpha in ((MEMORY, MEMORY), (MEMORY, None), (None, MEMORY)):
+            outputs = (*[MEMORY] * 4, dx, d_alpha, MEMORY, MEMORY)
+            library().call("cif_backward", sizes, 1.0, scaled, *grad, *inputs, *outputs)
+
+
 def launch_everything() -> None:
+    for dtype, pairs in product(DTYPE_CODES, (*test_ctc_align_cuda.LAYOUTS.values(), 40_000)):
+        launch_ctc_align(dtype, pairs - 1)
+    for dtype in DTYPE_CODES:
+        launch_monotonic_align(dtype)
     for types in test_merge_cuda.TYPES:
         launch_merge(types)
     for width, dtype in product(WIDTHS, DTYPE_CODES):
+        launch_segment_pool(width, dtype)
+        launch_cif(width, dtype)
         for count, norm in product(LAYERS, (False, True)):
             for affine in {False, norm}:
                 launch_layer_mix(width, count, dtype, norm, affine)

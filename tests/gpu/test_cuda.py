@@ -86,7 +86,50 @@ def merge_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
     return step, lam
 
 
-STEPS = {"layer_mix": mix_step, "layer_project": project_step, "adapter": adapter_step, "merge": merge_step}
+def pool_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Segments of a few frames and of several pieces, frames in none, segments past a count."""
+    x = torch.randn(3, 300, 256, device="cuda", dtype=torch.bfloat16)
+    ends = torch.tensor([[10, 12, 12, 290], [100, 200, 7, 9], [0, 300, 300, 300]], device="cuda")
+    scores = torch.randn(3, 300, device="cuda", requires_grad=True)
+    return x, ends, torch.tensor([4, 2, 3], device="cuda"), scores
+
+
+def pool_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
+    x, ends, counts, scores = pool_inputs()
+
+    def step() -> Tensor:
+        out = mmkernels.segment_pool(
+            x, ends, reduce="attention", scores=scores, counts=counts, backend=backend
+        )
+        (grad,) = torch.autograd.grad(out.float().square().sum(), scores)
+        return grad
+
+    return step, scores
+
+
+def ctc_align_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """A ragged batch; the gradient of the squares of the scores is twice the scores, at the path."""
+    log_probs = torch.randn(5, 300, 32, device="cuda").log_softmax(2).requires_grad_()
+    targets = torch.randint(1, 32, (5, 90), device="cuda")
+    frames = torch.tensor([300, 299, 200, 40, 0], device="cuda")
+    tokens = torch.tensor([90, 70, 50, 90, 0], device="cuda")
+
+    def step() -> Tensor:
+        found = mmkernels.ctc_align(log_probs, targets, frames, tokens, backend=backend)
+        (grad,) = torch.autograd.grad(found.scores.square().sum(), log_probs)
+        return grad
+
+    return step, log_probs
+
+
+STEPS = {
+    "layer_mix": mix_step,
+    "layer_project": project_step,
+    "adapter": adapter_step,
+    "merge": merge_step,
+    "segment_pool": pool_step,
+    "ctc_align": ctc_align_step,
+}
 each = pytest.mark.parametrize("op", list(STEPS))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -188,6 +231,46 @@ def test_lengths_are_clamped_on_the_device(backend: str) -> None:
     tame = torch.tensor([0, 50, 20], device="cuda")
     got = mmkernels.layer_mix(layers, weights, lengths=wild, backend=backend)
     assert torch.equal(got, mmkernels.layer_mix(layers, weights, lengths=tame, backend=backend))
+
+
+@each_backend
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max", "last", "attention"])
+def test_ends_are_clamped_on_the_device(reduce: str, backend: str) -> None:
+    """To the frames and to their running maximum; counts too. Frames in no segment hold NaN."""
+    x, _, _, scores = pool_inputs()
+    x[1, 20:] = torch.nan
+    wild = torch.tensor([[5, 2, 99999, -4], [20, -1, 5, 7], [7, 3, 2**62, -(2**62)]], device="cuda")
+    tame = torch.tensor([[5, 5, 300, 300], [20, 20, 20, 20], [7, 7, 300, 300]], device="cuda")
+    given = scores if reduce == "attention" else None
+    x.requires_grad_()
+    found, expected = (
+        mmkernels.segment_pool(x, ends, reduce=reduce, scores=given, counts=counts, backend=backend)
+        for ends, counts in (
+            (wild, torch.tensor([-2, 4, 99], device="cuda")),
+            (tame, torch.tensor([0, 4, 4], device="cuda")),
+        )
+    )
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(out.float().sum(), x)[0] for out in (found, expected)]
+    assert torch.equal(*gradients)
+    assert gradients[0][1, 20:].eq(0).all()
+
+
+@each_backend
+@pytest.mark.parametrize("reduce", ["mean", "max", "attention"])
+def test_pooling_more_elements_than_32_bits_count(reduce: str, backend: str) -> None:
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of free GPU memory")
+    frames, width = 2**21 + 8, 1024
+    x = torch.empty(1, frames, width, device="cuda", dtype=torch.bfloat16).normal_()
+    ends = torch.tensor([[frames - 100, frames]], device="cuda")
+    scores = torch.randn(1, frames, device="cuda") if reduce == "attention" else None
+    out = mmkernels.segment_pool(x, ends, reduce=reduce, scores=scores, backend=backend)
+    tail = None if scores is None else scores[:, -100:]
+    expected = mmkernels.segment_pool(
+        x[:, -100:], torch.tensor([[100]], device="cuda"), reduce=reduce, scores=tail, backend="reference"
+    )
+    torch.testing.assert_close(out[:, 1:], expected, rtol=1e-2, atol=1e-2)
 
 
 @each_backend

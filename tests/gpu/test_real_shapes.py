@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from ctc_cases import KINDS, random_problem
 from test_adapter import SPEC as ADAPTER
 from test_layer_mix import SPEC as LAYER_MIX
 from test_layer_project import SPEC as LAYER_PROJECT
 from test_merge import SPEC as MERGE
+from test_segment_pool import ATTENTION as SEGMENT_POOL
 
+from mmkernels import ctc_align
 from op_tests import Call, OpSpec, Shape, backends, check_against_reference, generator_for
 
 pytestmark = [
@@ -94,3 +97,30 @@ def test_merge(width: int, dtype: torch.dtype, backend: str) -> None:
     layer = [(width, width), (width,)] * 3
     shape = {"sizes": layer * 4, "groups": [index // len(layer) for index in range(4 * len(layer))]}
     check(MERGE, shape, dtype, backend, torch.float32)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("segments", [1, 12, 300])
+@pytest.mark.parametrize("reduce", ["mean", "sum", "max", "last", "attention"])
+def test_segment_pool(reduce: str, segments: int, width: int, dtype: torch.dtype, backend: str) -> None:
+    shape = {"B": 3, "T": 1500, "M": segments, "D": width, "reduce": reduce, "counts": segments > 1}
+    check(SEGMENT_POOL, shape, dtype, backend, torch.float32)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("frames", "tokens"), [(60, 40), (1500, 200), (1500, 450), (3000, 900), (4000, 1900), (4500, 2500)]
+)
+def test_ctc_align(frames: int, tokens: int, kind: str, dtype: torch.dtype, backend: str) -> None:
+    """Targets for each of the compiled kernels, on the device and on the CPU: the same paths."""
+    problem = random_problem(frames, kind, dtype, batch=5, frames=frames, tokens=tokens, classes=32)
+    on_device = {
+        name: value.cuda() if isinstance(value, torch.Tensor) else value
+        for name, value in vars(problem).items()
+    }
+    found, expected = ctc_align(**on_device, backend=backend), ctc_align(**vars(problem))
+    for name in ("paths", "ends", "feasible", "scores"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
+    torch.testing.assert_close(found.total.cpu(), expected.total, rtol=1e-6, atol=1e-6)

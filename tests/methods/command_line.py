@@ -10,7 +10,19 @@ from pathlib import Path
 
 from mmtransfer import cli
 
-QUICK = ("--epochs", "1", "--seeds", "1", "--batch-size", "8", "--tuning-epochs", "1", "--cpu")
+QUICK = (
+    "--epochs",
+    "1",
+    "--seeds",
+    "1",
+    "--batch-size",
+    "8",
+    "--tuning-epochs",
+    "1",
+    "--cpu",
+    "--workers",
+    "0",
+)
 
 
 @dataclass

@@ -75,9 +75,10 @@ def write_tones(folder: Path) -> Path:
 
 
 def finetune(output: Path, *arguments: str | Path) -> Result:
-    """The command, quick."""
-    quick = [] if "--epochs" in arguments else ["--epochs", "2"]
-    return run("finetune", "--output", output, "--batch-size", "4", "--cpu", *quick, *arguments)
+    """The command, quick, without processes that decode clips: their number is that of the cores."""
+    quick = {"--epochs": "2", "--start-epochs": "2", "--workers": "0"}
+    added = [word for pair in quick.items() if pair[0] not in arguments for word in pair]
+    return run("finetune", "--output", output, "--batch-size", "4", "--cpu", *added, *arguments)
 
 
 def results(output: Path) -> dict[str, Any]:

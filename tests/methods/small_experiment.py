@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
+import pytest
 from prepared_models import complete
 from transformers import set_seed
 
 from mmtransfer import AdaptedModel
+from mmtransfer.compare import step
 from mmtransfer.compare.experiment import Experiment
 from mmtransfer.data import Recordings, synthetic
 from mmtransfer.data.features import Collator
-from mmtransfer.demo.experiments import synthetic_experiment
+from mmtransfer.demo import experiments
 from mmtransfer.encoders import TappedEncoder
 from mmtransfer.tasks import Task, find_task
 from mmtransfer.training.caching import CachedInputs, EncoderCollator, cache_inputs
@@ -24,15 +27,37 @@ TAPS = ("embeddings", 0, 1, 3)
 QUICK = Training(epochs=2, batch_size=8, learning_rate=3e-3, cpu=True)
 
 
+def few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that look at no time and at no memory: each is measured once or twice."""
+    monkeypatch.setattr(step, "ROUNDS", (1, 2))
+    monkeypatch.setattr(step, "_MEMORY_STEPS", 1)
+
+
+def few_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer and shorter words for `mmtransfer compare --synthetic`; as many classes."""
+    few = functools.partial(synthetic, train_clips=5, test_clips=3, seconds=0.5)
+    monkeypatch.setattr(experiments, "synthetic", few)
+
+
+@functools.cache
+def _base() -> Experiment:
+    return replace(
+        experiments.synthetic_experiment(),
+        recordings=synthetic(classes=4, train_clips=6, test_clips=3, seconds=0.4),
+    )
+
+
 def words_of_two_lengths(classes: int = 4) -> Recordings:
     short, long = (synthetic(classes=classes, train_clips=3, test_clips=2, seconds=s) for s in (0.25, 0.5))
     return replace(short, train=short.train + long.train, test=short.test + long.test)
 
 
 def small_experiment(recordings: Recordings | None = None) -> Experiment:
-    if recordings is None:
-        recordings = synthetic(classes=4, train_clips=6, test_clips=3, seconds=0.4)
-    return replace(synthetic_experiment(), recordings=recordings)
+    """The model and the lists of clips are the caller's own; each call gives the same."""
+    base = _base()
+    given = base.recordings if recordings is None else recordings
+    own = replace(given, train=[*given.train], test=[*given.test])
+    return replace(base, model=copy.deepcopy(base.model), recordings=own)
 
 
 def task_of(experiment: Experiment, name: str = "classification") -> Task:

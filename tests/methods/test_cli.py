@@ -15,6 +15,8 @@ import pytest
 import torch
 from audio_files import write_clip
 from command_line import QUICK, Result, fails, record, run
+from finetune_data import FRAMES
+from small_experiment import few_rounds, few_words
 from tiny_encoders import TINY
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 
@@ -29,7 +31,7 @@ from mmtransfer.demo.experiments import synthetic_experiment
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "ROUNDS", (2, 2))
+    few_rounds(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def whisper(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wav2vec2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "wav2vec2"
-    TINY["wav2vec2"].build(head=True).save_pretrained(folder)
+    TINY["wav2vec2"].build(head=True, num_feat_extract_layers=3, **FRAMES).save_pretrained(folder)
     Wav2Vec2FeatureExtractor(return_attention_mask=True).save_pretrained(folder)
     return folder
 
@@ -63,10 +65,14 @@ def sounds(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def synthetic(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Path]:
+    """A comparison of all default methods, on fewer and shorter words than the command has."""
     output = tmp_path_factory.mktemp("synthetic") / "report"
-    arguments = ["--epochs", "2", "--seeds", "2", "--tuning-epochs", "1", "--cpu"]
+    arguments = ["--epochs", "2", "--seeds", "2", "--tuning-epochs", "1", "--cpu", "--workers", "1"]
     arguments += ["--save-models", "--output", output]
-    return run("compare", "--synthetic", *arguments), output
+    with pytest.MonkeyPatch.context() as patch:
+        few_rounds(patch)
+        few_words(patch)
+        return run("compare", "--synthetic", *arguments), output
 
 
 def test_the_synthetic_comparison_prints_a_table(synthetic: tuple[Result, Path]) -> None:

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_experiment import small_experiment, words_of_two_lengths
+from small_experiment import few_rounds, small_experiment, words_of_two_lengths
 from tiny_encoders import TINY
 
-from mmtransfer.compare import step as measure
 from mmtransfer.compare.experiment import Experiment
 from mmtransfer.compare.results import in_parts
 from mmtransfer.compare.session import compare, find_methods
@@ -21,14 +20,20 @@ from mmtransfer.hff import eager
 from mmtransfer.training.settings import Training
 
 QUICK = CompareSettings(
-    seeds=1, epochs=2, batch_size=8, tuning_epochs=1, tuning_batch_size=8, learning_rate=3e-3, cpu=True
+    seeds=1,
+    epochs=2,
+    batch_size=8,
+    tuning_epochs=1,
+    tuning_batch_size=8,
+    learning_rate=3e-3,
+    cpu=True,
+    workers=0,
 )
 
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test looks at a time."""
-    monkeypatch.setattr(measure, "ROUNDS", (2, 2))
+    few_rounds(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +47,7 @@ def lengths() -> Experiment:
 
 
 def test_the_synthetic_experiment_is_learned_well_above_chance() -> None:
-    settings = CompareSettings(methods=("head", "weighted-sum"), seeds=1, epochs=20, cpu=True)
+    settings = CompareSettings(methods=("head", "weighted-sum"), seeds=1, epochs=20, cpu=True, workers=0)
     result = compare(synthetic_experiment(), settings)
     chance = result.task["chance"]
     assert chance == pytest.approx(1 / 8)
@@ -51,7 +56,8 @@ def test_the_synthetic_experiment_is_learned_well_above_chance() -> None:
 
 def test_cached_and_uncached_training_agree(experiment) -> None:
     settings = replace(QUICK, methods=("head", "weighted-sum", "hff-b"))
-    stored, encoded = (compare(experiment, replace(settings, cache=cache)) for cache in (True, False))
+    stored = compare(experiment, replace(settings, workers=1))
+    encoded = compare(experiment, replace(settings, cache=False))
     assert stored.feature_seconds is not None
     assert encoded.feature_seconds is None
     for ours, theirs in zip(stored.methods, encoded.methods, strict=True):
@@ -181,7 +187,7 @@ def test_methods_do_not_disturb_each_other_or_the_model(lengths) -> None:
 
 
 def test_without_a_cache_the_same_methods_run(lengths) -> None:
-    (method,) = compare(lengths, replace(QUICK, methods=("aat-m",), cache=False)).methods
+    (method,) = compare(lengths, replace(QUICK, methods=("aat-m",), cache=False, workers=1)).methods
     assert method.runs[0].loss > 0
     assert method.step.agrees
 

@@ -306,7 +306,7 @@ def test_an_error_at_any_step_leaves_the_model_untouched(name, model_type):
     for broken in steps.each():
         with pytest.raises(BrokenStepError), Steps(broken):
             method.edit(encoder)
-        assert state(model) == before, steps.places[broken]
+        assert state(model) == before, broken
     method.edit(encoder)
 
 

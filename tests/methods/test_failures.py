@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_line import QUICK as QUICK_FLAGS
 from command_line import run
-from small_experiment import QUICK, build, collator, inputs_of, small_experiment
+from small_experiment import QUICK, build, collator, few_rounds, few_words, inputs_of, small_experiment
 
 from mmtransfer import registry
 from mmtransfer.compare import session, tables
@@ -29,12 +29,14 @@ from mmtransfer.training.caching import CachedFeatures, cache_features
 from mmtransfer.training.finite import NotFiniteError
 from mmtransfer.training.loop import predict, train
 
-FAST = CompareSettings(seeds=1, epochs=1, batch_size=8, tuning_epochs=1, tuning_batch_size=8, cpu=True)
+FAST = CompareSettings(
+    seeds=1, epochs=1, batch_size=8, tuning_epochs=1, tuning_batch_size=8, cpu=True, workers=0
+)
 
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measure, "ROUNDS", (1, 1))
+    few_rounds(monkeypatch)
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def found() -> Comparison:
     methods = ("head", "weighted-sum", "lff", "aat-ms", "full", "lff+bitfit")
     options = {"weighted-sum": {"taps": [0, "embeddings"]}}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measure, "ROUNDS", (1, 1))
+        few_rounds(patch)
         return compare(experiment, replace(FAST, methods=methods, options=options))
 
 
@@ -114,7 +116,8 @@ def test_nan_in_the_model_without_a_cache(experiment) -> None:
 
 
 @pytest.mark.parametrize("rate", ["1e30", "1e38"])
-def test_a_learning_rate_that_diverges(rate: str, tmp_path: Path) -> None:
+def test_a_learning_rate_that_diverges(rate: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few_words(monkeypatch)
     arguments = ["--methods", "head", "lff", "--learning-rate", rate, "--output", tmp_path]
     result = run("compare", "--synthetic", *arguments, *QUICK_FLAGS, "--epochs", "2")
     assert result.code == 1

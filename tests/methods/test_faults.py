@@ -47,7 +47,7 @@ def check_every_change(model: nn.Module, change: Change, undo: Callable[[Any], N
     undo(done)
     assert changes.count >= 3
     assert model_state(model) == before
-    for number in range(changes.count):
+    for number in changes.each():
         for after in (False, True):
             with pytest.raises(BrokenStepError), Changes(number, after=after):
                 change(model)
@@ -66,7 +66,7 @@ def check_every_line(model: nn.Module, change: Change, undo: Callable[[Any], Non
     for broken in steps.each():
         with pytest.raises(BrokenStepError), Steps(broken):
             change(model)
-        assert model_state(model) == before, steps.places[broken]
+        assert model_state(model) == before, broken
     undo(change(model))
     assert model_state(model) == before
 

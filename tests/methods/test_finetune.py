@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import logging
 import os
 import random
 import re
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ from mmtransfer.training.settings import Training
 
 #: A readout, an edit, a pair, LoRA, prompts, and all weights.
 METHODS = ("weighted-sum", "aat-m", "hff-b+hff-adapters", "lora", "prompt", "full")
-QUICK = FinetuneSettings(epochs=2, batch_size=4, cpu=True)
+QUICK = FinetuneSettings(epochs=2, batch_size=4, cpu=True, start_epochs=2, workers=0)
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, data: dict[str, Path]) -> Path:
-    """A model of transcripts."""
+    """A model of transcripts, of clips that two processes decoded."""
     output = tmp_path_factory.mktemp("trained") / "run"
-    result = finetune(output, "--method", "head", "--model", model, "--data", data["ctc"], "--epochs", "4")
+    arguments = ["--method", "head", "--model", model, "--data", data["ctc"]]
+    result = finetune(output, *arguments, "--epochs", "4", "--workers", "2")
     assert result.code == 0, result.stderr
     return output
 
@@ -127,7 +128,13 @@ class TestRound:
         """Tones as letters: in some seconds of training a model this small gets half of them."""
         recordings = synthetic_speech(train_clips=48, test_clips=8, letters="ab")
         settings = FinetuneSettings(
-            epochs=15, batch_size=8, cpu=True, learning_rate=0.01, start_epochs=0, validation_fraction=0.0
+            epochs=15,
+            batch_size=8,
+            cpu=True,
+            learning_rate=0.01,
+            start_epochs=0,
+            workers=0,
+            validation_fraction=0.0,
         )
         folder = write_model(tmp_path / "model", hidden_size=32, intermediate_size=48)
         found = mmtransfer.finetune(folder, "full", recordings, tmp_path / "run", settings)
@@ -169,7 +176,8 @@ class TestSettings:
         by_recipe = run("finetune", "--recipe", recipe, "--output", tmp_path / "a", "--epochs", "2")
         flags = ["--method", "aat-m", "--model", model, "--data", data["ctc"], "--set", "bottleneck=3"]
         flags += ["--learning-rate", "2e-3", "--patience", "5", "--evaluate-every", "2"]
-        by_flags = finetune(tmp_path / "b", *flags)
+        flags += ["--epochs", "2", "--batch-size", "4", "--cpu"]
+        by_flags = run("finetune", "--output", tmp_path / "b", *flags)
         assert (by_recipe.code, by_flags.code) == (0, 0), by_recipe.stderr + by_flags.stderr
         ours, theirs = results(tmp_path / "a"), results(tmp_path / "b")
         assert ours["training"] == theirs["training"]
@@ -198,11 +206,11 @@ class TestSettings:
         assert Training(**found["training"]) == expected
         assert found["steps"] == 3
 
-    @pytest.mark.parametrize("flag", ["--no-cache", "--recompute"])
-    def test_what_saves_memory_changes_no_result(self, model, data, tmp_path, flag: str) -> None:
+    @pytest.mark.parametrize("flags", [("--no-cache", "--workers", "1"), ("--recompute",)])
+    def test_what_saves_memory_changes_no_result(self, model, data, tmp_path, flags) -> None:
         """But for rounding."""
         arguments = ["--method", "aat-m", "--model", model, "--data", data["ctc"], "--start-epochs", "0"]
-        for name, more in (("plain", []), ("other", [flag])):
+        for name, more in (("plain", ()), ("other", flags)):
             done = finetune(tmp_path / name, *arguments, *more)
             assert done.code == 0, done.stderr
         ours, theirs = (mmtransfer.load(tmp_path / name).trained_tensors() for name in ("plain", "other"))
@@ -215,9 +223,8 @@ class TestSettings:
     ) -> None:
         small = psutil.virtual_memory()._replace(available=1000)
         monkeypatch.setattr(psutil, "virtual_memory", lambda: small)
-        done = finetune(
-            tmp_path / "run", "--method", method, "--model", model, "--data", data["ctc"], "--epochs", "1"
-        )
+        arguments = ["--method", method, "--model", model, "--data", data["ctc"]]
+        done = finetune(tmp_path / "run", *arguments, "--epochs", "1", "--workers", "1")
         assert done.code == 0, done.stderr
         what = "features" if method == "head" else "inputs"
         assert re.search(rf"the cached {what} need .* are free: they are made in every step", done.stderr)
@@ -440,10 +447,11 @@ class TestUnusable:
         files = {str(path) for path in data.glob("*.wav")}
         assert paths == files
         for flags, escapes in (([], "surrogateescape"), (["--json"], "strict")):
-            command = [sys.executable, "-m", "mmtransfer.cli", "predict", output, data, *flags]
-            environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
-            done = subprocess.run(command, capture_output=True, env=environment, check=True)
-            text = done.stdout.decode("utf-8", escapes)
+            # As a process has it: io.StringIO takes every name.
+            stdout = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", errors="strict")
+            with contextlib.redirect_stdout(stdout):
+                cli.main(["predict", str(output), str(data), *flags])
+            text = stdout.buffer.getvalue().decode("utf-8", escapes)
             rows = [json.loads(line)["path"] if flags else line.split("\t")[0] for line in text.splitlines()]
             assert set(rows) == files
 

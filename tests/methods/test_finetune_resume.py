@@ -29,7 +29,14 @@ CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "o
 FILES = {"config.json", "model.safetensors", "run.json", "results.json"}
 METHOD = "aat-m"
 SETTINGS = FinetuneSettings(
-    epochs=3, batch_size=4, cpu=True, learning_rate=0.02, evaluate_every=3, start_epochs=2, patience=3
+    epochs=3,
+    batch_size=4,
+    cpu=True,
+    learning_rate=0.02,
+    evaluate_every=3,
+    start_epochs=2,
+    patience=3,
+    workers=0,
 )
 
 
@@ -162,7 +169,8 @@ def test_a_run_that_stopped_early_and_was_killed_does_not_go_on(model, recording
 
 def test_the_command_killed_at_any_time(model, tmp_path) -> None:
     data = write_speech(tmp_path / "speech")
-    arguments = ["--method", "full", "--model", model, "--data", data, "--epochs", "12"]
+    arguments = ["--method", "full", "--model", model, "--data", data]
+    arguments += ["--epochs", "12", "--start-epochs", "2"]
     assert finetune(tmp_path / "whole", *arguments).code == 0
     output = tmp_path / "run"
     command = [sys.executable, "-m", "mmtransfer.cli", "finetune", "--output", output, *arguments]
@@ -230,7 +238,7 @@ class TestFolders:
         with pytest.raises(DataError, match="has data "):
             self.again(model, other, done, resume=True)
         # How fast clips are decoded decides on nothing.
-        assert self.again(model, recordings, done, resume=True, workers=0).steps == 4
+        assert self.again(model, recordings, done, resume=True, workers=2).steps == 4
 
     def test_resume_of_nothing_begins(self, model, recordings, tmp_path) -> None:
         found = self.again(model, recordings, tmp_path / "new", resume=True)

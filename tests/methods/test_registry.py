@@ -12,12 +12,11 @@ import torch
 from command_line import QUICK as QUICK_FLAGS
 from command_line import fails, record, run
 from example_methods import FrameLabels, LearntMerge, MaxReadout
-from small_experiment import QUICK, build, inputs_of, small_experiment
+from small_experiment import QUICK, build, few_rounds, few_words, inputs_of, small_experiment
 
 import mmtransfer
 from mmtransfer import AdaptedModel, registry, tasks
 from mmtransfer.compare import session
-from mmtransfer.compare import step as measure
 from mmtransfer.compare.experiment import Experiment
 from mmtransfer.compare.session import compare
 from mmtransfer.compare.settings import CompareSettings
@@ -32,7 +31,7 @@ TASK_NAMES = ("classification", "frames")
 
 @pytest.fixture(autouse=True)
 def _registered(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(measure, "ROUNDS", (2, 2))
+    few_rounds(monkeypatch)
     registry.register(LearntMerge)
     registry.register(MaxReadout)
     tasks.register_task(FrameLabels)
@@ -92,7 +91,14 @@ class TestTraining:
 
         monkeypatch.setattr(session, "train", spy)
         settings = CompareSettings(
-            methods=EXAMPLES, seeds=1, epochs=1, tuning_epochs=1, batch_size=8, tuning_batch_size=8, cpu=True
+            methods=EXAMPLES,
+            seeds=1,
+            epochs=1,
+            tuning_epochs=1,
+            batch_size=8,
+            tuning_batch_size=8,
+            cpu=True,
+            workers=0,
         )
         found = compare(experiment, settings).methods
         assert seen == {
@@ -160,6 +166,10 @@ class TestCheckpoints:
 
 
 class TestCommandLine:
+    @pytest.fixture(autouse=True)
+    def _few_words(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        few_words(monkeypatch)
+
     def compare(self, output: Path, *arguments: str, methods=EXAMPLES):
         flags = ["--methods", *methods, "--output", output, *QUICK_FLAGS]
         return run("compare", "--synthetic", *flags, *arguments)

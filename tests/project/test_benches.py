@@ -35,13 +35,18 @@ from benches.report import figure, page, table  # noqa: E402
 TINY = list(registry("cpu", tiny=True))
 FULL = list(registry("cpu"))
 HEADLINE = "layer_mix/hubert-base/forward/float32/system"
+#: Ops whose results are integers.
+WITHOUT_GRADIENTS = {"monotonic_align"}
+#: Ops whose definition is a loop over hundreds of frames, which torch.compile would unroll.
+LOOPS = {"monotonic_align"}
 OPS = sorted(path.name for path in (ROOT / "mmkernels/ops").iterdir() if (path / "api.py").exists())
 
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_op_has_cases_and_a_headline(op: str) -> None:
     cases = [case for case in FULL if case.op == op]
-    assert {"forward", "forward_backward"} <= {case.direction for case in cases}
+    directions = {"forward"} if op in WITHOUT_GRADIENTS else {"forward", "forward_backward"}
+    assert directions <= {case.direction for case in cases}
     assert any(case.headline for case in cases)
 
 
@@ -57,7 +62,8 @@ def test_costs_are_positive_and_baselines_are_there(case: Case) -> None:
     if case.direction == "import":
         return
     assert min(case.minimum_bytes, case.flops, case.output_bytes) > 0
-    assert {"papers", "compile"} <= set(roles)
+    assert "papers" in roles
+    assert ("compile" in roles) != (case.op in LOOPS)
     assert roles[0] == "kernel", "without the compiled kernels there is nothing to measure"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import textwrap
 from collections.abc import Callable
 from typing import Any
@@ -37,7 +38,7 @@ def equivalent(documented: object) -> str:
 def run(documented: object, **names: Any) -> Any:
     code = equivalent(documented)
     assert 1 <= len(code.splitlines()) <= 4
-    scope = {"torch": torch, "F": nn.functional, "ACTIVATIONS": ACTIVATIONS, **names}
+    scope = {"torch": torch, "F": nn.functional, "ACTIVATIONS": ACTIVATIONS, "mmkernels": mmkernels, **names}
     exec(code, scope)
     return scope["out"]
 
@@ -82,6 +83,51 @@ def merge_module() -> tuple[Any, Any]:
     return of_module(module, *names.values(), **names)
 
 
+ENDS = torch.tensor([[2, 2, 4], [1, 3, 3], [0, 4, 4], [1, 2, 3], [4, 4, 4]])
+
+
+def segment_pool() -> tuple[Any, Any]:
+    return mmkernels.segment_pool(X, ENDS), run(mmkernels.segment_pool, x=X, ends=ENDS)
+
+
+def segment_pool_module() -> tuple[Any, Any]:
+    return of_module(mmkernels.nn.SegmentPool(), X, ENDS, x=X, ends=ENDS)
+
+
+def ctc_align() -> tuple[Any, Any]:
+    arguments = {"log_probs": random(1, 5, 3).log_softmax(2), "targets": torch.tensor([[1, 1]]), "blank": 2}
+    path = mmkernels.ctc_align(**arguments).paths[0].tolist()
+    return path, list(run(mmkernels.ctc_align, itertools=itertools, **arguments))
+
+
+def ctc_aligner() -> tuple[Any, Any]:
+    names = {"log_probs": random(2, 6, 4).log_softmax(2), "targets": torch.tensor([[1, 3], [0, 0]])}
+    return of_module(mmkernels.nn.CTCAligner(blank=2), *names.values(), mmkernels=mmkernels, **names)
+
+
+def cif() -> tuple[Any, Any]:
+    alpha = torch.full((5,), 0.7, dtype=torch.float64)
+    names = {"x": X[:, 0], "alpha": alpha, "beta": 0.8, "max_length": 4}
+    found = mmkernels.cif(X[None, :, 0], alpha[None], beta=0.8, tail_threshold=2.0, max_length=4)
+    return found.features[0], run(mmkernels.cif, **names)
+
+
+def cif_module() -> tuple[Any, Any]:
+    return of_module(mmkernels.nn.CIF(8, beta=0.5), X, x=X)
+
+
+def monotonic_align() -> tuple[Any, Any]:
+    log_probs = random(7, 4)
+    out = run(mmkernels.monotonic_align, log_probs=log_probs, T=7, U=4)
+    return mmkernels.monotonic_align(log_probs[None])[0], out
+
+
+def aligner() -> tuple[Any, Any]:
+    frames, tokens = X[:2].repeat(1, 2, 1) + random(2, 8, 8), X[2:4]
+    module = mmkernels.nn.MonotonicAlign(scale=0.5)
+    return of_module(module, frames, tokens, frames=frames, tokens=tokens)
+
+
 def featurizer() -> tuple[Any, Any]:
     lengths = [torch.tensor([3, 2])] * 4
     module = mmkernels.nn.Featurizer(4, hidden_size=8, downsample_rate=320)
@@ -100,6 +146,7 @@ def accelerate() -> tuple[Any, Any]:
 CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "adapter": adapter,
     "adapter_norm": lambda: adapter(norm_weight=random(8), norm_bias=random(8)),
+    "ctc_align": ctc_align,
     "layer_mix": layer_mix,
     "layer_mix_norm": lambda: layer_mix(norm=True, norm_weight=random(8), norm_bias=random(8)),
     "layer_project": layer_project,
@@ -107,10 +154,17 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "merge": merge,
     "merge_one": lambda: merge(lam=random(1)),
     "merge_groups": lambda: merge(lam=random(2), groups=[1, 0, 1]),
+    "segment_pool": segment_pool,
+    "cif": cif,
+    "monotonic_align": monotonic_align,
     "Adapter": lambda: of_module(mmkernels.nn.Adapter(8, 3, activation="gelu", scale=0.5), X, x=X),
+    "CTCAligner": ctc_aligner,
     "LayerMix": lambda: of_module(mmkernels.nn.LayerMix(4), LAYERS, layers=LAYERS),
     "LayerProject": lambda: of_module(mmkernels.nn.LayerProject(4, 8, 3), X, x=X),
     "Merge": merge_module,
+    "SegmentPool": segment_pool_module,
+    "CIF": cif_module,
+    "MonotonicAlign": aligner,
     "Featurizer": featurizer,
     "accelerate": accelerate,
 }

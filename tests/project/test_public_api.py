@@ -13,6 +13,11 @@ SIGNATURES = {
         "(x, down_weight, down_bias, up_weight, up_bias, *, residual=None, scale=1.0, activation='relu', "
         "norm_weight=None, norm_bias=None, eps=1e-05, backend='auto')"
     ),
+    "ctc_align": "(log_probs, targets, input_lengths=None, target_lengths=None, *, blank=0, backend='auto')",
+    "cif": (
+        "(x, alpha, *, beta=1.0, lengths=None, target_lengths=None, tail_threshold=0.5, max_length=None, "
+        "backend='auto')"
+    ),
     "info": "()",
     "layer_mix": (
         "(layers, weights, *, norm=False, eps=1e-05, norm_weight=None, norm_bias=None, lengths=None, "
@@ -23,8 +28,13 @@ SIGNATURES = {
         "backend='auto')"
     ),
     "merge": "(target, source, lam, *, groups=None, dtype=None, out=None, backend='auto')",
+    "monotonic_align": "(log_probs, frame_lengths=None, token_lengths=None, *, backend='auto')",
+    "segment_pool": "(x, ends, *, reduce='mean', scores=None, counts=None, backend='auto')",
 }
-MODULES = {"Adapter", "Featurizer", "LayerMix", "LayerProject", "Merge"}
+MODULES = {
+    *("Adapter", "CIF", "CTCAligner", "Featurizer", "LayerMix", "LayerProject", "Merge", "MonotonicAlign"),
+    "SegmentPool",
+}
 
 
 def bare(function: object) -> str:
@@ -43,7 +53,7 @@ def test_modules() -> None:
 
 
 def test_public_docstrings_say_what_users_need() -> None:
-    for name in ("adapter", "layer_mix", "layer_project", "merge"):
+    for name in SIGNATURES.keys() - {"accelerate", "info"}:
         text = inspect.getdoc(getattr(mmkernels, name)) or ""
         for part in ("Equivalent to", "Args:", "Returns:", "Raises:", "Gradients", "Source:"):
             assert part in text, f"{name}: {part}"

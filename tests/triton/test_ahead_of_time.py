@@ -26,8 +26,13 @@ from triton.compiler import ASTSource  # noqa: E402
 from mmkernels.ops import _norm_product as norm_product  # noqa: E402
 from mmkernels.ops import _triton as shared  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
+from mmkernels.ops.cif import triton as cif  # noqa: E402
+from mmkernels.ops.ctc_align import triton as ctc  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
+from mmkernels.ops.monotonic_align import triton as monotonic  # noqa: E402
+from mmkernels.ops.segment_pool import triton as pool  # noqa: E402
+from mmkernels.ops.segment_pool.schema import REDUCTIONS  # noqa: E402
 
 ELEMENTS = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 #: Bytes of shared memory that one block may have.
@@ -43,14 +48,18 @@ OF_ELEMENT_TYPE = {
     *("x", "y", "out", "preactivation", "folded_weight"),
     *("grad", "value", "scaled_grad", "addend", "dx"),
     *("left", "right", "up_weight", "hidden", "activated"),
+    *("log_probs", "features"),
 }
 PARAMETERS = {
     *("weight", "bias", "norm_weight", "norm_bias", "up_bias"),
     *("d_weight", "d_norm_weight", "d_norm_bias"),
 }
 INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
-INTEGERS |= {"chunks", "first_chunk"}
-INT64_POINTERS = {"table", "lengths"}
+INTEGERS |= {"chunks", "first_chunk", "segments", "tokens", "classes", "blank"}
+INT64_POINTERS = {"table", "lengths", "ends", "counts", "stops"}
+INT64_POINTERS |= {"targets", "input_lengths", "target_lengths", "paths"}
+INT64_POINTERS |= {"frame_lengths", "token_lengths", "durations"}
+INT32_POINTERS = {"partial_group", "index", "partial_index", "words", "token"}
 
 
 def type_of(name: str, element: str, parameter: str) -> str:
@@ -58,8 +67,12 @@ def type_of(name: str, element: str, parameter: str) -> str:
         return "i32"
     if name in INT64_POINTERS:
         return "*i64"
-    if name == "partial_group":
+    if name in INT32_POINTERS:
         return "*i32"
+    if name in ("sums", "facts"):
+        return "*fp64"
+    if name == "codes":
+        return "*i8"
     if name == "scale":
         return "fp32"
     if name in PARAMETERS:
@@ -143,6 +156,7 @@ FUSED = {
     **{"BLOCK_M": 16, "BLOCK_H": 16, "BLOCK_D": 16},
 }
 FUSED_BACKWARD = {**FUSED, "ADD_GRAD": True}
+POOL = {"PIECE": 16, "BLOCK_SEGMENTS": 64, "BLOCK_ROWS": 4, "BLOCK_D": 32}
 SMALL_LAUNCHES = [
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": True}),
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": False}),
@@ -162,6 +176,13 @@ SMALL_LAUNCHES = [
     (adapter.adapter_bwd_kernel, FUSED_BACKWARD),
     (adapter.adapter_product_kernel, {**PRODUCT, "INNER": 1}),
     (merge.merge_sum_kernel, {"SUMS": 64}),
+    (pool.segment_pool_stops_kernel, {"BLOCK_SEGMENTS": 64}),
+    (pool.segment_pool_fwd_kernel, {**POOL, "REDUCE": 0, "ALIGNMENT": 1}),
+    (pool.segment_pool_combine_kernel, {**POOL, "REDUCE": 0}),
+    (pool.segment_pool_spread_kernel, {**POOL, "REDUCE": 0, "ACCUMULATE": pool.tl.float32}),
+    (pool.segment_pool_dots_kernel, {**POOL, "WIDTH": 1, "ALIGNMENT": 1}),
+    (pool.segment_pool_scores_kernel, {"PIECE": 16, "BLOCK_SEGMENTS": 64}),
+    (ctc.ctc_align_fwd_kernel, {"RESCALE_FRAMES": 32, "BLOCK": 256}),
 ]
 
 
@@ -324,6 +345,107 @@ def test_merge_sums(capability: int, tmp_path: pathlib.Path) -> None:
     compiled = compile_kernel(
         merge.merge_sum_kernel, capability, "fp32", {"SUMS": merge.SUMS}, num_warps=merge.WARPS
     )
+    check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+POOL_ABSENT = {
+    "max": ["scores", "stats", "partial_stats"],
+    "attention": ["index", "partial_index"],
+}
+
+
+@each_capability
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize(("element", "width"), [("fp32", 768), ("bf16", 1024), ("fp16", 33)])
+def test_pool(element: str, width: int, reduce: str, capability: int, tmp_path: pathlib.Path) -> None:
+    code = REDUCTIONS.index(reduce)
+    block = min(triton.next_power_of_2(width), pool.WIDEST_BLOCK)
+    tile = {"BLOCK_ROWS": pool.BLOCK_ROWS, "BLOCK_D": block}
+    constants = {"PIECE": pool.PIECE, "BLOCK_SEGMENTS": pool.BLOCK_SEGMENTS, **tile}
+    none = ["scores", "stats", "partial_stats", "index", "partial_index"]
+    absent = POOL_ABSENT.get(reduce, none)
+    alignment = 16 if width % 16 == 0 else 1
+    launches = [
+        (pool.segment_pool_fwd_kernel, {"REDUCE": code, "ALIGNMENT": alignment}),
+        (pool.segment_pool_spread_kernel, {"REDUCE": code, "ACCUMULATE": pool.tl.float32}),
+    ]
+    if reduce != "last":
+        launches.append((pool.segment_pool_combine_kernel, {"REDUCE": code}))
+    if reduce == "attention":
+        launches.append((pool.segment_pool_dots_kernel, {"WIDTH": width, "ALIGNMENT": alignment}))
+    for kernel, own in launches:
+        missing = [name for name in absent if name in kernel.arg_names]
+        warps = max(1, pool.BLOCK_ROWS * block // 1024)
+        compiled = compile_kernel(
+            kernel, capability, element, {**constants, **own}, missing, warps, size=alignment
+        )
+        check_resources(compiled, LEAST_SHARED, tmp_path)
+        if kernel is pool.segment_pool_fwd_kernel and alignment == 16:
+            assert re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", compiled.asm["ptx"])
+
+
+@each_capability
+def test_pool_stops_and_scores(capability: int, tmp_path: pathlib.Path) -> None:
+    segments = {"BLOCK_SEGMENTS": pool.BLOCK_SEGMENTS}
+    for kernel, constants in (
+        (pool.segment_pool_stops_kernel, segments),
+        (pool.segment_pool_scores_kernel, {**segments, "PIECE": pool.PIECE}),
+    ):
+        compiled = compile_kernel(kernel, capability, "fp32", constants, num_warps=1)
+        check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+@each_capability
+@pytest.mark.parametrize("lengths", [False, True])
+@pytest.mark.parametrize(
+    ("element", "tokens"), [("fp32", 200), ("bf16", 200), ("fp16", 1500), ("fp32", ctc.MOST_TRITON_TOKENS)]
+)
+def test_ctc_align(element: str, tokens: int, lengths: bool, capability: int, tmp_path: pathlib.Path) -> None:
+    """The scores of all states stay in registers, up to the most tokens that the op takes."""
+    block = ctc.block_for(tokens)
+    constants = {"RESCALE_FRAMES": ctc.RESCALE, "BLOCK": block}
+    absent = [] if lengths else ["input_lengths", "target_lengths"]
+    compiled = compile_kernel(
+        ctc.ctc_align_fwd_kernel, capability, element, constants, absent, num_warps=ctc.warps_for(block)
+    )
+    check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+CIF = {"BETA": 1.0, "THRESHOLD": 0.5, "WIDTH": 768, "SCALED": True}
+CIF |= {"BLOCK_T": cif.BLOCK_T, "BLOCK_FRAMES": cif.BLOCK_FRAMES, "BLOCK_D": cif.BLOCK_D}
+CIF_LAUNCHES = [
+    (cif.cif_plan_kernel, {}, ("target_lengths",)),
+    (cif.cif_plan_kernel, {}, ("lengths",)),
+    (cif.cif_tokens_kernel, {}, ()),
+    (cif.cif_frames_kernel, {"BLOCK_D": 1024}, ()),
+    (cif.cif_frames_kernel, {"BLOCK_D": 1024}, ("dx", "lengths")),
+    (cif.cif_frames_kernel, {"BLOCK_D": 1024}, ("dots",)),
+    (cif.cif_alpha_kernel, {}, ()),
+    (cif.cif_alpha_kernel, {"SCALED": False}, ("lengths",)),
+]
+
+
+@each_capability
+@each_element
+@pytest.mark.parametrize("launch", CIF_LAUNCHES, ids=lambda launch: launch[0].__name__)
+def test_cif(
+    launch: tuple[Any, dict[str, Any], tuple[str, ...]], element: str, capability: int, tmp_path: pathlib.Path
+) -> None:
+    kernel, own, absent = launch
+    constants = {name: value for name, value in {**CIF, **own}.items() if name in kernel.arg_names}
+    compiled = compile_kernel(kernel, capability, element, constants, absent, num_warps=cif.WARPS)
+    check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+@each_capability
+@each_element
+@pytest.mark.parametrize("absent", [(), ("frame_lengths", "token_lengths")])
+def test_monotonic_align(
+    element: str, absent: tuple[str, ...], capability: int, tmp_path: pathlib.Path
+) -> None:
+    constants = {"PANEL": monotonic.PANEL, "BITS": monotonic.BITS}
+    kernel = monotonic.monotonic_align_fwd_kernel
+    compiled = compile_kernel(kernel, capability, element, constants, absent, num_warps=monotonic.WARPS)
     check_resources(compiled, LEAST_SHARED, tmp_path)
 
 

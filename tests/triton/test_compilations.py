@@ -23,9 +23,14 @@ from triton.runtime.jit import JITFunction, compute_cache_key, create_function_f
 
 from mmkernels.ops._common import ACTIVATION_CODES  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
+from mmkernels.ops.cif import triton as cif  # noqa: E402
+from mmkernels.ops.ctc_align import triton as ctc  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.layer_project import triton as project  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
+from mmkernels.ops.monotonic_align import triton as monotonic  # noqa: E402
+from mmkernels.ops.segment_pool import triton as pool  # noqa: E402
+from mmkernels.ops.segment_pool.schema import REDUCTIONS  # noqa: E402
 
 BACKEND = make_backend(GPUTarget("cuda", 90, 32))
 BATCH = 3
@@ -84,6 +89,38 @@ def merge_step(size: int, dtype: torch.dtype, count: int) -> None:
     merge.merge_bwd(out, target, target, lam, groups, True, [0], list(range(len(target))))
 
 
+def pool_step(frames: int, dtype: torch.dtype, width: int) -> None:
+    """Also of other numbers of segments. Rows of at most a piece need one kernel less."""
+    x = torch.zeros(BATCH, frames, width, dtype=dtype)
+    ends = torch.zeros(BATCH, frames // 4 + 1, dtype=torch.int64)
+    for code, reduce in enumerate(REDUCTIONS):
+        scores = torch.zeros(BATCH, frames) if reduce == "attention" else None
+        out, stats, index = pool.segment_pool_fwd(x, ends, scores, None, code, True)
+        for need_scores in {False, scores is not None}:
+            saved = (out, x, ends, scores, None, stats, index, frames, code)
+            pool.segment_pool_bwd(*saved, True, need_scores)
+
+
+def cif_step(frames: int, dtype: torch.dtype, width: int) -> None:
+    """Also of other numbers of tokens, with target lengths and without."""
+    x, alpha = torch.zeros(BATCH, frames, width, dtype=dtype), torch.ones(BATCH, frames)
+    lengths = torch.full((BATCH,), frames)
+    for targets, tokens in ((None, frames), (lengths, frames), (None, 1), (None, 7)):
+        out, counts, _, *plan = cif.cif_fwd(x, alpha, lengths, targets, 1.0, 0.5, tokens)
+        scaled = targets is not None
+        cif.cif_bwd(out, x, alpha, lengths, counts, *plan, 1.0, scaled, True, True)
+
+
+def monotonic_step(frames: int, dtype: torch.dtype, tokens: int) -> None:
+    """With lengths and without, and of other numbers of tokens."""
+    for count in {1, tokens, frames}:
+        x = torch.zeros(BATCH, frames, count, dtype=dtype)
+        lengths = torch.full((BATCH,), frames)
+        monotonic.monotonic_align_fwd(x, None, None)
+        monotonic.monotonic_align_fwd(x, lengths, lengths)
+        monotonic.monotonic_align_fwd(x.mT.contiguous().mT, lengths, None)
+
+
 def narrow_step(step: Callable[..., None], rows: int, dtype: torch.dtype, width: int) -> None:
     step(rows, dtype, width, dtype)
 
@@ -95,6 +132,10 @@ CASES: dict[str, tuple[Callable[[int, torch.dtype, int], None], int, tuple[int, 
     "layer_project": (project_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
     "adapter": (adapter_step, 64, (1, 2, 15, 16, 31, 48, 64, 333, 1024)),
     "merge": (merge_step, 5000, (1, 2, 15, 16, 31, 48, 64, 333)),
+    "segment_pool": (pool_step, 64, (1, 2, 15, 16, 31, 48, 64, 65, 333)),
+    "segment_pool of odd rows": (pool_step, 33, (1, 2, 15, 16, 31, 48, 64, 65, 333)),
+    "cif": (cif_step, 64, (1, 2, 15, 16, 31, 48, 64, 333)),
+    "monotonic_align": (monotonic_step, 64, (1, 2, 15, 16, 31, 48, 64, 333)),
     "layer_project of a half-precision model": (
         functools.partial(narrow_step, project_step),
         *(64, (1, 2, 15, 16, 31, 48)),
@@ -114,7 +155,17 @@ def test_lengths_compile_nothing_again(
     step(lengths[0], dtype, width)
     step(lengths[-1], dtype, width)
     before = {kernel: len(found) for kernel, found in keys.items()}
-    assert len(before) >= 3
+    assert sum(before.values()) >= 3
     for frames in lengths:
         step(frames, dtype, width)
     assert {kernel: len(found) for kernel, found in keys.items()} == before
+
+
+def test_sizes_of_a_batch_compile_ctc_align_once(keys: dict[str, set[str]]) -> None:
+    """But for tokens, which need another kernel past each power of two from 256 on."""
+    for frames in (1, 2, 15, 16, 48, 333):
+        for tokens in (0, 1, 16, 100, 255):
+            targets = torch.ones(BATCH, tokens, dtype=torch.int64)
+            lengths = torch.full((BATCH,), frames)
+            ctc.ctc_align_fwd(torch.zeros(BATCH, frames, 32), targets, lengths, lengths, 0)
+    assert {kernel: len(found) for kernel, found in keys.items()} == {"ctc_align_fwd_kernel": 1}

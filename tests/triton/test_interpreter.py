@@ -8,24 +8,35 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from ctc_cases import KINDS, Problem, random_problem
 from torch import Tensor
 
-from mmkernels import adapter, layer_mix, layer_project, merge
+from mmkernels import adapter, cif, ctc_align, layer_mix, layer_project, merge, monotonic_align, segment_pool
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.backends import TRITON_INTERPRETED
 from mmkernels.ops._common import ACTIVATION_CODES
 from mmkernels.ops.adapter import reference as adapter_reference
 from mmkernels.ops.adapter.schema import OPS as ADAPTER_OPS
+from mmkernels.ops.cif import reference as cif_reference
+from mmkernels.ops.cif.schema import OPS as CIF_OPS
+from mmkernels.ops.ctc_align.schema import MOST_TRITON_TOKENS
+from mmkernels.ops.ctc_align.schema import OPS as CTC_OPS
 from mmkernels.ops.layer_mix import reference as mix_reference
 from mmkernels.ops.layer_mix.schema import OPS as MIX_OPS
 from mmkernels.ops.layer_project import reference as project_reference
 from mmkernels.ops.layer_project.schema import OPS as PROJECT_OPS
 from mmkernels.ops.merge import reference as merge_reference
 from mmkernels.ops.merge.schema import OPS as MERGE_OPS
+from mmkernels.ops.monotonic_align import reference as monotonic_reference
+from mmkernels.ops.monotonic_align.schema import OPS as MONOTONIC_OPS
+from mmkernels.ops.segment_pool import reference as pool_reference
+from mmkernels.ops.segment_pool.schema import ATTENTION, MAX, REDUCTIONS
+from mmkernels.ops.segment_pool.schema import OPS as POOL_OPS
 from op_tests import Call, assert_close_to_reference, poisoned_memory, value_and_gradients
 
 if not TRITON_INTERPRETED:
@@ -726,6 +737,347 @@ def test_merge_of_nothing() -> None:
     assert gradients[-1].tolist() == [0, 0, 0]
 
 
+POOL_ENDS = ((3, 3, 20, 41), (0, 16, 17, 50), (5, 5, 5, 6))
+each_reduction = pytest.mark.parametrize("reduce", REDUCTIONS)
+
+
+@pytest.fixture
+def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of 16 frames, tiles of 4 rows and 16 columns; two segments are looked at at a time."""
+    from mmkernels.ops.segment_pool import triton as kernels
+
+    for name, value in (("PIECE", 16), ("BLOCK_ROWS", 4), ("WIDEST_BLOCK", 16), ("BLOCK_SEGMENTS", 2)):
+        monkeypatch.setattr(kernels, name, value)
+
+
+def pool_call(
+    reduce: str,
+    dtype: torch.dtype,
+    width: int = 5,
+    ends: tuple[tuple[int, ...], ...] = POOL_ENDS,
+    counts: tuple[int, ...] | None = None,
+    frames: int = 52,
+) -> Call:
+    """Frames in no segment hold NaN."""
+    x = torch.randn(len(ends), frames, width, dtype=torch.float64).to(dtype)
+    scores = 2 * wide_parameter(len(ends), frames, dtype=dtype)
+    for row, stops in enumerate(ends):
+        last = ([0, *stops][counts[row]] if counts else stops[-1]) if stops else 0
+        x[row, last:], scores[row, last:] = math.nan, math.nan
+    arguments = {
+        "x": x,
+        "ends": torch.tensor(ends, dtype=torch.int64).reshape(len(ends), -1),
+        "reduce": reduce,
+        "scores": scores if reduce == "attention" else None,
+        "counts": None if counts is None else torch.tensor(counts),
+    }
+    return Call(arguments, ("x", "scores")).detached()
+
+
+def check_pool(call: Call, dtype: torch.dtype) -> None:
+    batch, _, width = call.arguments["x"].shape
+    grad = torch.randn(batch, call.arguments["ends"].shape[1], width, dtype=torch.float64).to(dtype)
+    check(segment_pool, pool_reference.segment_pool, call, grad, dtype)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@each_dtype
+@each_reduction
+def test_pool(reduce: str, dtype: torch.dtype) -> None:
+    """Whole segments, of several pieces, without frames; frames in none."""
+    check_pool(pool_call(reduce, dtype), dtype)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@each_reduction
+def test_pool_sizes(reduce: str) -> None:
+    check_pool(pool_call(reduce, torch.float32, 33, counts=(4, 1, 0)), torch.float32)
+    check_pool(pool_call(reduce, torch.float32, 1, ((9,),), frames=9), torch.float32)
+    check_pool(pool_call(reduce, torch.float32, 2, ((), ()), frames=9), torch.float32)
+    check_pool(pool_call(reduce, torch.float32, 2, ((0, 0),), frames=0), torch.float32)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("frozen", ["x", "scores"])
+def test_pool_only_the_gradients_that_are_asked_for(frozen: str) -> None:
+    call = pool_call("attention", torch.float32)
+    call.arguments[frozen].requires_grad_(False)
+    check_pool(call, torch.float32)
+
+
+@pytest.mark.usefixtures("short_pieces")
+@each_reduction
+def test_pool_of_ends_of_any_value(reduce: str) -> None:
+    """The raw op clamps them to the frames, and to their running maximum; counts too."""
+    call = pool_call(reduce, torch.float32, ends=((52,),) * 3).detached(requires_grad=False).arguments
+    ends = torch.tensor([[5, 2, 40, 30, 99], [-4, 3, 2, 1000, 4], [-(2**63), 7, 3, 2**63 - 1, -(2**63)]])
+    code = REDUCTIONS.index(reduce)
+    for counts in (None, torch.tensor([2, -3, 99])):
+        out, stats, index = POOL_OPS["triton"][0](call["x"], ends, call["scores"], counts, code, True)
+        x = call["x"].clone().requires_grad_()
+        expected = pool_reference.segment_pool(x, ends, reduce=reduce, scores=call["scores"], counts=counts)
+        torch.testing.assert_close(out, expected)
+        inputs = torch.ones_like(out), call["x"], ends, call["scores"], counts, stats, index
+        dx, _ = POOL_OPS["triton"][1](*inputs, 52, code, True, False)
+        torch.testing.assert_close(dx, torch.autograd.grad(expected.sum(), x)[0])
+
+
+@pytest.mark.usefixtures("short_pieces")
+@pytest.mark.parametrize("frames", [5, 50])
+def test_pool_of_special_values(frames: int) -> None:
+    """The first of equal maxima and of NaN; scores of -inf; a segment of nothing else."""
+    ends = torch.tensor([[frames]])
+    x = torch.zeros(1, frames, 4)
+    x[0, [3, frames - 1], 0] = 2.0
+    x[0, [2, frames - 1], 1] = math.nan
+    x[0, :, 2] = -math.inf
+    out, _, index = POOL_OPS["triton"][0](x, ends, None, None, MAX, True)
+    assert index.flatten().tolist() == [3, 2, 0, 0]
+    torch.testing.assert_close(out, pool_reference.segment_pool(x, ends, reduce="max"), equal_nan=True)
+    call = pool_call("attention", torch.float32, ends=((frames,),), frames=frames)
+    with torch.no_grad():
+        call.arguments["scores"][0, 1 : frames - 1] = -math.inf
+    check_pool(call, torch.float32)
+    with torch.no_grad():
+        call.arguments["scores"].fill_(-math.inf)
+    out = segment_pool(**call.arguments, backend="triton")
+    assert out.eq(0).all()
+    assert all(gradient.eq(0).all() for gradient in torch.autograd.grad(out.sum(), call.leaves()))
+
+
+@pytest.mark.usefixtures("short_pieces")
+@each_reduction
+def test_pool_of_a_row_does_not_depend_on_the_batch(reduce: str) -> None:
+    call = pool_call(reduce, torch.float32, 17).detached(requires_grad=False)
+    a = call.arguments
+    scores = None if a["scores"] is None else a["scores"][:1, :41]
+    alone = call.with_arguments(x=a["x"][:1, :41], ends=a["ends"][:1], scores=scores)
+    out = segment_pool(**a, backend="triton")
+    assert torch.equal(out[:1], segment_pool(**alone.arguments, backend="triton"))
+
+
+def check_ctc(problem: Problem) -> tuple[Tensor, ...]:
+    """The bits of the reference, but for the order in which a total is added."""
+    with poisoned_memory():
+        found: tuple[Tensor, ...] = CTC_OPS["triton"][0](*vars(problem).values())
+    paths, ends, totals = problem.expected()
+    assert torch.equal(found[0], paths)
+    assert torch.equal(found[1], ends)
+    torch.testing.assert_close(found[2], totals, rtol=1e-6, atol=1e-6)
+    return found
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", KINDS)
+def test_ctc_align(kind: str, dtype: torch.dtype) -> None:
+    """Ragged, with ties, and with utterances that have no path; below and above the rescaling period."""
+    check_ctc(random_problem(1, kind, dtype, batch=8, frames=7))
+    check_ctc(random_problem(2, kind, dtype, batch=2, frames=39, tokens=12, classes=6))
+
+
+@pytest.mark.parametrize("frames", [31, 32, 33, 64])
+def test_ctc_align_around_the_rescaling_period(frames: int) -> None:
+    problem = random_problem(frames, "grid", batch=2, frames=frames, tokens=12, classes=5)
+    check_ctc(replace(problem, input_lengths=torch.full((2,), frames)))
+
+
+def test_ctc_align_of_more_tokens_than_the_smallest_block() -> None:
+    problem = random_problem(3, "grid", batch=1, frames=40, tokens=300, classes=50)
+    problem = replace(problem, target_lengths=torch.tensor([30]), input_lengths=torch.tensor([40]))
+    assert check_ctc(problem)[2] > -math.inf
+
+
+def test_ctc_align_of_any_values() -> None:
+    """Lengths and tokens that the host does not read; NaN; strides of audio with the time first."""
+    problem = random_problem(5, batch=5, frames=12, tokens=3)
+    log_probs = problem.log_probs.transpose(0, 1).contiguous().transpose(0, 1)
+    log_probs[torch.rand(log_probs.shape) < 0.05] = math.nan
+    targets = problem.targets.clone()
+    targets[0, 1], targets[1, 2], targets[2, 0] = 1 << 40, -1, problem.blank
+    wild = torch.tensor([1 << 40, 12, 12, -5, 12]), torch.tensor([3, 1 << 50, 3, 2, -(1 << 50)])
+    check_ctc(Problem(log_probs, targets, *wild, problem.blank))
+    wide = log_probs.mT.contiguous().mT
+    check_ctc(replace(problem, log_probs=wide))
+
+
+@pytest.mark.parametrize(("batch", "frames", "tokens"), [(0, 5, 2), (2, 0, 2), (2, 5, 0), (2, 0, 0)])
+def test_ctc_align_of_nothing(batch: int, frames: int, tokens: int) -> None:
+    check_ctc(random_problem(6, batch=batch, frames=frames, tokens=tokens))
+
+
+def test_ctc_align_of_too_many_tokens_is_refused() -> None:
+    log_probs, targets = torch.randn(1, 3, 4), torch.ones(1, MOST_TRITON_TOKENS + 1, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=r"backend='triton' cannot be used: .* at most 8191 tokens, got 8192"
+    ):
+        ctc_align(log_probs, targets, backend="triton")
+
+
+def test_ctc_align_scores_have_gradients() -> None:
+    log_probs = torch.randn(1, 9, 4).log_softmax(2).requires_grad_()
+    found = ctc_align(log_probs, torch.tensor([[1, 3]]), backend="triton")
+    found.scores.sum().backward()
+    assert log_probs.grad is not None
+    assert torch.equal(log_probs.grad[0], torch.nn.functional.one_hot(found.paths[0], 4).float())
+
+
+def cif_call(
+    dtype: torch.dtype,
+    frames: int,
+    width: int,
+    tokens: int,
+    *,
+    scaled: bool,
+    high: float = 0.9,
+    beta: float = 1.0,
+) -> Call:
+    """A ragged batch; padding of x holds NaN."""
+    lengths = torch.tensor([frames, 0, max(frames - 3, 0)])
+    x = torch.randn(3, frames, width, dtype=torch.float64)
+    for row, length in enumerate(lengths):
+        x[row, length:] = math.nan
+    alpha = (0.05 + high * torch.rand(3, frames, dtype=torch.float64)) * beta
+    arguments: dict[str, Any] = {
+        "x": x.to(dtype),
+        "alpha": alpha.to(torch.float64 if dtype == torch.float64 else torch.float32),
+        "beta": beta,
+        "lengths": lengths,
+        "target_lengths": torch.tensor([tokens, 2, max(tokens - 2, 0)]) if scaled else None,
+        "max_length": tokens,
+    }
+    return Call(arguments, ("x", "alpha")).detached()
+
+
+def cif_features(**arguments: Any) -> Tensor:
+    return cif(**arguments).features
+
+
+def cif_reference_features(**arguments: Any) -> Tensor:
+    return cif_reference.cif(**arguments).features
+
+
+def check_cif(call: Call, dtype: torch.dtype) -> None:
+    """Also the lengths and ends."""
+    arguments = call.arguments
+    shape = (3, arguments["max_length"], arguments["x"].shape[2])
+    grad = torch.randn(shape, dtype=torch.float64).to(dtype)
+    check(cif_features, cif_reference_features, call, grad, dtype)
+    with poisoned_memory():
+        found = cif(**call.arguments, backend="triton")
+    expected = cif_reference.cif(**call.arguments)
+    assert torch.equal(found.lengths, expected.lengths)
+    assert torch.equal(found.ends, expected.ends)
+
+
+@each_dtype
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cif(scaled: bool, dtype: torch.dtype) -> None:
+    check_cif(cif_call(dtype, 14, 17, 7, scaled=scaled), dtype)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("frames", "width", "tokens", "high"),
+    [(1, 1, 1, 0.9), (5, 300, 4, 1.8), (6, 8, 25, 6.0), (15, 40, 3, 0.9)],
+)
+def test_cif_sizes(frames: int, width: int, tokens: int, high: float, scaled: bool) -> None:
+    """Several blocks of columns; several tokens from a frame; more tokens than there is room for."""
+    call = cif_call(torch.float32, frames, width, tokens, scaled=scaled, high=high, beta=0.7)
+    check_cif(call, torch.float32)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cif_steps_of_a_whole_utterance(scaled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmkernels.ops.cif import triton as kernels
+
+    monkeypatch.setattr(kernels, "BLOCK_T", 16)
+    check_cif(cif_call(torch.float32, 40, 4, 20, scaled=scaled), torch.float32)
+
+
+@pytest.mark.parametrize("name", ["x", "alpha"])
+def test_cif_gradient_that_is_asked_for(name: str) -> None:
+    call = cif_call(torch.float32, 14, 17, 7, scaled=True)
+    call.arguments[name].requires_grad_(False)
+    check_cif(call, torch.float32)
+
+
+def test_cif_values_that_only_the_device_sees() -> None:
+    x, alpha = torch.randn(3, 8, 4), torch.full((3, 8), 0.4)
+    alpha[2] = torch.tensor([-1.0, math.nan, math.inf, 1e38, -0.0, 3e38, 0.5, -math.inf])
+    lengths = torch.tensor([99, -4, 8])
+    with poisoned_memory():
+        out, counts, ends, *plan = CIF_OPS["triton"][0](x, alpha, lengths, None, 1.0, 0.5, 5)
+        CIF_OPS["triton"][1](out, x, alpha, lengths, counts, *plan, 1.0, False, True, True)
+    assert counts.tolist() == [3, 0, 5]
+    assert out[1].eq(0).all()
+    assert ((ends >= 0) & (ends <= 8)).all()
+
+
+@pytest.mark.parametrize(("frames", "width", "tokens"), [(0, 4, 3), (5, 0, 3), (5, 4, 0)])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_cif_of_nothing(frames: int, width: int, tokens: int, scaled: bool) -> None:
+    call = cif_call(torch.float32, frames, width, tokens, scaled=scaled)
+    found = cif(**call.arguments, backend="triton")
+    expected = cif_reference.cif(**call.arguments)
+    torch.testing.assert_close(found, expected)
+    leaves = call.leaves()
+    for gradient in torch.autograd.grad(found.features.sum(), leaves):
+        assert gradient.eq(0).all()
+
+
+def monotonic_batch(dtype: torch.dtype, frames: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Three utterances on a grid of 0.5, so that many paths are equally good; padding holds NaN."""
+    x = (2 * torch.randn(3, frames, tokens)).round() / 2
+    lengths = torch.tensor([frames, tokens, frames]), torch.tensor([tokens, tokens, (tokens + 1) // 2])
+    for row, (length, count) in enumerate(zip(*lengths, strict=True)):
+        x[row, length:] = math.nan
+        x[row, :, count:] = math.nan
+    return x.to(dtype), *lengths
+
+
+@each_dtype
+@pytest.mark.parametrize(("frames", "tokens"), [(1, 1), (33, 5), (64, 32), (40, 40)])
+def test_monotonic(frames: int, tokens: int, dtype: torch.dtype) -> None:
+    batch = monotonic_batch(dtype, frames, tokens)
+    with poisoned_memory():
+        durations = monotonic_align(*batch, backend="triton")
+    assert torch.equal(durations, monotonic_reference.monotonic_align(*batch))
+
+
+def test_monotonic_panels_and_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmkernels.ops.monotonic_align import triton as kernels
+
+    monkeypatch.setattr(kernels, "PANEL", 16)
+    x, *lengths = monotonic_batch(torch.float32, 50, 40)
+    for given in (x, x.mT.contiguous().mT, x.transpose(0, 1).contiguous().transpose(0, 1)):
+        durations = monotonic_align(given, *lengths, backend="triton")
+        assert torch.equal(durations, monotonic_reference.monotonic_align(x, *lengths))
+
+
+def test_monotonic_values_that_only_the_device_sees() -> None:
+    x = torch.randn(5, 20, 9)
+    x[4, 3, 2] = math.nan
+    frames, tokens = torch.tensor([99, -3, 4, 20, 20]), torch.tensor([99, 5, 9, -1, 9])
+    with poisoned_memory():
+        found = MONOTONIC_OPS["triton"][0](x, frames, tokens)
+    assert found[1:].eq(0).all()
+    assert torch.equal(found[:1], monotonic_reference.monotonic_align(x[:1]))
+
+
+def test_monotonic_infinite_scores() -> None:
+    x = torch.randn(2, 20, 9)
+    x.view(-1)[::7] = math.inf
+    x.view(-1)[::5] = -math.inf
+    durations = monotonic_align(x, backend="triton")
+    assert torch.equal(durations, monotonic_reference.monotonic_align(x))
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (2, 0, 0), (2, 4, 0)])
+def test_monotonic_of_nothing(shape: tuple[int, ...]) -> None:
+    out = monotonic_align(torch.zeros(shape), backend="triton")
+    assert torch.equal(out, torch.zeros(shape[0], shape[2], dtype=torch.int64))
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
@@ -760,6 +1112,25 @@ def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
     opcheck(MERGE_OPS["triton"][1], (*pairs, out))
     opcheck(MERGE_OPS["triton"][2], (out, *pairs, norm, [0, 4], [3] if narrow else []))
 
+    code = ATTENTION if norm else MAX
+    pool = (
+        pool_call(REDUCTIONS[code], torch.bfloat16, counts=(1, 0, 4)).detached(requires_grad=False).arguments
+    )
+    inputs = [pool[name] for name in ("x", "ends", "scores", "counts")]
+    opcheck(POOL_OPS["triton"][0], (*inputs, code, not narrow))
+    out, *saved = POOL_OPS["triton"][0](*inputs, code, True)
+    opcheck(POOL_OPS["triton"][1], (out, *inputs, *saved, 52, code, not narrow, norm))
+    opcheck(CTC_OPS["triton"][0], tuple(vars(random_problem(7, dtype=torch.bfloat16, batch=2)).values()))
+    call = cif_call(torch.bfloat16, 9, 5, 4, scaled=norm).detached(requires_grad=False).arguments
+    inputs = (call["x"], call["alpha"].float(), call["lengths"])
+    forward = (*inputs, call["target_lengths"], 1.0, 0.5, 4)
+    opcheck(CIF_OPS["triton"][0], forward)
+    out, counts, _, *plan = CIF_OPS["triton"][0](*forward)
+    opcheck(CIF_OPS["triton"][1], (out, *inputs, counts, *plan, 1.0, norm, narrow, True))
+
+    lengths = torch.tensor([6, 4]) if norm else None
+    opcheck(MONOTONIC_OPS["triton"][0], (torch.randn(2, 6, 4), lengths, lengths if narrow else None))
+
 
 def test_ops_refuse_what_would_read_past_the_end() -> None:
     layer = torch.randn(2, 3, 4)
@@ -773,6 +1144,10 @@ def test_ops_refuse_what_would_read_past_the_end() -> None:
     for name, residual, up_weight in (("residual", layer[0, :2], up), ("up_weight", None, up[:3])):
         with pytest.raises(ValueError, match=f"{name}: expected shape"):
             ADAPTER_OPS["triton"][0](layer[0], down, None, up_weight, None, residual, None, None, *options)
+    with pytest.raises(ValueError, match="targets: expected shape"):
+        CTC_OPS["triton"][0](layer, torch.ones(3, 2, dtype=torch.int64), None, None, 0)
+    with pytest.raises(ValueError, match="blank: expected a class below 4, got 4"):
+        CTC_OPS["triton"][0](layer, torch.ones(2, 2, dtype=torch.int64), None, None, 4)
     forward, into, backward = MERGE_OPS["triton"]
     with pytest.raises(ValueError, match="target, source and groups: expected lists of one length"):
         forward([layer], [layer, layer], torch.ones(1), [0], torch.float32)
@@ -786,6 +1161,33 @@ def test_ops_refuse_what_would_read_past_the_end() -> None:
         backward([layer[:1]], [layer], [layer], torch.ones(1), [0], True, [], [])
     with pytest.raises(ValueError, match="need_source: expected indices of pairs"):
         backward([layer], [layer], [layer], torch.ones(1), [0], True, [0], [1])
+
+
+def test_pool_ops_refuse_what_would_read_past_the_end() -> None:
+    forward, backward = POOL_OPS["triton"]
+    x, ends, scores = torch.randn(2, 5, 3), torch.tensor([[1, 2], [1, 2]]), torch.zeros(2, 5)
+    for arguments, message in (
+        ((x[0], ends, None, None, 0, True), "expected frames of three dimensions"),
+        ((x, ends[:1], None, None, 0, True), "ends: expected shape"),
+        ((x, ends.int(), None, None, 0, True), "ends: expected shape"),
+        ((x, ends, scores, None, 0, True), "reduce: expected below 5, with scores for 4 alone"),
+        ((x, ends, scores[:, 1:], None, 4, True), "scores: expected shape"),
+        ((x, ends, None, torch.ones(1), 0, True), "counts: expected shape"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            forward(*arguments)
+    grad, stats = torch.randn(2, 2, 3), torch.zeros(2, 2, 2)
+    index = torch.zeros(2, 2, 3, dtype=torch.int32)
+    for arguments, message in (
+        ((grad[:, :1], None, ends, None, None, stats, index, 5, 0, True, False), "grad: expected 2 segments"),
+        ((grad, None, ends, None, None, stats, index[:1], 5, 2, True, False), "index: expected shape"),
+        ((grad, None, ends, scores, None, stats[:1], index, 5, 4, True, False), "stats: expected shape"),
+        ((grad, None, ends, scores, None, stats, index, 5, 4, True, True), "need_scores: expected attention"),
+        ((grad, x[:, :4], ends, scores, None, stats, index, 5, 4, True, True), "x: expected shape"),
+        ((grad, None, ends, None, None, stats, index, -1, 0, True, False), "frames: expected below"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            backward(*arguments)
 
 
 @pytest.mark.parametrize("op", ["layer_project", "adapter"])

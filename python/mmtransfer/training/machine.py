@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -23,12 +24,17 @@ def process_count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+@functools.cache
+def _processor() -> str:
+    """Asked for once: the answer takes several programs."""
+    return str(cpuinfo.get_cpu_info().get("brand_raw") or platform.machine())
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Processor, threads and versions; nothing that names the host."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "accelerate")}
-    cpu = cpuinfo.get_cpu_info().get("brand_raw") or platform.machine()
     return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "processes": process_count(),
         "python": platform.python_version(),

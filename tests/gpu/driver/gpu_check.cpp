@@ -10,9 +10,13 @@ struct Op {
 };
 constexpr Op kOps[] = {
     {"adapter", mmk::check::check_adapter},
+    {"ctc_align", mmk::check::check_ctc_align},
     {"layer_mix", mmk::check::check_layer_mix},
     {"layer_project", mmk::check::check_layer_project},
     {"merge", mmk::check::check_merge},
+    {"segment_pool", mmk::check::check_segment_pool},
+    {"cif", mmk::check::check_cif},
+    {"monotonic_align", mmk::check::check_monotonic_align},
 };
 
 }  // namespace
