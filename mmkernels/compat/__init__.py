@@ -2,8 +2,7 @@
 
     from mmkernels.compat import cif_function, forced_align, maximum_path, merge_tokens, segment_csr
 
-Each docstring lists where the function differs from the original; all take any batch, any backend and the dtypes of
-the ops.
+Each docstring lists where the function differs from the original. All take the devices and dtypes of the ops.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def maximum_path(neg_cent: Tensor, mask: Tensor) -> Tensor:
     """
     if not isinstance(mask, Tensor) or mask.shape != neg_cent.shape or mask.dim() != 3:
         raise ValueError(
-            f"maximum_path: neg_cent and mask must both have shape (B, T, U), got {tuple(neg_cent.shape)} and "
-            f"{tuple(getattr(mask, 'shape', ()))}"
+            f"maximum_path: neg_cent and mask must both have shape (B, T, U), got "
+            f"{tuple(neg_cent.shape)} and {tuple(getattr(mask, 'shape', ()))}"
         )
     valid = mask != 0
     # Of an utterance without frames or tokens nothing is valid.

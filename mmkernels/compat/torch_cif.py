@@ -91,9 +91,7 @@ def cif_function(
     }
 
 
-def _check(
-    weights: Tensor, padding_mask: Tensor | None, lengths: Tensor | None, eps: float | None
-) -> None:
+def _check(weights: Tensor, padding_mask: Tensor | None, lengths: Tensor | None, eps: float | None) -> None:
     if eps is not None and weights.numel() > 0:
         low, high = (float(value) for value in torch.aminmax(weights.detach()))
         if not (low >= -eps and high <= 1 + eps):
