@@ -42,8 +42,9 @@ def test_every_kernel_file_is_an_op(folder: str, suffix: str) -> None:
 # Forbidden imports of a folder: the arrows of the design point from kernels to ops, to modules and patches,
 # to methods.
 FORBIDDEN = {
-    "mmkernels/ops": ("mmkernels.nn", "mmkernels.patch", "transformers"),
-    "mmkernels/nn": ("mmkernels.patch", "transformers"),
+    "mmkernels/ops": ("mmkernels.nn", "mmkernels.compat", "mmkernels.patch", "transformers"),
+    "mmkernels/nn": ("mmkernels.compat", "mmkernels.patch", "transformers"),
+    "mmkernels/compat": ("mmkernels.nn", "mmkernels.patch", "transformers"),
     "mmkernels/patch": ("transformers",),
     "mmkernels": ("mmtransfer", "benches", "op_tests", "pytest", "hypothesis"),
     "python/mmtransfer": ("benches", "op_tests", "pytest", "hypothesis", "mmkernels.ops"),
