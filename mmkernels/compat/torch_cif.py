@@ -28,6 +28,8 @@ def cif_function(
                              leaves a trace of a further token           bounds the check of ``alpha`` alone
     padding of ``cif_out``   the trace                                   zeros
     weights all zero         NaN, and an index out of bounds             tokens of zeros
+    delay of the tail        of the part that is there, also where no    the mean of its frames; 0 past the
+                             token fires                                 tokens
     gradient of the tail     without that of its scaling                 exact
     ``beta`` other than 1    ``tail_thres`` is a weight                  the same
     memory, host             the frames three times over; 9 waits for    the result; one wait, or none with
