@@ -77,7 +77,7 @@ MMK_DEVICE double tail_gradient(const float* weights, const float* dots, const i
 // Block = row. The gradient at the end of each frame, of moving weight between it and the next one in the
 // token in which it ends, is summed from the last frame on; then follows the quotient rule of the scaling.
 template <bool kScaled>
-__global__ void __launch_bounds__(kCifThreads) alpha_gradients(CifBackward args) {
+__global__ void __launch_bounds__(kCifThreads, 4) alpha_gradients(CifBackward args) {
   const CifParams& p = args.params;
   const int64_t row = blockIdx.x, length = cif_length(p, row), thread = threadIdx.x;
   const int32_t* token = args.plan.token + row * (p.frames + 1);
