@@ -78,7 +78,7 @@ def all_paths(frames: int, target: list[int], blank: int) -> list[tuple[int, ...
 
 
 def check_row(problem: Problem, row: int, path: Tensor, ends: Tensor, total: float) -> None:
-    """What an alignment must be, whatever computed it, but that it is the best one."""
+    """Conditions on every alignment; that it is the best one is not among them."""
     frames, tokens = int(problem.input_lengths[row]), int(problem.target_lengths[row])
     assert (path[frames:] == -1).all()
     found = path[:frames].tolist()

@@ -314,7 +314,7 @@ def test_gradients_where_weights_are_zero(backend: str, targets: bool) -> None:
 )
 @pytest.mark.parametrize("targets", [False, True])
 def test_the_weight_of_a_single_frame_has_no_gradient(backend: str, targets: bool) -> None:
-    """It is scaled to the sum of its token, whatever it is: not even rounding errors are left."""
+    """It is scaled to the sum of its token: not even rounding errors are left."""
     alpha = torch.full((1, 3), 0.7).requires_grad_()
     goal = torch.tensor([2]) if targets else None
     found = cif(torch.randn(1, 3, 5), alpha, lengths=torch.tensor([1]), target_lengths=goal, backend=backend)

@@ -21,7 +21,7 @@ def with_wildcard(log_probs: Tensor, *, penalty: float = 0.1) -> Tensor:
 
     Args:
         log_probs: ``(B, T, C)``, of any floating dtype.
-        penalty: in nats for each frame of a wildcard. With 0, the words beside it may lose frames to it.
+        penalty: in nats for each frame of a wildcard. With 0, neighbouring words may lose frames to it.
 
     Gradients flow through the best class of a frame.
     """
