@@ -115,7 +115,7 @@ def segment_pool(
         the other rows, nor on the padding.
 
     Gradients flow to ``x`` and ``scores`` where they are required, in one pass. Every frame in no segment has
-    the gradient zero, even if it holds NaN. That of a maximum goes to the frame that it was taken from. ``x`` is
+    the gradient zero, even if it holds NaN. That of a maximum goes to the frame that it came from. ``x`` is
     kept for the backward pass only for the gradient of ``scores``, and not copied: overwriting it, or
     ``ends``, in between is an error there. Forward mode, ``torch.func`` and gradients of gradients are the
     reference's: ``"auto"`` takes it by itself, a kernel asked for by name raises.
