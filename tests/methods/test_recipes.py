@@ -141,6 +141,28 @@ def test_packaged_recipes_name_methods_and_options_that_exist(name: str, parsed)
     assert len(find_methods(settings)) == len(settings.methods) > 1
 
 
+@pytest.mark.parametrize(
+    ("methods", "own"),
+    [
+        (("head", "hff-b"), {}),
+        (("full",), {"full": {"learning_rate": 3e-4}}),
+        (("hff-b+full", "head"), {}),
+    ],
+)
+@pytest.mark.parametrize("form", ["{methods}", "--methods={methods}"])
+def test_options_of_methods_that_are_not_compared_stay_away(methods, own, form, parsed) -> None:
+    """As in the line of README: one method of the demo's recipe."""
+    from mmtransfer.compare.session import find_methods
+
+    words = (
+        ["--methods", *methods] if form == "{methods}" or len(methods) > 1 else [f"--methods={methods[0]}"]
+    )
+    settings, _ = parsed("--demo", *words)
+    assert settings.methods == methods
+    assert settings.options == own
+    assert [method.name for method in find_methods(settings)] == list(methods)
+
+
 def test_there_are_packaged_recipes_for_every_paper() -> None:
     assert {name.partition("/")[0] for name in PACKAGED} == {*registry.PAPERS, "demo"}
 

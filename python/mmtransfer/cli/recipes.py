@@ -10,6 +10,7 @@ from typing import Any
 
 from mmtransfer.compare.settings import CompareSettings
 from mmtransfer.training.finetune_settings import FinetuneSettings
+from mmtransfer.training.settings import Training
 
 from . import values
 from .compare import Input, Result
@@ -58,6 +59,8 @@ def expand(arguments: list[str]) -> list[str]:
         name, rest = demos[0], arguments
     path, content = _read(name)
     given = {_field(argument, defaults) for argument in rest if argument.startswith("--")} - {"set"}
+    if isinstance(content.get("set"), dict) and "methods" in given:
+        content = {**content, "set": _of_methods(content["set"], _words_of("--methods", rest))}
     chosen = [
         word for field, words in _options(path, content, defaults) if field not in given for word in words
     ]
@@ -73,6 +76,36 @@ def _take(arguments: list[str], place: int) -> tuple[str, list[str]]:
     if not name:
         fail("--recipe needs the name of a file", 2)
     return name, arguments[:place] + arguments[place + count :]
+
+
+def _words_of(flag: str, arguments: list[str]) -> list[str]:
+    """The words behind a flag, up to the next one."""
+    words, inside = [], False
+    for argument in arguments:
+        if argument.startswith("--"):
+            name, _, value = argument.partition("=")
+            inside = name == flag
+            words += [value] if inside and value else []
+        elif inside:
+            words.append(argument)
+    return words
+
+
+def _of_methods(options: dict[Any, Any], methods: list[str]) -> dict[Any, Any]:
+    """A recipe's options of methods without those of methods that are not among the chosen ones.
+
+    Of a combination, the parts have options; its training is that of the whole.
+    """
+    parts = {part for method in methods for part in method.split("+")}
+    of_training = {each.name for each in dataclasses.fields(Training)}
+
+    def applies(key: str, value: Any) -> bool:
+        name, dot, field = key.partition(".")
+        if not dot and not isinstance(value, dict):
+            return True
+        return name in methods or (name in parts and field not in of_training)
+
+    return {key: value for key, value in options.items() if applies(str(key), value)}
 
 
 def _field(flag: str, defaults: dict[str, Any]) -> str:
