@@ -1,4 +1,4 @@
-"""Runs nvcc and keeps its messages beside the object file, as NAME.o.ptxas: registers, memory.
+"""Runs nvcc and keeps its messages in NAME.o.ptxas next to the object file: registers, memory.
 
 A compiler launcher of CMake: keep_ptxas_report.py nvcc ARGUMENTS... Only what is no report is printed.
 """

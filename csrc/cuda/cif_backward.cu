@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kCifThreads, 4) alpha_gradients(CifBackward ar
   }
   if constexpr (kScaled) {
     block_sums<kCifThreads>(products);
-    // Each thread reads what it wrote.
+    // No barrier: each thread reads the sums that it stored itself.
     for (int64_t done = 0; done < length; done += kCifThreads) {
       const int64_t t = length - 1 - done - thread;
       if (t >= 0) d_alpha[t] = static_cast<float>(scale * (sums[t] - fact * products[0]));

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mmkernels.ops import _common, _derivatives
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def readable(tensor: Tensor) -> bool:
@@ -23,7 +23,7 @@ def check_lengths(
     if lengths is None:
         return None
     _common.check_tensor(op, name, lengths)
-    if lengths.dtype not in _INTEGERS:
+    if lengths.dtype not in INTEGERS:
         raise TypeError(f"{op}: {name} must be an integer tensor, got {lengths.dtype}")
     if lengths.shape != of.shape[:1]:
         raise ValueError(

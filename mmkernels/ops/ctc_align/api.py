@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.ops import _common, _derivatives, _inference
+from mmkernels.ops import _common, _derivatives, _inference, _lengths
 from mmkernels.ops.ctc_align import reference
 from mmkernels.ops.ctc_align.alignment import Alignment
 from mmkernels.ops.ctc_align.schema import MOST_TRITON_TOKENS, OPS
-
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
 def ctc_align(
@@ -143,7 +141,7 @@ def _as_lengths(name: str, lengths: Tensor | None, log_probs: Tensor) -> Tensor 
     if lengths is None:
         return None
     _common.check_tensor("ctc_align", name, lengths)
-    if lengths.dtype not in INTEGERS:
+    if lengths.dtype not in _lengths.INTEGERS:
         raise TypeError(f"ctc_align: {name} must be an integer tensor, got {lengths.dtype}")
     if lengths.dim() != 1 or lengths.shape[0] != log_probs.shape[0]:
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.ops import _common, _derivatives, _inference
+from mmkernels.ops import _common, _derivatives, _inference, _lengths
 from mmkernels.ops.layer_mix import reference
 from mmkernels.ops.layer_mix.schema import MAX_LAYERS, OPS
 
@@ -251,7 +251,7 @@ def _check_tensors(
 
 def _check_lengths(lengths: Tensor, first: Tensor) -> Tensor:
     _common.check_tensor("layer_mix", "lengths", lengths)
-    if lengths.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+    if lengths.dtype not in _lengths.INTEGERS:
         raise TypeError(f"layer_mix: lengths must be an integer tensor, got {lengths.dtype}")
     if first.dim() < 2 or lengths.shape != first.shape[:-2]:
         raise ValueError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.ops import _common, _derivatives, _inference
+from mmkernels.ops import _common, _derivatives, _inference, _lengths
 from mmkernels.ops.segment_pool import reference
 from mmkernels.ops.segment_pool.schema import MAX, OPS, REDUCTIONS
 
@@ -179,7 +179,7 @@ def _check_tensors(
     _common.check_parameter(op, "scores", scores, [(x.shape[0], x.shape[1])], x.device)
     if counts is not None:
         _common.check_tensor(op, "counts", counts)
-        if counts.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+        if counts.dtype not in _lengths.INTEGERS:
             raise TypeError(f"{op}: counts must be an integer tensor, got {counts.dtype}")
         if counts.dim() != 1 or counts.shape[0] != x.shape[0]:
             raise ValueError(f"{op}: counts must have shape ({x.shape[0]},), got {tuple(counts.shape)}")
