@@ -16,6 +16,7 @@ from mmtransfer.cli.imports import import_files
 from mmtransfer.cli.info import Imports
 from mmtransfer.cli.messages import fail
 from mmtransfer.cli.progress import show_progress
+from mmtransfer.cli.trained import ModelName
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -29,9 +30,10 @@ Wildcard = Literal["start", "end", "between"]
 
 def align(
     audio: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="AUDIO")],
-    text: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="TEXT")] = None,
+    text: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="[TEXT]")] = None,
     *,
     model: Annotated[str, tyro.conf.arg(metavar="NAME")],
+    encoder: ModelName = None,
     output: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None,
     formats: tuple[FormatName, ...] = ("textgrid", "json"),
     rules: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
@@ -59,6 +61,7 @@ def align(
             text files with the same names. Without it, the text files next to the recordings.
         model: folder that `mmtransfer finetune` wrote with the task ctc, or folder or hub name of a CTC model
             of transformers.
+        encoder: folder or hub name of the pretrained model that was finetuned, where it is not where it was.
         output: folder for the results. Without it, one recording's words are printed as CSV.
         formats: of the results: textgrid (Praat), ctm (NIST), csv, json, srt (subtitles).
         rules: YAML file of spellings for what the model cannot write: pattern: replacement, as regular
@@ -87,7 +90,7 @@ def align(
         pairs = find_pairs(audio.expanduser(), None if text is None else text.expanduser())
         if output is None and len(pairs) > 1:
             fail(f"give --output, the folder for the results of {len(pairs)} recordings", 2)
-        aligner = _load(model, cpu=cpu, rules=_read_rules(rules), batch_size=batch_size, **options)
+        aligner = _load(model, encoder, cpu=cpu, rules=_read_rules(rules), batch_size=batch_size, **options)
         write = _print if output is None else _Writer(output.expanduser(), formats, figures, figure_start)
         wrong = _align_all(aligner, pairs, write, strict=strict)
     except (DataError, OSError, ValueError) as error:
@@ -113,14 +116,14 @@ def _read_rules(path: Path | None) -> list[tuple[str, str]]:
     return [(str(pattern), "" if to is None else str(to)) for pattern, to in content.items()]
 
 
-def _load(model: str, *, cpu: bool, **options: Any) -> Aligner:
+def _load(model: str, encoder: str | None, *, cpu: bool, **options: Any) -> Aligner:
     # Imported here: help needs no torch.
     from mmtransfer.training.loop import main_device
 
     from .aligner import Aligner
     from .models import load_ctc
 
-    return Aligner(load_ctc(model).to(main_device(cpu)), **options)
+    return Aligner(load_ctc(model, encoder).to(main_device(cpu)), **options)
 
 
 def _align_all(

@@ -16,16 +16,22 @@ from mmtransfer.model import AdaptedModel
 from mmtransfer.tasks.ctc import CTC
 
 
-def load_ctc(source: str | Path) -> AdaptedModel:
+def load_ctc(source: str | Path, encoder: str | Path | None = None) -> AdaptedModel:
     """A model for an `Aligner`, from a folder that `mmtransfer finetune` wrote, or as `pretrained_ctc`.
+
+    Args:
+        source: the folder, or the folder or hub name of a CTC model of transformers.
+        encoder: the pretrained model that was finetuned, where it is not where it was.
 
     DataError, ValueError or OSError, naming the source, for what is no CTC model.
     """
     folder = Path(source).expanduser()
     if not _trained_here(folder):
+        if encoder is not None:
+            raise DataError(f"{source} is no model that was finetuned here, so there is no encoder to give")
         return pretrained_ctc(source)
     with quiet_transformers():
-        model = checkpoint.load(folder)
+        model = checkpoint.load(folder, encoder)
     if not isinstance(model.task, CTC):
         raise DataError(f"{folder} is a model of {model.task.name if model.task else 'no task'}, not of ctc")
     if model.audio is None:
