@@ -84,6 +84,20 @@ def test_any_length_has_its_frames(rest: int) -> None:
         assert len(emissions([samples], [0])) == len(samples) // HOP
 
 
+@pytest.mark.parametrize("context", [0.0, 0.02, 0.5])
+@pytest.mark.parametrize("window", [1.3, 2.0, 5.0])
+def test_frames_that_overlap_in_the_audio(tmp_path: Path, window: float, context: float) -> None:
+    """wav2vec2's own kernels look 400 samples wide every 320: a window has a frame less than hops."""
+    sizes = {"conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2], "conv_dim": [8] * 7}
+    folder = write_model(tmp_path / "model", head=True, num_feat_extract_layers=7, **sizes)
+    emissions = Emissions(pretrained_ctc(folder), window=window, context=context)
+    for size in (80_050, 81_000, 96_000, 96_079, 96_080):
+        samples = np.random.default_rng(size).standard_normal(size).astype(np.float32) * 0.1
+        assert len(emissions([samples], [0])) == (size - 400) // 320 + 1
+    with pytest.raises(DataError, match="too short for one frame"):
+        emissions([np.zeros(399, np.float32)], [0])
+
+
 def test_a_file_is_streamed(tmp_path: Path) -> None:
     """At any rate, with any channels; no more than a window and a block wait in memory."""
     text = long_text(150, seed=1)
@@ -147,6 +161,29 @@ def test_what_the_model_cannot_write_gets_the_time_between() -> None:
     # Together the sound that is there, but for the silences around it.
     assert percent.start <= times[1][0] + HOP / RATE
     assert number.end >= times[2][1] - HOP / RATE
+
+
+def test_punctuation_takes_no_time() -> None:
+    """Dashes of dialogues, quotes, and words that a rule makes silent: the others are where they were."""
+    text = "abc ab fac h bad cafe"
+    samples = speak(text)
+    plain = Aligner(ToneModel()).align(samples, text).words
+    aligner = Aligner(ToneModel(), rules={r"\[.*\]": ""}, wildcards=["start", "end"])
+    silent = Aligner(ToneModel(), rules={r"\[.*\]": ""})
+    dashed = "– abc – ab fac „ h [laughs] bad ... cafe – –"
+    for each in (silent.align(samples, dashed), aligner.align(samples, "[x] " + text)):
+        spoken = [word for word in each.words if word.score is not None]
+        assert [word.text for word in spoken] == text.split()
+        if each.words[0].text == "–":
+            assert [(word.start, word.end) for word in spoken] == [(word.start, word.end) for word in plain]
+    found = silent.align(samples, dashed)
+    assert all(word.exact for word in found.words)
+    quiet = [word for word in found.words if word.score is None]
+    assert all(word.start == word.end for word in quiet)
+    starts = [word.start for word in found.words]
+    assert starts == sorted(starts)
+    only = Aligner(ToneModel()).align(speak("abc"), "– abc")
+    assert [(word.start, word.end) for word in only.words] == [(0.0, 0.0), (0.0, 3 * LETTER * HOP / RATE)]
 
 
 def test_unwritable_words_at_both_ends() -> None:
@@ -221,6 +258,9 @@ UPPER = CTC(
         (UPPER, "Café", "CAFE", True),
         (UPPER, "x²", "X", False),
         (UPPER, "$5", "", False),
+        (UPPER, "A&B", "AB", False),
+        (UPPER, "&", "", False),
+        (UPPER, "50%", "", False),
     ],
 )
 def test_spelling(task: CTC, written: str, spoken: str, exact: bool) -> None:
@@ -229,7 +269,7 @@ def test_spelling(task: CTC, written: str, spoken: str, exact: bool) -> None:
 
 
 def test_lines_are_kept() -> None:
-    words = Normalizer(CZECH).words("Dobrý den.\r\n\n  Jak se\tmáte?\n")
+    words = Normalizer(CZECH).words("Dobrý\x0c den.\r\n\n  Jak se\tmáte?\u2028\n")
     assert [(word.text, word.line) for word in words] == [
         ("Dobrý", 0),
         ("den.", 0),
@@ -237,6 +277,13 @@ def test_lines_are_kept() -> None:
         ("se", 2),
         ("máte?", 2),
     ]
+
+
+@pytest.mark.parametrize("rules", [["ab"], [("a", 1)], {1: "a"}])
+def test_rules_are_pairs_of_texts(rules) -> None:
+    with pytest.raises(TypeError, match="rules must be pairs"):
+        Normalizer(CZECH, rules)
+    assert Normalizer(CZECH, {"25": "bé"}).words("25")[0].spoken == "bé"
 
 
 @pytest.mark.parametrize(("pattern", "replacement"), [("(", "a"), ("a", r"\2")])
@@ -250,6 +297,18 @@ def word_pieces() -> CTC:
     tokenizer = Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     return CTC.of_tokenizer(tokenizer)
+
+
+def test_word_pieces_take_the_nearest_spelling() -> None:
+    words = Normalizer(word_pieces()).words("ABC bäd! ba-cafe bad/25 x— —")
+    assert [(word.spoken, word.exact) for word in words] == [
+        ("abc", True),
+        ("bad", True),
+        ("ba cafe", True),
+        ("bad", False),
+        ("", False),
+        ("", True),
+    ]
 
 
 def test_word_pieces_lead_back_to_words() -> None:
@@ -300,7 +359,7 @@ def test_audio_and_text_that_cannot_belong_together(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="9 frames, and the text takes 10"):
         aligner.align(short, "aaabbb")
     for text in ("", "...", "123", " \n"):
-        with pytest.raises(DataError, match=r"the text of .*short\.wav has no character"):
+        with pytest.raises(DataError, match=r"the text of .*short\.wav has nothing that the model can write"):
             aligner.align(short, text)
     with pytest.raises(DataError, match=r"missing\.wav does not exist"):
         aligner.align(tmp_path / "missing.wav", "abc")
@@ -321,6 +380,7 @@ def test_wrong_options() -> None:
         ({"window": 1.0, "context": 0.5}, "window must be longer than two contexts of 0.5 s, got 1 s"),
         ({"window": 0.2, "context": 0.0}, r"window must be at least 0\.32 s"),
         ({"context": -1.0}, "two contexts"),
+        ({"wildcards": "middle"}, "got 'middle'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"wildcards": ["middle"]}, "wildcards must be of start, end, between, got 'middle'"),
         ({"penalty": -1.0}, "penalty must be at least 0"),

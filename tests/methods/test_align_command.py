@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from finetune_data import write_model
 from transformers import Wav2Vec2FeatureExtractor
 
 from mmtransfer import AdaptedModel, checkpoint
+from mmtransfer.align import command
 from mmtransfer.align.pairs import find_pairs
 from mmtransfer.data import DataError
 from mmtransfer.data.inputs import AudioInput
@@ -60,6 +62,55 @@ def align(models: Path, *arguments: str | Path, model: str = "ctc") -> Result:
     return run("align", *arguments, "--model", models / model, "--cpu")
 
 
+def test_defaults_suit_any_model(models: Path, pair: Path) -> None:
+    """A model of 3 s has a context of 0.3 s; a window without end is one."""
+    assert align(models, pair, model="trained").code == 0
+    assert align(models, pair, "--window", "inf").code == 0
+    assert align(models, pair, "--window", "1e12", "--context", "0").code == 0
+
+
+def test_results_replace_no_input(models: Path, pair: Path, tmp_path: Path) -> None:
+    """A manifest list.csv and a recording list.wav have results of one name."""
+    write(tmp_path / "list.wav")
+    manifest = tmp_path / "list.csv"
+    manifest.write_text("path,text\nlist.wav,bad\n")
+    for more in ((), ("--overwrite",)):
+        result = align(models, manifest, "--output", tmp_path, "--formats", "csv", *more)
+        fails(result, "the results would replace 1 input", "list.csv")
+    assert manifest.read_text() == "path,text\nlist.wav,bad\n"
+
+
+def test_one_file_does_not_cost_the_others(models: Path, tmp_path: Path) -> None:
+    """Signs that matplotlib takes for formulas, half characters, a name that is not UTF-8."""
+    names = ["a", "b", "c", os.fsdecode(b"\xe9")]
+    lines = []
+    content = write(tmp_path / "written.wav").read_bytes()
+    for name, text in zip(names, ("bad", "$x_$ bad$^$", "bad \ud800", "cab"), strict=True):
+        (tmp_path / f"{name}.wav").write_bytes(content)
+        lines.append(json.dumps({"path": f"{name}.wav" if name in "abc" else "d.wav", "text": text}))
+    (tmp_path / "d.wav").symlink_to(tmp_path / f"{names[3]}.wav")
+    (tmp_path / "list.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    result = align(models, tmp_path / "list.jsonl", "--output", out, "--figures")
+    assert result.code == 1
+    (line,) = result.stderr.strip().splitlines()
+    assert "line 3 has characters in text that Unicode lacks" in line
+    assert sorted(path.name for path in out.glob("*.png")) == ["a.png", "b.png", "d.png"]
+    (tmp_path / "text.txt").write_text("cab")
+    named = align(models, tmp_path / f"{names[3]}.wav", tmp_path / "text.txt", "--output", out)
+    assert named.code == 0
+    json.loads((out / f"{names[3]}.json").read_text(encoding="utf-8"))
+
+
+def test_what_is_left_out_is_said(models: Path, tmp_path: Path) -> None:
+    write(tmp_path / "in/a.wav")
+    for name in ("a.txt", "b.txt", "c.m4a"):
+        (tmp_path / "in" / name).write_text("bad")
+    result = align(models, tmp_path / "in", "--output", tmp_path / "out")
+    assert result.code == 0
+    assert "mmtransfer: left out: 1 .m4a file, 1 text without a recording" in result.stderr
+
+
 @pytest.mark.parametrize("model", ["ctc", "trained"])
 def test_one_recording_is_printed(models: Path, pair: Path, model: str) -> None:
     """With the text next to it; the model that was trained on 3 s sees windows of no more."""
@@ -85,8 +136,9 @@ def test_results_in_a_folder(models: Path, pair: Path, tmp_path: Path) -> None:
     assert result.stdout.startswith(f"{pair}\t4 words, 1 marked, 1.0 s, mean score 0.")
     record = json.loads((out / "clip.json").read_text(encoding="utf-8"))
     assert [word["text"] for word in record["words"]] == ["Bad", "cab,", "25", "dead"]
-    # Again, over the earlier results.
-    assert align(models, pair, "--output", out, "--formats", "srt").code == 0
+    again = ("--output", out, "--formats", "srt")
+    fails(align(models, pair, *again), "holds 1 file", "clip.srt", "--overwrite replaces them")
+    assert align(models, pair, *again, "--overwrite").code == 0
 
 
 def test_folders_and_failures(models: Path, tmp_path: Path) -> None:
@@ -109,7 +161,7 @@ def test_folders_and_failures(models: Path, tmp_path: Path) -> None:
     for part in (
         "c.wav has no text",
         "d.wav is too short for its text",
-        "e.wav has no character of the model's vocabulary",
+        "e.wav has nothing that the model can write",
         "f.wav cannot be read as audio",
     ):
         assert sum(part in line and line.startswith("mmtransfer: ") for line in problems) == 1, part
@@ -136,9 +188,16 @@ def test_a_manifest(models: Path, tmp_path: Path) -> None:
 
 
 def test_text_from_standard_input(models: Path, pair: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("dead cab"))
+    def given(content: bytes) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+
+    given(b"\xef\xbb\xbfdead cab")
     result = align(models, pair, "-")
     assert [row["word"] for row in csv.DictReader(io.StringIO(result.stdout))] == ["dead", "cab"]
+    given(b"dead \xe8")
+    wrong = align(models, pair, "-")
+    assert wrong.code == 1
+    assert "clip.wav: the text of standard input is not UTF-8" in wrong.stderr
 
 
 def test_rules(models: Path, pair: Path, tmp_path: Path) -> None:
@@ -146,6 +205,13 @@ def test_rules(models: Path, pair: Path, tmp_path: Path) -> None:
     rules.write_text('"2(.)": bee \\1\n5: cad\n')
     result = align(models, pair, "--rules", rules)
     assert [row["exact"] for row in csv.DictReader(io.StringIO(result.stdout))] == ["true"] * 4
+    # As they are written: for YAML, 007 and yes are no texts.
+    rules.write_text("25: yes\n")
+    assert command._read_rules(rules) == [("25", "yes")]
+    rules.write_text("007: 1.50\nno:\n")
+    assert command._read_rules(rules) == [("007", "1.50"), ("no", "")]
+    rules.write_text("25: [a, b]\n")
+    fails(align(models, pair, "--rules", rules), "must be lines of pattern: replacement")
     rules.write_text("- a\n")
     fails(align(models, pair, "--rules", rules), "must be lines of pattern: replacement")
     rules.write_text('"(": a\n')
@@ -161,8 +227,17 @@ def test_wrong_use(models: Path, pair: Path, tmp_path: Path) -> None:
     fails(align(models, two), "give --output, the folder for the results of 2 recordings", code=2)
     fails(align(models, pair, "--figures"), "--figures needs --output", code=2)
     fails(align(models, pair, "--figure-start", "-1"), "--figure-start must be at least 0", code=2)
-    fails(align(models, pair, "--window", "1"), "window must be longer than two contexts of 2 s, got 1 s")
-    fails(align(models, pair, tmp_path / "none.txt"), "none.txt cannot be read as a text")
+    fails(
+        align(models, pair, "--window", "1", "--context", "2"),
+        "window must be longer than two contexts of 2 s, got 1 s",
+    )
+    fails(align(models, pair, "--formats"), "--formats needs at least one", code=2)
+    fails(align(models, pair, "--output", pair), "File exists")
+    fails(align(models, pair, "--output", pair / "deep"), "Not a directory")
+    fails(align(models, write(tmp_path / "lone.wav")), "lone.wav has no text: ", "lone.txt does not exist")
+    wrong = align(models, pair, tmp_path / "none.txt")
+    assert wrong.code == 1
+    assert "none.txt cannot be read as a text" in wrong.stderr
     fails(align(models, tmp_path / "none.wav"), "none.wav does not exist")
     fails(align(models, pair, model="encoder"), "lacks 2 weights of the model")
     fails(align(models, pair, model="labels"), "is a model of classification, not of ctc")
@@ -193,6 +268,8 @@ def test_manifests_without_what_is_needed(tmp_path: Path) -> None:
         ("path,label\na.wav,x\n", "lacks the column 'text'"),
         ("text\nbad\n", "lacks the column 'path'"),
         ("path,text\n", "lists no recording"),
+        ("path,text\n,bad\n", "line 2 has no path"),
+        ("path,text,offset\na.wav,bad,0.5\n", "line 2 has the offset 0.5"),
     ):
         manifest.write_text(text)
         with pytest.raises(DataError, match=message):
@@ -208,7 +285,7 @@ def test_texts_of_decomposed_names(tmp_path: Path) -> None:
     """As some file systems write accents."""
     write(tmp_path / "r\u030ceka.wav")
     (tmp_path / "řeka.txt").write_text("bad")
-    (pair,) = find_pairs(tmp_path, None)
+    (pair,) = find_pairs(tmp_path, None).pairs
     assert pair.text == "bad"
 
 

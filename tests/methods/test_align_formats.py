@@ -25,7 +25,8 @@ def word(text: str, start: float, end: float, line: int = 0, score: float | None
 
 
 def aligned(*words: Word, seconds: float = 10.0) -> AlignedText:
-    tokens = tuple(Token(each.text[0], each.start, each.end, 0.5, i) for i, each in enumerate(words))
+    timed = [(i, each) for i, each in enumerate(words) if each.end > each.start]
+    tokens = tuple(Token(each.text[0], each.start, each.end, 0.5, i) for i, each in timed)
     return AlignedText(words, tokens, seconds, NONE)
 
 
@@ -57,6 +58,18 @@ def test_textgrid_covers_the_recording() -> None:
         for (_, end, _), (start, _, _) in itertools.pairwise(rows):
             assert end == start
         assert all(start < end for start, end, _ in rows)
+
+
+def test_words_without_a_time() -> None:
+    """Punctuation alone: with its neighbour in a TextGrid, no word of a CTM."""
+    silent = {"score": None}
+    found = aligned(
+        word("–", 0.5, 0.5, **silent), word("a", 0.5, 0.9), word("–", 0.9, 0.9, **silent), word("b", 1.0, 1.5)
+    )
+    tiers = read_textgrid(FORMATS["textgrid"].write(found, "x"))
+    assert [text for _, _, text in tiers["words"]] == ["", "– a –", "", "b", ""]
+    assert [line.split()[4] for line in FORMATS["ctm"].write(found, "x").splitlines()] == ["a", "b"]
+    assert len(FORMATS["csv"].write(found, "x").splitlines()) == 5
 
 
 def test_ctm() -> None:

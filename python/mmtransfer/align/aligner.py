@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -43,7 +43,8 @@ class Word:
         score: geometric mean of the probabilities of its tokens over their frames, 0 to 1; None for a word
             that the model cannot write.
         exact: whether all of the word was aligned; otherwise the times are of the part that was, or, without
-            a score, the word's share of the time that its neighbours leave.
+            a score, the word's share of the time that its neighbours leave. A word of punctuation alone has
+            no score, and no duration: start and end are the end of the word before it.
         line: number of its line in the text, from 0.
     """
 
@@ -101,7 +102,7 @@ class Aligner:
     """Aligns texts with recordings by a CTC model.
 
     Emissions are computed in windows that overlap, and aligned in one pass over the whole recording, so that
-    nothing has to be cut before: an hour of audio takes some 100 MB besides the model.
+    nothing has to be cut before: an hour of audio takes some 150 MB besides the model.
 
     Args:
         model: an `AdaptedModel` with a CTC task and its `audio`: from `mmtransfer.load`, or from
@@ -118,16 +119,17 @@ class Aligner:
         self,
         model: AdaptedModel,
         *,
-        rules: Sequence[Rule] = (),
+        rules: Sequence[Rule] | Mapping[str, str] = (),
         wildcards: Collection[str] = (),
         penalty: float = 0.1,
         window: float = 20.0,
-        context: float = 2.0,
+        context: float | None = None,
         batch_size: int = 4,
     ) -> None:
         if not isinstance(model.task, CTC):
             name = "no task" if model.task is None else f"the task {model.task.name}"
             raise ValueError(f"model has {name}; alignment needs the task ctc")
+        wildcards = (wildcards,) if isinstance(wildcards, str) else wildcards
         if wrong := [each for each in wildcards if each not in WILDCARDS]:
             raise ValueError(f"wildcards must be of {', '.join(WILDCARDS)}, got {wrong[0]!r}")
         if not 0 <= penalty < math.inf:
@@ -164,7 +166,7 @@ class Aligner:
         name = "the samples" if isinstance(audio, np.ndarray) else str(audio)
         words = self.normalizer.words(text)
         if not any(word.spoken for word in words):
-            raise DataError(f"the text of {name} has no character of the model's vocabulary: {_shown(text)}")
+            raise DataError(f"the text of {name} has nothing that the model can write: {_shown(text)}")
         target = encode(words, self.task, self.wildcards)
         classes = sorted(set(target.ids) - {len(self.task.vocabulary)})
         samples = _Counted(audio, self.sampling_rate)
@@ -242,14 +244,17 @@ def _time_words(words: list[TextWord], target: Target, tokens: list[Token]) -> l
             # Some sub-word vocabularies have tokens of several words.
             for index, (start, end) in _share(token, owners, words).items():
                 of_word[index].append(replace(token, start=start, end=end))
-    timed = []
+    timed: list[Word] = []
     for index, word in enumerate(words):
-        own = of_word[index]
+        own, score = of_word[index], None
         if own:
             start, end, score = own[0].start, own[-1].end, _mean_score(own)
+        elif index in shares:
+            start, end = shares[index]
         else:
-            (start, end), score = shares[index], None
-        timed.append(Word(word.text, start, end, score, word.exact and bool(own), word.line))
+            # Silent: none before it is at the first sound.
+            start = end = timed[-1].end if timed else tokens[0].start
+        timed.append(Word(word.text, start, end, score, word.exact, word.line))
     return timed
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -22,7 +20,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from .aligner import AlignedText, Aligner
-    from .pairs import Pair
+    from .pairs import Pair, Pairs
+    from .results import Results
 
 FormatName = Literal["textgrid", "ctm", "csv", "json", "srt"]
 Wildcard = Literal["start", "end", "between"]
@@ -38,10 +37,11 @@ def align(
     formats: tuple[FormatName, ...] = ("textgrid", "json"),
     rules: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     wildcards: tuple[Wildcard, ...] = (),
+    overwrite: bool = False,
     figures: bool = False,
     figure_start: float = 0.0,
     window: float = 20.0,
-    context: float = 2.0,
+    context: float | None = None,
     batch_size: int = 4,
     cpu: bool = False,
     strict: bool = False,
@@ -66,11 +66,14 @@ def align(
         formats: of the results: textgrid (Praat), ctm (NIST), csv, json, srt (subtitles).
         rules: YAML file of spellings for what the model cannot write: pattern: replacement, as regular
             expressions, applied to each word in their order.
-        wildcards: where the recording may hold words that the text lacks: start, end, between words.
+        wildcards: where the recording may hold words that the text lacks: start, end, between words. Each
+            takes a frame at least.
+        overwrite: replace results that are in DIR already.
         figures: also draw 20 s of each recording with its words and the path through the probabilities.
         figure_start: seconds at which the figure begins.
         window: seconds of audio that the model sees at a time, at most as many as it takes.
-        context: seconds on each side of a window that are computed for the sake of the others.
+        context: seconds on each side of a window that are computed for the sake of the others; by default a
+            tenth of it.
         batch_size: windows at a time.
         cpu: use no GPU.
         strict: stop at the first file that fails.
@@ -78,21 +81,33 @@ def align(
     """
     if figures and output is None:
         fail("--figures needs --output, the folder for them", 2)
+    if not (formats or figures):
+        fail("--formats needs at least one", 2)
     if not figure_start >= 0:
         fail(f"--figure-start must be at least 0, got {figure_start}", 2)
     import_files(import_)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names that are not UTF-8.
+        sys.stdout.reconfigure(errors="surrogateescape")
     from mmtransfer.data import DataError
 
     from .pairs import find_pairs
 
     options: dict[str, Any] = {"wildcards": wildcards, "window": window, "context": context}
     try:
-        pairs = find_pairs(audio.expanduser(), None if text is None else text.expanduser())
-        if output is None and len(pairs) > 1:
-            fail(f"give --output, the folder for the results of {len(pairs)} recordings", 2)
+        found = find_pairs(audio.expanduser(), None if text is None else text.expanduser())
+        if output is None and len(found.pairs) > 1:
+            fail(f"give --output, the folder for the results of {len(found.pairs)} recordings", 2)
+        results = None
+        if output is not None:
+            from .results import Results
+
+            results = Results(
+                output.expanduser(), formats, figures=figures, start=figure_start, overwrite=overwrite
+            )
+            results.check(found)
         aligner = _load(model, encoder, cpu=cpu, rules=_read_rules(rules), batch_size=batch_size, **options)
-        write = _print if output is None else _Writer(output.expanduser(), formats, figures, figure_start)
-        wrong = _align_all(aligner, pairs, write, strict=strict)
+        wrong = _align_all(aligner, found, results, strict=strict)
     except (DataError, OSError, ValueError) as error:
         fail(" ".join(str(error).split()))
     if wrong:
@@ -107,13 +122,16 @@ def _read_rules(path: Path | None) -> list[tuple[str, str]]:
     if path is None:
         return []
     try:
-        content = values.parse(path.expanduser().read_text(encoding="utf-8"))
+        content = values.parse_texts(path.expanduser().read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         fail(f"the rules {path} cannot be read as YAML ({error})")
-    if not isinstance(content, dict) or not content:
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(to, str) for to in content.values())
+    ):
         fail(f"the rules {path} must be lines of pattern: replacement")
-    # 7: seven is a number for YAML.
-    return [(str(pattern), "" if to is None else str(to)) for pattern, to in content.items()]
+    return list(content.items())
 
 
 def _load(model: str, encoder: str | None, *, cpu: bool, **options: Any) -> Aligner:
@@ -126,31 +144,36 @@ def _load(model: str, encoder: str | None, *, cpu: bool, **options: Any) -> Alig
     return Aligner(load_ctc(model, encoder).to(main_device(cpu)), **options)
 
 
-def _align_all(
-    aligner: Aligner,
-    pairs: Sequence[Pair],
-    write: Callable[[Pair, AlignedText, Aligner], None],
-    *,
-    strict: bool,
-) -> int:
+def _align_all(aligner: Aligner, found: Pairs, results: Results | None, *, strict: bool) -> int:
     """Align all pairs; how many failed."""
     from mmtransfer.data import DataError
     from mmtransfer.training.finite import NotFiniteError
 
+    from .results import describe, left_out, sentence
+
+    if note := left_out(found.left_out):
+        print(f"mmtransfer: {note}", file=sys.stderr)
     wrong = 0
     with show_progress(quiet=False) as progress:
-        task = progress.add_task("Recordings", total=len(pairs), detail="")
-        for pair in pairs:
+        task = progress.add_task("Recordings", total=len(found.pairs), detail="")
+        for pair in found.pairs:
             try:
                 if isinstance(pair.text, DataError):
                     raise pair.text
-                found = _align(aligner, pair, progress)
-                write(pair, found, aligner)
-            except (DataError, NotFiniteError, OSError) as error:
+                aligned = _align(aligner, pair, progress)
+                if results is None:
+                    _print(pair, aligned)
+                else:
+                    results.write(pair, aligned, aligner)
+                    print(describe(pair, aligned), flush=True)
+            except BrokenPipeError:
+                raise
+            # One file must not cost the others: of memory, too.
+            except (DataError, NotFiniteError, OSError, ValueError, RuntimeError, MemoryError) as error:
                 if strict:
-                    raise
+                    raise DataError(sentence(pair, error)) from error
                 wrong += 1
-                print(f"mmtransfer: {' '.join(str(error).split())}", file=sys.stderr)
+                print(f"mmtransfer: {sentence(pair, error)}", file=sys.stderr)
             progress.advance(task)
     return wrong
 
@@ -167,50 +190,7 @@ def _align(aligner: Aligner, pair: Pair, progress: Progress) -> AlignedText:
         progress.remove_task(task)
 
 
-def _print(pair: Pair, found: AlignedText, aligner: Aligner) -> None:
+def _print(pair: Pair, found: AlignedText) -> None:
     from .formats import FORMATS
 
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")
     print(FORMATS["csv"].write(found, str(pair.audio)), end="", flush=True)
-
-
-class _Writer:
-    """Writes results into a folder, and a line about each."""
-
-    def __init__(self, folder: Path, formats: Sequence[str], figures: bool, start: float) -> None:
-        self.folder, self.formats, self.figures, self.start = folder, dict.fromkeys(formats), figures, start
-
-    def __call__(self, pair: Pair, found: AlignedText, aligner: Aligner) -> None:
-        from mmtransfer.checkpoint import replace_file
-
-        from .formats import FORMATS
-
-        base = self.folder / pair.name
-        base.parent.mkdir(parents=True, exist_ok=True)
-        for name in self.formats:
-            kind = FORMATS[name]
-            content = kind.write(found, pair.name).encode("utf-8", "surrogateescape")
-            replace_file(base.with_name(base.name + kind.suffix), partial(Path.write_bytes, data=content))
-        if self.figures:
-            self._draw(pair, found, aligner, base.with_name(f"{base.name}.png"))
-        spelled = sum(word.exact for word in found.words)
-        marked = f", {len(found.words) - spelled} marked" if spelled < len(found.words) else ""
-        print(
-            f"{pair.audio}\t{len(found.words)} words{marked}, {found.seconds:.1f} s, "
-            f"mean score {found.score:.2f}",
-            flush=True,
-        )
-
-    def _draw(self, pair: Pair, found: AlignedText, aligner: Aligner, path: Path) -> None:
-        from mmtransfer.data.audio import read_audio
-        from mmtransfer.data.errors import DataError
-
-        from .figure import LONGEST, draw
-
-        if self.start >= found.seconds:
-            end = f"the end of {pair.audio}, {found.seconds:.1f} s"
-            raise DataError(f"--figure-start {self.start:g} lies behind {end}")
-        rate = aligner.sampling_rate
-        samples = read_audio(pair.audio, rate, self.start + LONGEST)[round(self.start * rate) :]
-        draw(found, samples, rate, path, start=self.start, title=pair.name)

@@ -18,12 +18,13 @@ class Emissions:
     """Runs a model over audio, window by window.
 
     Each window sees `context` seconds before and behind the frames that are kept of it, so that these have
-    the surroundings that they would have in one pass. Recordings up to a window long take one pass.
+    surroundings on both sides. Recordings up to a window long take one pass.
 
     Args:
         model: with a CTC task and `model.audio`.
-        window: seconds of a window; no more than the model takes.
-        context: seconds on each side that are computed and dropped.
+        window: seconds of a window; no more than the model takes. Short ones cost accuracy in models that
+            look far, or that know positions, as Whisper does.
+        context: seconds on each side that are computed and dropped; by default a tenth of the window.
         batch_size: windows at a time.
 
     Attributes:
@@ -35,7 +36,12 @@ class Emissions:
     """
 
     def __init__(
-        self, model: AdaptedModel, *, window: float = 20.0, context: float = 2.0, batch_size: int = 4
+        self,
+        model: AdaptedModel,
+        *,
+        window: float = 20.0,
+        context: float | None = None,
+        batch_size: int = 4,
     ) -> None:
         check_integer("batch_size", batch_size)
         if model.audio is None:
@@ -44,15 +50,17 @@ class Emissions:
             )
         self.model, self.audio, self.batch_size = model.eval(), model.audio, batch_size
         longest = model.audio.longest
-        window = window if longest is None else min(window, longest)
+        # Without end, as good as any: 11 days.
+        window = min(window, 1e6 if longest is None else longest)
+        context = window / 10 if context is None else context
         if not 0 <= 2 * context < window:
             raise ValueError(f"window must be longer than two contexts of {context:g} s, got {window:g} s")
         self.hop = self._find_hop(window)
         per_second = self.sampling_rate / self.hop
         self._context = round(context * per_second)
         self._window = int(window * per_second) * self.hop
-        # Frames from the start of one window to that of the next.
-        self._step = self._window // self.hop - 2 * self._context
+        # Frames from the start of one window to that of the next. A window may have fewer frames than hops.
+        self._step = self._window // self.hop - self._lacking - 2 * self._context
         if self._step < 1:
             raise ValueError(f"window must have a frame between its contexts, got {window:g} s")
 
@@ -101,6 +109,9 @@ class Emissions:
 
     def _run(self, batch: list[np.ndarray], columns: torch.Tensor, name: str) -> list[torch.Tensor]:
         """The frames of windows of one length."""
+        size = len(batch[0])
+        if size < self.sampling_rate and self._frames(size) < 1:
+            return [torch.empty(0, len(columns) + 1)] * len(batch)
         model, device = self.model, next(self.model.parameters()).device
         extracted = self.audio.extract(batch)
         inputs = encoder_inputs(extracted, self.audio.extractor, model.encoder.description.main_input)
@@ -113,18 +124,20 @@ class Emissions:
         return list(chosen.split(output.lengths.tolist()))
 
     def _find_hop(self, window: float) -> int:
-        """Samples per frame, from the frames of two lengths."""
+        """Samples per frame, from the frames of two lengths, and how many frames less than hops there are."""
         rate = self.sampling_rate
         # Multiples of every usual hop, which is a divisor of 160 ms.
         unit = rate * 4 // 25
-        long = int(window * rate) // unit
+        long = int(min(window, 2.0) * rate) // unit
         if long < 2:
             raise ValueError(f"window must be at least 0.32 s, got {window:g} s")
         short = long // 2
-        more_frames = self._frames(long * unit) - self._frames(short * unit)
+        frames = self._frames(long * unit)
+        more_frames = frames - self._frames(short * unit)
         hop, rest = divmod((long - short) * unit, max(more_frames, 1))
         if more_frames < 1 or rest:
             raise ValueError("the model's frames are not evenly spaced in time, so they have no times")
+        self._lacking = long * unit // hop - frames
         return hop
 
     def _frames(self, samples: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -48,9 +49,12 @@ def draw(
     path_axes.set_xlim(start, end)
     path_axes.set_xlabel("seconds")
     if title:
-        figure.suptitle(title, fontsize=10)
-    # Without a date, the same alignment gives the same file.
-    figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
+        figure.suptitle(title, fontsize=10, parse_math=False)
+    with warnings.catch_warnings():
+        # Of characters that the font lacks, and words that are longer than the picture.
+        warnings.simplefilter("ignore", UserWarning)
+        # Without a date, the same alignment gives the same file.
+        figure.savefig(path, dpi=120, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def _draw_spectrogram(axes: Axes, samples: np.ndarray, rate: int, start: float) -> None:
@@ -90,6 +94,7 @@ def _draw_words(axes: Axes, found: AlignedText, start: float, end: float) -> Non
             va="bottom",
             fontsize=7,
             color=colour,
+            parse_math=False,
         )
 
 
@@ -110,7 +115,7 @@ def _draw_path(axes: Axes, found: AlignedText, shown: list[int], start: float, e
     axes.step(*_path(found, posteriors, shown, first, last), where="post", color="C3", linewidth=1.2)
     axes.set_yticks(range(len(shown)))
     labels = [found.tokens[index].text.replace(" ", "␣") for index in shown]
-    axes.set_yticklabels(labels, fontsize=min(8.0, 480 / len(shown)))
+    axes.set_yticklabels(labels, fontsize=min(8.0, 480 / len(shown)), parse_math=False)
     axes.set_ylabel("token")
     axes.figure.colorbar(image, ax=axes, label="probability", fraction=0.03, pad=0.01)
 

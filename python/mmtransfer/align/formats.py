@@ -27,7 +27,7 @@ class Format:
 def textgrid(found: AlignedText, name: str) -> str:
     """Praat's TextGrid, long format: a tier of words, and one of tokens."""
     tiers = [
-        ("words", [(word.start, word.end, word.text) for word in found.words]),
+        ("words", _with_durations(found.words)),
         ("tokens", [(token.start, token.end, token.text) for token in found.tokens]),
     ]
     lines = ['File type = "ooTextFile"', 'Object class = "TextGrid"', ""]
@@ -56,10 +56,12 @@ def textgrid(found: AlignedText, name: str) -> str:
 def ctm(found: AlignedText, name: str) -> str:
     """NIST's CTM: recording, channel, start, duration, word, confidence (NA where there is none)."""
     recording = re.sub(r"\s+", "_", name)
+    # Punctuation alone is no word of a CTM.
     return "".join(
         f"{recording} 1 {word.start:.3f} {word.end - word.start:.3f} {word.text} "
         f"{'NA' if word.score is None else f'{word.score:.4f}'}\n"
         for word in found.words
+        if word.end > word.start
     )
 
 
@@ -78,7 +80,8 @@ def table(found: AlignedText, name: str) -> str:
 def as_json(found: AlignedText, name: str) -> str:
     """JSON: all that is known, times and scores rounded to 0.1 ms and 0.0001."""
     record = {
-        "audio": name,
+        # A name that is not UTF-8 would make the file none.
+        "audio": name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"),
         "seconds": round(found.seconds, 4),
         "score": round(found.score, 4),
         "words": [
@@ -123,6 +126,22 @@ FORMATS = {
     "json": Format(".json", as_json),
     "srt": Format(".srt", srt),
 }
+
+
+def _with_durations(words: Sequence[Word]) -> list[tuple[float, float, str]]:
+    """The words; those of punctuation alone, which last no time, go to the word before them, or else after."""
+    rows: list[tuple[float, float, str]] = []
+    waiting = ""
+    for word in words:
+        if word.end > word.start:
+            rows.append((word.start, word.end, waiting + word.text))
+            waiting = ""
+        elif rows:
+            start, end, text = rows[-1]
+            rows[-1] = start, end, f"{text} {word.text}"
+        else:
+            waiting += f"{word.text} "
+    return rows
 
 
 def _without_gaps(

@@ -9,13 +9,14 @@ from pathlib import Path, PurePath
 
 from mmtransfer.data.audio import SUFFIXES
 from mmtransfer.data.columns import find_column
-from mmtransfer.data.errors import DataError, shortened
+from mmtransfer.data.errors import DataError, first, shortened
 from mmtransfer.data.finding import Finder, check_no_address
 from mmtransfer.data.json_lines import JSON_SUFFIXES, read_json_lines
-from mmtransfer.data.names import composed
+from mmtransfer.data.manifests import check_no_offset
+from mmtransfer.data.names import composed, is_text
 from mmtransfer.data.rows import relative_name
 from mmtransfer.data.table import read_table, read_text
-from mmtransfer.data.tree import read_tree, suffix
+from mmtransfer.data.tree import count_suffixes, read_tree, suffix
 
 _TABLE_SUFFIXES = (".csv", ".tsv", *JSON_SUFFIXES)
 _TEXT_SUFFIX = ".txt"
@@ -36,7 +37,22 @@ class Pair:
     name: str
 
 
-def find_pairs(audio: Path, text: Path | None) -> list[Pair]:
+@dataclass(frozen=True)
+class Pairs:
+    """What a command is given.
+
+    Attributes:
+        pairs: recordings with their texts.
+        sources: files that were read for them, which no result may replace.
+        left_out: what lies in the folders besides.
+    """
+
+    pairs: list[Pair]
+    sources: frozenset[Path]
+    left_out: tuple[str, ...] = ()
+
+
+def find_pairs(audio: Path, text: Path | None) -> Pairs:
     """The pairs that are meant.
 
     Args:
@@ -47,32 +63,43 @@ def find_pairs(audio: Path, text: Path | None) -> list[Pair]:
     DataError if there are none, or two results would have one name.
     """
     if audio.is_dir():
-        pairs = _of_folders(audio, audio if text is None else text)
+        found = _of_folders(audio, audio if text is None else text)
     elif audio.suffix.lower() in _TABLE_SUFFIXES:
         if text is not None:
             raise DataError(f"{audio} is a manifest, which has the texts itself; leave out {text}")
-        pairs = _of_manifest(audio)
+        found = _of_manifest(audio)
     else:
-        if not audio.exists():
-            raise DataError(f"{audio} does not exist")
-        if text is not None and text.is_dir():
-            text = text / f"{audio.stem}{_TEXT_SUFFIX}"
-        place = audio.with_suffix(_TEXT_SUFFIX) if text is None else text
-        pairs = [Pair(audio, _read(place), audio.stem)]
-    _check_names(pairs)
-    return pairs
+        found = _of_file(audio, text)
+    _check_names(found.pairs)
+    return found
+
+
+def _of_file(audio: Path, text: Path | None) -> Pairs:
+    if not audio.exists():
+        raise DataError(f"{audio} does not exist")
+    folder = audio.parent if text is None else text
+    if text is None or text.is_dir():
+        tried = [folder / f"{audio.stem}{suffix}" for suffix in (_TEXT_SUFFIX, _TEXT_SUFFIX.upper())]
+        text = next((place for place in tried if place.exists()), None)
+        if text is None:
+            raise DataError(f"{audio} has no text: {tried[0]} does not exist")
+    sources = frozenset((audio, text))
+    return Pairs([Pair(audio, _read(text), audio.stem)], sources)
 
 
 def _read(place: Path) -> str | DataError:
-    if str(place) == "-":
-        return sys.stdin.read()
+    if str(place) != "-":
+        try:
+            return read_text(place, "text")
+        except DataError as error:
+            return error
     try:
-        return read_text(place, "text")
-    except DataError as error:
-        return error
+        return sys.stdin.buffer.read().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return DataError("the text of standard input is not UTF-8")
 
 
-def _of_folders(audio: Path, texts: Path) -> list[Pair]:
+def _of_folders(audio: Path, texts: Path) -> Pairs:
     if not texts.is_dir():
         raise DataError(f"{audio} is a folder and {texts} is not; give the folder of its text files")
     tree = read_tree(audio)
@@ -86,20 +113,25 @@ def _of_folders(audio: Path, texts: Path) -> list[Pair]:
         if suffix(place.parts[-1]) == _TEXT_SUFFIX
     }
     pairs = []
+    used: set[Path] = set()
     for place in sorted(tree.audio, key=lambda place: place.order):
         file = audio.joinpath(*place.parts)
         name = _without_suffix(place.parts)
         found = by_name.get(name)
         missing = DataError(f"{file} has no text: {texts.joinpath(*name)}{_TEXT_SUFFIX} does not exist")
+        used |= {file} if found is None else {file, found}
         pairs.append(Pair(file, missing if found is None else _read(found), os.path.join(*name)))
-    return pairs
+    left_out = count_suffixes(place for place in tree.others if suffix(place.parts[-1]) != _TEXT_SUFFIX)
+    if alone := [str(path) for path in by_name.values() if path not in used]:
+        left_out.append(first(alone, "text without a recording", "texts without a recording"))
+    return Pairs(pairs, frozenset(used), tuple(left_out))
 
 
 def _without_suffix(parts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(map(composed, (*parts[:-1], PurePath(parts[-1]).stem)))
 
 
-def _of_manifest(manifest: Path) -> list[Pair]:
+def _of_manifest(manifest: Path) -> Pairs:
     table = (read_json_lines if manifest.suffix.lower() in JSON_SUFFIXES else read_table)(manifest)
     path, text = (find_column(manifest, name, table.header) for name in ("path", "text"))
     if path is None or text is None:
@@ -111,14 +143,21 @@ def _of_manifest(manifest: Path) -> list[Pair]:
     finder = Finder(manifest.parent)
     pairs = []
     for number, cells in table.records:
-        check_no_address(cells[path], f"{manifest} line {number}")
+        place = f"{manifest} line {number}"
+        check_no_address(cells[path], place)
+        check_no_offset(manifest, number, table.header, cells)
+        if not cells[path].strip():
+            raise DataError(f"{place} has no path")
         file = finder.find(cells[path])
         if file is None:
             written = manifest.parent / cells[path].strip()
-            pairs.append(Pair(written, DataError(f"{manifest} line {number}: {written} does not exist"), ""))
-            continue
-        pairs.append(Pair(file, cells[text], _result_name(file, manifest.parent)))
-    return pairs
+            fault = "is no file" if written.exists() else "does not exist"
+            pairs.append(Pair(written, DataError(f"{place}: {written} {fault}"), ""))
+        elif not is_text(cells[text]):
+            pairs.append(Pair(file, DataError(f"{place} has characters in text that Unicode lacks"), ""))
+        else:
+            pairs.append(Pair(file, cells[text], _result_name(file, manifest.parent)))
+    return Pairs(pairs, frozenset((manifest, *(pair.audio for pair in pairs))))
 
 
 def _result_name(file: Path, root: Path) -> str:

@@ -8,7 +8,7 @@ import itertools
 import json
 import re
 import unicodedata
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mmtransfer.tasks.ctc import CTC
@@ -25,7 +25,9 @@ _SPELLED = {
     **{"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i"},
 }
 #: Between the parts of a word, where the vocabulary has no such sign.
-_PARTING = set("-_/+&@.:…")
+_PARTING = set("-_/+.:…")
+#: Signs that are read out, which Unicode counts as punctuation.
+_READ_OUT = set("%&@#§‰")
 _SPACE = " "
 
 
@@ -38,6 +40,8 @@ class TextWord:
         line: number of its line in the text, from 0.
         spoken: what of it the model can write; "" if that is nothing.
         exact: whether `spoken` stands for all of it, but for punctuation.
+
+    A word that is exact without being spoken, such as a dash, takes no time.
     """
 
     text: str
@@ -58,13 +62,16 @@ class Normalizer:
         rules: (pattern, replacement) pairs for `re.sub`, applied to each word in their order before anything
             else: `(r"(\\d+)%", r"\\1 procent")`, `("Dr\\.", "doctor")`. A replacement may be several words.
 
-    ValueError for a pattern that is no regular expression.
+    TypeError or ValueError for what is no pair of texts, or no regular expression.
     """
 
-    def __init__(self, task: CTC, rules: Sequence[Rule] = ()) -> None:
+    def __init__(self, task: CTC, rules: Sequence[Rule] | Mapping[str, str] = ()) -> None:
         self.task = task
         self.rules: list[tuple[re.Pattern[str], str]] = []
-        for pattern, replacement in rules:
+        for rule in rules.items() if isinstance(rules, Mapping) else rules:
+            if not (isinstance(rule, (tuple, list)) and [type(each) for each in rule] == [str, str]):
+                raise TypeError(f"rules must be pairs (pattern, replacement) of str, got {rule!r}")
+            pattern, replacement = rule
             try:
                 compiled = re.compile(pattern)
                 compiled.sub(replacement, "")
@@ -81,9 +88,8 @@ class Normalizer:
 
     def words(self, text: str) -> list[TextWord]:
         """The words of a text, which are what spaces and line ends part."""
-        return [
-            self._word(word, number) for number, line in enumerate(text.splitlines()) for word in line.split()
-        ]
+        lines = re.split(r"\r\n|\r|\n", text)
+        return [self._word(word, number) for number, line in enumerate(lines) for word in line.split()]
 
     def _word(self, text: str, line: int) -> TextWord:
         ruled = unicodedata.normalize("NFC", text)
@@ -99,7 +105,7 @@ class Normalizer:
         for character in word:
             spelled = self._character(character)
             if spelled is None:
-                exact &= unicodedata.category(character)[0] not in "LNS"
+                exact &= _is_punctuation(character)
                 # 1,000 is one number; a colon or a dash parts what stands on its sides.
                 spelled = _SPACE if _SPELLED.get(character, character) in _PARTING else ""
             found.append(spelled)
@@ -118,11 +124,21 @@ class Normalizer:
         return "" if unicodedata.category(character) in ("Mn", "Cf") else None
 
     def _spell_by_tokenizer(self, word: str) -> tuple[str, bool]:
-        bare = re.sub(r"^\W+|\W+$", "", word)
-        for variant in dict.fromkeys((word, bare, bare.lower(), bare.upper())):
-            if variant and self._known(variant):
-                return variant, True
-        return "", not any(unicodedata.category(character)[0] in "LNS" for character in word)
+        """The first spelling without a token for the unknown; one of parts, where the whole has none."""
+        bare = word.strip("".join(filter(_is_punctuation, word)))
+        plain = "".join(list(_variants(each))[-1] for each in bare)
+        for spelled in (word, bare, plain):
+            for variant in (spelled, spelled.lower(), spelled.upper()):
+                if variant and self._known(variant):
+                    return variant, True
+        parts = [
+            part for part in re.split(f"[{re.escape(''.join(_PARTING))}]+", _replace_spelled(bare)) if part
+        ]
+        if len(parts) > 1:
+            found = [self._spell_by_tokenizer(part) for part in parts]
+            spoken = " ".join(spoken for spoken, _ in found if spoken)
+            return spoken, all(exact for _, exact in found)
+        return "", all(map(_is_punctuation, word))
 
     def _known(self, word: str) -> bool:
         ids = self.task.encode(word)
@@ -135,6 +151,15 @@ class Normalizer:
         if name is None:
             return model.get("unk_id")
         return self.task.vocabulary.index(name) if name in self.task.vocabulary else None
+
+
+def _is_punctuation(character: str) -> bool:
+    """Whether a character that cannot be written stands for no sound."""
+    return unicodedata.category(character)[0] not in "LNS" and character not in _READ_OUT
+
+
+def _replace_spelled(word: str) -> str:
+    return "".join(_SPELLED.get(character, character) for character in word)
 
 
 def _variants(character: str) -> Iterator[str]:
@@ -162,7 +187,8 @@ class Target:
 
 
 def encode(words: Sequence[TextWord], task: CTC, wildcards: Collection[str] = ()) -> Target:
-    """The tokens of the words. Neighbours that the model cannot write share a wildcard.
+    """The tokens of the words. Neighbours that the model cannot write share a wildcard; words of punctuation
+    alone have none.
 
     Args:
         words: from a `Normalizer` for this task.
@@ -177,12 +203,13 @@ def encode(words: Sequence[TextWord], task: CTC, wildcards: Collection[str] = ()
         if not tokens or tokens[-1][0] != star:
             tokens.append((star, owners))
 
-    if "start" in wildcards and words and words[0].spoken:
-        add_wildcard()
+    heard = [(index, word) for index, word in enumerate(words) if word.spoken or not word.exact]
     runs = [
         (spoken, [index for index, _ in run])
-        for spoken, run in itertools.groupby(enumerate(words), lambda each: bool(each[1].spoken))
+        for spoken, run in itertools.groupby(heard, lambda each: bool(each[1].spoken))
     ]
+    if "start" in wildcards and heard and heard[0][1].spoken:
+        add_wildcard()
     for number, (spoken, run) in enumerate(runs):
         if number:
             tokens += [(each, ()) for each in space]
@@ -195,7 +222,7 @@ def encode(words: Sequence[TextWord], task: CTC, wildcards: Collection[str] = ()
                 tokens += [(each, ()) for each in space]
                 add_wildcard()
             tokens += _encode_run(words, part, task)
-    if "end" in wildcards and words and words[-1].spoken:
+    if "end" in wildcards and heard and heard[-1][1].spoken:
         add_wildcard()
     return Target(tuple(each for each, _ in tokens), tuple(owners for _, owners in tokens))
 

@@ -45,9 +45,24 @@ for _kind, (_pattern, _first) in _RULES.items():
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
+class _TextLoader(_Loader):
+    """YAML in which every plain value is text: 007, yes and 1.50 are what was written."""
+
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
+
+
+def parse_texts(text: str) -> Any:
+    """As `parse`, with text for every value that is no list and no mapping."""
+    return _parse(text, _TextLoader)
+
+
 def parse(text: str) -> Any:
     """The value that a text stands for. ValueError, in one line, if it is no YAML."""
+    return _parse(text, _Loader)
+
+
+def _parse(text: str, loader: type[_Loader]) -> Any:
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, loader)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error

@@ -161,7 +161,8 @@ def _seconds(source: Path | StoredAudio, file: soundfile.SoundFile) -> float:
     seconds = file.frames / file.samplerate
     if seconds == 0:
         raise DataError(f"{source} is empty (0 samples); remove it from the data set")
-    if seconds < MIN_SECONDS:
+    # In whole samples: 25 ms of 22.05 kHz are 551.25.
+    if file.frames < int(MIN_SECONDS * file.samplerate):
         raise DataError(
             f"{source} lasts {seconds * 1e3:.1f} ms; clips must last at least {MIN_SECONDS * 1e3:.0f} ms"
         )

@@ -156,7 +156,7 @@ def _lines(manifest: Path, table: Table, columns: dict[str, int]) -> Iterator[_L
                 f"{manifest} line {number} has {len(cells)} cells and the header has {width}; "
                 "put quotes around text that holds a separator"
             )
-        _check_no_offset(manifest, number, table.header, cells)
+        check_no_offset(manifest, number, table.header, cells)
         values = {name: cells[index] for name, index in columns.items()}
         # A transcript may be empty: there are recordings in which nobody speaks.
         for name in ("path", "label"):
@@ -172,7 +172,7 @@ def _lines(manifest: Path, table: Table, columns: dict[str, int]) -> Iterator[_L
         )
 
 
-def _check_no_offset(manifest: Path, number: int, header: Sequence[str], cells: Sequence[str]) -> None:
+def check_no_offset(manifest: Path, number: int, header: Sequence[str], cells: Sequence[str]) -> None:
     """NeMo's lists may mean pieces of long recordings, whose texts are not those of the files."""
     if "offset" not in header:
         return
