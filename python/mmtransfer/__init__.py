@@ -3,6 +3,7 @@
     from mmtransfer import prepare, AdaptedModel             # adapt a model for your training code, or here
     from mmtransfer import TappedEncoder, hff                # read the layers of a frozen encoder; fuse them
     from mmtransfer import mam                               # merge the attention of two models
+    from mmtransfer import align                             # times of words in recordings
     from mmtransfer import Edit, EditMethod, Method, registry   # write a method
 
 Names are imported when they are first used. Command line: ``mmtransfer --help``.
@@ -13,7 +14,19 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_MODULES = ("aat", "baselines", "compare", "data", "encoders", "hff", "mam", "registry", "tasks", "training")
+_MODULES = (
+    "aat",
+    "align",
+    "baselines",
+    "compare",
+    "data",
+    "encoders",
+    "hff",
+    "mam",
+    "registry",
+    "tasks",
+    "training",
+)
 _NAMES = {
     "AdaptedModel": "model",
     "Edit": "encoders",

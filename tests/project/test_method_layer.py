@@ -40,10 +40,11 @@ FLOORS = (
     ("checkpoint",),
     ("training",),
     ("recognition",),
+    ("align",),
     ("compare",),
     ("demo",),
     # A paper's command is a part of the command line.
-    ("cli", *(f"{paper}.command" for paper in PAPERS)),
+    ("cli", "align.command", *(f"{paper}.command" for paper in PAPERS)),
 )
 
 

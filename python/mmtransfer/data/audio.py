@@ -83,16 +83,29 @@ def read_audio(
         _seconds(source, file)
         rate = file.samplerate
         wanted = file.frames if max_seconds is None else min(file.frames, round(max_seconds * rate))
-        samples = _decode(source, file, wanted)
-    if (wanted - len(samples)) / rate > _SLACK_SECONDS or not len(samples):
-        raise DataError(
-            f"{source} breaks off after {len(samples) / rate:.1f} of {wanted / rate:.1f} s; "
-            "re-export the file or leave it out"
-        )
-    wrong = _wrong_values(samples)
-    if wrong:
-        raise DataError(f"{source} {wrong}; re-export the file or leave it out")
+        samples = np.concatenate([np.empty(0, np.float32), *_decode(source, file, wanted)])
     return resample(samples, rate, sample_rate)
+
+
+def stream_audio(source: str | Path, sample_rate: int = SAMPLE_RATE) -> Iterator[np.ndarray]:
+    """The samples of `read_audio` in blocks of some seconds, so that hours of audio need little memory.
+
+    Blocks are float32 `(samples,)`; a resampler that looks at a block at a time rounds in other places.
+    Errors as in `read_audio`, those of a place in the file when it is reached.
+    """
+    if not sample_rate > 0:
+        raise ValueError(f"sample_rate must be positive, got {sample_rate}")
+    source = Path(source)
+    with _open(source) as file:
+        _seconds(source, file)
+        blocks = _decode(source, file, file.frames)
+        if file.samplerate == sample_rate:
+            yield from blocks
+            return
+        stream = soxr.ResampleStream(file.samplerate, sample_rate, 1, dtype="float32", quality="HQ")
+        for block in blocks:
+            yield stream.resample_chunk(block)
+        yield stream.resample_chunk(np.empty(0, np.float32), last=True)
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
@@ -157,9 +170,10 @@ def _seconds(source: Path | StoredAudio, file: soundfile.SoundFile) -> float:
     return seconds
 
 
-def _decode(source: Path | StoredAudio, file: soundfile.SoundFile, frames: int) -> np.ndarray:
-    """Up to `frames` samples, the mean of the channels, float32 (samples,)."""
-    blocks = []
+def _decode(source: Path | StoredAudio, file: soundfile.SoundFile, wanted: int) -> Iterator[np.ndarray]:
+    """Up to `wanted` samples in blocks, the mean of the channels, float32 (samples,); DataError as for
+    `read_audio`."""
+    frames, found, rate = wanted, 0, file.samplerate
     while frames > 0:
         # With its number of frames, as files that cannot be sought in (GSM 6.10, G.721) need it.
         count = min(frames, _BLOCK_FRAMES)
@@ -169,9 +183,18 @@ def _decode(source: Path | StoredAudio, file: soundfile.SoundFile, frames: int) 
             reason = _one_line(error)
             raise DataError(f"{source} is damaged ({reason}); re-export the file or leave it out") from error
         with np.errstate(invalid="ignore"):  # infinities of both signs are refused later
-            blocks.append(block.mean(axis=1, dtype=np.float32))
+            samples = block.mean(axis=1, dtype=np.float32)
+        if len(samples) and (wrong := _wrong_values(samples)):
+            raise DataError(f"{source} {wrong}; re-export the file or leave it out")
+        if len(samples):
+            yield samples
+        found += len(samples)
         frames = frames - count if len(block) == count else 0
-    return np.concatenate(blocks)
+    if (wanted - found) / rate > _SLACK_SECONDS or not found:
+        raise DataError(
+            f"{source} breaks off after {found / rate:.1f} of {wanted / rate:.1f} s; "
+            "re-export the file or leave it out"
+        )
 
 
 def _wrong_values(samples: np.ndarray) -> str | None:
