@@ -11,12 +11,13 @@ import soundfile
 import torch
 from finetune_data import write_model
 from tokenizers import Tokenizer
-from tokenizers.models import WordPiece
+from tokenizers.models import BPE, WordPiece
 from tokenizers.pre_tokenizers import Whitespace
 from tone_model import HOP, LETTER, LETTERS, RATE, ToneModel, speak, true_times
 from transformers import AutoModelForCTC
 
-from mmtransfer.align import Aligner, Emissions, Normalizer, load_ctc, pretrained_ctc
+from mmtransfer.align import Aligner, Emissions, Normalizer, Token, load_ctc, pretrained_ctc
+from mmtransfer.align.aligner import _time_words
 from mmtransfer.align.emissions import _windows
 from mmtransfer.align.text import encode
 from mmtransfer.data import DataError
@@ -261,6 +262,25 @@ def test_word_pieces_lead_back_to_words() -> None:
     assert target.words == ((0,), (0,), (1,), (1,), (2,), (3,), (4,))
     between = encode(words, task, ("start", "between", "end"))
     assert between.ids == (star, 1, 2, star, 3, 4, star, 5, star, 6, star)
+
+
+def test_tokens_of_several_words() -> None:
+    """Without a pre-tokenizer, merges go over spaces."""
+    vocabulary = {"a": 0, " ": 1, "b": 2, "a ": 3, "a b": 4, "c": 5, " c": 6}
+    model = BPE(vocabulary, merges=[("a", " "), ("a ", "b"), (" ", "c")])
+    task = CTC.of_tokenizer(Tokenizer(model))
+    words = Normalizer(task).words("a b c")
+    target = encode(words, task)
+    assert target.ids == (4, 6)
+    assert target.words == ((0, 1), (2,))
+    tokens = [Token("a b", 1.0, 2.0, 0.5, None), Token(" c", 2.0, 3.0, 0.25, 2)]
+    timed = _time_words(words, target, tokens)
+    assert [(word.start, word.end, word.exact) for word in timed] == [
+        (1.0, 1.5, True),
+        (1.5, 2.0, True),
+        (2.0, 3.0, True),
+    ]
+    assert [round(word.score, 6) for word in timed] == [0.5, 0.5, 0.25]
 
 
 def test_spaces_belong_to_no_word() -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -239,7 +239,9 @@ def _time_words(words: list[TextWord], target: Target, tokens: list[Token]) -> l
         if owners and not words[owners[0]].spoken:
             shares |= _share(token, owners, words)
         elif owners:
-            of_word[owners[0]].append(token)
+            # Some sub-word vocabularies have tokens of several words.
+            for index, (start, end) in _share(token, owners, words).items():
+                of_word[index].append(replace(token, start=start, end=end))
     timed = []
     for index, word in enumerate(words):
         own = of_word[index]
@@ -252,13 +254,14 @@ def _time_words(words: list[TextWord], target: Target, tokens: list[Token]) -> l
 
 
 def _share(token: Token, owners: tuple[int, ...], words: list[TextWord]) -> dict[int, tuple[float, float]]:
-    """The times of words that one wildcard stands for, by their lengths."""
+    """The times of words that one token stands for, by their lengths."""
     sizes = [len(words[index].text) for index in owners]
     per_character = (token.end - token.start) / sum(sizes)
     found, start = {}, token.start
     for index, size in zip(owners, sizes, strict=True):
         found[index] = (start, start + size * per_character)
         start = found[index][1]
+    found[owners[-1]] = (found[owners[-1]][0], token.end)
     return found
 
 

@@ -37,11 +37,14 @@ def draw(
         title: above it.
     """
     end = min(start + min(seconds, LONGEST), found.seconds)
-    figure = Figure(figsize=(max(6.0, 1.5 + 1.4 * (end - start)), 5.2), layout="constrained")
-    spectrum, path_axes = figure.subplots(2, 1, sharex=True, height_ratios=(1, 1.3))
+    shown = [index for index, token in enumerate(found.tokens) if token.end > start and token.start < end]
+    # A row for each token, as long as they fit.
+    heights = 2.2, min(max(2.0, 0.12 * len(shown)), 8.0)
+    figure = Figure(figsize=(max(6.0, 1.5 + 1.4 * (end - start)), sum(heights) + 0.8), layout="constrained")
+    spectrum, path_axes = figure.subplots(2, 1, sharex=True, height_ratios=heights)
     _draw_spectrogram(spectrum, samples[: round((end - start) * rate)], rate, start)
     _draw_words(spectrum, found, start, end)
-    _draw_path(path_axes, found, start, end)
+    _draw_path(path_axes, found, shown, start, end)
     path_axes.set_xlim(start, end)
     path_axes.set_xlabel("seconds")
     if title:
@@ -90,10 +93,9 @@ def _draw_words(axes: Axes, found: AlignedText, start: float, end: float) -> Non
         )
 
 
-def _draw_path(axes: Axes, found: AlignedText, start: float, end: float) -> None:
-    """A row for each token of the part, with its probability in each frame, and the path through them."""
+def _draw_path(axes: Axes, found: AlignedText, shown: list[int], start: float, end: float) -> None:
+    """A row for each token shown, with its probability in each frame, and the path through them."""
     posteriors = found.posteriors
-    shown = [index for index, token in enumerate(found.tokens) if token.end > start and token.start < end]
     first, last = (round(each / posteriors.seconds_per_frame) for each in (start, end))
     if not shown:
         axes.text(0.5, 0.5, "no token here", transform=axes.transAxes, ha="center")
@@ -108,7 +110,7 @@ def _draw_path(axes: Axes, found: AlignedText, start: float, end: float) -> None
     axes.step(*_path(found, posteriors, shown, first, last), where="post", color="C3", linewidth=1.2)
     axes.set_yticks(range(len(shown)))
     labels = [found.tokens[index].text.replace(" ", "␣") for index in shown]
-    axes.set_yticklabels(labels, fontsize=max(3.0, min(8.0, 200 / len(shown))))
+    axes.set_yticklabels(labels, fontsize=min(8.0, 480 / len(shown)))
     axes.set_ylabel("token")
     axes.figure.colorbar(image, ax=axes, label="probability", fraction=0.03, pad=0.01)
 

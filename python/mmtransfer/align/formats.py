@@ -130,13 +130,14 @@ def _without_gaps(
 ) -> Iterator[tuple[float, float, str]]:
     """The rows and the silences between them, which a tier must cover too."""
     reached = 0.0
-    for start, end, text in rows:
+    for begin, end, text in rows:
+        # As they are written: a silence that rounds to nothing is none.
+        start = max(round(begin, 6), reached)
         if start > reached:
             yield reached, start, ""
-        # Sums of shares may round to a bit more than the next start.
-        yield max(start, reached), end, text
-        reached = end
-    if seconds > reached:
+        reached = round(end, 6)
+        yield start, reached, text
+    if round(seconds, 6) > reached:
         yield reached, seconds, ""
 
 

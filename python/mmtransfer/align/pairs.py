@@ -53,6 +53,8 @@ def find_pairs(audio: Path, text: Path | None) -> list[Pair]:
             raise DataError(f"{audio} is a manifest, which has the texts itself; leave out {text}")
         pairs = _of_manifest(audio)
     else:
+        if not audio.exists():
+            raise DataError(f"{audio} does not exist")
         if text is not None and text.is_dir():
             text = text / f"{audio.stem}{_TEXT_SUFFIX}"
         place = audio.with_suffix(_TEXT_SUFFIX) if text is None else text

@@ -153,8 +153,8 @@ class Target:
 
     Attributes:
         ids: of the vocabulary; its size stands for a wildcard.
-        words: for each token the words, by their index, that it belongs to; () for spaces, and for wildcards
-            where the audio may hold more than the text.
+        words: for each token the words, by their index, that it is part of, or that it stands for; () for
+            spaces, and for wildcards where the audio may hold more than the text.
     """
 
     ids: tuple[int, ...]
@@ -206,8 +206,11 @@ def _encode_run(
     """The tokens of neighbouring words, with the word of each."""
     text = _SPACE.join(words[index].spoken for index in run)
     ends = list(itertools.accumulate(len(words[index].spoken) + 1 for index in run))
-    for token, place in task.encode_with_places(text):
-        owner = run[bisect.bisect_right(ends, place)]
-        # A space between two words belongs to neither; one inside belongs to its word.
-        outer = task.tokenizer is None and place + 1 in ends
-        yield token, () if outer else (owner,)
+    for token, (start, end) in task.encode_with_places(text):
+        # A space in front is part of many sub-word tokens, and the whole of a token of characters.
+        begin = start + len(text[start:end]) - len(text[start:end].lstrip(_SPACE))
+        if begin >= end and end in ends:
+            yield token, ()
+            continue
+        first, last = (bisect.bisect_right(ends, place) for place in (min(begin, end - 1), end - 1))
+        yield token, tuple(run[first : last + 1])

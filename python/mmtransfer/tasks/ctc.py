@@ -151,14 +151,14 @@ class CTC(Task):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         return [self._ids[character] for character in text if character in self._ids]
 
-    def encode_with_places(self, text: str) -> list[tuple[int, int]]:
-        """The indices that `encode` gives, each with the place in `text` of its last character."""
+    def encode_with_places(self, text: str) -> list[tuple[int, tuple[int, int]]]:
+        """The indices that `encode` gives, each with the start and end of what it stands for in `text`."""
         if self.tokenizer is None:
-            return [(index, place) for place, each in enumerate(text) for index in self.encode(each)]
+            return [
+                (index, (place, place + 1)) for place, each in enumerate(text) for index in self.encode(each)
+            ]
         found = self._tokenizer.encode(_CASES[self.case](text), add_special_tokens=False)
-        return [
-            (index, max(end - 1, start)) for index, (start, end) in zip(found.ids, found.offsets, strict=True)
-        ]
+        return list(zip(found.ids, found.offsets, strict=True))
 
     def unknown(self, text: str) -> list[str]:
         """The characters of a transcript that `encode` drops."""
