@@ -18,7 +18,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -169,11 +169,16 @@ def time_op(found: AlignedText) -> float:
 
 
 def evenly(utterances: list[Utterance]) -> dict[str, Any]:
-    """Errors of words that are spread evenly over each utterance, with its pauses: no model."""
+    """Errors of words that are spread evenly between the ends of their utterance, where both are known."""
     errors: dict[str, list[float]] = {"start": [], "end": []}
     for utterance in utterances:
-        words = spread_evenly(utterance.text, len(utterance.samples) / RATE)
-        for edge, values in signed_errors(words, utterance.spans).items():
+        start, end = utterance.spans[0].start, utterance.spans[-1].end
+        if start is None or end is None:
+            continue
+        inner = list(utterance.spans)
+        inner[0] = replace(inner[0], start=None)
+        inner[-1] = replace(inner[-1], end=None)
+        for edge, values in signed_errors(spread_evenly(utterance.text, start, end), inner).items():
             errors[edge] += values
     return summaries(errors)
 
@@ -236,7 +241,7 @@ def study(chosen: Sequence[Trained], models: Path, voice: Espeak, progress: Prog
     ]
     found = [rows_of(each, models, data[each.speech], materials, progress) for each in chosen]
     paths = {count: sum(each[count] for each in found) for count in ("compared", "identical")}
-    spread = [{"material": each.name, "model": None, "alone": evenly(each.alone)} for each in materials]
+    spread = [{"material": each.name, "model": None, "joined": evenly(each.alone)} for each in materials]
     return {
         "utterances": len(judged),
         "reference": reference(judged),

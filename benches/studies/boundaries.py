@@ -76,13 +76,13 @@ def summary(errors: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def spread_evenly(text: str, seconds: float) -> list[Times]:
-    """The words spread over a recording by their letters; a space counts as one."""
+def spread_evenly(text: str, start: float, end: float) -> list[Times]:
+    """The words spread from `start` to `end` by their letters; a space counts as one."""
     words = text.split()
     sizes = [len(word) for word in words]
-    per_letter = seconds / (sum(sizes) + len(sizes) - 1)
-    starts = itertools.accumulate((size + 1 for size in sizes[:-1]), initial=0)
+    per_letter = (end - start) / (sum(sizes) + len(sizes) - 1)
+    places = itertools.accumulate((size + 1 for size in sizes[:-1]), initial=0)
     return [
-        Times(start * per_letter, (start + size) * per_letter)
-        for start, size in zip(starts, sizes, strict=True)
+        Times(start + place * per_letter, start + (place + size) * per_letter)
+        for place, size in zip(places, sizes, strict=True)
     ]

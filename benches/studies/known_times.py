@@ -84,15 +84,16 @@ def joined(utterances: Sequence[Utterance], rate: int, seed: int = 0) -> Utteran
 def speech_start(samples: np.ndarray, rate: int, margin: float) -> float:
     """Seconds of the first sound, by energy in frames of 10 ms.
 
-    A sound is at most 40 dB below the loudest frame, and `margin` dB above the background, which the quietest
-    twentieth of the frames is.
+    A sound is `margin` dB above the background, which the quietest twentieth of the frames is, and at most 40
+    dB below the loudest frame. All that is less than 20 dB below that is one, also without any background.
     """
     size = round(_FRAME_SECONDS * rate)
     frames = samples[: len(samples) // size * size].reshape(-1, size).astype(np.float64)
     # Exact digital silence has no logarithm.
     levels = 10 * np.log10((frames**2).mean(axis=1) + 1e-12)
-    threshold = max(levels.max() - 40, np.percentile(levels, 5) + margin)
-    return float(np.flatnonzero(levels >= min(threshold, levels.max()))[0] * size / rate)
+    loudest = levels.max()
+    threshold = max(loudest - 40, min(np.percentile(levels, 5) + margin, loudest - 20))
+    return float(np.flatnonzero(levels >= threshold)[0] * size / rate)
 
 
 def speech_of(recordings: Recordings, voice: Espeak, rate: int) -> Recordings:

@@ -67,10 +67,21 @@ class TestMetrics:
         assert summary([-50.1, 50.1])["within_50"] == 0
 
     def test_words_by_their_letters(self):
-        """Six letters and two spaces in four seconds."""
-        expected = [(0, 0.5), (1, 2.5), (3, 4)]
-        assert [(word.start, word.end) for word in spread_evenly("a bcd ef", 4)] == expected
-        assert spread_evenly("abc", 2) == [Times(0, 2)]
+        """Six letters and two spaces in four seconds, from the third on."""
+        expected = [(3, 3.5), (4, 5.5), (6, 7)]
+        assert [(word.start, word.end) for word in spread_evenly("a bcd ef", 3, 7)] == expected
+        assert spread_evenly("abc", 0, 2) == [Times(0, 2)]
+
+    def test_spread_words_are_judged_inside_of_their_sentence(self):
+        spans = [Span(0, 0, 1, 2.1), Span(1, 1, 2.4, 3), Span(2, 2, 3.9, 5)]
+        sentence = Utterance(np.zeros(1, np.float32), "a b c", spans)
+        unknown = Utterance(np.zeros(1, np.float32), "d", [Span(0, 0, 1, None)])
+        found = alignment.evenly([sentence, unknown])
+        # Found are 1 to 1.8, 2.6 to 3.4, 4.2 to 5.
+        assert found["start"]["count"] == found["end"]["count"] == 2
+        assert found["start"]["bias"] == pytest.approx((200 + 300) / 2)
+        assert found["end"]["bias"] == pytest.approx((400 - 300) / 2)
+        assert alignment.evenly([unknown]) == {}
 
 
 def tone(seconds: float, loudness: float = 0.5) -> np.ndarray:
