@@ -28,7 +28,7 @@ struct Scores {
   CtcPair pair[kPairs];
   int label[kPairs];
   bool skips[kPairs];
-  CtcEmissions<T, kPairs, Sizes::kHalo> emissions;
+  CtcEmissions<CtcUtterance<T>, T, kPairs, Sizes::kHalo> emissions;
 
   MMK_DEVICE explicit Scores(const CtcUtterance<T>& utterance) : u(utterance) {
     first = warp_index() * (Sizes::kWarpPairs - Sizes::kHalo) + lane_index() * kPairs;
@@ -130,17 +130,60 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) align(const __grid_constant
     }
   }
   __syncthreads();
-  ctc_finish<Sizes::kThreads>(u, last[0], last[1]);
+  if (!ctc_fill<Sizes::kThreads>(u, last[0], last[1]) || warp_index() > 0) return;
+  CtcPath path = ctc_end_of_path(u, last[0], last[1]);
+  constexpr int kAhead = Sizes::kThreads < 1024 ? 8 : 4;  // frames; a thread has 64 registers there
+#pragma unroll 1
+  for (int block = ceil_div(u.frames, kCtcFrames) - 1; block >= 0; --block) {
+    ctc_trace<kAhead>(u, u.checkpoint(block), 0, block, path);
+  }
+  ctc_write_total(u, path);
 }
 
 constexpr int kWideThreads = 1024;
+// Of the blocks of kCtcFrames frames, checkpoints are kept of each fourth: hours of audio would need
+// gigabytes for all. The way back computes those between for the pairs that the path can pass.
+constexpr int kWideBlocks = 4, kWideFrames = kWideBlocks * kCtcFrames, kWidePairs = kWideFrames + 1;
+
+// The scores before the blocks of a group but the first, for kWidePairs pairs from `first` on, by all
+// threads. From the left they are wrong in one pair more after each frame, as the path is then so much nearer
+// to its end.
+template <class U>
+MMK_DEVICE void between_checkpoints(const U& u, int group, int first, const float* shifts,
+                                    CtcPair (*scores)[kWidePairs]) {
+  MMK_SHARED(float, tokens, 2, kWidePairs);
+  const int thread = static_cast<int>(threadIdx.x), i = first + thread, begin = group * kWideFrames;
+  const bool used = thread < kWidePairs;
+  const int blocks = ceil_div(min(kWideFrames, u.frames - begin), kCtcFrames);
+  CtcPair pair = {ctc_never(), ctc_never()};
+  if (used && i >= 0) pair = u.checkpoint(group)[i];
+  const int label = used ? u.label(i) : -1;
+  const bool skips = used && u.skips(i);
+#pragma unroll 1
+  for (int f = 0; f < (blocks - 1) * kCtcFrames; ++f) {
+    if (used) tokens[f % 2][thread] = pair.odd;
+    __syncthreads();
+    if (!used) continue;
+    const auto* frame = u.frame(begin + f);
+    const float left = thread > 0 ? tokens[f % 2][thread - 1] : ctc_never();
+    const float token = label < 0 ? ctc_never() : ctc_usable(to_accumulator(frame[label]));
+    pair = ctc_step(pair, left, skips, ctc_usable(to_accumulator(frame[u.blank])), token);
+    if ((f + 1) % kCtcFrames == 0) {
+      const float shift = shifts[(begin + f) / kCtcFrames];
+      pair = {pair.even - shift, pair.odd - shift};
+      scores[f / kCtcFrames][thread] = pair;
+    }
+  }
+  __syncthreads();
+}
 
 // Any number of tokens: the scores are in device memory, those of a frame and of the frame before.
 template <class T>
-__global__ void __launch_bounds__(kWideThreads) align_wide(const __grid_constant__ CtcArguments<T> args) {
-  const CtcUtterance<T> u(args);
+__global__ void __launch_bounds__(kWideThreads, 1) align_wide(const __grid_constant__ CtcArguments<T> args) {
+  const CtcUtterance<T, kWideFrames> u(args);
   const int64_t pairs = int64_t{1} + u.most_tokens;
   CtcPair* rows = args.rows + static_cast<int64_t>(blockIdx.x) * 2 * pairs;
+  float* shifts = args.shifts + static_cast<int64_t>(blockIdx.x) * ceil_div(u.most_frames, kCtcFrames);
   const int thread = static_cast<int>(threadIdx.x);
   for (int i = thread; i <= u.tokens; i += kWideThreads) {
     rows[i] = {i == 0 ? 0.0f : ctc_never(), ctc_never()};
@@ -151,8 +194,8 @@ __global__ void __launch_bounds__(kWideThreads) align_wide(const __grid_constant
   for (int t = 0; t < frames; ++t) {
     const CtcPair* from = rows + t % 2 * pairs;
     CtcPair* to = rows + (1 - t % 2) * pairs;
-    if (t % kCtcFrames == 0) {
-      CtcPair* kept = u.checkpoint(t / kCtcFrames);
+    if (t % kWideFrames == 0) {
+      CtcPair* kept = u.checkpoint(t / kWideFrames);
       for (int i = thread; i <= u.tokens; i += kWideThreads) kept[i] = from[i];
     }
     const T* frame = u.frame(t);
@@ -169,6 +212,7 @@ __global__ void __launch_bounds__(kWideThreads) align_wide(const __grid_constant
     if ((t + 1) % kCtcFrames == 0) {
       largest = block_max<kWideThreads>(largest);
       const float shift = largest > ctc_never() ? largest : 0.0f;
+      if (thread == 0) shifts[t / kCtcFrames] = shift;
       for (int i = first; i <= last; i += kWideThreads) to[i] = {to[i].even - shift, to[i].odd - shift};
     }
     __syncthreads();
@@ -177,7 +221,28 @@ __global__ void __launch_bounds__(kWideThreads) align_wide(const __grid_constant
   const bool possible = u.tokens <= u.frames;
   const float blank = possible ? scores[u.tokens].even : ctc_never();
   const float token = possible && u.tokens > 0 ? scores[u.tokens - 1].odd : ctc_never();
-  ctc_finish<kWideThreads>(u, blank, token);
+  if (!ctc_fill<kWideThreads>(u, blank, token)) return;
+  MMK_SHARED(CtcPair, between, kWideBlocks - 1, kWidePairs);
+  MMK_SHARED(int, reached, 1);
+  CtcPath path = ctc_end_of_path(u, blank, token);
+#pragma unroll 1
+  for (int group = ceil_div(u.frames, kWideFrames) - 1; group >= 0; --group) {
+    const int first = path.pair - (kWidePairs - 1);
+    between_checkpoints(u, group, first, shifts, between);
+    if (warp_index() == 0) {
+      const int blocks = ceil_div(min(kWideFrames, u.frames - group * kWideFrames), kCtcFrames);
+#pragma unroll 1
+      for (int block = blocks - 1; block >= 0; --block) {
+        const CtcPair* kept = block > 0 ? between[block - 1] : u.checkpoint(group);
+        // Loads no further ahead, as a thread has 64 registers.
+        ctc_trace<1>(u, kept, block > 0 ? first : 0, group * kWideBlocks + block, path);
+      }
+      if (lane_index() == 0) reached[0] = path.pair;
+    }
+    __syncthreads();
+    path.pair = reached[0];
+  }
+  if (warp_index() == 0) ctc_write_total(u, path);
 }
 
 template <int kPairs, int kWarps>
@@ -203,15 +268,24 @@ cudaError_t start(const CtcArguments<T>& args, dim3 grid, cudaStream_t stream) {
   return with(align_wide<T>, kWideThreads);
 }
 
-int64_t checkpoint_pairs(int64_t batch, int64_t frames, int64_t tokens) {
-  return batch * ceil_div<int64_t>(frames, kCtcFrames) * (tokens + 1);
-}
+// The parts of the workspace, in pairs and floats.
+struct CtcWorkspace {
+  int64_t checkpoints, rows, shifts;
+
+  CtcWorkspace(int64_t batch, int64_t frames, int64_t tokens) {
+    const bool wide = is_wide(tokens);
+    checkpoints = batch * ceil_div<int64_t>(frames, wide ? kWideFrames : kCtcFrames) * (tokens + 1);
+    rows = wide ? batch * 2 * (tokens + 1) : 0;
+    shifts = wide ? batch * ceil_div<int64_t>(frames, kCtcFrames) : 0;
+  }
+};
 
 }  // namespace
 
 size_t ctc_align_workspace(int64_t batch, int64_t frames, int64_t tokens) {
-  const int64_t rows = is_wide(tokens) ? batch * 2 * (tokens + 1) : 0;
-  return static_cast<size_t>(checkpoint_pairs(batch, frames, tokens) + rows) * sizeof(CtcPair);
+  const CtcWorkspace parts(batch, frames, tokens);
+  return static_cast<size_t>(parts.checkpoints + parts.rows) * sizeof(CtcPair) +
+         static_cast<size_t>(parts.shifts) * sizeof(float);
 }
 
 int ctc_align(const CtcAlign& args, void* workspace, CudaStream stream) {
@@ -222,7 +296,9 @@ int ctc_align(const CtcAlign& args, void* workspace, CudaStream stream) {
     return cudaErrorInvalidValue;
   }
   CtcPair* checkpoints = static_cast<CtcPair*>(workspace);
-  CtcPair* rows = checkpoints + checkpoint_pairs(args.batch, args.frames, args.tokens);
+  const CtcWorkspace parts(args.batch, args.frames, args.tokens);
+  CtcPair* rows = checkpoints + parts.checkpoints;
+  float* shifts = reinterpret_cast<float*>(rows + parts.rows);
   return dispatch(args.dtype, [&](auto element) {
     using T = decltype(element);
     const CtcArguments<T> arguments = {static_cast<const T*>(args.log_probs),
@@ -236,6 +312,7 @@ int ctc_align(const CtcAlign& args, void* workspace, CudaStream stream) {
                                        static_cast<float*>(args.totals),
                                        checkpoints,
                                        rows,
+                                       shifts,
                                        static_cast<int>(args.frames),
                                        static_cast<int>(args.tokens),
                                        static_cast<int>(args.classes),

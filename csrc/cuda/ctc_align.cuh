@@ -28,7 +28,9 @@ struct CtcArguments {
   int64_t* ends;
   float* totals;
   CtcPair* checkpoints;  // [batch][checkpoints][tokens + 1]
-  CtcPair* rows;         // [batch][2][tokens + 1], for align_wide
+  // For align_wide.
+  CtcPair* rows;  // [batch][2][tokens + 1]
+  float* shifts;  // [batch][ceil(frames / kCtcFrames)]: what each rescaling subtracts
   int frames, tokens, classes, blank;
 };
 
@@ -46,8 +48,9 @@ MMK_DEVICE int clamped_length(const int64_t* lengths, int64_t b, int most) {
   return static_cast<int>(min(max(lengths[b], int64_t{0}), static_cast<int64_t>(most)));
 }
 
-// The utterance of a block. Its lengths and tokens may have any values.
-template <class T>
+// The utterance of a block. Its lengths and tokens may have any values. A checkpoint every kCheckpoint
+// frames.
+template <class T, int kCheckpoint = kCtcFrames>
 struct CtcUtterance {
   const T* log_probs;
   int64_t frame_stride;
@@ -73,7 +76,7 @@ struct CtcUtterance {
     blank = args.blank;
     most_frames = args.frames;
     most_tokens = args.tokens;
-    checkpoints = args.checkpoints + b * ceil_div(most_frames, kCtcFrames) * (int64_t{1} + most_tokens);
+    checkpoints = args.checkpoints + b * ceil_div(most_frames, kCheckpoint) * (int64_t{1} + most_tokens);
   }
 
   MMK_DEVICE const T* frame(int t) const { return log_probs + t * frame_stride; }
@@ -100,13 +103,13 @@ MMK_DEVICE CtcPair ctc_step(CtcPair pair, float left, bool skips, float blank, f
 }
 
 // Log-probabilities of the next Ahead frames, for the blank and Pairs tokens, on their way from memory.
-template <class T, int Pairs, int Ahead>
+template <class U, class T, int Pairs, int Ahead>
 struct CtcEmissions {
   T blank[Ahead];
   T token[Ahead][Pairs];
 
   // `slot` is constant after unrolling. Frames past the last are read as the last.
-  MMK_DEVICE void load(const CtcUtterance<T>& u, const int (&label)[Pairs], int slot, int t) {
+  MMK_DEVICE void load(const U& u, const int (&label)[Pairs], int slot, int t) {
     const T* frame = u.frame(min(t, u.frames - 1));
     blank[slot] = frame[u.blank];
 #pragma unroll
@@ -125,18 +128,19 @@ struct CtcMoves {
 };
 
 // The scores of a block of frames again, for the 32 pairs up to `last`; see the moves that led to them.
-template <int kAhead, class T>
-MMK_DEVICE CtcMoves ctc_recompute(const CtcUtterance<T>& u, int block, int frames, int last) {
+// `kept` are the scores before the block, from pair `first_kept` on.
+template <int kAhead, class T, int kCheckpoint>
+MMK_DEVICE CtcMoves ctc_recompute(const CtcUtterance<T, kCheckpoint>& u, const CtcPair* kept, int first_kept,
+                                  int block, int frames, int last) {
   const int lane = lane_index(), first_frame = block * kCtcFrames;
   const int i = last - (kWarpSize - 1) + lane;
-  const CtcPair* kept = u.checkpoint(block);
   const int label[1] = {u.label(i)};
   const bool skips = u.skips(i);
   CtcPair pair = {ctc_never(), ctc_never()};
-  if (i >= 0) pair = kept[i];
+  if (i >= 0) pair = kept[i - first_kept];
   // Of lane 0; it matters in the first frame only, as the path does not come so far left after it.
-  float before = i > 0 ? kept[i - 1].odd : ctc_never();
-  CtcEmissions<T, 1, kAhead> emissions;
+  float before = i > 0 ? kept[i - 1 - first_kept].odd : ctc_never();
+  CtcEmissions<CtcUtterance<T, kCheckpoint>, T, 1, kAhead> emissions;
 #pragma unroll
   for (int slot = 0; slot < kAhead; ++slot) emissions.load(u, label, slot, first_frame + slot);
   CtcMoves moves;
@@ -162,61 +166,70 @@ MMK_DEVICE CtcMoves ctc_recompute(const CtcUtterance<T>& u, int block, int frame
   return moves;
 }
 
-// One warp writes path, ends and total; the path ends in pair `pair`, in its token if `odd`.
-template <int kAhead, class T>
-MMK_DEVICE void ctc_backtrace(const CtcUtterance<T>& u, int pair, bool odd) {
-  const int lane = lane_index();
-  double total = 0.0;
-#pragma unroll 1
-  for (int block = ceil_div(u.frames, kCtcFrames) - 1; block >= 0; --block) {
-    const int frames = min(kCtcFrames, u.frames - block * kCtcFrames), last = pair;
-    const CtcMoves moves = ctc_recompute<kAhead>(u, block, frames, last);
-    int own_pair = 0;
-    bool own_odd = false, entered = false;
+// Where the path is on the way back, and the sum of its scores of this lane's frames.
+struct CtcPath {
+  int pair;
+  bool odd;
+  double total;
+};
+
+// One warp writes path and ends of a block of frames, at whose end the path is in `path`.
+template <int kAhead, class T, int kCheckpoint>
+MMK_DEVICE void ctc_trace(const CtcUtterance<T, kCheckpoint>& u, const CtcPair* kept, int first_kept,
+                          int block, CtcPath& path) {
+  const int lane = lane_index(), frames = min(kCtcFrames, u.frames - block * kCtcFrames), last = path.pair;
+  const CtcMoves moves = ctc_recompute<kAhead>(u, kept, first_kept, block, frames, last);
+  int own_pair = 0;
+  bool own_odd = false, entered = false;
 #pragma unroll 4
-    for (int f = frames - 1; f >= 0; --f) {
-      const int bit = pair - last + kWarpSize - 1;
-      const bool even_one = (__shfl_sync(kFullMask, moves.even_one, f) >> bit) & 1u;
-      const bool odd_one = (__shfl_sync(kFullMask, moves.odd_one, f) >> bit) & 1u;
-      const bool odd_two = (__shfl_sync(kFullMask, moves.odd_two, f) >> bit) & 1u;
-      if (lane == f) {
-        own_pair = pair;
-        own_odd = odd;
-        entered = odd_one || odd_two;
-      }
-      const bool to_left = odd ? odd_two : even_one;
-      odd = odd ? !odd_one : even_one;
-      pair -= to_left ? 1 : 0;
+  for (int f = frames - 1; f >= 0; --f) {
+    const int bit = path.pair - last + kWarpSize - 1;
+    const bool even_one = (__shfl_sync(kFullMask, moves.even_one, f) >> bit) & 1u;
+    const bool odd_one = (__shfl_sync(kFullMask, moves.odd_one, f) >> bit) & 1u;
+    const bool odd_two = (__shfl_sync(kFullMask, moves.odd_two, f) >> bit) & 1u;
+    if (lane == f) {
+      own_pair = path.pair;
+      own_odd = path.odd;
+      entered = odd_one || odd_two;
     }
-    if (lane < frames) {
-      const int t = block * kCtcFrames + lane;
-      const int64_t token = own_odd ? u.targets[own_pair] : u.blank;
-      u.path[t] = token;
-      total += static_cast<double>(ctc_usable(to_accumulator(u.frame(t)[token])));
-      if (own_odd && entered && own_pair > 0) u.ends[own_pair - 1] = t;
-    }
+    const bool to_left = path.odd ? odd_two : even_one;
+    path.odd = path.odd ? !odd_one : even_one;
+    path.pair -= to_left ? 1 : 0;
   }
-  total = warp_sum(total);
-  if (lane == 0) *u.total = static_cast<float>(total);
+  if (lane < frames) {
+    const int t = block * kCtcFrames + lane;
+    const int64_t token = own_odd ? u.targets[own_pair] : u.blank;
+    u.path[t] = token;
+    path.total += static_cast<double>(ctc_usable(to_accumulator(u.frame(t)[token])));
+    if (own_odd && entered && own_pair > 0) u.ends[own_pair - 1] = t;
+  }
 }
 
-// The end of a kernel, by all Threads threads: `blank` and `token` are the scores of the two states in which
-// a path may end.
-template <int Threads, class T>
-MMK_DEVICE void ctc_finish(const CtcUtterance<T>& u, float blank, float token) {
+// The whole warp adds up its lanes' scores.
+template <class U>
+MMK_DEVICE void ctc_write_total(const U& u, const CtcPath& path) {
+  const double total = warp_sum(path.total);
+  if (lane_index() == 0) *u.total = static_cast<float>(total);
+}
+
+// By all Threads threads: what a path does not write. `blank` and `token` are the scores of the two states in
+// which a path may end; whether there is one.
+template <int Threads, class U>
+MMK_DEVICE bool ctc_fill(const U& u, float blank, float token) {
   const int thread = static_cast<int>(threadIdx.x);
   const bool feasible = fmaxf(blank, token) > ctc_never();
   for (int64_t i = thread; i < u.most_tokens; i += Threads) u.ends[i] = feasible ? u.frames : 0;
   for (int64_t t = (feasible ? u.frames : 0) + thread; t < u.most_frames; t += Threads) u.path[t] = -1;
-  if (!feasible) {
-    if (thread == 0) *u.total = ctc_never();
-    return;
-  }
+  if (!feasible && thread == 0) *u.total = ctc_never();
   __syncthreads();
-  if (warp_index() > 0) return;
+  return feasible;
+}
+
+// In the last token, if that is as likely as the blank behind it.
+template <class U>
+MMK_DEVICE CtcPath ctc_end_of_path(const U& u, float blank, float token) {
   const bool odd = u.tokens > 0 && !(blank > token);
-  constexpr int kAhead = Threads < 1024 ? 8 : 4;  // frames; a thread has 64 registers there
-  ctc_backtrace<kAhead>(u, odd ? u.tokens - 1 : u.tokens, odd);
+  return {odd ? u.tokens - 1 : u.tokens, odd, 0.0};
 }
 
 }  // namespace mmk::cuda

@@ -112,6 +112,26 @@ def test_every_layout(kernels: simt_build.Library, layout: str, whole: bool) -> 
     assert ("align_wide" in launches[0].kernel) == (layout == "wide")
 
 
+@pytest.mark.parametrize("kind", ["grid", "continuous"])
+@pytest.mark.parametrize("frames", [97, 128, 129, 160, 161, 300])
+def test_paths_between_checkpoints_of_long_targets(
+    kernels: simt_build.Library, frames: int, kind: str
+) -> None:
+    """A padded size that takes the kernel for any number of tokens; a path through few or most frames."""
+    problem = random_problem(frames, kind, batch=3, frames=frames, tokens=min(frames, 120), classes=6)
+    padded = torch.nn.functional.pad(problem.targets, (0, MOST_PAIRS - problem.targets.shape[1]), value=1)
+    with kernels.recording(run=True) as launches:
+        found = check(kernels, replace(problem, targets=padded))
+    assert "align_wide" in launches[0].kernel
+    assert (found.totals > -torch.inf).any()
+
+
+def test_an_hour_takes_less_than_a_gigabyte(kernels: simt_build.Library) -> None:
+    sizes = np.array([1, 1, 180_000, 32, 40_000], np.int64)
+    kernels.functions.ctc_align_workspace.restype = ctypes.c_int64
+    assert kernels.functions.ctc_align_workspace(ctypes.c_void_p(sizes.ctypes.data)) < 500e6
+
+
 def test_threads_in_any_order(kernels: simt_build.Library) -> None:
     problem = random_problem(11, batch=2, frames=50, tokens=80, classes=5)
     problem = replace(problem, target_lengths=torch.tensor([21, 33]), input_lengths=torch.tensor([50, 47]))
