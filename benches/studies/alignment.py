@@ -3,7 +3,7 @@
 ``python -m benches.studies.alignment`` trains CTC models on the encoder of Whisper tiny.en and the Czech
 recordings of `make demo`, and aligns two materials from rooms that training has not seen: the recordings,
 whose beginning is known, and their sentences synthesised by espeak-ng, which reports every word.
-Each utterance is aligned by itself, and all of them joined, in one pass. About 25 minutes on two idle cores;
+Each utterance is aligned by itself, and all of them joined, in one pass. About 20 minutes on two idle cores;
 writes ``docs/alignment.json`` and ``docs/alignment.svg``, and prints the table of ``docs/alignment.md``.
 """
 
