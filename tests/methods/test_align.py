@@ -21,6 +21,9 @@ from mmtransfer.align.aligner import _time_words
 from mmtransfer.align.emissions import _windows
 from mmtransfer.align.text import encode
 from mmtransfer.data import DataError
+from mmtransfer.data.inputs import AudioInput
+from mmtransfer.demo.experiments import synthetic_experiment
+from mmtransfer.model import AdaptedModel
 from mmtransfer.tasks.classification import Classification
 from mmtransfer.tasks.ctc import CTC
 from mmtransfer.training.finite import NotFiniteError
@@ -410,6 +413,26 @@ def test_a_model_of_transformers_keeps_its_logits(tmp_path: Path) -> None:
     expected = logits.log_softmax(-1)
     torch.testing.assert_close(found[:, :-1], expected[:, classes], rtol=0, atol=1e-5)
     torch.testing.assert_close(found[:, -1], expected.amax(1), rtol=0, atol=1e-5)
+
+
+def test_a_frame_is_where_the_model_hears_it(tmp_path: Path) -> None:
+    """wav2vec2's first convolutions hear samples 320 t to 320 t + 400; Whisper's are centred on 320 t."""
+    sizes = {"conv_kernel": [10, 3, 3, 3, 3, 2, 2], "conv_stride": [5, 2, 2, 2, 2, 2, 2], "conv_dim": [8] * 7}
+    folder = write_model(tmp_path / "model", head=True, num_feat_extract_layers=7, **sizes)
+    emissions = Emissions(pretrained_ctc(folder))
+    assert (emissions.hop, emissions.shift) == (320, 40)
+    found = Aligner(pretrained_ctc(folder)).align(np.zeros(8000, np.float32), "A")
+    assert found.posteriors.start == 40 / RATE
+    assert math.isclose((found.words[0].start - 40 / RATE) % 0.02, 0.0, abs_tol=1e-9)
+
+    experiment = synthetic_experiment(transcribed=True)
+    model = AdaptedModel(experiment.model, "head", CTC(vocabulary=("", " ", *"abcde")))
+    model.audio = AudioInput(experiment.extractor, experiment.max_seconds)
+    whisper = Aligner(model)
+    assert (whisper.emissions.hop, whisper.emissions.shift) == (320, -160)
+    times = whisper.align(np.zeros(8000, np.float32), "a b")
+    assert times.tokens[0].start == 0.0 or math.isclose(times.tokens[0].start % 0.02, 0.01, abs_tol=1e-9)
+    assert times.words[-1].end <= times.seconds == 0.5
 
 
 def test_context_makes_windows_agree_with_one_pass(tmp_path: Path) -> None:

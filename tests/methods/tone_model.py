@@ -59,7 +59,7 @@ class ToneModel(nn.Module):
         super().__init__()
         self.task = CTC(vocabulary=("", " ", *LETTERS)) if task is None else task
         self.audio = AudioInput(Wav2Vec2FeatureExtractor(do_normalize=False))
-        parts = SimpleNamespace(frame_lengths=lambda lengths: lengths // HOP)
+        parts = SimpleNamespace(frame_lengths=lambda lengths: lengths // HOP, minimum_length=HOP)
         self.encoder: Any = SimpleNamespace(
             description=SimpleNamespace(main_input="input_values"), parts=parts
         )

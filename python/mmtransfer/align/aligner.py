@@ -66,6 +66,8 @@ class Posteriors:
         path: `(T,)` int64: the class of each frame on the best path.
         target: the class of each token.
         seconds_per_frame: from one frame to the next.
+        start: seconds at which the first frame begins; a little less or more than 0, by the audio that the
+            model's first layers put into a frame.
     """
 
     log_probs: torch.Tensor
@@ -73,6 +75,7 @@ class Posteriors:
     path: torch.Tensor
     target: tuple[int, ...]
     seconds_per_frame: float
+    start: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,20 +195,24 @@ class Aligner:
         if not bool(found.feasible):
             raise _infeasible(ids, len(log_probs), seconds, name)
         spans = found.spans(0)
-        hop = self.emissions.hop / self.sampling_rate
+        hop, shift = (each / self.sampling_rate for each in (self.emissions.hop, self.emissions.shift))
+
+        def time(frame: int) -> float:
+            return min(max(frame * hop + shift, 0.0), seconds)
+
         symbols = [self._symbol(each) for each in target.ids]
         tokens = [
             Token(
                 symbol,
-                span.start * hop,
-                min(span.end * hop, seconds),
+                time(span.start),
+                time(span.end),
                 math.exp(span.score),
                 owners[0] if len(owners) == 1 else None,
             )
             for symbol, span, owners in zip(symbols, spans, target.words, strict=True)
         ]
         posteriors = Posteriors(
-            log_probs, ("", *(self._symbol(each) for each in place)), found.paths[0], tuple(ids), hop
+            log_probs, ("", *(self._symbol(each) for each in place)), found.paths[0], tuple(ids), hop, shift
         )
         timed = _time_words(words, target, tokens)
         return AlignedText(tuple(timed), tuple(tokens), seconds, posteriors)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
+from transformers import WhisperFeatureExtractor
 
 from mmtransfer.data import DataError
 from mmtransfer.model import AdaptedModel
@@ -29,6 +30,7 @@ class Emissions:
 
     Attributes:
         hop: samples from one frame to the next.
+        shift: samples from the middle of a frame's hop to the middle of the audio that it hears first.
 
     Raises:
         ValueError: a window that is not longer than both contexts, a model of another task, or one whose
@@ -56,6 +58,7 @@ class Emissions:
         if not 0 <= 2 * context < window:
             raise ValueError(f"window must be longer than two contexts of {context:g} s, got {window:g} s")
         self.hop = self._find_hop(window)
+        self.shift = self._find_shift()
         per_second = self.sampling_rate / self.hop
         self._context = round(context * per_second)
         self._window = int(window * per_second) * self.hop
@@ -139,6 +142,14 @@ class Emissions:
             raise ValueError("the model's frames are not evenly spaced in time, so they have no times")
         self._lacking = long * unit // hop - frames
         return hop
+
+    def _find_shift(self) -> float:
+        if isinstance(self.audio.extractor, WhisperFeatureExtractor):
+            # Its windows are centred on the beginning of their hop, and its convolutions on every second one.
+            return -self.hop / 2
+        if self.model.encoder.description.main_input == "input_values":
+            return (self.model.encoder.parts.minimum_length - self.hop) / 2
+        return 0.0
 
     def _frames(self, samples: int) -> int:
         extracted = self.audio.extract([np.zeros(samples, np.float32)])

@@ -101,14 +101,15 @@ def _draw_words(axes: Axes, found: AlignedText, start: float, end: float) -> Non
 def _draw_path(axes: Axes, found: AlignedText, shown: list[int], start: float, end: float) -> None:
     """A row for each token shown, with its probability in each frame, and the path through them."""
     posteriors = found.posteriors
-    first, last = (round(each / posteriors.seconds_per_frame) for each in (start, end))
+    hop = posteriors.seconds_per_frame
+    first, last = (max(round((each - posteriors.start) / hop), 0) for each in (start, end))
     if not shown:
         axes.text(0.5, 0.5, "no token here", transform=axes.transAxes, ha="center")
         return
     columns = [posteriors.target[index] for index in shown]
     probabilities = posteriors.log_probs[first:last, columns].exp().T.numpy()
-    hop = posteriors.seconds_per_frame
-    extent = (first * hop, (first + probabilities.shape[1]) * hop, len(shown) - 0.5, -0.5)
+    left, right = (posteriors.start + frame * hop for frame in (first, first + probabilities.shape[1]))
+    extent = (left, right, len(shown) - 0.5, -0.5)
     image = axes.imshow(
         probabilities, aspect="auto", extent=extent, cmap="Blues", vmin=0, vmax=1, interpolation="nearest"
     )
@@ -125,7 +126,7 @@ def _path(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Times and rows of the path; blanks stay in the row of the token before them."""
     hop = posteriors.seconds_per_frame
-    times = np.arange(first, min(last, len(posteriors.path)) + 1) * hop
+    times = posteriors.start + np.arange(first, min(last, len(posteriors.path)) + 1) * hop
     starts = np.array([found.tokens[index].start for index in shown])
     # Half a frame later, so that rounding does not decide.
     rows = np.searchsorted(starts, times + hop / 2, side="right") - 1

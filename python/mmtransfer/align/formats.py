@@ -129,7 +129,7 @@ FORMATS = {
 
 
 def _with_durations(words: Sequence[Word]) -> list[tuple[float, float, str]]:
-    """The words; those of punctuation alone, which last no time, go to the one before, or else to the next."""
+    """The words; those of punctuation alone, which last no time, go to the one before, else to the next."""
     rows: list[tuple[float, float, str]] = []
     waiting = ""
     for word in words:
