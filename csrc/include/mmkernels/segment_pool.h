@@ -60,6 +60,7 @@ struct SegmentPoolBackward {
   void* dx;           // [batch, frames, width] or null
   void* d_scores;     // [batch, frames] or null
   void* partial_dot;  // [partials] sum over a piece of weight * (grad . x)
+  bool stream;        // on the CPU: write dx around the caches
 };
 
 namespace cpu {
