@@ -133,8 +133,7 @@ MMK_INLINE void spread_piece(const SegmentPoolBackward& args, const SegmentPiece
 }  // namespace
 
 MMK_MULTIARCH void segment_pool_backward(const SegmentPoolBackward& args, const SegmentPlan& plan,
-                                         int64_t begin, int64_t end) {
-  const bool stream = args.stream;
+                                         int64_t begin, int64_t end, bool stream) {
   dispatch(args.shape.dtype, [&](auto element) MMK_LAMBDA {
     for (int64_t i = begin; i < end; ++i) spread_piece<decltype(element)>(args, plan.pieces[i], stream);
   });

@@ -109,14 +109,14 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const OptionalTensor& x,
   check_shape(grad, {shape.batch, shape.segments, shape.width}, "grad");
   const std::vector<int64_t> stops = stops_of(inputs, false);
   SegmentPoolGradients gradients(inputs, grad, x, stats, index, need_x, need_scores);
-  gradients.args.stream =
+  const bool stream =
       write_around_caches(gradients.args.dx, gradients.dx.numel() * element_size(shape.dtype));
   const cpu::SegmentPlan plan = cpu::segment_plan(shape, stops.data(), true);
   const Tensor partial_dot = new_empty(grad, {need_scores ? plan.partials : 0}, inputs.accumulate());
   gradients.args.stops = stops.data();
   gradients.args.partial_dot = mutable_or_null(partial_dot);
   for_pieces(plan, shape, [&](int64_t begin, int64_t end) {
-    cpu::segment_pool_backward(gradients.args, plan, begin, end);
+    cpu::segment_pool_backward(gradients.args, plan, begin, end, stream);
   });
   if (need_scores) {
     const int64_t long_segments = static_cast<int64_t>(plan.long_segments.size());
