@@ -18,7 +18,7 @@ inline uintptr_t page_of(const void* data) {
 #endif
 
 // Whether most of a block has been written before: blocks that the allocator got from the system just now
-// have no pages yet. A few pages tell, in about a microsecond; false where the system does not say.
+// have no pages yet. A few pages tell, in some microseconds; false where the system does not say.
 inline bool has_pages([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   constexpr int kSamples = 8;
