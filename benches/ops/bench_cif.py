@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,6 +72,20 @@ def dense_weights(x: Tensor, alpha: Tensor, target_lengths: Tensor | None, max_l
     return overlap @ x
 
 
+def library() -> tuple[Candidate, ...]:
+    """The torch-cif package, where it is installed."""
+    if importlib.util.find_spec("torch_cif") is None:
+        return ()
+    from torch_cif import cif_function
+
+    def call(x: Tensor, alpha: Tensor, target_lengths: Tensor | None, max_length: int) -> Tensor:
+        # It aims at sums greater by eps, which would move the ends of all tokens.
+        out: Tensor = cif_function(x, alpha, target_lengths=target_lengths, eps=0.0)["cif_out"][0]
+        return out
+
+    return (Candidate(f"torch-cif {importlib.metadata.version('torch-cif')}", "library", call),)
+
+
 def features_of(function: Callable[..., Any]) -> Callable[..., Tensor]:
     def features(**inputs: Any) -> Tensor:
         out: Tensor = function(**inputs).features
@@ -85,6 +101,7 @@ def candidates(device: str) -> tuple[Candidate, ...]:
         Candidate("eager, frame by frame", "papers", frame_by_frame),
         Candidate("eager, dense weights", "hand_written", dense_weights),
         Candidate("torch.compile", "compile", dense_weights),
+        *library(),
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -64,6 +66,32 @@ def numpy_batch(log_probs: Tensor, frame_lengths: Tensor, token_lengths: Tensor)
     return torch.from_numpy(durations).to(log_probs.device)
 
 
+def library() -> tuple[Candidate, ...]:
+    """Glow-TTS's Cython, as the package monotonic-alignment-search has it, where it is installed."""
+    if importlib.util.find_spec("monotonic_alignment_search") is None:
+        return ()
+    from monotonic_alignment_search import maximum_path_cython
+
+    def call(value: Tensor, mask: Tensor) -> Tensor:
+        path: Tensor = maximum_path_cython(value, mask)
+        return path
+
+    name = f"Cython (monotonic-alignment-search {importlib.metadata.version('monotonic-alignment-search')})"
+    return (Candidate(name, "library", call, tokens_by_frames, frames_of_tokens),)
+
+
+def tokens_by_frames(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The layout of the library, and its mask."""
+    value = inputs["log_probs"].transpose(1, 2).contiguous()
+    tokens = torch.arange(value.shape[1]) < inputs["token_lengths"][:, None].cpu()
+    frames = torch.arange(value.shape[2]) < inputs["frame_lengths"][:, None].cpu()
+    return {"value": value, "mask": (tokens[:, :, None] & frames[:, None]).to(value)}
+
+
+def frames_of_tokens(paths: list[Tensor]) -> list[Tensor]:
+    return [path.sum(2) for path in paths]
+
+
 def as_float(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Results are compared as floating-point numbers."""
     return lambda **inputs: function(**inputs).to(torch.float32)
@@ -76,7 +104,7 @@ def candidates(device: str) -> tuple[Candidate, ...]:
         Candidate("Python loops (UnitY2)", "papers", python_loops),
         Candidate("NumPy over the batch", "hand_written", numpy_batch),
     )
-    return tuple(Candidate(row.name, row.role, as_float(row.call)) for row in rows)
+    return (*(Candidate(row.name, row.role, as_float(row.call)) for row in rows), *library())
 
 
 def _case(

@@ -3,55 +3,127 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 namespace mmk::cpu {
 namespace {
 
-// Adds kRows rows to `sum`, each times its weight if there are weights; kStart starts the sum with them. It
-// prefetches the kRows rows after them: the hardware's prefetcher starts again on every page.
-template <class T, int kRows, bool kStart, bool kWeighted>
-MMK_INLINE void add_rows(acc_t<T>* sum, Rows<T> x, const acc_t<T>* weights, int64_t width) {
-  using A = acc_t<T>;
-  const auto total = [&](auto before, auto&& value) MMK_LAMBDA {
-    auto result = before;
-    for (int r = 0; r < kRows; ++r) {
-      auto term = value(r);
-      if constexpr (kWeighted) term = weights[r] * term;
-      if (kStart && r == 0) {
-        result = term;
-      } else {
-        result += term;
-      }
-    }
-    return result;
-  };
-  sweep<A>(
-      width,
-      [&](int64_t j) MMK_LAMBDA {
-        for (int r = 0; r < kRows; ++r) prefetch(x.row(kRows + r) + j);
-        const vec_t<A> before = load(sum + j);
-        const vec_t<A> after = total(before, [&](int r) MMK_LAMBDA { return load(x.row(r) + j); });
-        store(sum + j, after);
-      },
-      [&](int64_t j)
-          MMK_LAMBDA { sum[j] = total(sum[j], [&](int r) MMK_LAMBDA { return convert(x.row(r)[j]); }); });
+// Rows that are added at a time, while their sums stay in registers. More are too many streams.
+constexpr int64_t kRowsAtOnce = 10;
+
+// Rows from a load to its prefetch, about 32 KB: the hardware's prefetcher starts again on every page.
+template <class T>
+MMK_INLINE int64_t rows_ahead(int64_t width) {
+  return std::clamp<int64_t>((int64_t{32} << 10) / (width * static_cast<int64_t>(sizeof(T)) + 1), 4, 64);
 }
 
-// sum = the sum of at least one row
-template <class T, bool kWeighted>
-MMK_INLINE void sum_rows(acc_t<T>* sum, Rows<T> x, const acc_t<T>* weights, int64_t rows, int64_t width) {
-  const auto rest = [&](int64_t r) MMK_LAMBDA { return Rows<T>{x.row(r), x.stride}; };
-  const auto of = [&](int64_t r) MMK_LAMBDA { return kWeighted ? weights + r : nullptr; };
-  int64_t r = 0;
-  if (rows >= 4) {
-    add_rows<T, 4, true, kWeighted>(sum, x, weights, width);
-    r = 4;
-  } else {
-    add_rows<T, 1, true, kWeighted>(sum, x, weights, width);
-    r = 1;
+// Rows of one piece, each times its weight if there are weights.
+template <class T>
+struct RowSum {
+  Rows<T> x;
+  const acc_t<T>* weights;
+  int64_t ahead;
+
+  MMK_INLINE RowSum from(int64_t r) const { return {{x.row(r), x.stride}, weights + r, ahead}; }
+};
+
+// Adds `rows` rows of kVectors vectors to `sum`; kStart starts the sum with them. Calls place(v, total).
+template <class T, bool kStart, bool kWeighted, int kVectors, class Place>
+MMK_INLINE void add_vectors(const acc_t<T>* sum, const RowSum<T>& of, int64_t column, int64_t rows,
+                            Place&& place) {
+  using A = acc_t<T>;
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  vec_t<A> total[kVectors];
+  const auto add = [&](int64_t r, auto start) MMK_LAMBDA {
+    const T* row = of.x.row(r) + column;
+    const T* later = row + of.ahead * of.x.stride;
+    for (int64_t j = 0; j < kVectors * kLanes<A>; j += kLine) prefetch(later + j);
+    for (int v = 0; v < kVectors; ++v) {
+      vec_t<A> term = load(row + v * kLanes<A>);
+      if constexpr (kWeighted) term = of.weights[r] * term;
+      total[v] = start ? term : total[v] + term;
+    }
+  };
+  if constexpr (!kStart) {
+    for (int v = 0; v < kVectors; ++v) total[v] = load(sum + column + v * kLanes<A>);
   }
-  for (; r + 4 <= rows; r += 4) add_rows<T, 4, false, kWeighted>(sum, rest(r), of(r), width);
-  for (; r < rows; ++r) add_rows<T, 1, false, kWeighted>(sum, rest(r), of(r), width);
+  add(0, std::bool_constant<kStart>{});
+  for (int64_t r = 1; r < rows; ++r) add(r, std::false_type{});
+  for (int v = 0; v < kVectors; ++v) place(v * kLanes<A>, total[v]);
+}
+
+// As add_vectors, for all columns: to `sum`, or divided to `out` if there is one.
+template <class T, bool kStart, bool kWeighted>
+MMK_INLINE void add_rows(acc_t<T>* sum, acc_t<T>* out, acc_t<T> divisor, const RowSum<T>& of, int64_t rows,
+                         int64_t width) {
+  using A = acc_t<T>;
+  const auto add = [&](int64_t column, auto vectors) MMK_LAMBDA {
+    add_vectors<T, kStart, kWeighted, decltype(vectors)::value>(
+        sum, of, column, rows, [&](int64_t j, const vec_t<A>& total) MMK_LAMBDA {
+          if (out == nullptr) {
+            store(sum + column + j, total);
+          } else {
+            store(out + column + j, total / divisor);
+          }
+        });
+  };
+  int64_t j = 0;
+  for (; j + 4 * kLanes<A> <= width; j += 4 * kLanes<A>) add(j, std::integral_constant<int, 4>{});
+  for (; j + kLanes<A> <= width; j += kLanes<A>) add(j, std::integral_constant<int, 1>{});
+  for (; j < width; ++j) {
+    A total = kStart ? A(0) : sum[j];
+    for (int64_t r = 0; r < rows; ++r) {
+      A term = convert(of.x.row(r)[j]);
+      if constexpr (kWeighted) term = of.weights[r] * term;
+      total = kStart && r == 0 ? term : total + term;
+    }
+    if (out == nullptr) {
+      sum[j] = total;
+    } else {
+      out[j] = total / divisor;
+    }
+  }
+}
+
+template <class T>
+MMK_INLINE void write(T* out, const acc_t<T>* values, acc_t<T> divisor, int64_t width) {
+  for_columns<T>(
+      width, [&](int64_t j) MMK_LAMBDA { store(out + j, load(values + j) / divisor); },
+      [&](int64_t j) MMK_LAMBDA { out[j] = round_to<T>(values[j] / divisor); });
+}
+
+// The sum of at least one row: to `sum`, or divided and rounded to `out` if there is one.
+template <class T, bool kWeighted>
+MMK_INLINE void sum_rows(acc_t<T>* sum, T* out, acc_t<T> divisor, const RowSum<T>& of, int64_t rows,
+                         int64_t width) {
+  using A = acc_t<T>;
+  if constexpr (std::is_same_v<T, Half>) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* row = of.x.row(r);
+      const A weight = kWeighted ? of.weights[r] : A(1);
+      const auto term = [&](int64_t j)
+                            MMK_LAMBDA { return kWeighted ? weight * convert(row[j]) : convert(row[j]); };
+      if (r == 0) {
+        for (int64_t j = 0; j < width; ++j) sum[j] = term(j);
+      } else {
+        for (int64_t j = 0; j < width; ++j) sum[j] += term(j);
+      }
+    }
+  } else {
+    // Groups of almost equal size: a last one of a single row would be slow.
+    int64_t groups = (rows + kRowsAtOnce - 1) / kRowsAtOnce;
+    const auto target = [&]() MMK_LAMBDA {
+      if constexpr (std::is_same_v<T, A>) return groups == 0 ? out : nullptr;
+      return static_cast<A*>(nullptr);
+    };
+    int64_t count = rows / groups--;
+    add_rows<T, true, kWeighted>(sum, target(), divisor, of, count, width);
+    for (int64_t r = count; r < rows; r += count) {
+      count = (rows - r) / groups--;
+      add_rows<T, false, kWeighted>(sum, target(), divisor, of.from(r), count, width);
+    }
+  }
+  if (!std::is_same_v<T, A> && out != nullptr) write(out, sum, divisor, width);
 }
 
 // Whether `value` takes the place of `best`: the first of equal values stays, and the first NaN.
@@ -75,13 +147,6 @@ MMK_INLINE void max_rows(acc_t<T>* best, int32_t* at, Rows<T> x, int64_t first, 
       at[j] = take ? frame : at[j];
     }
   }
-}
-
-template <class T>
-MMK_INLINE void write(T* out, const acc_t<T>* values, acc_t<T> divisor, int64_t width) {
-  sweep<acc_t<T>>(
-      width, [&](int64_t j) MMK_LAMBDA { store(out + j, load(values + j) / divisor); },
-      [&](int64_t j) MMK_LAMBDA { out[j] = round_to<T>(values[j] / divisor); });
 }
 
 // The largest score, 0 if all are -inf, and the sum of the exponentials of the differences to it.
@@ -145,25 +210,29 @@ MMK_INLINE void pool_piece(const SegmentPoolForward& args, const SegmentPiece& p
   }
   A values[kTile];
   int32_t found[kTile];
+  const A divisor = shape.reduce == Reduction::kAttention
+                        ? softmax.divisor()
+                        : mean_divisor<A>(shape, args.stops, piece.row, piece.segment);
+  const int64_t ahead = rows_ahead<T>(shape.width);
   for (int64_t column = 0; column < shape.width; column += kTile, x.data += kTile) {
     const int64_t width = std::min(kTile, shape.width - column);
     // Partial results are written where they are computed.
-    A* sum = piece.partial < 0 ? values : at<A>(args.partial, piece.partial * shape.width + column);
-    A divisor = 1;
+    const bool whole = piece.partial < 0;
+    A* sum = whole ? values : at<A>(args.partial, piece.partial * shape.width + column);
+    T* result = whole ? out + column : nullptr;
+    const RowSum<T> of = {x, weights, ahead};
     if (shape.reduce == Reduction::kMax) {
-      const bool kept = piece.partial >= 0 && args.partial_index != nullptr;
+      const bool kept = !whole && args.partial_index != nullptr;
       int32_t* index = kept                    ? args.partial_index + piece.partial * shape.width + column
                        : args.index == nullptr ? found
                                                : args.index + place * shape.width + column;
       max_rows<T>(sum, index, x, piece.first, frames, width);
+      if (whole) write(result, sum, A(1), width);
     } else if (shape.reduce == Reduction::kAttention) {
-      sum_rows<T, true>(sum, x, weights, frames, width);
-      divisor = softmax.divisor();
+      sum_rows<T, true>(sum, result, divisor, of, frames, width);
     } else {
-      sum_rows<T, false>(sum, x, nullptr, frames, width);
-      divisor = mean_divisor<A>(shape, args.stops, piece.row, piece.segment);
+      sum_rows<T, false>(sum, result, divisor, of, frames, width);
     }
-    if (piece.partial < 0) write(out + column, sum, divisor, width);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cpu/rows.h"
 #include "mmkernels/segment_pool.h"
@@ -10,6 +11,16 @@ namespace mmk::cpu {
 
 // Columns that a piece is worked on at a time: their sums stay in the L1 cache.
 inline constexpr int64_t kTile = 1024;
+
+// As sweep. Narrower types take tail(j) everywhere: the compiler vectorises their conversions in loops only.
+template <class T, class Main, class Tail>
+MMK_INLINE void for_columns(int64_t width, Main&& main, Tail&& tail) {
+  if constexpr (std::is_same_v<T, acc_t<T>>) {
+    sweep<T>(width, main, tail);
+  } else {
+    for (int64_t j = 0; j < width; ++j) tail(j);
+  }
+}
 
 template <class T>
 struct Rows {

@@ -1,15 +1,10 @@
 #include <cmath>
 #include <cstring>
 
-#include "cpu/pages.h"
 #include "cpu/segment_pool.h"
 
 namespace mmk::cpu {
 namespace {
-
-// Gradients of this many bytes do not stay in the caches: they are written around them. Those in new memory
-// are not, since the system has just cleared its pages through the caches.
-constexpr int64_t kLeastStreamed = int64_t{4} << 20;
 
 // Copies a row, around the caches if its place is a multiple of 16 bytes.
 template <class T>
@@ -71,7 +66,7 @@ MMK_INLINE void frame_gradients(const SegmentPoolBackward& args, const SegmentPi
       case Reduction::kMean:
       case Reduction::kSum: {
         const A divisor = mean_divisor<A>(shape, args.stops, piece.row, piece.segment);
-        sweep<A>(
+        for_columns<T>(
             width, [&](int64_t j) MMK_LAMBDA { store(row + j, load(grad + j) / divisor); },
             [&](int64_t j) MMK_LAMBDA { row[j] = round_to<T>(convert(grad[j]) / divisor); });
         for (int64_t r = 0; r < frames; ++r) copy_row(dx + r * shape.width, row, width, stream);
@@ -89,7 +84,12 @@ MMK_INLINE void frame_gradients(const SegmentPoolBackward& args, const SegmentPi
         const int32_t* index = args.index + place * shape.width + column;
         for (int64_t r = 0; r < frames; ++r) {
           const int32_t frame = static_cast<int32_t>(piece.first + r);
-          for (int64_t j = 0; j < width; ++j) row[j] = index[j] == frame ? grad[j] : T{};
+          if constexpr (sizeof(T) == 2) {  // as integers, which the compiler vectorises
+            for (int64_t j = 0; j < width; ++j)
+              row[j].bits = static_cast<uint16_t>(index[j] == frame ? grad[j].bits : 0);
+          } else {
+            for (int64_t j = 0; j < width; ++j) row[j] = index[j] == frame ? grad[j] : T{};
+          }
           copy_row(dx + r * shape.width, row, width, stream);
         }
         break;
@@ -97,7 +97,7 @@ MMK_INLINE void frame_gradients(const SegmentPoolBackward& args, const SegmentPi
       case Reduction::kAttention:
         for (int64_t r = 0; r < frames; ++r) {
           const A weight = weights[r];
-          sweep<A>(
+          for_columns<T>(
               width, [&](int64_t j) MMK_LAMBDA { store(row + j, weight * load(grad + j)); },
               [&](int64_t j) MMK_LAMBDA { row[j] = round_to<T>(weight * convert(grad[j])); });
           copy_row(dx + r * shape.width, row, width, stream);
@@ -133,11 +133,8 @@ MMK_INLINE void spread_piece(const SegmentPoolBackward& args, const SegmentPiece
 }  // namespace
 
 MMK_MULTIARCH void segment_pool_backward(const SegmentPoolBackward& args, const SegmentPlan& plan,
-                                         int64_t begin, int64_t end) {
-  const SegmentPoolShape& shape = args.shape;
-  const int64_t bytes = shape.batch * shape.frames * shape.width * element_size(shape.dtype);
-  const bool stream = bytes >= kLeastStreamed && bytes < kNewMemory;
-  dispatch(shape.dtype, [&](auto element) MMK_LAMBDA {
+                                         int64_t begin, int64_t end, bool stream) {
+  dispatch(args.shape.dtype, [&](auto element) MMK_LAMBDA {
     for (int64_t i = begin; i < end; ++i) spread_piece<decltype(element)>(args, plan.pieces[i], stream);
   });
   finish_streaming();

@@ -11,6 +11,16 @@ int64_t grain_of(const SegmentPoolShape& shape) {
   return 1 + 32768 / (shape.width + 1);
 }
 
+// Whether an output is written around the caches: if it is too large to stay in them, but not in new memory,
+// whose pages the system clears through the caches at the first access.
+bool write_around_caches(void* data, int64_t bytes) {
+  constexpr int64_t kLeast = int64_t{4} << 20;
+  if (bytes < kLeast) return false;
+  if (cpu::has_pages(data, bytes)) return true;
+  cpu::prefer_huge_pages(data, bytes);
+  return false;
+}
+
 // The stops of all segments; with `strict`, ends and counts that the op does not take are errors.
 std::vector<int64_t> stops_of(const SegmentPoolInputs& inputs, bool strict) {
   const SegmentPoolShape& shape = inputs.shape;
@@ -99,13 +109,14 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const OptionalTensor& x,
   check_shape(grad, {shape.batch, shape.segments, shape.width}, "grad");
   const std::vector<int64_t> stops = stops_of(inputs, false);
   SegmentPoolGradients gradients(inputs, grad, x, stats, index, need_x, need_scores);
-  cpu::prefer_huge_pages(gradients.args.dx, gradients.dx.numel() * element_size(shape.dtype));
+  const bool stream =
+      write_around_caches(gradients.args.dx, gradients.dx.numel() * element_size(shape.dtype));
   const cpu::SegmentPlan plan = cpu::segment_plan(shape, stops.data(), true);
   const Tensor partial_dot = new_empty(grad, {need_scores ? plan.partials : 0}, inputs.accumulate());
   gradients.args.stops = stops.data();
   gradients.args.partial_dot = mutable_or_null(partial_dot);
   for_pieces(plan, shape, [&](int64_t begin, int64_t end) {
-    cpu::segment_pool_backward(gradients.args, plan, begin, end);
+    cpu::segment_pool_backward(gradients.args, plan, begin, end, stream);
   });
   if (need_scores) {
     const int64_t long_segments = static_cast<int64_t>(plan.long_segments.size());

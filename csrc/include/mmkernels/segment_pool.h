@@ -103,8 +103,9 @@ void segment_pool_forward(const SegmentPoolForward& args, const SegmentPlan& pla
                           int64_t end);
 void segment_pool_combine(const SegmentPoolForward& args, const SegmentPlan& plan, int64_t begin,
                           int64_t end);
+// With `stream`, dx is written around the caches.
 void segment_pool_backward(const SegmentPoolBackward& args, const SegmentPlan& plan, int64_t begin,
-                           int64_t end);
+                           int64_t end, bool stream);
 // Completes d_scores of the long segments [begin, end).
 void segment_pool_finish_scores(const SegmentPoolBackward& args, const SegmentPlan& plan, int64_t begin,
                                 int64_t end);
