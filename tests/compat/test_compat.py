@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable
@@ -44,6 +45,9 @@ class TestForcedAlign:
         spans = compat.merge_tokens(paths[0], scores[0])
         assert [(s.token, s.start, s.end) for s in spans] == [(2, 1, 3), (2, 4, 5), (3, 5, 6)]
         assert [s.score for s in spans] == pytest.approx([-0.3, -0.3, -0.5])
+        assert [len(s) for s in spans] == [2, 1, 1]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            spans[0].end = 9  # type: ignore[misc]
 
     def test_a_batch_with_padding(self) -> None:
         log_probs, targets = torch.randn(3, 12, 5).log_softmax(2), torch.randint(1, 5, (3, 4))
@@ -55,7 +59,7 @@ class TestForcedAlign:
             assert torch.equal(scores[row, :t], alone[1][0])
             assert paths[row, t:].eq(-1).all()
             assert scores[row, t:].eq(0).all()
-            assert sum(1 for s in compat.merge_tokens(paths[row], scores[row]) if s) == u
+            assert len(compat.merge_tokens(paths[row], scores[row])) == u
 
     def test_dtypes_stay(self) -> None:
         log_probs = torch.randn(1, 9, 4, dtype=torch.bfloat16).log_softmax(2).requires_grad_()
