@@ -49,7 +49,7 @@ def check_kind(op: str, name: str, lengths: Tensor, of_name: str, of: Tensor) ->
 
 def check_range(op: str, name: str, lengths: Tensor, most: int | None) -> None:
     """Whether all lie in ``[0, most]``, where reading them is free."""
-    if lengths.numel() == 0 or not readable(lengths):
+    if not readable(lengths) or lengths.numel() == 0:
         return
     low, high = (int(value) for value in torch.aminmax(lengths))
     if low >= 0 and (most is None or high <= most):
