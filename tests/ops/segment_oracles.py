@@ -217,7 +217,9 @@ def integrate_and_fire(
             ends.append(t + 1)
         parts[-1][t] = left
         held += left
-        certain = certain and min(held, beta - held) > 1e-9 * beta * (1 + len(ends))
+        if target is None or t + 1 < frames:  # the last frame is the end of the last token
+            apart = min(held, beta - held) if ends else beta - held
+            certain = certain and apart > 1e-9 * beta * (1 + len(ends))
     if target is not None:
         # The last token ends with the last frame, whichever way the scaled sum was rounded.
         while len(parts) > max(target, 1):

@@ -1213,8 +1213,8 @@ class TestSegmentOracles(test_segment_oracles.OnEveryBackend):
     served = (("cpu", "triton"),)
     dtypes = (torch.float32, torch.bfloat16)
     calls = 1
-    aligned = 100
-    pooled = 12
+    aligned = 80
+    pooled = 10
     longer = 40
 
 
