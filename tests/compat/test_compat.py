@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 from collections.abc import Callable
@@ -44,6 +45,9 @@ class TestForcedAlign:
         spans = compat.merge_tokens(paths[0], scores[0])
         assert [(s.token, s.start, s.end) for s in spans] == [(2, 1, 3), (2, 4, 5), (3, 5, 6)]
         assert [s.score for s in spans] == pytest.approx([-0.3, -0.3, -0.5])
+        assert [len(s) for s in spans] == [2, 1, 1]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            spans[0].end = 9  # type: ignore[misc]
 
     def test_a_batch_with_padding(self) -> None:
         log_probs, targets = torch.randn(3, 12, 5).log_softmax(2), torch.randint(1, 5, (3, 4))
@@ -55,7 +59,7 @@ class TestForcedAlign:
             assert torch.equal(scores[row, :t], alone[1][0])
             assert paths[row, t:].eq(-1).all()
             assert scores[row, t:].eq(0).all()
-            assert sum(1 for s in compat.merge_tokens(paths[row], scores[row]) if s) == u
+            assert len(compat.merge_tokens(paths[row], scores[row])) == u
 
     def test_dtypes_stay(self) -> None:
         log_probs = torch.randn(1, 9, 4, dtype=torch.bfloat16).log_softmax(2).requires_grad_()
@@ -236,6 +240,29 @@ class TestCifFunction:
             found["delays"] = [found["delays"][0].where(whole, 0)]
         for name in ours:
             torch.testing.assert_close(ours[name][0], theirs[name][0], rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("beta", [1.0, 0.7, 1.5])
+    @pytest.mark.parametrize("frames", [1, 2, 7, 40])
+    def test_torch_cif_gives_the_same_tokens_of_many_utterances(self, frames: int, beta: float) -> None:
+        """With targets too, and then the gradients; torch-cif adds eps to the sum of the weights."""
+        torch_cif = pytest.importorskip("torch_cif")
+        x, alpha = torch.randn(256, frames, 3), 0.1 + 0.9 * torch.rand(256, frames)
+        for targets in (None, torch.randint(1, frames + 3, (256,))):
+            found = []
+            for function in (compat.cif_function, torch_cif.cif_function):
+                leaves = [x.clone().requires_grad_(), alpha.clone().requires_grad_()]
+                result = function(*leaves, beta=beta, target_lengths=targets, eps=1e-5)
+                lengths = result["cif_lengths"][0]
+                inside = torch.arange(int(lengths.max())) < lengths[:, None]
+                tokens = result["cif_out"][0][:, : inside.shape[1]][inside]
+                gradients = () if targets is None else torch.autograd.grad(tokens.sin().sum(), leaves)
+                found.append((lengths, tokens, *gradients))
+            for ours, theirs in zip(found[0][:3], found[1][:3], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=3e-3)
+            if targets is not None:
+                # The gradient of the weights jumps where the end of a token passes that of a frame.
+                same = torch.isclose(found[0][3], found[1][3], rtol=1e-3, atol=3e-3).all(1)
+                assert same.float().mean() > 0.98
 
 
 class TestMaximumPath:

@@ -16,10 +16,12 @@ import simt_build
 import test_adapter
 import test_cif
 import test_ctc_align
+import test_defects_of_peers
 import test_layer_mix
 import test_layer_project
 import test_merge
 import test_monotonic_align
+import test_segment_oracles
 import test_segment_pool
 import torch
 from torch import Tensor
@@ -290,3 +292,12 @@ class TestMonotonicAlign(test_monotonic_align.OnEveryBackend):
     served = (("cpu", "native"),)
     dtypes = DTYPES
     many = 30
+
+
+class TestSegmentOracles(test_segment_oracles.OnEveryBackend):
+    served = (("cpu", "native"),)
+    pooled = 160
+
+
+class TestDefectsOfPeers(test_defects_of_peers.DefectsOfPeers):
+    served = (("cpu", "native"),)

@@ -401,7 +401,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "too long": (
         one_frame(lengths=torch.tensor([4, 5])),
         ValueError,
-        r"lengths must lie in \[0, 4\], got values from 4 to 5",
+        r"lengths must lie in \[0, 4\], got 5 in row 1 of the batch",
     ),
     "float lengths": (one_frame(lengths=torch.ones(2)), TypeError, "lengths must be an integer tensor"),
     "shape of targets": (
@@ -412,7 +412,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "negative targets": (
         one_frame(target_lengths=torch.tensor([1, -1])),
         ValueError,
-        "target_lengths must not be negative, got -1",
+        "target_lengths must not be negative, got -1 in row 1 of the batch",
     ),
     "negative room": (one_frame(max_length=-1), ValueError, "max_length must not be negative, got -1"),
     "room that is no integer": (

@@ -16,7 +16,7 @@ from torch.func import grad, jvp, vmap
 
 from mmkernels import ctc_align
 from mmkernels.nn import CTCAligner
-from mmkernels.ops.ctc_align import Alignment, with_wildcard
+from mmkernels.ops.ctc_align import Alignment, TokenSpan, with_wildcard
 from mmkernels.ops.ctc_align import reference as definition
 from mmkernels.ops.ctc_align.schema import OPS
 from op_tests import Call, OpSpec, Shape, backends, op_tests
@@ -256,7 +256,7 @@ def test_spans_are_the_tokens_own_frames() -> None:
     found = ctc_align(log_probs, torch.tensor([[1, 2], [1, 1]]), target_lengths=torch.tensor([2, 0]))
     assert found.paths[0].tolist() == path.tolist()
     assert found.ends.tolist() == [[5, 8], [8, 8]]
-    assert found.spans(0) == [(1, 1, 3, -0.5), (2, 5, 7, -0.5)]
+    assert found.spans(0) == [TokenSpan(1, 1, 3, -0.5), TokenSpan(2, 5, 7, -0.5)]
     assert found.token_spans() == [found.spans(0), []]
 
 

@@ -329,12 +329,12 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "too long": (
         lambda: monotonic_align(torch.ones(2, 3, 2), torch.tensor([3, 4])),
         ValueError,
-        r"frame_lengths must lie in \[0, 3\], got values from 3 to 4",
+        r"frame_lengths must lie in \[0, 3\], got 4 in row 1 of the batch",
     ),
     "negative": (
         lambda: monotonic_align(torch.ones(2, 3, 2), None, torch.tensor([1, -1])),
         ValueError,
-        r"token_lengths must lie in \[0, 2\], got values from -1 to 1",
+        r"token_lengths must lie in \[0, 2\], got -1 in row 1 of the batch",
     ),
     "more tokens than frames": (
         lambda: monotonic_align(torch.ones(3, 5, 4), torch.tensor([5, 3, 5])),

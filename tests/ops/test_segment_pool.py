@@ -401,10 +401,12 @@ class TestBadInput:
     def test_counts(self, backend: str) -> None:
         x, ends = torch.randn(2, 5, 3), torch.tensor([[1, 2], [1, 9]])
         for count in (-1, 3):
-            with pytest.raises(ValueError, match=rf"counts must lie in \[0, 2\], got {count} in row 1"):
+            with pytest.raises(
+                ValueError, match=rf"counts must lie in \[0, 2\], got {count} in row 1 of the batch"
+            ):
                 mmkernels.segment_pool(x, ends, counts=torch.tensor([2, count]), backend=backend)
         mmkernels.segment_pool(x, ends, counts=torch.tensor([2, 1]), backend=backend)  # the 9 is not read
-        with pytest.raises(ValueError, match=r"counts must have shape \(2,\), got \(3,\)"):
+        with pytest.raises(ValueError, match=r"counts must have shape \(2,\), .*, got \(3,\)"):
             mmkernels.segment_pool(x, ends, counts=torch.tensor([1, 1, 1]))
         with pytest.raises(TypeError, match=r"counts must be an integer tensor, got torch.float32"):
             mmkernels.segment_pool(x, ends, counts=torch.tensor([1.0, 1.0]))

@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_defects_of_peers
+import test_segment_oracles
 import torch
 from ctc_cases import KINDS, Problem, random_problem
 from torch import Tensor
@@ -1202,3 +1204,19 @@ def test_backward_inside_autocast_keeps_float32(op: str) -> None:
         inside = torch.autograd.grad(out, call.leaves(), torch.ones_like(out))
     for a, b in zip(inside, outside, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.usefixtures("short_pieces")
+class TestSegmentOracles(test_segment_oracles.OnEveryBackend):
+    """An utterance takes 20 ms to 80 ms here."""
+
+    served = (("cpu", "triton"),)
+    dtypes = (torch.float32, torch.bfloat16)
+    calls = 1
+    aligned = 80
+    pooled = 10
+    longer = 40
+
+
+class TestDefectsOfPeers(test_defects_of_peers.DefectsOfPeers):
+    served = (("cpu", "triton"),)

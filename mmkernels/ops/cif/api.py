@@ -221,8 +221,8 @@ def _check_alpha(alpha: Tensor, lengths: Tensor | None) -> None:
         return
     if lengths is not None:
         wrong &= torch.arange(alpha.shape[1]) < lengths[:, None]
-    if wrong.any():
-        row, frame = wrong.nonzero()[0].tolist()
+    if (place := _lengths.first_place(wrong)) is not None:
+        row, frame = place
         raise ValueError(
             f"{_OP}: alpha must be finite and not negative, got {float(alpha[row, frame])} in row {row} of "
             f"the batch at frame {frame}"

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
 
 
-class TokenSpan(NamedTuple):
-    """Frames ``[start, end)`` of one token, without the blanks around it, and its mean log-probability."""
+@dataclass(frozen=True)
+class TokenSpan:
+    """Frames ``[start, end)`` of one token, without the blanks around it, and its mean log-probability. Its
+    ``len`` is the number of frames, as in torchaudio."""
 
     token: int
     start: int
     end: int
     score: float
+
+    def __len__(self) -> int:
+        return self.end - self.start
 
 
 class Alignment(NamedTuple):

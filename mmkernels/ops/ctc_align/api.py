@@ -43,7 +43,7 @@ def ctc_align(
         log_probs: ``(B, T, C)``, the log-probabilities of C classes in each frame: float32, float16,
             bfloat16, on the CPU float64 too. Any strides; if the last dimension is not dense, it is copied
             once. NaN and +inf count as -inf. Values that are all between 0 and 1 are probabilities, which
-            need a logarithm: on the CPU, a warning.
+            need a logarithm: on the CPU, a warning, by a look at two frames of each utterance.
         targets: ``(B, U)`` int32 or int64: the tokens of each utterance, without blanks. For words that a
             transcript may miss, see ``mmkernels.ops.ctc_align.with_wildcard``.
         input_lengths: ``(B,)`` integers: valid frames of each utterance; by default T.
@@ -77,15 +77,20 @@ def ctc_align(
     place of the sum.
     """
     _check(log_probs, targets, blank)
-    input_lengths = _as_lengths("input_lengths", input_lengths, log_probs)
-    target_lengths = _as_lengths("target_lengths", target_lengths, log_probs)
-    tensors = (log_probs, targets, input_lengths, target_lengths)
-    transforms = forward_ad._current_level >= 0 or _derivatives.transforms_active()
-    if transforms:
+    input_lengths, target_lengths = (
+        _lengths.check_lengths("ctc_align", name, lengths, "log_probs", log_probs, most)
+        for name, lengths, most in (
+            ("input_lengths", input_lengths, log_probs.shape[1]),
+            ("target_lengths", target_lengths, targets.shape[1]),
+        )
+    )
+    if _lengths.readable(log_probs):
+        _check_tokens(targets, target_lengths, blank, log_probs.shape[2])
+        _warn_of_probabilities(log_probs, input_lengths)
+    if forward_ad._current_level >= 0 or _derivatives.transforms_active():
+        tensors = (log_probs, targets, input_lengths, target_lengths)
         backend = _derivatives.backend_in_transforms("ctc_align", backend, tensors)
     backend = _choose_backend(backend, log_probs, targets.shape[1])
-    if log_probs.is_cpu and not transforms and not torch.compiler.is_compiling():
-        _check_values(log_probs, targets, input_lengths, target_lengths, blank)
 
     arguments = (log_probs.detach(), targets.to(torch.int64), input_lengths, target_lengths, blank)
     run = reference.ctc_align if backend == "reference" else OPS[backend][0]
@@ -138,57 +143,17 @@ def _check(log_probs: Tensor, targets: Tensor, blank: int) -> None:
         raise ValueError(f"{op}: blank must be a class in [0, {log_probs.shape[2]}), got {blank}")
 
 
-def _as_lengths(name: str, lengths: Tensor | None, log_probs: Tensor) -> Tensor | None:
-    if lengths is None:
-        return None
-    _common.check_tensor("ctc_align", name, lengths)
-    if lengths.dtype not in _lengths.INTEGERS:
-        raise TypeError(f"ctc_align: {name} must be an integer tensor, got {lengths.dtype}")
-    if lengths.dim() != 1 or lengths.shape[0] != log_probs.shape[0]:
-        raise ValueError(
-            f"ctc_align: {name} must have shape ({log_probs.shape[0]},), one entry for each utterance, "
-            f"got {tuple(lengths.shape)}"
-        )
-    if lengths.device != log_probs.device:
-        raise ValueError(f"ctc_align: {name} is on {lengths.device}, log_probs is on {log_probs.device}")
-    return lengths.to(torch.int64)
-
-
-def _check_values(
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Tensor | None,
-    target_lengths: Tensor | None,
-    blank: int,
-) -> None:
-    batch, frames, classes = log_probs.shape
-    for name, lengths, most in (
-        ("input_lengths", input_lengths, frames),
-        ("target_lengths", target_lengths, targets.shape[1]),
-    ):
-        wrong = None if lengths is None else ((lengths < 0) | (lengths > most)).nonzero()
-        if lengths is not None and wrong is not None and wrong.numel() > 0:
-            row = int(wrong[0])
-            raise ValueError(
-                f"ctc_align: {name} must lie in [0, {most}], got {int(lengths[row])} for utterance {row}"
-            )
-    if targets.numel() > 0:
-        _check_tokens(targets, target_lengths, blank, classes)
-    if batch > 0 and frames > 0:
-        _warn_of_probabilities(log_probs, input_lengths)
-
-
 def _check_tokens(targets: Tensor, target_lengths: Tensor | None, blank: int, classes: int) -> None:
     wrong = (targets == blank) | (targets < 0) | (targets >= classes)
     if not wrong.any():
         return
     if target_lengths is not None:
         wrong &= torch.arange(targets.shape[1]) < target_lengths[:, None]
-    places = wrong.nonzero()
-    if places.numel() == 0:
+    place = _lengths.first_place(wrong)
+    if place is None:
         return
-    row, position = places[0].tolist()
-    token = int(targets[row, position])
+    row, position = place
+    token = int(targets[place])
     meaning = "the blank" if token == blank else f"not a class in [0, {classes})"
     raise ValueError(
         f"ctc_align: targets[{row}, {position}] is {token}, which is {meaning}; targets hold tokens without "
@@ -197,13 +162,20 @@ def _check_tokens(targets: Tensor, target_lengths: Tensor | None, blank: int, cl
 
 
 def _warn_of_probabilities(log_probs: Tensor, input_lengths: Tensor | None) -> None:
-    """From the first frame of each utterance: a look at all values would take longer than the alignment."""
-    first = log_probs.detach()[:, 0]
-    if input_lengths is not None:
-        first = first[input_lengths > 0]
-    if first.numel() > 0 and first.shape[1] > 1 and bool(((first >= 0) & (first <= 1)).all()):
+    """From the first frame and the middle one of each utterance: a look at all values would take longer than
+    the alignment. Zeros alone may be padding; a logarithm of a probability is never above zero."""
+    values = log_probs.detach()
+    if values.numel() == 0 or values.shape[2] < 2:
+        return
+    if input_lengths is None:
+        seen = [values[:, 0], values[:, values.shape[1] // 2]]
+    else:
+        rows = input_lengths.nonzero()[:, 0]
+        seen = [values[rows, 0], values[rows, input_lengths[rows] // 2]]
+    ranges = [torch.aminmax(frames) for frames in seen if frames.numel() > 0]
+    if ranges and all(low >= 0 and high <= 1 for low, high in ranges) and any(high > 0 for _, high in ranges):
         warnings.warn(
-            "ctc_align: log_probs look like probabilities: all values of the first frames are between 0 and "
-            "1; give torch.log_softmax of the logits",
-            stacklevel=4,
+            "ctc_align: log_probs look like probabilities: all values of the first and the middle frames are "
+            "between 0 and 1; give torch.log_softmax of the logits",
+            stacklevel=3,
         )

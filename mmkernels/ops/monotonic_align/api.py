@@ -105,8 +105,8 @@ def _given(lengths: Tensor | None, log_probs: Tensor, dimension: int) -> Tensor:
 
 def _check_feasible(log_probs: Tensor, frame_lengths: Tensor | None, token_lengths: Tensor | None) -> None:
     frames, tokens = _given(frame_lengths, log_probs, 1), _given(token_lengths, log_probs, 2)
-    if (frames < tokens).any():
-        row = int((frames < tokens).nonzero()[0])
+    if (place := _lengths.first_place(frames < tokens)) is not None:
+        row = place[0]
         raise ValueError(
             f"{_OP}: every token needs a frame, but row {row} of the batch has {int(frames[row])} frames for "
             f"{int(tokens[row])} tokens"
@@ -119,8 +119,8 @@ def _check_found(
     """Feasible rows without durations have a NaN."""
     tokens = _given(token_lengths, log_probs, 2)
     lost = (tokens > 0) & (durations.sum(1) == 0)
-    if lost.any():
-        row = int(lost.nonzero()[0])
+    if (place := _lengths.first_place(lost)) is not None:
+        row = place[0]
         frames = int(_given(frame_lengths, log_probs, 1)[row])
         frame, token = log_probs[row, :frames, : int(tokens[row])].isnan().nonzero()[0].tolist()
         raise ValueError(

@@ -178,36 +178,28 @@ def _check_tensors(
         raise ValueError(f"{op}: scores are needed for reduce='attention', and for it alone, got {given}")
     _common.check_parameter(op, "scores", scores, [(x.shape[0], x.shape[1])], x.device)
     if counts is not None:
-        _common.check_tensor(op, "counts", counts)
-        if counts.dtype not in _lengths.INTEGERS:
-            raise TypeError(f"{op}: counts must be an integer tensor, got {counts.dtype}")
-        if counts.dim() != 1 or counts.shape[0] != x.shape[0]:
-            raise ValueError(f"{op}: counts must have shape ({x.shape[0]},), got {tuple(counts.shape)}")
-    for name, tensor in (("ends", ends), ("counts", counts)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}")
+        _lengths.check_kind(op, "counts", counts, "x", x)
+    if ends.device != x.device:
+        raise ValueError(f"{op}: ends is on {ends.device}, x is on {x.device}")
 
 
 def _check_values(x: Tensor, ends: Tensor, scores: Tensor | None, counts: Tensor | None) -> None:
-    """Reading values back is free on the CPU only; while tracing and under vmap there is nothing to read."""
-    readable = not torch.compiler.is_compiling() and not _derivatives.transforms_active()
-    if not x.is_cpu or not readable or ends.shape[0] == 0:
+    """Where reading values is free."""
+    if not _lengths.readable(x) or ends.shape[0] == 0:
         return
     op, frames, segments = "segment_pool", x.shape[1], ends.shape[1]
     valid = torch.ones_like(ends, dtype=torch.bool)
     if counts is not None:
-        if (wrong_row := _first((counts < 0) | (counts > segments))) is not None:
-            count = counts[wrong_row].item()
-            raise ValueError(f"{op}: counts must lie in [0, {segments}], got {count} in row {wrong_row[0]}")
+        _lengths.check_range(op, "counts", counts, segments)
         valid = torch.arange(segments) < counts.unsqueeze(-1)
     outside = valid & ((ends < 0) | (ends > frames))
-    if (place := _first(outside)) is not None:
+    if (place := _lengths.first_place(outside)) is not None:
         raise ValueError(
             f"{op}: ends must lie in [0, {frames}], the frames of x; row {place[0]} has {ends[place].item()} "
             f"at segment {place[1]}"
         )
     falls = valid[:, 1:] & (ends[:, 1:] < ends[:, :-1])
-    if (place := _first(falls)) is not None:
+    if (place := _lengths.first_place(falls)) is not None:
         row, before = place
         raise ValueError(
             f"{op}: ends must not decrease; row {row} has {ends[row, before + 1].item()} at segment "
@@ -216,14 +208,8 @@ def _check_values(x: Tensor, ends: Tensor, scores: Tensor | None, counts: Tensor
     if scores is not None and segments > 0 and frames > 0:
         last = torch.where(valid, ends, 0).amax(1, keepdim=True)
         wrong = (torch.arange(frames) < last) & ~(scores < torch.inf)
-        if (place := _first(wrong)) is not None:
+        if (place := _lengths.first_place(wrong)) is not None:
             raise ValueError(
                 f"{op}: scores must be numbers or -inf; row {place[0]} has {scores[place].item()} at frame "
                 f"{place[1]}"
             )
-
-
-def _first(wrong: Tensor) -> tuple[int, ...] | None:
-    """The first place where it is true."""
-    places = wrong.nonzero()
-    return tuple(places[0].tolist()) if len(places) else None
