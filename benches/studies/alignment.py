@@ -4,7 +4,8 @@
 recordings of `make demo`, and aligns two materials from rooms that training has not seen: the recordings,
 whose beginning is known, and their sentences synthesised by espeak-ng, which reports every word.
 Each utterance is aligned by itself, and all of them joined, in one pass. About 20 minutes on two idle cores;
-writes ``docs/alignment.json`` and ``docs/alignment.svg``, and prints the table of ``docs/alignment.md``.
+writes ``docs/alignment.json``, ``docs/alignment.svg`` and ``docs/align.png``, and prints the tables of
+``docs/alignment.md``.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from benches.studies.boundaries import signed_errors, spread_evenly, summaries
 from benches.studies.known_times import Utterance, joined, recorded, speech_of, synthesised
 from mmkernels import compat, ctc_align
 from mmtransfer.align import AlignedText, Aligner, Posteriors
+from mmtransfer.align.figure import draw as draw_alignment
 from mmtransfer.data.recordings import Clip, Recordings
 from mmtransfer.demo.czech import czech_dialogues
 from mmtransfer.demo.espeak import Espeak
@@ -48,6 +50,8 @@ ROOT = Path(__file__).resolve().parents[2]
 RATE = 16_000
 #: Of the test clips, which are from all rooms: 10 minutes of recordings.
 EVERY = 2
+#: The model of the picture of one sentence.
+EXAMPLE = "head-synthesised"
 #: dB above the background at which speech begins; the second shows how much the reference depends on it.
 MARGINS = (6.0, 12.0)
 #: As the recipes of the demo: epochs of methods whose features are stored, steps of the others.
@@ -257,6 +261,15 @@ def reference(clips: list[Clip]) -> dict[str, float]:
     return {"median": statistics.median(moved), "p95": float(np.percentile(moved, 95))}
 
 
+def draw_example(models: Path, voice: Espeak, path: Path) -> None:
+    """A sentence as `mmtransfer align --figures` draws it; synthesised, so that it is nobody's recording."""
+    clip = next(clip for clip in czech_dialogues().test if 25 < len(clip.text or "") < 35)
+    (sentence,) = synthesised([clip.text or ""], voice, RATE)
+    aligner = Aligner(mmtransfer.load(models / EXAMPLE))
+    found = aligner.align(sentence.samples, f"{sentence.text.capitalize()}.")
+    draw_alignment(found, sentence.samples, RATE, path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -269,6 +282,7 @@ def main() -> None:
     )
     parser.add_argument("--record", type=Path, default=ROOT / "docs/alignment.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs/alignment.svg")
+    parser.add_argument("--example", type=Path, default=ROOT / "docs/align.png")
     names = [each.folder for each in MODELS]
     parser.add_argument("--skip", nargs="+", default=[], choices=names, help="models to leave out")
     parser.add_argument("--redraw", action="store_true", help="draw the record that is there")
@@ -277,6 +291,7 @@ def main() -> None:
         with Progress() as progress:
             chosen = [each for each in MODELS if each.folder not in given.skip]
             found = study(chosen, given.models, Espeak("cs"), progress)
+        draw_example(given.models, Espeak("cs"), given.example)
         record = {
             "date": datetime.date.today().isoformat(),
             "machine": describe_machine(torch.device("cpu")),
