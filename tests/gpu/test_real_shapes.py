@@ -8,6 +8,7 @@ import pytest
 import torch
 from ctc_cases import KINDS, random_problem
 from test_adapter import SPEC as ADAPTER
+from test_distill_loss import SPEC as DISTILL_LOSS
 from test_layer_mix import SPEC as LAYER_MIX
 from test_layer_project import SPEC as LAYER_PROJECT
 from test_merge import SPEC as MERGE
@@ -107,6 +108,21 @@ def test_merge(width: int, dtype: torch.dtype, backend: str) -> None:
 def test_segment_pool(reduce: str, segments: int, width: int, dtype: torch.dtype, backend: str) -> None:
     shape = {"B": 3, "T": 1500, "M": segments, "D": width, "reduce": reduce, "counts": segments > 1}
     check(SEGMENT_POOL, shape, dtype, backend, torch.float32)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("width", [768, 2048, 4096, 5120, 8192])
+@pytest.mark.parametrize("table", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_distill_loss(table: torch.dtype, width: int, dtype: torch.dtype, backend: str) -> None:
+    """Embeddings of BERT, Gemma and Llama."""
+    shape = {"B": 12, "M": 40, "H": width, "V": 3000}
+
+    def make(seed: int) -> Call:
+        call = DISTILL_LOSS.make(shape, dtype, torch.device("cuda"), generator_for(seed))
+        return call.with_arguments(table=call.arguments["table"].to(table))
+
+    check_against_reference(DISTILL_LOSS, make, backend)
 
 
 @pytest.mark.parametrize("kind", KINDS)
