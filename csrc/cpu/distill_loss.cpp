@@ -92,8 +92,8 @@ MMK_INLINE Angle<A> angle_of(const A* dots) {
   constexpr A kLeast = std::numeric_limits<A>::min();
   // NaN has to come through.
   if (dots[kPredPred] < kLeast || dots[kRowRow] < kLeast) return {0, 0, 0};
-  const A pred = A(1) / std::sqrt(dots[kPredPred]), row = A(1) / std::sqrt(dots[kRowRow]);
-  return {dots[kPredRow] * pred * row, pred, row};
+  const A pred = std::sqrt(dots[kPredPred]), row = std::sqrt(dots[kRowRow]);
+  return {dots[kPredRow] / pred / row, 1 / pred, 1 / row};
 }
 
 MMK_INLINE int64_t count_of(const DistillLossParams& params, int64_t row) {
@@ -154,9 +154,9 @@ MMK_INLINE void forward(const DistillLossForward& args, int64_t begin, int64_t e
 }
 
 // d = g / count * (2 (z - h) - cosine_weight * (h / (|z| |h|) - cos z / |z|^2))
-template <class T, class U, class Store>
+template <class T, class U>
 MMK_INLINE void differentiate(const DistillLossBackward& args, const Token<T, U>& token,
-                              const Token<T, U>& next, int64_t index, acc_t<T> scale, Store&& store_vector) {
+                              const Token<T, U>& next, int64_t index, acc_t<T> scale) {
   using A = acc_t<T>;
   const DistillLossParams& p = args.params;
   T* out = at<T>(args.d_pred, index * p.width);
@@ -182,7 +182,7 @@ MMK_INLINE void differentiate(const DistillLossBackward& args, const Token<T, U>
     prefetch_ahead(z, next.pred, j, p.width, kBlock);
     prefetch_ahead(h, next.row, j, p.width, kBlock);
     for (int64_t i = j; i < j + kBlock; i += kLanes<A>) {
-      store_vector(out + i, value(load_as<A>(z + i), load_as<A>(h + i)));
+      store(out + i, value(load_as<A>(z + i), load_as<A>(h + i)));
     }
   }
   for (; j < p.width; ++j) out[j] = round_to<T>(value(convert(z[j]), static_cast<A>(convert(h[j]))));
@@ -193,10 +193,9 @@ MMK_INLINE void backward(const DistillLossBackward& args, int64_t begin, int64_t
   using A = acc_t<T>;
   const DistillLossParams& p = args.params;
   const A scale = *args.count > 0 ? *static_cast<const A*>(args.grad) / static_cast<A>(*args.count) : A{0};
-  for_tokens<T, U>(
-      p, begin, end, [&](const Token<T, U>& token, const Token<T, U>& next, int64_t index) MMK_LAMBDA {
-        differentiate(args, token, next, index, scale, [](T* to, vec_t<A> v) MMK_LAMBDA { store(to, v); });
-      });
+  for_tokens<T, U>(p, begin, end,
+                   [&](const Token<T, U>& token, const Token<T, U>& next, int64_t index)
+                       MMK_LAMBDA { differentiate(args, token, next, index, scale); });
 }
 
 // Calls body(T{}, U{}) with the types of predictions and table.

@@ -88,8 +88,8 @@ MMK_DEVICE Angle angle_of(const float* dots) {
   constexpr float kLeast = 1.17549435e-38f;  // the smallest normal number
   // NaN has to come through.
   if (dots[kPredPred] < kLeast || dots[kRowRow] < kLeast) return {0.0f, 0.0f, 0.0f};
-  const float pred = 1.0f / sqrtf(dots[kPredPred]), row = 1.0f / sqrtf(dots[kRowRow]);
-  return {dots[kPredRow] * pred * row, pred, row};
+  const float pred = sqrtf(dots[kPredPred]), row = sqrtf(dots[kRowRow]);
+  return {dots[kPredRow] / pred / row, 1.0f / pred, 1.0f / row};
 }
 
 template <class Shape>

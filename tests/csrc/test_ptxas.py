@@ -66,7 +66,7 @@ MOST_REGISTERS = {
     "frame_gradients": 96,
     "alpha_gradients": 48,
     "measure_tokens": 64,  # 4 blocks of 256 threads: 64 KB in flight
-    "mean_loss": 32,
+    "mean_loss": 40,
     "token_gradients": 64,
 }
 

@@ -450,15 +450,17 @@ def test_monotonic_align(
     check_resources(compiled, LEAST_SHARED, tmp_path)
 
 
-DISTILL = {"COSINE_WEIGHT": 5.0, "LEAST": 2.0**-126, "WIDTH": 4096, "BLOCK_D": 4096}
+DISTILL = {"COSINE_WEIGHT": 5.0, "LEAST": 2.0**-126, "WIDTH": 4096}
 
 
 @each_capability
 @each_element
 @pytest.mark.parametrize("absent", [(), ("counts",)])
 def test_distill_loss(element: str, absent: tuple[str, ...], capability: int, tmp_path: pathlib.Path) -> None:
+    block, warps = distill.token_block(4096)
     for kernel in (distill.distill_loss_tokens_kernel, distill.distill_loss_gradient_kernel):
-        compiled = compile_kernel(kernel, capability, element, DISTILL, absent, num_warps=4)
+        constants = {**DISTILL, "BLOCK_D": block}
+        compiled = compile_kernel(kernel, capability, element, constants, absent, num_warps=warps)
         check_resources(compiled, LEAST_SHARED, tmp_path)
     mean = distill.distill_loss_mean_kernel
     compiled = compile_kernel(mean, capability, element, {"BLOCK_TOKENS": distill.BLOCK_TOKENS}, absent)

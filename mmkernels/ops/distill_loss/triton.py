@@ -14,11 +14,18 @@ import triton.language as tl
 from torch import Tensor
 
 from mmkernels.ops._common import accumulate_dtype
-from mmkernels.ops._triton import dense_rows, expect, expect_optional, loop_bound, on_device, row_block
+from mmkernels.ops._triton import dense_rows, expect, expect_optional, loop_bound, on_device
 
 #: Terms that are added up at a time.
 BLOCK_TOKENS = 1024
 WARPS = 4
+
+
+def token_block(width: int) -> tuple[int, int]:
+    """Columns that a program takes at a time, and its warps: 16 elements a thread, because it keeps four
+    sums for each."""
+    block = min(triton.next_power_of_2(max(width, 1)), 2048)
+    return block, max(1, block // 512)
 
 
 @triton.jit
@@ -34,9 +41,10 @@ def angle_of(pred_pred, pred_row, row_row, LEAST: tl.constexpr):
     """The cosine, and the inverse norms; zeros where a vector has no direction."""
     # NaN has to come through.
     directed = ((pred_pred < LEAST) | (row_row < LEAST)) == 0
-    of_pred = tl.where(directed, 1.0 / tl.sqrt(tl.where(directed, pred_pred, 1.0)), 0.0)
-    of_row = tl.where(directed, 1.0 / tl.sqrt(tl.where(directed, row_row, 1.0)), 0.0)
-    return tl.where(directed, pred_row * of_pred * of_row, 0.0), of_pred, of_row
+    pred = tl.sqrt(tl.where(directed, pred_pred, 1.0))
+    row = tl.sqrt(tl.where(directed, row_row, 1.0))
+    cosine = tl.where(directed, pred_row / pred / row, 0.0)
+    return cosine, tl.where(directed, 1.0 / pred, 0.0), tl.where(directed, 1.0 / row, 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "batch_stride", "token_stride"])
@@ -192,7 +200,7 @@ def distill_loss_fwd(
     dots = pred.new_empty((batch, tokens, 3), dtype=accumulate)
     count = pred.new_empty((), dtype=torch.int64)
     terms = pred.new_empty((batch, tokens), dtype=accumulate)
-    block, warps = row_block(width)
+    block, warps = token_block(width)
     with on_device(pred):
         if batch * tokens > 0:
             distill_loss_tokens_kernel[(batch * tokens,)](
@@ -239,7 +247,7 @@ def distill_loss_bwd(
     d_pred = pred.new_empty((batch, tokens, width))
     if d_pred.numel() == 0:
         return d_pred
-    block, warps = row_block(width)
+    block, warps = token_block(width)
     with on_device(pred):
         distill_loss_gradient_kernel[(batch * tokens,)](
             grad,
