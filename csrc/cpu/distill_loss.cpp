@@ -102,19 +102,20 @@ MMK_INLINE int64_t count_of(const DistillLossParams& params, int64_t row) {
 
 template <class T, class U>
 struct Token {
-  bool valid;
+  bool valid;   // before the count
+  bool inside;  // the table; null pointers if not
   const T* pred;
-  const U* row;  // of the table; null if the id is outside of it
+  const U* row;
 };
 
 template <class T, class U>
 MMK_INLINE Token<T, U> token_at(const DistillLossParams& p, int64_t index) {
   const int64_t batch = index / p.tokens, j = index - batch * p.tokens;
-  if (j >= count_of(p, batch)) return {false, nullptr, nullptr};
+  if (j >= count_of(p, batch)) return {false, false, nullptr, nullptr};
   const int64_t id = p.ids[index];
-  const bool inside = id >= 0 && id < p.vocabulary;
-  return {true, at<T>(p.pred, batch * p.batch_stride + j * p.token_stride),
-          inside ? at<U>(p.table, id * p.row_stride) : nullptr};
+  if (id < 0 || id >= p.vocabulary) return {true, false, nullptr, nullptr};
+  return {true, true, at<T>(p.pred, batch * p.batch_stride + j * p.token_stride),
+          at<U>(p.table, id * p.row_stride)};
 }
 
 // Calls body(token, next, index) for the tokens [begin, end); `next` is one to prefetch.
@@ -125,8 +126,7 @@ MMK_INLINE void for_tokens(const DistillLossParams& p, int64_t begin, int64_t en
   for (int64_t index = begin; index < end; ++index) {
     Token<T, U> following = token;
     if (index + 1 < end) following = token_at<T, U>(p, index + 1);
-    const bool usable = following.valid && following.row != nullptr;
-    body(token, usable ? following : token, index);
+    body(token, following.inside ? following : token, index);
     token = following;
   }
 }
@@ -145,7 +145,7 @@ MMK_INLINE void forward(const DistillLossForward& args, int64_t begin, int64_t e
                      std::fill_n(dots, int{kDistillLossDots}, A{0});
                      if (!token.valid) return;
                      Sums<A> sums = {kNan, {kNan, kNan, kNan}};
-                     if (token.row != nullptr) {
+                     if (token.inside) {
                        sums = measure(token.pred, token.row, next.pred, next.row, p.width);
                      }
                      std::copy_n(sums.dots, int{kDistillLossDots}, dots);
@@ -166,7 +166,7 @@ MMK_INLINE void differentiate(const DistillLossBackward& args, const Token<T, U>
   }
   const T* z = token.pred;
   const U* h = token.row;
-  if (h == nullptr) {
+  if (!token.inside) {
     std::fill_n(out, p.width, round_to<T>(std::numeric_limits<A>::quiet_NaN()));
     return;
   }

@@ -45,9 +45,10 @@ MMK_DEVICE int64_t count_of(const DistillLossParams& p, int64_t row) {
 
 template <class T, class U>
 struct Token {
-  bool valid;
+  bool valid;   // before the count
+  bool inside;  // the table; null pointers if not
   const T* pred;
-  const U* row;  // of the table; null if the id is outside of it
+  const U* row;
 };
 
 template <class Shape>
@@ -55,11 +56,11 @@ MMK_DEVICE auto token_at(const DistillLossParams& p, int64_t index) {
   using T = typename Shape::Pred;
   using U = typename Shape::Row;
   const int64_t batch = index / p.tokens, j = index - batch * p.tokens;
-  if (j >= count_of(p, batch)) return Token<T, U>{false, nullptr, nullptr};
+  if (j >= count_of(p, batch)) return Token<T, U>{false, false, nullptr, nullptr};
   const int64_t id = p.ids[index];
-  const bool inside = id >= 0 && id < p.vocabulary;
-  return Token<T, U>{true, static_cast<const T*>(p.pred) + batch * p.batch_stride + j * p.token_stride,
-                     inside ? static_cast<const U*>(p.table) + id * p.row_stride : nullptr};
+  if (id < 0 || id >= p.vocabulary) return Token<T, U>{true, false, nullptr, nullptr};
+  return Token<T, U>{true, true, static_cast<const T*>(p.pred) + batch * p.batch_stride + j * p.token_stride,
+                     static_cast<const U*>(p.table) + id * p.row_stride};
 }
 
 // A thread's part of both rows from column `start` on; zero past their ends.
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kThreads, 4) measure_tokens(DistillLossForward
   const auto token = token_at<Shape>(p, index);
   // Three dots, and the squares of the differences.
   float sums[kDistillLossDots + 1] = {};
-  if (token.row != nullptr) {
+  if (token.inside) {
     for (int64_t start = 0; start < p.width; start += Shape::kColumns) {
       const Parts<Shape> parts(token.pred, token.row, start, p.width);
 #pragma unroll
@@ -121,7 +122,7 @@ __global__ void __launch_bounds__(kThreads, 4) measure_tokens(DistillLossForward
   if (Shape::thread() != 0) return;
   float term = 0.0f;
   if (token.valid) {
-    if (token.row == nullptr) sums[0] = sums[1] = sums[2] = sums[3] = NAN;
+    if (!token.inside) sums[0] = sums[1] = sums[2] = sums[3] = NAN;
     term = sums[kDistillLossDots] + static_cast<float>(p.cosine_weight) * (1.0f - angle_of(sums).cosine);
   }
   float* dots = static_cast<float*>(args.dots) + index * kDistillLossDots;
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(kThreads, 4) token_gradients(DistillLossBackwa
   if (index >= p.batch * p.tokens) return;
   const auto token = token_at<Shape>(p, index);
   T* out = static_cast<T*>(args.d_pred) + index * p.width;
-  if (token.row == nullptr) {
+  if (!token.inside) {
     Vec<float, Shape::kWidth> fill;
 #pragma unroll
     for (int i = 0; i < Shape::kWidth; ++i) fill[i] = token.valid ? NAN : 0.0f;
