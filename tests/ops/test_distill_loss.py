@@ -511,10 +511,10 @@ class TestModule:
         ids = torch.randint(7, (4, 5))
         frames = torch.nn.functional.one_hot(ids, 7).float()
         weight, module = torch.randn(7, 8, requires_grad=True), nn.DistillLoss()
-        for _ in range(200):
+        for _ in range(60):
             loss = module(frames @ weight, table, ids)
             (gradient,) = torch.autograd.grad(loss, weight)
-            weight.data -= 0.5 * gradient
+            weight.data -= gradient
         assert loss < 0.01
 
     def test_options(self) -> None:

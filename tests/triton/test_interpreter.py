@@ -1123,9 +1123,12 @@ def test_distill_loss_of_two_dtypes(dtype: torch.dtype) -> None:
     check_distill(distill_call(torch.float32, dtype, 40))
 
 
-@pytest.mark.parametrize(("width", "tokens"), [(1, 1), (5000, 2), (4, 400)])
-def test_distill_loss_sizes(width: int, tokens: int) -> None:
-    """Several blocks of columns, and of tokens."""
+@pytest.mark.parametrize(("width", "tokens"), [(1, 1), (5000, 2), (4, 6)])
+def test_distill_loss_sizes(width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of columns, of tokens and of rows."""
+    from mmkernels.ops.distill_loss import triton as kernels
+
+    monkeypatch.setattr(kernels, "BLOCK_TOKENS", 2)
     check_distill(distill_call(torch.float32, torch.float32, width, tokens=tokens))
 
 
