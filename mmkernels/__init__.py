@@ -1,8 +1,9 @@
 """Fused kernels for adapting speech and audio transformers, as torch ops.
 
-Ops: :func:`adapter`, :func:`cif`, :func:`ctc_align`, :func:`layer_mix`, :func:`layer_project`, :func:`merge`,
-:func:`monotonic_align`, :func:`segment_pool`. Modules: :mod:`mmkernels.nn`. Existing models:
-:func:`accelerate`. Which backend runs each op on this machine: :func:`info`, or ``python -m mmkernels``.
+Ops: :func:`adapter`, :func:`cif`, :func:`ctc_align`, :func:`distill_loss`, :func:`layer_mix`,
+:func:`layer_project`, :func:`merge`, :func:`monotonic_align`, :func:`segment_pool`. Modules:
+:mod:`mmkernels.nn`. Existing models: :func:`accelerate`. Which backend runs each op on this machine:
+:func:`info`, or ``python -m mmkernels``.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from mmkernels import _library
 from mmkernels.ops.adapter import adapter
 from mmkernels.ops.cif import cif
 from mmkernels.ops.ctc_align import ctc_align
+from mmkernels.ops.distill_loss import distill_loss
 from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_project import layer_project
 from mmkernels.ops.merge import merge
@@ -31,6 +33,7 @@ __all__ = [
     "adapter",
     "cif",
     "ctc_align",
+    "distill_loss",
     "info",
     "layer_mix",
     "layer_project",

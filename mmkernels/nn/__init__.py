@@ -5,6 +5,7 @@ from __future__ import annotations
 from mmkernels.nn.adapter import Adapter
 from mmkernels.nn.cif import CIF
 from mmkernels.nn.ctc_align import CTCAligner
+from mmkernels.nn.distill_loss import DistillLoss
 from mmkernels.nn.featurizer import Featurizer
 from mmkernels.nn.layer_mix import LayerMix
 from mmkernels.nn.layer_project import LayerProject
@@ -16,6 +17,7 @@ __all__ = [
     "CIF",
     "Adapter",
     "CTCAligner",
+    "DistillLoss",
     "Featurizer",
     "LayerMix",
     "LayerProject",

@@ -17,6 +17,7 @@ import test_adapter
 import test_cif
 import test_ctc_align
 import test_defects_of_peers
+import test_distill_loss
 import test_layer_mix
 import test_layer_project
 import test_merge
@@ -30,6 +31,7 @@ import mmkernels
 from mmkernels.ops.adapter import schema as adapter_schema
 from mmkernels.ops.cif import schema as cif_schema
 from mmkernels.ops.ctc_align import schema as ctc_align_schema
+from mmkernels.ops.distill_loss import schema as distill_loss_schema
 from mmkernels.ops.layer_mix import schema as layer_mix_schema
 from mmkernels.ops.layer_project import schema as layer_project_schema
 from mmkernels.ops.merge import schema as merge_schema
@@ -40,6 +42,7 @@ from op_tests import (
     Call,
     Compile,
     Derivatives,
+    Fuzz,
     Gradcheck,
     InferenceTensors,
     MetaTensors,
@@ -64,6 +67,7 @@ SCHEMAS: dict[str, ModuleType] = {
     "merge": merge_schema,
     "segment_pool": segment_pool_schema,
     "cif": cif_schema,
+    "distill_loss": distill_loss_schema,
     "monotonic_align": monotonic_align_schema,
 }
 #: The suffixes of an op's torch ops, in the order of its schema's OPS, and the fakes.
@@ -286,6 +290,7 @@ TestMerge = on_the_cpu(test_merge.SPEC)
 TestSegmentPool = on_the_cpu(test_segment_pool.ATTENTION)
 TestSegmentPoolWithoutScores = on_the_cpu(test_segment_pool.SPEC, test_segment_pool.OF_PARAMETERS)
 TestCif = on_the_cpu(test_cif.SPEC)
+TestDistillLoss = on_the_cpu(test_distill_loss.SPEC, {*test_distill_loss.WITHOUT, Fuzz})
 
 
 class TestMonotonicAlign(test_monotonic_align.OnEveryBackend):

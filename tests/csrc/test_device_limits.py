@@ -18,6 +18,7 @@ import simt_build
 import test_adapter_cuda
 import test_cif_cuda
 import test_ctc_align_cuda
+import test_distill_loss_cuda
 import test_layer_mix_cuda
 import test_layer_project_cuda
 import test_merge_cuda
@@ -46,6 +47,7 @@ SOURCES = sorted(
         *test_segment_pool_cuda.SOURCES,
         *test_cif_cuda.SOURCES,
         *test_monotonic_align_cuda.SOURCES,
+        *test_distill_loss_cuda.SOURCES,
     }
 )
 #: Of wav2vec2, HuBERT, WavLM, Whisper and their kind; the last is too wide for the registers of a block.
@@ -182,7 +184,19 @@ def launch_cif(width: int, dtype: torch.dtype) -> None:
             library().call("cif_backward", sizes, 1.0, scaled, *grad, *inputs, *outputs)
 
 
+def launch_distill_loss(width: int, dtype: torch.dtype, table: torch.dtype) -> None:
+    batch, tokens, vocabulary = 12, 40, 128_256
+    codes = (DTYPE_CODES[dtype], DTYPE_CODES[table])
+    sizes = integers(*codes, batch, tokens, width, vocabulary, tokens * width, width, width)
+    for address in (MEMORY, UNALIGNED):
+        inputs = (sizes, 5.0, address, MEMORY, MEMORY, None)
+        library().call("distill_loss_forward", *inputs, *[MEMORY] * 4)
+        library().call("distill_loss_backward", *inputs, *[MEMORY] * 4)
+
+
 def launch_everything() -> None:
+    for width, dtype, table in product((512, 4096), DTYPE_CODES, DTYPE_CODES):
+        launch_distill_loss(width, dtype, table)
     for dtype, pairs in product(DTYPE_CODES, (*test_ctc_align_cuda.LAYOUTS.values(), 40_000)):
         launch_ctc_align(dtype, pairs - 1)
     for dtype in DTYPE_CODES:

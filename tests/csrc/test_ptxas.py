@@ -65,6 +65,9 @@ MOST_REGISTERS = {
     "sum_tokens": 96,  # 2 blocks of 256 threads: 64 KB in flight
     "frame_gradients": 96,
     "alpha_gradients": 48,
+    "measure_tokens": 64,  # 4 blocks of 256 threads: 64 KB in flight
+    "mean_loss": 40,
+    "token_gradients": 64,
 }
 
 #: Bytes of local memory. Four instances of mix_norm (float32 rows of 1,280 columns, and long rows at odd

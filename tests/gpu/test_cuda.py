@@ -122,6 +122,20 @@ def ctc_align_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
     return step, log_probs
 
 
+def distill_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """A ragged batch in half precision, and a table in float32."""
+    pred = torch.randn(3, 40, 2048, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    table, ids = torch.randn(500, 2048, device="cuda"), torch.randint(500, (3, 40), device="cuda")
+    counts = torch.tensor([40, 0, 17], device="cuda")
+
+    def step() -> Tensor:
+        loss = mmkernels.distill_loss(pred, table, ids, counts=counts, backend=backend)
+        (grad,) = torch.autograd.grad(loss, pred)
+        return grad
+
+    return step, pred
+
+
 STEPS = {
     "layer_mix": mix_step,
     "layer_project": project_step,
@@ -129,6 +143,7 @@ STEPS = {
     "merge": merge_step,
     "segment_pool": pool_step,
     "ctc_align": ctc_align_step,
+    "distill_loss": distill_step,
 }
 each = pytest.mark.parametrize("op", list(STEPS))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

@@ -8,13 +8,23 @@ import pytest
 import torch
 from ctc_cases import KINDS, random_problem
 from test_adapter import SPEC as ADAPTER
+from test_distill_loss import SPEC as DISTILL_LOSS
 from test_layer_mix import SPEC as LAYER_MIX
 from test_layer_project import SPEC as LAYER_PROJECT
 from test_merge import SPEC as MERGE
 from test_segment_pool import ATTENTION as SEGMENT_POOL
 
 from mmkernels import ctc_align
-from op_tests import Call, OpSpec, Shape, backends, check_against_reference, generator_for
+from op_tests import (
+    Call,
+    OpSpec,
+    Shape,
+    assert_close_to_reference,
+    backends,
+    check_against_reference,
+    generator_for,
+    value_and_gradients,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -107,6 +117,24 @@ def test_merge(width: int, dtype: torch.dtype, backend: str) -> None:
 def test_segment_pool(reduce: str, segments: int, width: int, dtype: torch.dtype, backend: str) -> None:
     shape = {"B": 3, "T": 1500, "M": segments, "D": width, "reduce": reduce, "counts": segments > 1}
     check(SEGMENT_POOL, shape, dtype, backend, torch.float32)
+
+
+@each_backend
+@each_dtype
+@pytest.mark.parametrize("width", [768, 4096, 8192])
+@pytest.mark.parametrize("of_table", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_distill_loss(of_table: torch.dtype, width: int, dtype: torch.dtype, backend: str) -> None:
+    """Embeddings as wide as those of BERT and of two sizes of Llama."""
+    shape = {"B": 12, "M": 40, "H": width, "V": 300}
+    call = DISTILL_LOSS.make(shape, dtype, torch.device("cuda"), generator_for(width))
+    call = call.with_arguments(table=call.arguments["table"].to(of_table))
+    grad = torch.tensor([0.7], device="cuda")
+    function, reference = DISTILL_LOSS.function, DISTILL_LOSS.reference
+    loss, (found,) = value_and_gradients(function, call.detached(), grad, backend=backend)
+    exact, (r,) = value_and_gradients(reference, call.detached(torch.float64), grad)
+    _, (e,) = value_and_gradients(reference, call.detached(), grad)
+    torch.testing.assert_close(loss, exact.float(), rtol=2e-6, atol=0.0)
+    assert_close_to_reference(found, r, e, dtype)
 
 
 @pytest.mark.parametrize("kind", KINDS)

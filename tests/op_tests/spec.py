@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmkernels.ops._common import accumulate_dtype
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Shape = Mapping[str, Any]
 
@@ -96,9 +98,12 @@ class OpSpec:
     rounded_by_library: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)
     #: Whether the op casts parameters of half precision to float32 before its kernels.
     casts_parameters: bool = False
+    #: Whether the result is of the type of sums, as a loss.
+    wide_result: bool = False
 
     def result_dtype(self, call: Call) -> torch.dtype:
-        return call.tensors(self.activations[0])[0].dtype
+        dtype = call.tensors(self.activations[0])[0].dtype
+        return accumulate_dtype(dtype) if self.wide_result else dtype
 
 
 def away_from_zero(draw: Callable[[], Call], reference: Callable[..., Tensor]) -> Call:

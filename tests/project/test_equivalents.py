@@ -116,6 +116,16 @@ def cif_module() -> tuple[Any, Any]:
     return of_module(mmkernels.nn.CIF(8, beta=0.5), X, x=X)
 
 
+def distill_loss() -> tuple[Any, Any]:
+    names = {"pred": random(7, 6), "table": random(4, 6), "ids": torch.arange(7) % 4, "cosine_weight": 0.7}
+    return mmkernels.distill_loss(**names), run(mmkernels.distill_loss, **names)
+
+
+def distill_loss_module() -> tuple[Any, Any]:
+    names = {"pred": random(2, 3, 6), "table": random(4, 6), "ids": torch.arange(6).reshape(2, 3) % 4}
+    return of_module(mmkernels.nn.DistillLoss(2.0), *names.values(), **names)
+
+
 def monotonic_align() -> tuple[Any, Any]:
     log_probs = random(7, 4)
     out = run(mmkernels.monotonic_align, log_probs=log_probs, T=7, U=4)
@@ -156,6 +166,7 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "merge_groups": lambda: merge(lam=random(2), groups=[1, 0, 1]),
     "segment_pool": segment_pool,
     "cif": cif,
+    "distill_loss": distill_loss,
     "monotonic_align": monotonic_align,
     "Adapter": lambda: of_module(mmkernels.nn.Adapter(8, 3, activation="gelu", scale=0.5), X, x=X),
     "CTCAligner": ctc_aligner,
@@ -164,6 +175,7 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "Merge": merge_module,
     "SegmentPool": segment_pool_module,
     "CIF": cif_module,
+    "DistillLoss": distill_loss_module,
     "MonotonicAlign": aligner,
     "Featurizer": featurizer,
     "accelerate": accelerate,

@@ -18,6 +18,7 @@ SIGNATURES = {
         "(x, alpha, *, beta=1.0, lengths=None, target_lengths=None, tail_threshold=0.5, max_length=None, "
         "backend='auto')"
     ),
+    "distill_loss": "(pred, table, ids, *, counts=None, cosine_weight=5.0, backend='auto')",
     "info": "()",
     "layer_mix": (
         "(layers, weights, *, norm=False, eps=1e-05, norm_weight=None, norm_bias=None, lengths=None, "
@@ -32,8 +33,8 @@ SIGNATURES = {
     "segment_pool": "(x, ends, *, reduce='mean', scores=None, counts=None, backend='auto')",
 }
 MODULES = {
-    *("Adapter", "CIF", "CTCAligner", "Featurizer", "LayerMix", "LayerProject", "Merge", "MonotonicAlign"),
-    "SegmentPool",
+    *("Adapter", "CIF", "CTCAligner", "DistillLoss", "Featurizer", "LayerMix", "LayerProject", "Merge"),
+    *("MonotonicAlign", "SegmentPool"),
 }
 
 

@@ -28,6 +28,7 @@ from mmkernels.ops import _triton as shared  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
 from mmkernels.ops.cif import triton as cif  # noqa: E402
 from mmkernels.ops.ctc_align import triton as ctc  # noqa: E402
+from mmkernels.ops.distill_loss import triton as distill  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
 from mmkernels.ops.monotonic_align import triton as monotonic  # noqa: E402
@@ -48,17 +49,17 @@ OF_ELEMENT_TYPE = {
     *("x", "y", "out", "preactivation", "folded_weight"),
     *("grad", "value", "scaled_grad", "addend", "dx"),
     *("left", "right", "up_weight", "hidden", "activated"),
-    *("log_probs", "features"),
+    *("log_probs", "features", "pred", "embeddings", "d_pred"),
 }
 PARAMETERS = {
     *("weight", "bias", "norm_weight", "norm_bias", "up_bias"),
     *("d_weight", "d_norm_weight", "d_norm_bias"),
 }
 INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
-INTEGERS |= {"chunks", "first_chunk", "segments", "tokens", "classes", "blank"}
+INTEGERS |= {"chunks", "first_chunk", "segments", "tokens", "classes", "blank", "vocabulary"}
 INT64_POINTERS = {"table", "lengths", "ends", "counts", "stops"}
 INT64_POINTERS |= {"targets", "input_lengths", "target_lengths", "paths"}
-INT64_POINTERS |= {"frame_lengths", "token_lengths", "durations"}
+INT64_POINTERS |= {"frame_lengths", "token_lengths", "durations", "ids", "count"}
 INT32_POINTERS = {"partial_group", "index", "partial_index", "words", "token"}
 
 
@@ -446,6 +447,23 @@ def test_monotonic_align(
     constants = {"PANEL": monotonic.PANEL, "BITS": monotonic.BITS}
     kernel = monotonic.monotonic_align_fwd_kernel
     compiled = compile_kernel(kernel, capability, element, constants, absent, num_warps=monotonic.WARPS)
+    check_resources(compiled, LEAST_SHARED, tmp_path)
+
+
+DISTILL = {"COSINE_WEIGHT": 5.0, "LEAST": 2.0**-126, "WIDTH": 4096}
+
+
+@each_capability
+@each_element
+@pytest.mark.parametrize("absent", [(), ("counts",)])
+def test_distill_loss(element: str, absent: tuple[str, ...], capability: int, tmp_path: pathlib.Path) -> None:
+    block, warps = distill.token_block(4096)
+    for kernel in (distill.distill_loss_tokens_kernel, distill.distill_loss_gradient_kernel):
+        constants = {**DISTILL, "BLOCK_D": block}
+        compiled = compile_kernel(kernel, capability, element, constants, absent, num_warps=warps)
+        check_resources(compiled, LEAST_SHARED, tmp_path)
+    mean = distill.distill_loss_mean_kernel
+    compiled = compile_kernel(mean, capability, element, {"BLOCK_TOKENS": distill.BLOCK_TOKENS}, absent)
     check_resources(compiled, LEAST_SHARED, tmp_path)
 
 

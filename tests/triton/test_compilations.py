@@ -25,6 +25,7 @@ from mmkernels.ops._common import ACTIVATION_CODES  # noqa: E402
 from mmkernels.ops.adapter import triton as adapter  # noqa: E402
 from mmkernels.ops.cif import triton as cif  # noqa: E402
 from mmkernels.ops.ctc_align import triton as ctc  # noqa: E402
+from mmkernels.ops.distill_loss import triton as distill  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.layer_project import triton as project  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
@@ -121,6 +122,17 @@ def monotonic_step(frames: int, dtype: torch.dtype, tokens: int) -> None:
         monotonic.monotonic_align_fwd(x.mT.contiguous().mT, lengths, None)
 
 
+def distill_step(tokens: int, dtype: torch.dtype, width: int) -> None:
+    """With counts and without, and of one row."""
+    table = torch.zeros(50, width)
+    for batch in (1, BATCH):
+        pred = torch.zeros(batch, tokens, width, dtype=dtype)
+        ids = torch.zeros(batch, tokens, dtype=torch.int64)
+        for counts in (None, torch.full((batch,), tokens)):
+            loss, *saved = distill.distill_loss_fwd(pred, table, ids, counts, 5.0)
+            distill.distill_loss_bwd(loss, pred, table, ids, counts, *saved, 5.0)
+
+
 def narrow_step(step: Callable[..., None], rows: int, dtype: torch.dtype, width: int) -> None:
     step(rows, dtype, width, dtype)
 
@@ -135,6 +147,7 @@ CASES: dict[str, tuple[Callable[[int, torch.dtype, int], None], int, tuple[int, 
     "segment_pool": (pool_step, 64, (1, 2, 15, 16, 31, 48, 64, 65, 333)),
     "segment_pool of odd rows": (pool_step, 33, (1, 2, 15, 16, 31, 48, 64, 65, 333)),
     "cif": (cif_step, 64, (1, 2, 15, 16, 31, 48, 64, 333)),
+    "distill_loss": (distill_step, 64, (1, 2, 15, 16, 31, 48, 64, 333)),
     "monotonic_align": (monotonic_step, 64, (1, 2, 15, 16, 31, 48, 64, 333)),
     "layer_project of a half-precision model": (
         functools.partial(narrow_step, project_step),

@@ -18,7 +18,17 @@ import torch
 from ctc_cases import KINDS, Problem, random_problem
 from torch import Tensor
 
-from mmkernels import adapter, cif, ctc_align, layer_mix, layer_project, merge, monotonic_align, segment_pool
+from mmkernels import (
+    adapter,
+    cif,
+    ctc_align,
+    distill_loss,
+    layer_mix,
+    layer_project,
+    merge,
+    monotonic_align,
+    segment_pool,
+)
 from mmkernels.activations import ACTIVATIONS
 from mmkernels.backends import TRITON_INTERPRETED
 from mmkernels.ops._common import ACTIVATION_CODES
@@ -28,6 +38,8 @@ from mmkernels.ops.cif import reference as cif_reference
 from mmkernels.ops.cif.schema import OPS as CIF_OPS
 from mmkernels.ops.ctc_align.schema import MOST_TRITON_TOKENS
 from mmkernels.ops.ctc_align.schema import OPS as CTC_OPS
+from mmkernels.ops.distill_loss import reference as distill_reference
+from mmkernels.ops.distill_loss.schema import OPS as DISTILL_OPS
 from mmkernels.ops.layer_mix import reference as mix_reference
 from mmkernels.ops.layer_mix.schema import OPS as MIX_OPS
 from mmkernels.ops.layer_project import reference as project_reference
@@ -1080,6 +1092,82 @@ def test_monotonic_of_nothing(shape: tuple[int, ...]) -> None:
     assert torch.equal(out, torch.zeros(shape[0], shape[2], dtype=torch.int64))
 
 
+def distill_call(dtype: torch.dtype, table_dtype: torch.dtype, width: int, *, tokens: int = 4) -> Call:
+    """A ragged batch; padding holds NaN, and ids outside the table."""
+    table = torch.randn(6, width, dtype=torch.float64)
+    ids, counts = torch.randint(6, (3, tokens)), torch.tensor([tokens, 0, max(tokens - 2, 0)])
+    pred = table[ids] + 0.5 * torch.randn(3, tokens, width, dtype=torch.float64)
+    for row, count in enumerate(counts):
+        pred[row, count:], ids[row, count:] = math.nan, -100
+    arguments = {"pred": pred.to(dtype), "table": table.to(table_dtype), "ids": ids, "counts": counts}
+    return Call(arguments, ("pred",)).detached()
+
+
+def check_distill(call: Call) -> None:
+    dtype = call.arguments["pred"].dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    check(distill_loss, distill_reference.distill_loss, call, torch.tensor(0.7), wide)
+    leaf = call.arguments["pred"]
+    loss = distill_loss(**call.arguments, backend="triton")
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    for row, count in enumerate(call.arguments["counts"]):
+        assert gradient[row, count:].eq(0).all()
+
+
+@each_dtype
+def test_distill_loss(dtype: torch.dtype) -> None:
+    check_distill(distill_call(dtype, dtype, 17))
+
+
+@half
+def test_distill_loss_of_two_dtypes(dtype: torch.dtype) -> None:
+    check_distill(distill_call(dtype, torch.float32, 40))
+    check_distill(distill_call(torch.float32, dtype, 40))
+
+
+@pytest.mark.parametrize(("width", "tokens"), [(1, 1), (5000, 2), (4, 6)])
+def test_distill_loss_sizes(width: int, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of columns, of tokens and of rows."""
+    from mmkernels.ops.distill_loss import triton as kernels
+
+    monkeypatch.setattr(kernels, "BLOCK_TOKENS", 2)
+    check_distill(distill_call(torch.float32, torch.float32, width, tokens=tokens))
+
+
+def test_distill_loss_values_that_only_the_device_sees() -> None:
+    pred, table = torch.randn(3, 3, 5), torch.randn(6, 5)
+    ids, counts = torch.tensor([[0, 5, 6], [1, -1, 2], [9, 9, 9]]), torch.tensor([99, 2, -7])
+    with poisoned_memory():
+        loss, *saved = DISTILL_OPS["triton"][0](pred, table, ids, counts, 5.0)
+        d_pred = DISTILL_OPS["triton"][1](torch.ones(()), pred, table, ids, counts, *saved, 5.0)
+    assert loss.isnan()
+    assert saved[1] == 5
+    wrong = [[False, False, True], [False, True, False], [False] * 3]
+    assert d_pred.isnan().all(-1).tolist() == wrong
+    assert d_pred.isnan().any(-1).tolist() == wrong
+    assert d_pred[2].eq(0).all()
+
+
+def test_distill_loss_of_vectors_without_direction() -> None:
+    table = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
+    pred = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]]).requires_grad_()
+    ids = torch.tensor([0, 1, 1])
+    loss = distill_loss(pred, table, ids, backend="triton")
+    (gradient,) = torch.autograd.grad(loss, pred)
+    torch.testing.assert_close(loss.detach(), torch.tensor(50 / 3 + 5))
+    torch.testing.assert_close(gradient, (pred - table[ids]).detach() * 2 / 3)
+
+
+@pytest.mark.parametrize(("batch", "tokens", "width"), [(0, 4, 3), (3, 0, 3), (3, 4, 0)])
+def test_distill_loss_of_nothing(batch: int, tokens: int, width: int) -> None:
+    pred = torch.zeros(batch, tokens, width).requires_grad_()
+    ids = torch.zeros(batch, tokens, dtype=torch.int64)
+    loss = distill_loss(pred, torch.zeros(2, width), ids, backend="triton")
+    assert loss == (5 if batch * tokens else 0)
+    (gradient,) = torch.autograd.grad(loss, pred)
+    assert gradient.shape == pred.shape
+
+
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("narrow", [False, True])
 def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
@@ -1129,6 +1217,13 @@ def test_fakes_tell_what_the_kernels_return(norm: bool, narrow: bool) -> None:
     opcheck(CIF_OPS["triton"][0], forward)
     out, counts, _, *plan = CIF_OPS["triton"][0](*forward)
     opcheck(CIF_OPS["triton"][1], (out, *inputs, counts, *plan, 1.0, norm, narrow, True))
+
+    call = distill_call(torch.bfloat16, torch.float32, 5).detached(requires_grad=False).arguments
+    counts = call["counts"] if norm else None
+    inputs = (call["pred"].nan_to_num(), call["table"], call["ids"].clamp(min=0), counts)
+    opcheck(DISTILL_OPS["triton"][0], (*inputs, 5.0))
+    loss, *saved = DISTILL_OPS["triton"][0](*inputs, 5.0)
+    opcheck(DISTILL_OPS["triton"][1], (loss, *inputs, *saved, 5.0))
 
     lengths = torch.tensor([6, 4]) if norm else None
     opcheck(MONOTONIC_OPS["triton"][0], (torch.randn(2, 6, 4), lengths, lengths if narrow else None))

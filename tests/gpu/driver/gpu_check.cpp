@@ -17,6 +17,7 @@ constexpr Op kOps[] = {
     {"segment_pool", mmk::check::check_segment_pool},
     {"cif", mmk::check::check_cif},
     {"monotonic_align", mmk::check::check_monotonic_align},
+    {"distill_loss", mmk::check::check_distill_loss},
 };
 
 }  // namespace

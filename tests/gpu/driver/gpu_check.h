@@ -225,5 +225,6 @@ void check_merge(Report& report);
 void check_segment_pool(Report& report);
 void check_cif(Report& report);
 void check_monotonic_align(Report& report);
+void check_distill_loss(Report& report);
 
 }  // namespace mmk::check

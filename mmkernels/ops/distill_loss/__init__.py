@@ -1,0 +1,3 @@
+from mmkernels.ops.distill_loss.api import distill_loss
+
+__all__ = ["distill_loss"]
