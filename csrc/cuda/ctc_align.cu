@@ -132,7 +132,8 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) align(const __grid_constant
   __syncthreads();
   if (!ctc_fill<Sizes::kThreads>(u, last[0], last[1]) || warp_index() > 0) return;
   CtcPath path = ctc_end_of_path(u, last[0], last[1]);
-  constexpr int kAhead = Sizes::kThreads < 1024 ? 8 : 4;  // frames; a thread has 64 registers there
+  // Frames; with more, four warps of half precision keep values on the stack of sm_90.
+  constexpr int kAhead = sizeof(T) == 2 && kWarps == 4 ? 4 : 8;
 #pragma unroll 1
   for (int block = ceil_div(u.frames, kCtcFrames) - 1; block >= 0; --block) {
     ctc_trace<kAhead>(u, u.checkpoint(block), 0, block, path);

@@ -30,7 +30,8 @@ MOST_REGISTERS = {
     "finish_rows": 32,
     "column_sums": 40,
     "up_bias": 32,
-    "align": 144,  # of ctc_align and monotonic_align: a block to each utterance, one to a multiprocessor
+    # Of ctc_align and monotonic_align: a block of up to 512 threads to each utterance, one to a multiprocessor.
+    "align": 152,
     "align_wide": 64,  # of 1,024 threads
     "mix_plain": 80,
     "mix_bias": 40,
