@@ -30,7 +30,7 @@ MOST_REGISTERS = {
     "finish_rows": 32,
     "column_sums": 40,
     "up_bias": 32,
-    # Of ctc_align and monotonic_align: a block of up to 512 threads to each utterance, one to a multiprocessor.
+    # Of ctc_align and monotonic_align: a block of up to 512 threads an utterance, one to a multiprocessor.
     "align": 152,
     "align_wide": 64,  # of 1,024 threads
     "mix_plain": 80,
