@@ -1,8 +1,8 @@
 """Fused kernels for adapting speech and audio transformers, as torch ops.
 
 Ops: :func:`adapter`, :func:`cif`, :func:`ctc_align`, :func:`layer_mix`, :func:`layer_project`, :func:`merge`,
-:func:`monotonic_align`, :func:`segment_pool`. Modules: :mod:`mmkernels.nn`. Existing models:
-:func:`accelerate`. Which backend runs each op on this machine: :func:`info`, or ``python -m mmkernels``.
+:func:`monotonic_align`, :func:`segment_attention`, :func:`segment_pool`. Modules: :mod:`mmkernels.nn`.
+Existing models: :func:`accelerate`. Which backend runs each op on this machine: :func:`info`, or ``python -m mmkernels``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_project import layer_project
 from mmkernels.ops.merge import merge
 from mmkernels.ops.monotonic_align import monotonic_align
+from mmkernels.ops.segment_attention import segment_attention
 from mmkernels.ops.segment_pool import segment_pool
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ __all__ = [
     "layer_project",
     "merge",
     "monotonic_align",
+    "segment_attention",
     "segment_pool",
 ]
 

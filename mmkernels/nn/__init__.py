@@ -10,6 +10,7 @@ from mmkernels.nn.layer_mix import LayerMix
 from mmkernels.nn.layer_project import LayerProject
 from mmkernels.nn.merge import Merge
 from mmkernels.nn.monotonic_align import MonotonicAlign
+from mmkernels.nn.segment_attention import SegmentAttention
 from mmkernels.nn.segment_pool import SegmentPool
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "LayerProject",
     "Merge",
     "MonotonicAlign",
+    "SegmentAttention",
     "SegmentPool",
 ]

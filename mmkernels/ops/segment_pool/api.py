@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.ops import _common, _derivatives, _inference, _lengths
+from mmkernels.ops import _common, _derivatives, _inference, _lengths, _segments
 from mmkernels.ops.segment_pool import reference
 from mmkernels.ops.segment_pool.schema import MAX, OPS, REDUCTIONS
 
@@ -166,11 +166,7 @@ def _check_tensors(
     _common.check_floating(op, "x", x)
     if x.dim() != 3:
         raise ValueError(f"{op}: x must have shape (B, T, D), got {tuple(x.shape)}")
-    _common.check_tensor(op, "ends", ends)
-    if ends.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: ends must be int32 or int64, got {ends.dtype}")
-    if ends.dim() != 2 or ends.shape[0] != x.shape[0]:
-        raise ValueError(f"{op}: ends must have shape ({x.shape[0]}, M), got {tuple(ends.shape)}")
+    _segments.check_ends(op, ends, "x", x)
     if reduce not in REDUCTIONS:
         raise ValueError(f"{op}: reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     if (reduce == "attention") != (scores is not None):
@@ -183,9 +179,8 @@ def _check_tensors(
             raise TypeError(f"{op}: counts must be an integer tensor, got {counts.dtype}")
         if counts.dim() != 1 or counts.shape[0] != x.shape[0]:
             raise ValueError(f"{op}: counts must have shape ({x.shape[0]},), got {tuple(counts.shape)}")
-    for name, tensor in (("ends", ends), ("counts", counts)):
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, x is on {x.device}")
+        if counts.device != x.device:
+            raise ValueError(f"{op}: counts is on {counts.device}, x is on {x.device}")
 
 
 def _check_values(x: Tensor, ends: Tensor, scores: Tensor | None, counts: Tensor | None) -> None:
@@ -196,34 +191,16 @@ def _check_values(x: Tensor, ends: Tensor, scores: Tensor | None, counts: Tensor
     op, frames, segments = "segment_pool", x.shape[1], ends.shape[1]
     valid = torch.ones_like(ends, dtype=torch.bool)
     if counts is not None:
-        if (wrong_row := _first((counts < 0) | (counts > segments))) is not None:
+        if (wrong_row := _segments.first((counts < 0) | (counts > segments))) is not None:
             count = counts[wrong_row].item()
             raise ValueError(f"{op}: counts must lie in [0, {segments}], got {count} in row {wrong_row[0]}")
         valid = torch.arange(segments) < counts.unsqueeze(-1)
-    outside = valid & ((ends < 0) | (ends > frames))
-    if (place := _first(outside)) is not None:
-        raise ValueError(
-            f"{op}: ends must lie in [0, {frames}], the frames of x; row {place[0]} has {ends[place].item()} "
-            f"at segment {place[1]}"
-        )
-    falls = valid[:, 1:] & (ends[:, 1:] < ends[:, :-1])
-    if (place := _first(falls)) is not None:
-        row, before = place
-        raise ValueError(
-            f"{op}: ends must not decrease; row {row} has {ends[row, before + 1].item()} at segment "
-            f"{before + 1}, after {ends[row, before].item()}"
-        )
+    _segments.check_values(op, ends, "x", frames, valid)
     if scores is not None and segments > 0 and frames > 0:
         last = torch.where(valid, ends, 0).amax(1, keepdim=True)
         wrong = (torch.arange(frames) < last) & ~(scores < torch.inf)
-        if (place := _first(wrong)) is not None:
+        if (place := _segments.first(wrong)) is not None:
             raise ValueError(
                 f"{op}: scores must be numbers or -inf; row {place[0]} has {scores[place].item()} at frame "
                 f"{place[1]}"
             )
-
-
-def _first(wrong: Tensor) -> tuple[int, ...] | None:
-    """The first place where it is true."""
-    places = wrong.nonzero()
-    return tuple(places[0].tolist()) if len(places) else None
