@@ -2,7 +2,8 @@
 
 Ops: :func:`adapter`, :func:`cif`, :func:`ctc_align`, :func:`layer_mix`, :func:`layer_project`, :func:`merge`,
 :func:`monotonic_align`, :func:`segment_attention`, :func:`segment_pool`. Modules: :mod:`mmkernels.nn`.
-Existing models: :func:`accelerate`. Which backend runs each op on this machine: :func:`info`, or ``python -m mmkernels``.
+Existing models: :func:`accelerate`. Which backend runs each op on this machine: :func:`info`, or
+``python -m mmkernels``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from mmkernels.ops.segment_attention import segment_attention
 
 
 class SegmentAttention(nn.Module):
-    """Self-attention of a decoder layer, causal inside segments of frames and ``lookback`` frames before them.
+    """Self-attention of a decoder layer, causal inside segments and ``lookback`` frames before them.
 
     Equivalent to::
 
@@ -43,7 +43,7 @@ class SegmentAttention(nn.Module):
         super().__init__()
         key_heads = heads if key_heads is None else key_heads
         if heads < 1 or dim % heads != 0 or dim // heads % 8 != 0:
-            raise ValueError(f"heads must divide dim into sizes that are multiples of 8, got {heads} of {dim}")
+            raise ValueError(f"heads must divide dim into multiples of 8, got {heads} of {dim}")
         if key_heads < 1 or heads % key_heads != 0:
             raise ValueError(f"key_heads must divide heads, got {key_heads} of {heads}")
         if lookback < 0:

@@ -35,7 +35,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPE_CODES, ids=str)
 
 @dataclass
 class Problem:
-    """Inputs of one call: heads of rows `gap` elements apart and `offset` elements past an aligned address."""
+    """Inputs of one call: rows with `gap` more elements each, `offset` elements past an aligned address."""
 
     dtype: torch.dtype = torch.float32
     size: int = 16
@@ -59,7 +59,8 @@ class Problem:
             return moved[..., : self.size].transpose(1, 2)
 
         self.stops = self.memory.of(torch.tensor(self.ends, dtype=torch.int64).reshape(batch, -1))
-        self.q, self.k, self.v, self.grad = map(rows, (self.heads, self.key_heads, self.key_heads, self.heads))
+        self.q, self.grad = rows(self.heads), rows(self.heads)
+        self.k, self.v = rows(self.key_heads), rows(self.key_heads)
         for row, stop in enumerate(self.covered()):
             for tensor in (self.q, self.k, self.v, self.grad):
                 tensor[row, :, stop:] = torch.nan

@@ -66,8 +66,8 @@ def segment_attention(
     scale: float | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Causal attention inside segments: a frame attends to itself, to the frames of its segment before it, and
-    to ``lookback`` frames before the segment.
+    """Causal attention inside segments: a frame attends to itself, to the frames of its segment before it,
+    and to ``lookback`` frames before the segment.
 
     Segments follow each other, so a segment is given by its end alone. Only scores of pairs that see each
     other are computed, and none is kept: the extra memory of forward and backward grows with T, and there is
@@ -108,8 +108,8 @@ def segment_attention(
 
     Raises:
         TypeError: A value of the wrong type or dtype.
-        ValueError: Shapes, dtypes or devices that do not match, heads that do not divide, d that is no
-            multiple of 8, a negative ``lookback``, values of ``ends`` as above, or a backend that cannot serve.
+        ValueError: Shapes or devices that do not match, heads that do not divide, d that is no multiple of 8,
+            a negative ``lookback``, values of ``ends`` as above, or a backend that cannot serve.
         RuntimeError: In the backward pass: an input was overwritten since the forward pass.
 
     Source: the blockwise mask of SSR-Connector (arXiv 2410.00168), where ``lookback`` is 1.
