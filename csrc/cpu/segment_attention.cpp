@@ -60,8 +60,8 @@ MMK_INLINE View<acc_t<T>> widened(View<T> rows, Range range, int64_t size, acc_t
   }
 }
 
-// The frames that each lane of a panel sees, first to last inclusive, and those of groups of lanes and of all.
-// A lane that sees nothing has kNothing.
+// The frames that each lane of a panel sees, first to last inclusive, and those of groups of lanes and of
+// all. A lane that sees nothing has kNothing.
 constexpr int32_t kNothing = std::numeric_limits<int32_t>::max();
 
 template <class A>
@@ -80,7 +80,8 @@ struct Seen {
       for (int64_t l = g * kGroup; l < (g + 1) * kGroup; ++l) {
         whole = both(whole, {first[l], last[l] + 1});
         if (first[l] == kNothing) continue;
-        group[g] = {std::min<int64_t>(group[g].first, first[l]), std::max<int64_t>(group[g].last, last[l] + 1)};
+        group[g] = {std::min<int64_t>(group[g].first, first[l]),
+                    std::max<int64_t>(group[g].last, last[l] + 1)};
       }
       if (group[g].last == 0) group[g].first = 0;
       if (group[g].last == 0) continue;
@@ -90,21 +91,54 @@ struct Seen {
   }
 };
 
+// The halves of a0 b0 a1 b1 ...
+template <class A>
+MMK_INLINE void interleave(vec_t<A> a, vec_t<A> b, vec_t<A>& low, vec_t<A>& high) {
+  if constexpr (sizeof(A) == 4) {
+    low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+    high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  } else {
+    low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+    high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  }
+}
+
+// rows[i][j] = rows[j][i]
+template <class A>
+MMK_INLINE void transpose(vec_t<A> (&rows)[kLanes<A>]) {
+  constexpr int64_t kHalf = kLanes<A> / 2;
+#pragma GCC unroll 3
+  for (int64_t round = 1; round < kLanes<A>; round *= 2) {
+    vec_t<A> mixed[kLanes<A>];
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < kHalf; ++i) {
+      interleave<A>(rows[i], rows[i + kHalf], mixed[2 * i], mixed[2 * i + 1]);
+    }
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < kLanes<A>; ++i) rows[i] = mixed[i];
+  }
+}
+
 // packed[c][lane] = factor * rows[frame + lane][c], zero for lanes that see nothing, which may hold NaN.
 template <class T>
 MMK_INLINE void pack_panel(View<T> rows, int64_t frame, const Seen<acc_t<T>>& seen, int64_t size,
                            acc_t<T> factor, acc_t<T>* packed) {
   using A = acc_t<T>;
-  for (int64_t lane = 0; lane < kPanel<A>; ++lane) {
-    A* to = packed + lane;
-    if (seen.first[lane] == kNothing) {
-      for (int64_t c = 0; c < size; ++c) to[c * kPanel<A>] = 0;
-      continue;
-    }
-    const T* from = rows.row(frame + lane);
+  for (int64_t first = 0; first < kPanel<A>; first += kLanes<A>) {
+    // Lanes that see something come first.
+    int64_t count = 0;
+    while (count < kLanes<A> && seen.first[first + count] != kNothing) ++count;
     for (int64_t c = 0; c < size; c += kLanes<A>) {
-      const vec_t<A> values = load(from + c) * factor;
-      for (int64_t i = 0; i < kLanes<A>; ++i) to[(c + i) * kPanel<A>] = values[i];
+      vec_t<A> values[kLanes<A>] = {};
+      if (count == kLanes<A>) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < kLanes<A>; ++i) values[i] = load(rows.row(frame + first + i) + c) * factor;
+      } else {
+        for (int64_t i = 0; i < count; ++i) values[i] = load(rows.row(frame + first + i) + c) * factor;
+      }
+      transpose<A>(values);
+#pragma GCC unroll 8
+      for (int64_t i = 0; i < kLanes<A>; ++i) store(packed + (c + i) * kPanel<A> + first, values[i]);
     }
   }
 }
@@ -161,7 +195,8 @@ MMK_INLINE void add_columns(A* sums, int64_t size, View<A> rows, Range range, co
 
 // sums[lane] += tile[row - first][lane] * rows[row] for the rows of the range that the lane's group sees.
 template <class A>
-MMK_INLINE void add_rows(A* sums, int64_t size, View<A> rows, Range range, const Seen<A>& seen, const A* tile) {
+MMK_INLINE void add_rows(A* sums, int64_t size, View<A> rows, Range range, const Seen<A>& seen,
+                         const A* tile) {
   for (int64_t g = 0; g < kPanel<A> / kGroup; ++g) {
     const Range of_group = both(range, seen.group[g]);
     if (of_group.first >= of_group.last) continue;
@@ -180,7 +215,8 @@ template <class A, class Body>
 MMK_INLINE void for_rows(A* tile, Range range, const Seen<A>& seen, Body&& body) {
   for (int64_t frame = range.first; frame < range.last; ++frame, tile += kPanel<A>) {
     const int32_t at = static_cast<int32_t>(frame);
-    body(frame, tile, [&](int64_t lane) MMK_LAMBDA { return (seen.first[lane] <= at) & (at <= seen.last[lane]); });
+    body(frame, tile,
+         [&](int64_t lane) MMK_LAMBDA { return (seen.first[lane] <= at) & (at <= seen.last[lane]); });
   }
 }
 
@@ -188,13 +224,13 @@ MMK_INLINE void for_rows(A* tile, Range range, const Seen<A>& seen, Body&& body)
 template <class A>
 struct Scratch {
   std::vector<A> memory;
-  A *packed, *other_packed;   // [panels][size][kPanel]
-  A *sums, *other_sums;       // [kBlock][size]
-  A *rows, *other_rows;       // [kBlock][size]
-  A *tile, *other_tile;       // [kBlock][kPanel]
+  A *packed, *other_packed;  // [panels][size][kPanel]
+  A *sums, *other_sums;      // [kBlock][size]
+  A *rows, *other_rows;      // [kBlock][size]
+  A *tile, *other_tile;      // [kBlock][kPanel]
   Seen<A> seen[kPanels<A>];
 
-  explicit Scratch(int64_t size) : memory(static_cast<size_t>(kBlock * (6 * size + 2 * kPanel<A>) + kAlign)) {
+  explicit Scratch(int64_t size) : memory(static_cast<size_t>(kBlock * (6 * size + 2 * kPanel<A>)+kAlign)) {
     A* next = memory.data();
     while (reinterpret_cast<uintptr_t>(next) % 64 != 0) ++next;
     for (A** part : {&packed, &other_packed, &sums, &other_sums, &rows, &other_rows}) {
@@ -274,7 +310,8 @@ MMK_INLINE void see_keys(Scratch<A>& scratch, const Block& block, const int32_t*
     Seen<A>& seen = scratch.seen[lane / kPanel<A>];
     const int64_t query = block.first + lane;
     const bool sees = lane < block.frames;
-    seen.first[lane % kPanel<A>] = sees ? static_cast<int32_t>(std::clamp<int64_t>(extents[query], 0, query)) : kNothing;
+    seen.first[lane % kPanel<A>] =
+        sees ? static_cast<int32_t>(std::clamp<int64_t>(extents[query], 0, query)) : kNothing;
     seen.last[lane % kPanel<A>] = sees ? static_cast<int32_t>(query) : -1;
   }
   for (Seen<A>& seen : scratch.seen) seen.finish();
@@ -350,14 +387,21 @@ MMK_INLINE void write(void* out, const SegmentAttentionShape& shape, int64_t hea
   const int64_t frame = block.first + lane;
   if (frame >= shape.frames) return;
   T* to = at<T>(out, ((block.row * shape.frames + frame) * heads + block.head) * shape.size);
-  const bool empty = lane >= block.frames;
-  for (int64_t c = 0; c < shape.size; c += kLanes<A>) {
-    store(to + c, empty ? vec_t<A>{} : load(sums + lane * shape.size + c) * factor);
+  const A* from = sums + lane * shape.size;
+  if (lane >= block.frames) {
+    std::fill_n(to, shape.size, T{});
+  } else if (shape.size * static_cast<int64_t>(sizeof(T)) % 64 == 0 &&
+             reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+    // Whole lines of the caches, which need not be read before they are written.
+    for (int64_t c = 0; c < shape.size; c += kLanes<A>) store_streaming(to + c, load(from + c) * factor);
+  } else {
+    for (int64_t c = 0; c < shape.size; c += kLanes<A>) store(to + c, load(from + c) * factor);
   }
 }
 
 template <class T>
-MMK_INLINE void forward_block(const SegmentAttentionForward& args, Scratch<acc_t<T>>& scratch, int64_t index) {
+MMK_INLINE void forward_block(const SegmentAttentionForward& args, Scratch<acc_t<T>>& scratch,
+                              int64_t index) {
   using A = acc_t<T>;
   const SegmentAttentionShape& shape = args.shape;
   const int64_t size = shape.size;
@@ -417,8 +461,9 @@ MMK_INLINE void differentiate(A* tile, A* other, Range range, const Seen<A>& see
   });
 }
 
-// dots[i] = a[frame + i] . b[frame + i], added in the order of the scores: the gradient of the score of a query
-// that sees one key, the difference of the two, is then exactly 0. Several rows hide the latency of additions.
+// dots[i] = a[frame + i] . b[frame + i], added in the order of the scores: the gradient of the score of a
+// query that sees one key, the difference of the two, is then exactly 0. Several rows hide the latency of
+// additions.
 template <class T>
 MMK_INLINE void dot_rows(View<T> a, View<T> b, int64_t frame, int64_t count, int64_t size, acc_t<T>* dots) {
   using A = acc_t<T>;
@@ -572,11 +617,13 @@ AttentionPlan plan_keys(const SegmentAttentionShape& shape, const int32_t* exten
   return plan<false>(shape, extents);
 }
 
-MMK_MULTIARCH void segment_attention_forward(const SegmentAttentionForward& args, int64_t begin, int64_t end) {
+MMK_MULTIARCH void segment_attention_forward(const SegmentAttentionForward& args, int64_t begin,
+                                             int64_t end) {
   dispatch(args.shape.dtype, [&](auto element) MMK_LAMBDA {
     using T = decltype(element);
     Scratch<acc_t<T>> scratch(args.shape.size);
     for (int64_t i = begin; i < end; ++i) forward_block<T>(args, scratch, i);
+    finish_streaming();
   });
 }
 
@@ -586,6 +633,7 @@ MMK_MULTIARCH void segment_attention_backward_queries(const SegmentAttentionBack
     using T = decltype(element);
     Scratch<acc_t<T>> scratch(args.shape.size);
     for (int64_t i = begin; i < end; ++i) query_block<T>(args, scratch, i);
+    finish_streaming();
   });
 }
 
@@ -595,6 +643,7 @@ MMK_MULTIARCH void segment_attention_backward_keys(const SegmentAttentionBackwar
     using T = decltype(element);
     Scratch<acc_t<T>> scratch(args.shape.size);
     for (int64_t i = begin; i < end; ++i) key_block<T>(args, scratch, i);
+    finish_streaming();
   });
 }
 

@@ -1,12 +1,11 @@
 // The forward pass of segment_attention.
-#include "cuda/segment_attention.cuh"
-
 #include <algorithm>
 #include <cmath>
 
 #include "cuda/common/dispatch.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/common/scan.cuh"
+#include "cuda/segment_attention.cuh"
 
 namespace mmk::cuda {
 namespace {
@@ -59,7 +58,8 @@ __global__ void __launch_bounds__(kExtentThreads)
 }
 
 template <class Tiles>
-__global__ void __launch_bounds__(kAttentionThreads) attend(const __grid_constant__ SegmentAttentionForward args) {
+__global__ void __launch_bounds__(kAttentionThreads)
+    attend(const __grid_constant__ SegmentAttentionForward args) {
   using T = typename Tiles::T;
   constexpr float kLowest = -INFINITY;
   MMK_DYNAMIC_SMEM(unsigned char, buffer);
@@ -191,7 +191,8 @@ int segment_attention_forward(const SegmentAttentionForward& args, const Attenti
       launch(attention_extents, grid, dim3(kExtentThreads), 0, cuda_stream, segments.ends, segments.segments,
              shape.frames, std::min(segments.lookback, shape.frames), segments.extents);
   if (error != cudaSuccess || shape.heads * shape.size == 0) return error;
-  return dispatch(shape.dtype, [&](auto element) { return attend_with<decltype(element)>(args, cuda_stream); });
+  return dispatch(shape.dtype,
+                  [&](auto element) { return attend_with<decltype(element)>(args, cuda_stream); });
 }
 
 }  // namespace mmk::cuda

@@ -39,10 +39,10 @@ class TensorTiles {
  public:
   using T = Element;
   static constexpr int kStep = kStreamRows;
-  static constexpr int kRows = 2;               // of a thread
-  static constexpr int kColumns = kStep / 4;    // of a thread
-  static constexpr int kLanes = 4;              // that share a row
-  static constexpr int kWidth = kPaddedSize;    // columns of sums of a block
+  static constexpr int kRows = 2;             // of a thread
+  static constexpr int kColumns = kStep / 4;  // of a thread
+  static constexpr int kLanes = 4;            // that share a row
+  static constexpr int kWidth = kPaddedSize;  // columns of sums of a block
   using Cells = float[kStep / 8][4];
   using Sums = float[kPaddedSize / 8][4];
 
@@ -52,8 +52,7 @@ class TensorTiles {
   static constexpr int kTileElements = kStep * kPaddedSize;
 
  public:
-  static constexpr int kBytes =
-      (kKept * kKeptElements + 4 * kTileElements) * static_cast<int>(sizeof(T));
+  static constexpr int kBytes = (kKept * kKeptElements + 4 * kTileElements) * static_cast<int>(sizeof(T));
 
   MMK_DEVICE TensorTiles(unsigned char* buffer, int64_t size, int64_t)
       : kept_(reinterpret_cast<T*>(buffer)), size_(static_cast<int>(size)) {}

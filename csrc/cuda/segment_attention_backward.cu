@@ -1,4 +1,5 @@
-// The backward pass of segment_attention: dots, then dq by blocks of queries, and dk and dv by blocks of keys.
+// The backward pass of segment_attention: dots, then dq by blocks of queries, and dk and dv by blocks of
+// keys.
 #include "cuda/common/dispatch.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/segment_attention.cuh"
@@ -20,7 +21,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   const int64_t head = clamped_index % shape.heads;
   const int64_t frame = clamped_index / shape.heads % shape.frames;
   const int64_t row = clamped_index / shape.heads / shape.frames;
-  const auto grad = rows_of<T>(args.grad, row, head, frame, 1), out = rows_of<T>(args.out, row, head, frame, 1);
+  const auto grad = rows_of<T>(args.grad, row, head, frame, 1),
+             out = rows_of<T>(args.out, row, head, frame, 1);
   float sum = 0.0f;
   for (int64_t column = static_cast<int64_t>(threadIdx.x) % kDotLanes * kWidth; column < shape.size;
        column += kDotLanes * kWidth) {
@@ -237,7 +239,8 @@ int segment_attention_backward(const SegmentAttentionBackward& args, CudaStream 
   const SegmentAttentionShape& shape = args.shape;
   if (shape.batch * shape.key_heads * shape.frames * shape.size == 0) return cudaSuccess;
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  return dispatch(shape.dtype, [&](auto element) { return differentiate<decltype(element)>(args, cuda_stream); });
+  return dispatch(shape.dtype,
+                  [&](auto element) { return differentiate<decltype(element)>(args, cuda_stream); });
 }
 
 }  // namespace mmk::cuda

@@ -34,8 +34,8 @@ struct SegmentAttentionInputs {
                     " dimensions");
     STD_TORCH_CHECK(given_k.dim() == 4, "k: expected (batch, heads, frames, size), got ", given_k.dim(),
                     " dimensions");
-    shape = {dtype_of(given_q, "q"), given_q.size(0), given_q.size(1), given_k.size(1), given_q.size(2),
-             given_q.size(3)};
+    shape = {dtype_of(given_q, "q"), given_q.size(0), given_q.size(1),
+             given_k.size(1),        given_q.size(2), given_q.size(3)};
     STD_TORCH_CHECK(shape.size % 8 == 0, "q: expected a size that is a multiple of 8, got ", shape.size);
     STD_TORCH_CHECK(shape.key_heads == 0 ? shape.heads == 0 : shape.heads % shape.key_heads == 0,
                     "q: expected heads that are a multiple of ", shape.key_heads, ", got ", shape.heads);

@@ -50,9 +50,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, con
   if (inputs.empty()) return results.outputs();
   prefer_huge_pages(results.args.out, results.out, shape.dtype);
   const cpu::AttentionPlan plan = cpu::plan_queries(shape, results.args.extents);
-  for_blocks(plan, shape, [&](int64_t begin, int64_t end) {
-    cpu::segment_attention_forward(results.args, begin, end);
-  });
+  for_blocks(plan, shape,
+             [&](int64_t begin, int64_t end) { cpu::segment_attention_forward(results.args, begin, end); });
   return results.outputs();
 }
 
@@ -68,13 +67,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& q,
   prefer_huge_pages(args.dq, gradients.dq, shape.dtype);
   prefer_huge_pages(args.dk, gradients.dk, shape.dtype);
   prefer_huge_pages(args.dv, gradients.dv, shape.dtype);
-  for_blocks(cpu::plan_queries(shape, args.extents), shape, [&](int64_t begin, int64_t end) {
-    cpu::segment_attention_backward_queries(args, begin, end);
-  });
+  for_blocks(cpu::plan_queries(shape, args.extents), shape,
+             [&](int64_t begin, int64_t end) { cpu::segment_attention_backward_queries(args, begin, end); });
   if (!need_k && !need_v) return gradients.outputs();
-  for_blocks(cpu::plan_keys(shape, args.extents), shape, [&](int64_t begin, int64_t end) {
-    cpu::segment_attention_backward_keys(args, begin, end);
-  });
+  for_blocks(cpu::plan_keys(shape, args.extents), shape,
+             [&](int64_t begin, int64_t end) { cpu::segment_attention_backward_keys(args, begin, end); });
   return gradients.outputs();
 }
 

@@ -19,9 +19,14 @@ mmk::HeadRows rows(const void* data, const int64_t* strides) {
 extern "C" int segment_attention_forward(const int64_t* sizes, const int64_t* ends, int32_t* extents,
                                          const void* q, const void* k, const void* v, const int64_t* strides,
                                          double scale, void* out, float* lse) {
-  const mmk::SegmentAttentionForward args = {
-      make_shape(sizes), rows(q, strides), rows(k, strides + 3), rows(v, strides + 6), extents, scale, out,
-      lse};
+  const mmk::SegmentAttentionForward args = {make_shape(sizes),
+                                             rows(q, strides),
+                                             rows(k, strides + 3),
+                                             rows(v, strides + 6),
+                                             extents,
+                                             scale,
+                                             out,
+                                             lse};
   return mmk::cuda::segment_attention_forward(args, {ends, sizes[6], sizes[7], extents}, nullptr);
 }
 

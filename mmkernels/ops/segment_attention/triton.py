@@ -567,10 +567,15 @@ def options(size: int, dtype: torch.dtype, kind: str = "forward") -> dict[str, A
     ``kind``: "forward", "queries" or "keys", whose programs hold the sums of two gradients."""
     block = max(16, triton.next_power_of_2(size))
     wide = block * dtype.itemsize
+    if dtype.itemsize > 2:  # no tensor cores: whole factors are in registers
+        rows, step = 32 if block <= 64 else 16, 16
+    else:
+        rows = BLOCK_ROWS if wide <= 256 else 32 if wide <= 512 else 16
+        step = 64 if wide <= 128 and kind == "forward" else 32 if wide <= 256 else 16
     return {
         "SIZE": size,
-        "BLOCK_ROWS": BLOCK_ROWS if wide <= 256 else 32 if wide <= 512 else 16,
-        "BLOCK_STEP": 64 if wide <= 128 and kind == "forward" else 32 if wide <= 256 else 16,
+        "BLOCK_ROWS": rows,
+        "BLOCK_STEP": step,
         "BLOCK_D": block,
         "num_warps": 8 if kind == "keys" or wide > 512 else 4,
         "num_stages": 2 if wide <= 512 else 1,

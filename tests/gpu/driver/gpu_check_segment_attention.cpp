@@ -149,7 +149,8 @@ void check_case(Report& report, const Case& c) {
   const DeviceArray<T> q = shifted<T>(problem.q, c.offset), k = shifted<T>(problem.k, c.offset),
                        v = shifted<T>(problem.v, c.offset), grad = shifted<T>(problem.grad, c.offset);
   const auto count = [](const Values& values) { return static_cast<int64_t>(values.size()); };
-  const DeviceArray<T> out(count(problem.q)), dq(count(problem.q)), dk(count(problem.k)), dv(count(problem.k));
+  const DeviceArray<T> out(count(problem.q)), dq(count(problem.q)), dk(count(problem.k)),
+      dv(count(problem.k));
   const DeviceArray<float> lse(problem.batch * c.heads * c.frames), dots(problem.batch * c.heads * c.frames);
   const auto rows = [&](const T* data, int64_t heads) {
     return HeadRows{data, c.frames * heads * c.size, c.size, heads * c.size};
@@ -188,11 +189,10 @@ void check_case(Report& report, const Case& c) {
 
 void check_segment_attention(Report& report) {
   // Segments without frames, of a few and longer than a block; frames in none; ends of any value.
-  const std::vector<std::vector<int64_t>> ends = {
-      {3, 3, 20, 99}, {0, 64, 65, 65}, {9, 4, kHighest, kLowest}};
-  for (const Case& c : {Case{100, 2, 1, 16, ends, 1, 0}, Case{100, 1, 1, 64, ends, 0, 0},
-                        Case{100, 1, 1, 128, ends, 5, 0}, Case{20, 4, 2, 136, ends, 1, 0},
-                        Case{70, 2, 2, 24, ends, kHighest, 1}}) {
+  const std::vector<std::vector<int64_t>> ends = {{3, 3, 20, 99}, {0, 64, 65, 65}, {9, 4, kHighest, kLowest}};
+  for (const Case& c :
+       {Case{100, 2, 1, 16, ends, 1, 0}, Case{100, 1, 1, 64, ends, 0, 0}, Case{100, 1, 1, 128, ends, 5, 0},
+        Case{20, 4, 2, 136, ends, 1, 0}, Case{70, 2, 2, 24, ends, kHighest, 1}}) {
     const auto run = [&](auto element) {
       using T = decltype(element);
       report.check("segment_attention", [&] { check_case<T>(report, c); });
