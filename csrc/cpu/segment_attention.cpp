@@ -461,26 +461,17 @@ MMK_INLINE void differentiate(A* tile, A* other, Range range, const Seen<A>& see
   });
 }
 
-// dots[i] = a[frame + i] . b[frame + i], added in the order of the scores: the gradient of the score of a
-// query that sees one key, the difference of the two, is then exactly 0. Several rows hide the latency of
-// additions.
-template <class T>
-MMK_INLINE void dot_rows(View<T> a, View<T> b, int64_t frame, int64_t count, int64_t size, acc_t<T>* dots) {
-  using A = acc_t<T>;
-  constexpr int kRows = 8;
-  for (int64_t first = 0; first < count; first += kRows) {
-    const T *left[kRows], *right[kRows];
-    A sums[kRows] = {};
-    for (int i = 0; i < kRows; ++i) {
-      left[i] = a.row(frame + std::min(first + i, count - 1));
-      right[i] = b.row(frame + std::min(first + i, count - 1));
-    }
-    for (int64_t c = 0; c < size; ++c) {
-#pragma GCC unroll 8
-      for (int i = 0; i < kRows; ++i) sums[i] += convert(left[i][c]) * convert(right[i][c]);
-    }
-    std::copy_n(sums, std::min<int64_t>(kRows, count - first), dots + first);
+// dots[lane] = a[lane] . b[lane] of packed panels, added in the order of the scores: the gradient of the
+// score of a query that sees one key, the difference of the two, is then exactly 0.
+template <class A>
+MMK_INLINE void dot_panels(const A* a, const A* b, int64_t size, A* dots) {
+  vec_t<A> low = {}, high = {};
+  for (int64_t c = 0; c < size; ++c, a += kPanel<A>, b += kPanel<A>) {
+    low += load(a) * load(b);
+    high += load(a + kLanes<A>) * load(b + kLanes<A>);
   }
+  store(dots, low);
+  store(dots + kLanes<A>, high);
 }
 
 template <class T>
@@ -496,18 +487,22 @@ MMK_INLINE void query_block(const SegmentAttentionBackward& args, Scratch<acc_t<
   const View<T> out = view<T>(args.out, block.row, block.head);
   const int64_t place = (block.row * shape.heads + block.head) * shape.frames + block.first;
   A lse[kBlock] = {}, dots[kBlock] = {};
-  dot_rows(grad, out, block.first, block.frames, size, dots);
   std::copy_n(at<A>(args.lse, place), block.frames, lse);
-  std::copy_n(dots, block.frames, at<A>(args.dots, place));
-  if (args.dq == nullptr) return;
   const int64_t panels = (block.frames + kPanel<A> - 1) / kPanel<A>;
   if (block.frames > 0) {
     see_keys(scratch, block, extents);
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t first = block.first + p * kPanel<A>, at = p * kPanel<A> * size;
-      pack_panel(q, first, scratch.seen[p], size, static_cast<A>(args.scale), scratch.packed + at);
       pack_panel(grad, first, scratch.seen[p], size, A(1), scratch.other_packed + at);
+      pack_panel(out, first, scratch.seen[p], size, A(1), scratch.sums);
+      dot_panels(scratch.other_packed + at, scratch.sums, size, dots + p * kPanel<A>);
+      if (args.dq == nullptr) continue;
+      pack_panel(q, first, scratch.seen[p], size, static_cast<A>(args.scale), scratch.packed + at);
     }
+  }
+  std::copy_n(dots, block.frames, at<A>(args.dots, place));
+  if (args.dq == nullptr) return;
+  if (block.frames > 0) {
     std::fill_n(scratch.sums, panels * kPanel<A> * size, A(0));
     for_pieces(first_key(extents, block.first), block.first + block.frames, [&](Range piece) MMK_LAMBDA {
       const View<A> keys = widened(k, piece, size, scratch.rows);

@@ -122,8 +122,8 @@ SPEC = OpSpec(
     eager=eager,
     make=make,
     cases={
-        "short": {"B": 3, "H": 2, "G": 2, "T": 12, "M": 4, "d": 16},
-        "grouped": {"B": 3, "H": 4, "G": 2, "T": 30, "M": 5, "d": 8, "lookback": 3},
+        "short": {"B": 3, "H": 1, "G": 1, "T": 6, "M": 3, "d": 8},
+        "grouped": {"B": 3, "H": 2, "G": 1, "T": 9, "M": 4, "d": 8, "lookback": 2},
     },
     zero_cases={
         "no_frames": {"B": 2, "H": 2, "G": 1, "T": 0, "M": 3, "d": 8},

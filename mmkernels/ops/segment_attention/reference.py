@@ -25,7 +25,7 @@ def segment_attention(
     covered = (start < frames)[:, None, :, None]
     frame = torch.arange(frames, device=ends.device)
     sees = (frame >= start[:, None, :, None]) & (frame <= frame[:, None])  # (B, 1, T, T)
-    # Frames in no segment may hold NaN, so they are replaced and not multiplied by zero.
+    # Frames in no segment, and gradients there, may hold NaN: they are replaced and not multiplied by zero.
     query, key, value = (torch.where(covered, widened(x, wide), 0.0) for x in (q, k, v))
     if heads != key_heads:
         key, value = (x.repeat_interleave(heads // key_heads, dim=-3) for x in (key, value))
@@ -34,7 +34,7 @@ def segment_attention(
         # A query that sees nothing gets scores of 0, whose softmax is finite, before its weights of 0.
         scores = scores.masked_fill(~sees & covered, -torch.inf).masked_fill(~covered, 0.0)
         weights = scores.softmax(-1).masked_fill(~sees, 0.0)
-        return (weights @ value).to(q.dtype)
+        return torch.where(covered, weights @ value, 0.0).to(q.dtype)
 
 
 def key_starts(ends: Tensor, frames: int, lookback: int) -> Tensor:
