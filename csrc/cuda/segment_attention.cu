@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kExtentThreads)
 }
 
 template <class Tiles>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, 2)
     attend(const __grid_constant__ SegmentAttentionForward args) {
   using T = typename Tiles::T;
   constexpr float kLowest = -INFINITY;

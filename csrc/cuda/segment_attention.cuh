@@ -217,7 +217,7 @@ class PlainTiles {
       load_chunk<kAttentionRows, kChunk, kChunkStride>(row_chunk_, kept_[kIndex], inner);
       load_chunk<kStep, kChunk, kChunkStride>(tile_chunk_, tiles_[kIndex], inner);
       __syncthreads();
-#pragma unroll 2
+#pragma unroll 1
       for (int i = 0; i < kChunk; i += 4) {
         Vec<float, 4> a[kRows], b[kColumns];
 #pragma unroll
@@ -292,7 +292,7 @@ class PlainTiles {
 
   template <int kCount, int kColumnCount, int kStride>
   MMK_DEVICE void load_chunk(float* chunk, const AttentionRows<T>& rows, int64_t first) const {
-#pragma unroll 4
+#pragma unroll 2
     for (int i = static_cast<int>(threadIdx.x); i < kCount * kColumnCount; i += kAttentionThreads) {
       const int r = i / kColumnCount, c = i % kColumnCount;
       const bool inside = r < rows.count && first + c < size_;

@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
 }
 
 template <class Tiles>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, 2)
     key_gradients(const __grid_constant__ SegmentAttentionBackward args) {
   using T = typename Tiles::T;
   MMK_DYNAMIC_SMEM(unsigned char, buffer);

@@ -62,8 +62,8 @@ MOST_REGISTERS = {
     "score_gradients": 96,
     "finish_scores": 32,
     "attention_extents": 40,
-    "attend": 255,
     "attention_dots": 48,
+    "attend": 224,  # 2 blocks of 128 threads, as the two below, which hold sums of 128 columns
     "query_gradients": 255,
     "key_gradients": 255,
     "plan": 48,
