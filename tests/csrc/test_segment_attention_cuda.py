@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -75,12 +75,13 @@ class Problem:
         shape = len(self.ends), self.heads, self.key_heads, self.frames, self.size
         return integers(DTYPE_CODES[self.dtype], *shape, len(self.ends[0]), self.lookback)
 
-    def expected(self, function: object, dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
+    def expected(self, function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, list[Tensor]]:
         leaves = [t.to(dtype, copy=True).requires_grad_() for t in (self.q, self.k, self.v)]
         for leaf in leaves:
             leaf.data.nan_to_num_()
         grad = self.grad.to(dtype, copy=True).nan_to_num_()
-        out = function(*leaves, self.stops, lookback=self.lookback, scale=self.scale)
+        stops = segment_stops(self.stops, None, self.frames) if function is eager else self.stops
+        out = function(*leaves, stops, lookback=self.lookback, scale=self.scale)
         return out.detach(), list(torch.autograd.grad(out, leaves, grad))
 
 

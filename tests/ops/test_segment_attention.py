@@ -29,7 +29,6 @@ from op_tests import (
     poisoned_memory,
 )
 
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -122,7 +121,7 @@ SPEC = OpSpec(
     eager=eager,
     make=make,
     cases={
-        "short": {"B": 3, "H": 1, "G": 1, "T": 6, "M": 3, "d": 8},
+        "short": {"B": 3, "H": 2, "G": 2, "T": 5, "M": 3, "d": 8},
         "grouped": {"B": 3, "H": 2, "G": 1, "T": 9, "M": 4, "d": 8, "lookback": 2},
     },
     zero_cases={
@@ -229,7 +228,7 @@ class TestValues:
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), grad)
         assert dq.eq(0).all()
         assert dk.eq(0).all()
-        assert torch.equal(dv, grad)
+        torch.testing.assert_close(dv, grad)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
     def test_frames_in_no_segment_touch_nothing(self, dtype: torch.dtype) -> None:
