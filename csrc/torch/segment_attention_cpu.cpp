@@ -32,8 +32,11 @@ void for_blocks(const cpu::AttentionPlan& plan, const SegmentAttentionShape& sha
   });
 }
 
+// Smaller blocks than those that are always new memory: most of the time of short segments goes to new pages.
+constexpr int64_t kLargeResult = int64_t{4} << 20;
+
 void prefer_huge_pages(void* data, const Tensor& tensor, DType dtype) {
-  if (data != nullptr) cpu::prefer_huge_pages(data, tensor.numel() * element_size(dtype));
+  if (data != nullptr) cpu::prefer_huge_pages(data, tensor.numel() * element_size(dtype), kLargeResult);
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
