@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from benches.case import Candidate, Case, Direction, OpProblem
 from benches.registry import kernel_candidates
@@ -49,6 +50,24 @@ def windows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, token: int) -> Tensor
     return functional.scaled_dot_product_attention(queries, keys, values, mask).flatten(2, 3)
 
 
+def flexible(q: Tensor, k: Tensor, v: Tensor, block_mask: BlockMask) -> Tensor:
+    out = flex_attention(q, k, v, block_mask=block_mask)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def with_block_mask(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Segments are the same in every row."""
+    frames, device = inputs["q"].shape[2], inputs["q"].device
+    start = key_starts(inputs["ends"][:1], frames, 1)[0]
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key >= start[query]) & (key <= query)
+
+    block_mask = create_block_mask(sees, None, None, frames, frames, device=device)
+    return {**{name: inputs[name] for name in "qkv"}, "block_mask": block_mask}
+
+
 def with_mask(inputs: dict[str, Any]) -> dict[str, Any]:
     frames = inputs["q"].shape[2]
     frame = torch.arange(frames, device=inputs["q"].device)
@@ -65,12 +84,14 @@ def with_windows(inputs: dict[str, Any], token: int) -> dict[str, Any]:
     return {**{name: inputs[name] for name in "qkv"}, "mask": mask, "token": token}
 
 
-def candidates(device: str, token: int, frames: int) -> tuple[Candidate, ...]:
+def candidates(device: str, token: int, frames: int, direction: Direction) -> tuple[Candidate, ...]:
     rows = (
         *kernel_candidates(segment_attention, device),
         Candidate("SDPA, dense mask", "papers", masked, with_mask),
         Candidate("torch.compile", "compile", masked, with_mask),
     )
+    if device == "cuda" or direction == "forward":  # torch has no backward pass of it on the CPU
+        rows += (Candidate("flex_attention, compiled", "compile", flexible, with_block_mask),)
     if token == frames:
         return rows
     by_windows = Candidate("windows", "hand_written", windows, functools.partial(with_windows, token=token))
@@ -111,7 +132,7 @@ def _case(
         minimum_bytes={"forward": forward, "backward": backward}.get(direction, forward + backward),
         flops={"forward": 4 * pairs * size, "backward": 10 * pairs * size}.get(direction, 14 * pairs * size),
         output_bytes=tensor,
-        candidates=candidates(device, token, frames),
+        candidates=candidates(device, token, frames, direction),
         problem=functools.partial(_problem, direction, (batch, heads, frames, size), token, dtype, device),
         bound="compute" if whole else "memory",
         **options,
@@ -141,7 +162,8 @@ def cases(device: str, tiny: bool = False) -> Iterator[Case]:
                 yield connector("tokens", frames=1500, size=128, headline=dtype == torch.bfloat16)
                 yield connector("one segment", batch=1, frames=8000, token=8000, size=128)
         return
-    for direction in ("forward", "forward_backward"):
+    directions: tuple[Direction, ...] = ("forward", "forward_backward")
+    for direction in directions:
         yield case("tokens", direction, headline=True)
         yield case("one segment", direction, batch=1, frames=3000, token=3000)
     yield case("tokens", "forward", dtype=torch.bfloat16)

@@ -100,11 +100,12 @@ def segment_attention(
         exactly 0, and so are their gradients, even where they hold NaN. Softmax and sums are in float32
         (float64). A row does not depend on the other rows, nor on the padding.
 
-    A NaN or infinite value of a frame reaches the queries that see it, and in the kernels also those of up to
-    63 frames before it. ``q``, ``k`` and ``v`` are kept for the backward pass and not copied: overwriting one
-    in between is an error there. Under autocast they are cast to its dtype. Forward mode, ``torch.func`` and
-    gradients of gradients are the reference's, which holds scores of size T x T: ``"auto"`` takes it by
-    itself, a kernel asked for by name raises.
+    Gradients flow to ``q``, ``k`` and ``v`` where they are required. The three are kept for the backward pass
+    and not copied: overwriting one, or ``ends``, in between is an error there. A NaN or infinite value of a
+    frame reaches the queries that see it, and in the kernels also those of up to 63 frames before it. Under
+    autocast, q, k and v are cast to its dtype. Forward mode, ``torch.func`` and gradients of gradients are
+    the reference's, which holds scores of size T x T: ``"auto"`` takes it by itself, a kernel asked for by
+    name raises.
 
     Raises:
         TypeError: A value of the wrong type or dtype.

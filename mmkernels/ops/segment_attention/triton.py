@@ -20,7 +20,7 @@ from mmkernels.ops._triton import INTERPRETED, dense_rows, expect, loop_bound, o
 BLOCK_ROWS = 64
 #: Frames of a window of extents, and segments that a program reads at a time.
 WINDOW = 128
-BLOCK_SEGMENTS = 64
+BLOCK_SEGMENTS = 16
 NO_STOP = tl.constexpr(2**31 - 1)
 
 
