@@ -474,6 +474,31 @@ MMK_INLINE void dot_panels(const A* a, const A* b, int64_t size, A* dots) {
   store(dots + kLanes<A>, high);
 }
 
+// As differentiate, for a tile with all rows that its lanes see: also computes dots, as sums of the tile.
+// They have the rounding errors of its products, which then cancel where few keys are seen.
+template <class A>
+MMK_INLINE void differentiate_whole(A* tile, A* other, Range range, const Seen<A>& seen, const A* lse,
+                                    A* dots) {
+  A total[kPanel<A>] = {};
+  std::fill_n(dots, kPanel<A>, A(0));
+  for_rows(tile, range, seen, [&](int64_t, A* cells, auto&& sees) MMK_LAMBDA {
+    const A* products = other + (cells - tile);
+    for (int64_t l = 0; l < kPanel<A>; ++l) {
+      const A p = exponential(cells[l] - lse[l]);
+      cells[l] = sees(l) ? p : A(0);
+      total[l] += cells[l];
+      dots[l] += sees(l) ? p * products[l] : A(0);
+    }
+  });
+  for (int64_t l = 0; l < kPanel<A>; ++l) dots[l] /= total[l] == A(0) ? A(1) : total[l];
+  for_rows(tile, range, seen, [&](int64_t, A* cells, auto&& sees) MMK_LAMBDA {
+    A* products = other + (cells - tile);
+    for (int64_t l = 0; l < kPanel<A>; ++l) {
+      products[l] = sees(l) ? cells[l] * (products[l] - dots[l]) : A(0);
+    }
+  });
+}
+
 template <class T>
 MMK_INLINE void query_block(const SegmentAttentionBackward& args, Scratch<acc_t<T>>& scratch, int64_t index) {
   using A = acc_t<T>;
@@ -487,30 +512,43 @@ MMK_INLINE void query_block(const SegmentAttentionBackward& args, Scratch<acc_t<
   const View<T> out = view<T>(args.out, block.row, block.head);
   const int64_t place = (block.row * shape.heads + block.head) * shape.frames + block.first;
   A lse[kBlock] = {}, dots[kBlock] = {};
+  bool whole[kPanels<A>] = {};  // panels whose keys fit one tile
   std::copy_n(at<A>(args.lse, place), block.frames, lse);
   const int64_t panels = (block.frames + kPanel<A> - 1) / kPanel<A>;
   if (block.frames > 0) {
     see_keys(scratch, block, extents);
     for (int64_t p = 0; p < panels; ++p) {
+      const Seen<A>& seen = scratch.seen[p];
       const int64_t first = block.first + p * kPanel<A>, at = p * kPanel<A> * size;
-      pack_panel(grad, first, scratch.seen[p], size, A(1), scratch.other_packed + at);
-      pack_panel(out, first, scratch.seen[p], size, A(1), scratch.sums);
-      dot_panels(scratch.other_packed + at, scratch.sums, size, dots + p * kPanel<A>);
-      if (args.dq == nullptr) continue;
-      pack_panel(q, first, scratch.seen[p], size, static_cast<A>(args.scale), scratch.packed + at);
+      A *sums = scratch.sums + at, *of_dots = dots + p * kPanel<A>;
+      pack_panel(grad, first, seen, size, A(1), scratch.other_packed + at);
+      pack_panel(q, first, seen, size, static_cast<A>(args.scale), scratch.packed + at);
+      if constexpr (sizeof(T) == sizeof(A)) {
+        whole[p] = seen.all.last - seen.all.first <= kBlock;
+        if (whole[p]) {
+          score(k, seen.all, scratch.packed + at, size, scratch.tile);
+          score(v, seen.all, scratch.other_packed + at, size, scratch.other_tile);
+          differentiate_whole(scratch.tile, scratch.other_tile, seen.all, seen, lse + p * kPanel<A>, of_dots);
+          std::fill_n(sums, kPanel<A> * size, A(0));
+          if (args.dq != nullptr) add_rows(sums, size, k, seen.all, seen, scratch.other_tile);
+          continue;
+        }
+      }
+      pack_panel(out, first, seen, size, A(1), sums);
+      dot_panels(scratch.other_packed + at, sums, size, of_dots);
+      std::fill_n(sums, kPanel<A> * size, A(0));
     }
   }
   std::copy_n(dots, block.frames, at<A>(args.dots, place));
   if (args.dq == nullptr) return;
   if (block.frames > 0) {
-    std::fill_n(scratch.sums, panels * kPanel<A> * size, A(0));
     for_pieces(first_key(extents, block.first), block.first + block.frames, [&](Range piece) MMK_LAMBDA {
       const View<A> keys = widened(k, piece, size, scratch.rows);
       const View<A> values = widened(v, piece, size, scratch.other_rows);
       for (int64_t p = 0; p < panels; ++p) {
         const Seen<A>& seen = scratch.seen[p];
         const Range range = both(piece, seen.all);
-        if (range.first >= range.last) continue;
+        if (whole[p] || range.first >= range.last) continue;
         const int64_t at = p * kPanel<A> * size;
         score(keys, range, scratch.packed + at, size, scratch.tile);
         score(values, range, scratch.other_packed + at, size, scratch.other_tile);
