@@ -372,7 +372,7 @@ struct Softmax {
       for (int64_t l = 0; l < kPanel<A>; ++l) total[l] += cells[l];
     });
     for (int64_t l = 0; l < kPanel<A>; ++l) {
-      if (factor[l] == A(1)) continue;
+      if (factor[l] == A(1) || before[l] == kLowest) continue;  // without sums so far, they are 0
       A* of_lane = sums + l * size;
       for (int64_t c = 0; c < size; c += kLanes<A>) store(of_lane + c, load(of_lane + c) * factor[l]);
     }
