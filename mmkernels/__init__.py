@@ -1,9 +1,9 @@
 """Fused kernels for adapting speech and audio transformers, as torch ops.
 
 Ops: :func:`adapter`, :func:`cif`, :func:`ctc_align`, :func:`distill_loss`, :func:`layer_mix`,
-:func:`layer_project`, :func:`merge`, :func:`monotonic_align`, :func:`segment_pool`. Modules:
-:mod:`mmkernels.nn`. Existing models: :func:`accelerate`. Which backend runs each op on this machine:
-:func:`info`, or ``python -m mmkernels``.
+:func:`layer_project`, :func:`merge`, :func:`monotonic_align`, :func:`segment_attention`,
+:func:`segment_pool`. Modules: :mod:`mmkernels.nn`. Existing models: :func:`accelerate`. Which backend runs
+each op on this machine: :func:`info`, or ``python -m mmkernels``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from mmkernels.ops.layer_mix import layer_mix
 from mmkernels.ops.layer_project import layer_project
 from mmkernels.ops.merge import merge
 from mmkernels.ops.monotonic_align import monotonic_align
+from mmkernels.ops.segment_attention import segment_attention
 from mmkernels.ops.segment_pool import segment_pool
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ __all__ = [
     "layer_project",
     "merge",
     "monotonic_align",
+    "segment_attention",
     "segment_pool",
 ]
 

@@ -44,4 +44,14 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
 #endif
 }
 
+// Before a kernel writes a result. Whether that is large and in memory that was written before; new memory
+// gets huge pages if it is large: most of the time of small kernels goes to new pages.
+inline bool prepare_result(void* data, int64_t bytes) {
+  constexpr int64_t kLarge = int64_t{4} << 20;
+  if (data == nullptr || bytes < kLarge) return false;
+  if (has_pages(data, bytes)) return true;
+  prefer_huge_pages(data, bytes);
+  return false;
+}
+
 }  // namespace mmk::cpu

@@ -24,7 +24,7 @@ Tensor backward(const Tensor& grad, const Tensor& pred, const Tensor& table, con
                 const OptionalTensor& counts, const Tensor& dots, const Tensor& count, double cosine_weight) {
   const DistillLossBackwardCall call(grad, pred, table, ids, counts, dots, count, cosine_weight);
   const DistillLossParams& p = call.args.params;
-  cpu::prefer_huge_pages(call.args.d_pred, call.d_pred.numel() * element_size(p.dtype));
+  cpu::prepare_result(call.args.d_pred, call.d_pred.numel() * element_size(p.dtype));
   torch::stable::parallel_for(0, p.batch * p.tokens, grain_of(p), [&](int64_t begin, int64_t end) {
     cpu::distill_loss_backward(call.args, begin, end);
   });

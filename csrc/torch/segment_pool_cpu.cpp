@@ -14,11 +14,7 @@ int64_t grain_of(const SegmentPoolShape& shape) {
 // Whether an output is written around the caches: if it is too large to stay in them, but not in new memory,
 // whose pages the system clears through the caches at the first access.
 bool write_around_caches(void* data, int64_t bytes) {
-  constexpr int64_t kLeast = int64_t{4} << 20;
-  if (bytes < kLeast) return false;
-  if (cpu::has_pages(data, bytes)) return true;
-  cpu::prefer_huge_pages(data, bytes);
-  return false;
+  return cpu::prepare_result(data, bytes);
 }
 
 // The stops of all segments; with `strict`, ends and counts that the op does not take are errors.

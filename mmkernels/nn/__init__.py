@@ -11,6 +11,7 @@ from mmkernels.nn.layer_mix import LayerMix
 from mmkernels.nn.layer_project import LayerProject
 from mmkernels.nn.merge import Merge
 from mmkernels.nn.monotonic_align import MonotonicAlign
+from mmkernels.nn.segment_attention import SegmentAttention
 from mmkernels.nn.segment_pool import SegmentPool
 
 __all__ = [
@@ -23,5 +24,6 @@ __all__ = [
     "LayerProject",
     "Merge",
     "MonotonicAlign",
+    "SegmentAttention",
     "SegmentPool",
 ]

@@ -22,6 +22,7 @@ import test_layer_mix
 import test_layer_project
 import test_merge
 import test_monotonic_align
+import test_segment_attention
 import test_segment_oracles
 import test_segment_pool
 import torch
@@ -36,6 +37,7 @@ from mmkernels.ops.layer_mix import schema as layer_mix_schema
 from mmkernels.ops.layer_project import schema as layer_project_schema
 from mmkernels.ops.merge import schema as merge_schema
 from mmkernels.ops.monotonic_align import schema as monotonic_align_schema
+from mmkernels.ops.segment_attention import schema as segment_attention_schema
 from mmkernels.ops.segment_pool import schema as segment_pool_schema
 from op_tests import (
     BackendNames,
@@ -65,6 +67,7 @@ SCHEMAS: dict[str, ModuleType] = {
     "layer_mix": layer_mix_schema,
     "layer_project": layer_project_schema,
     "merge": merge_schema,
+    "segment_attention": segment_attention_schema,
     "segment_pool": segment_pool_schema,
     "cif": cif_schema,
     "distill_loss": distill_loss_schema,
@@ -287,6 +290,7 @@ TestCtcAlign = on_the_cpu(test_ctc_align.SPEC, test_ctc_align.LEFT_OUT)
 TestLayerMix = on_the_cpu(test_layer_mix.SPEC)
 TestLayerProject = on_the_cpu(test_layer_project.SPEC)
 TestMerge = on_the_cpu(test_merge.SPEC)
+TestSegmentAttention = on_the_cpu(test_segment_attention.SPEC, test_segment_attention.LEFT_OUT)
 TestSegmentPool = on_the_cpu(test_segment_pool.ATTENTION)
 TestSegmentPoolWithoutScores = on_the_cpu(test_segment_pool.SPEC, test_segment_pool.OF_PARAMETERS)
 TestCif = on_the_cpu(test_cif.SPEC)

@@ -23,6 +23,7 @@ import test_layer_mix_cuda
 import test_layer_project_cuda
 import test_merge_cuda
 import test_monotonic_align_cuda
+import test_segment_attention_cuda
 import test_segment_pool_cuda
 import torch
 from devices import DEVICES, H100, REGISTERS, RESERVED_SHARED, SHARED_WITHOUT_OPT_IN, Device
@@ -44,6 +45,7 @@ SOURCES = sorted(
         *test_layer_mix_cuda.SOURCES,
         *test_layer_project_cuda.SOURCES,
         *test_merge_cuda.SOURCES,
+        *test_segment_attention_cuda.SOURCES,
         *test_segment_pool_cuda.SOURCES,
         *test_cif_cuda.SOURCES,
         *test_monotonic_align_cuda.SOURCES,
@@ -157,6 +159,21 @@ def launch_segment_pool(width: int, dtype: torch.dtype) -> None:
                 call("segment_pool_backward", *ends, *gradients)
 
 
+def launch_segment_attention(dtype: torch.dtype, size: int) -> None:
+    """The connector of SSR: heads of queries that share keys; also rows that tensor cores do not take."""
+    batch, heads, key_heads, frames = 12, 32, 8, 385
+    sizes = integers(DTYPE_CODES[dtype], batch, heads, key_heads, frames, size, 40, 1)
+    counts = (heads, key_heads, key_heads, heads, heads)
+    strides = integers(*(s for count in counts for s in (frames * count * size, size, count * size)))
+    for address in (MEMORY, UNALIGNED):
+        inputs = (address, address, address)
+        library().call(
+            "segment_attention_forward", sizes, MEMORY, MEMORY, *inputs, strides, 0.1, *[MEMORY] * 2
+        )
+        gradients = (*inputs, address, address, strides, 0.1, *[MEMORY] * 5)
+        library().call("segment_attention_backward", sizes, MEMORY, *gradients)
+
+
 def launch_ctc_align(dtype: torch.dtype, tokens: int) -> None:
     """A batch of clips of half a minute; blocks of every size, and the kernel for more tokens."""
     batch, frames, classes = 32, 1500, 32
@@ -201,6 +218,8 @@ def launch_everything() -> None:
         launch_ctc_align(dtype, pairs - 1)
     for dtype in DTYPE_CODES:
         launch_monotonic_align(dtype)
+        for size in (64, 128, 256):
+            launch_segment_attention(dtype, size)
     for types in test_merge_cuda.TYPES:
         launch_merge(types)
     for width, dtype in product(WIDTHS, DTYPE_CODES):

@@ -62,6 +62,11 @@ MOST_REGISTERS = {
     "spread_pieces": 64,
     "score_gradients": 96,
     "finish_scores": 32,
+    "attention_extents": 40,
+    "attention_dots": 48,
+    "attend": 224,  # 2 blocks of 128 threads, as the two below, which hold sums of 128 columns
+    "query_gradients": 255,
+    "key_gradients": 255,
     "plan": 48,
     "sum_tokens": 96,  # 2 blocks of 256 threads: 64 KB in flight
     "frame_gradients": 96,

@@ -86,6 +86,20 @@ def merge_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
     return step, lam
 
 
+def attention_step(backend: str) -> tuple[Callable[[], Tensor], Tensor]:
+    """Heads that share keys; short segments, a long one, frames in none."""
+    rows = torch.randn(3, 2, 300, 4, 64, device="cuda", dtype=torch.bfloat16).transpose(2, 3)
+    q, k, v = rows[0].requires_grad_(), rows[1, :, :2], rows[2, :, :2]
+    ends = torch.tensor([[10, 12, 12, 290], [100, 200, 207, 300]], device="cuda")
+
+    def step() -> Tensor:
+        out = mmkernels.segment_attention(q, k, v, ends, lookback=2, backend=backend)
+        (grad,) = torch.autograd.grad(out.float().square().sum(), q)
+        return grad
+
+    return step, q
+
+
 def pool_inputs() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Segments of a few frames and of several pieces, frames in none, segments past a count."""
     x = torch.randn(3, 300, 256, device="cuda", dtype=torch.bfloat16)
@@ -141,6 +155,7 @@ STEPS = {
     "layer_project": project_step,
     "adapter": adapter_step,
     "merge": merge_step,
+    "segment_attention": attention_step,
     "segment_pool": pool_step,
     "ctc_align": ctc_align_step,
     "distill_loss": distill_step,
@@ -269,6 +284,20 @@ def test_ends_are_clamped_on_the_device(reduce: str, backend: str) -> None:
     gradients = [torch.autograd.grad(out.float().sum(), x)[0] for out in (found, expected)]
     assert torch.equal(*gradients)
     assert gradients[0][1, 20:].eq(0).all()
+
+
+@each_backend
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_clamps_ends_out_of_range(dtype: torch.dtype, backend: str) -> None:
+    wild = torch.tensor([[5, 2, 99999, -4], [20, -1, 5, 7], [7, 3, 2**62, -(2**62)]], device="cuda")
+    tame = torch.tensor([[5, 5, 300, 300], [20, 20, 20, 20], [7, 7, 300, 300]], device="cuda")
+    q, k, v = (torch.randn(3, 2, 300, 64, device="cuda", dtype=dtype).requires_grad_() for _ in range(3))
+    found, expected = (mmkernels.segment_attention(q, k, v, ends, backend=backend) for ends in (wild, tame))
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(out.float().sum(), (q, k, v)) for out in (found, expected)]
+    for mine, other in zip(*gradients, strict=True):
+        assert torch.equal(mine, other)
+        assert mine[1, :, 20:].eq(0).all()
 
 
 @each_backend

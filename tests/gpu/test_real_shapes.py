@@ -12,6 +12,7 @@ from test_distill_loss import SPEC as DISTILL_LOSS
 from test_layer_mix import SPEC as LAYER_MIX
 from test_layer_project import SPEC as LAYER_PROJECT
 from test_merge import SPEC as MERGE
+from test_segment_attention import SPEC as SEGMENT_ATTENTION
 from test_segment_pool import ATTENTION as SEGMENT_POOL
 
 from mmkernels import ctc_align
@@ -137,6 +138,17 @@ def test_distill_loss(of_table: torch.dtype, width: int, dtype: torch.dtype, bac
     assert_close_to_reference(found, r, e, dtype)
 
 
+@each_backend
+@each_dtype
+@pytest.mark.parametrize(("size", "segments"), [(64, 150), (64, 3), (128, 40), (128, 1), (80, 40), (192, 40)])
+def test_segment_attention(size: int, segments: int, dtype: torch.dtype, backend: str) -> None:
+    """The connector of SSR, and heads of other sizes."""
+    shape = {"B": 2, "H": 8, "G": 2, "T": 1000, "M": segments, "d": size}
+    check(SEGMENT_ATTENTION, shape, dtype, backend)
+
+
+@each_backend
+@each_dtype
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("frames", "tokens"), [(60, 40), (1500, 200), (1500, 450), (3000, 900), (4000, 1900), (4500, 2500)]

@@ -86,6 +86,17 @@ def merge_module() -> tuple[Any, Any]:
 ENDS = torch.tensor([[2, 2, 4], [1, 3, 3], [0, 4, 4], [1, 2, 3], [4, 4, 4]])
 
 
+def segment_attention() -> tuple[Any, Any]:
+    q, k, v = (random(2, 3, 4, 8) for _ in range(3))
+    arguments = {"q": q, "k": k, "v": v, "ends": ENDS[::4], "lookback": 2, "scale": 0.5}
+    return mmkernels.segment_attention(**arguments), run(mmkernels.segment_attention, **arguments)
+
+
+def segment_attention_module() -> tuple[Any, Any]:
+    module, x = mmkernels.nn.SegmentAttention(32, 4, 2, lookback=3), random(2, 4, 32)
+    return of_module(module, x, ENDS[::4], x=x, ends=ENDS[::4])
+
+
 def segment_pool() -> tuple[Any, Any]:
     return mmkernels.segment_pool(X, ENDS), run(mmkernels.segment_pool, x=X, ends=ENDS)
 
@@ -164,6 +175,7 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "merge": merge,
     "merge_one": lambda: merge(lam=random(1)),
     "merge_groups": lambda: merge(lam=random(2), groups=[1, 0, 1]),
+    "segment_attention": segment_attention,
     "segment_pool": segment_pool,
     "cif": cif,
     "distill_loss": distill_loss,
@@ -173,6 +185,7 @@ CASES: dict[str, Callable[[], tuple[Any, Any]]] = {
     "LayerMix": lambda: of_module(mmkernels.nn.LayerMix(4), LAYERS, layers=LAYERS),
     "LayerProject": lambda: of_module(mmkernels.nn.LayerProject(4, 8, 3), X, x=X),
     "Merge": merge_module,
+    "SegmentAttention": segment_attention_module,
     "SegmentPool": segment_pool_module,
     "CIF": cif_module,
     "DistillLoss": distill_loss_module,

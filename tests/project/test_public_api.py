@@ -30,11 +30,12 @@ SIGNATURES = {
     ),
     "merge": "(target, source, lam, *, groups=None, dtype=None, out=None, backend='auto')",
     "monotonic_align": "(log_probs, frame_lengths=None, token_lengths=None, *, backend='auto')",
+    "segment_attention": "(q, k, v, ends, *, lookback=1, scale=None, backend='auto')",
     "segment_pool": "(x, ends, *, reduce='mean', scores=None, counts=None, backend='auto')",
 }
 MODULES = {
     *("Adapter", "CIF", "CTCAligner", "DistillLoss", "Featurizer", "LayerMix", "LayerProject", "Merge"),
-    *("MonotonicAlign", "SegmentPool"),
+    *("MonotonicAlign", "SegmentAttention", "SegmentPool"),
 }
 
 

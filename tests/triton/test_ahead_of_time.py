@@ -32,6 +32,7 @@ from mmkernels.ops.distill_loss import triton as distill  # noqa: E402
 from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
 from mmkernels.ops.monotonic_align import triton as monotonic  # noqa: E402
+from mmkernels.ops.segment_attention import triton as attention  # noqa: E402
 from mmkernels.ops.segment_pool import triton as pool  # noqa: E402
 from mmkernels.ops.segment_pool.schema import REDUCTIONS  # noqa: E402
 
@@ -50,17 +51,18 @@ OF_ELEMENT_TYPE = {
     *("grad", "value", "scaled_grad", "addend", "dx"),
     *("left", "right", "up_weight", "hidden", "activated"),
     *("log_probs", "features", "pred", "embeddings", "d_pred"),
+    *("q", "k", "v", "dq", "dk", "dv"),
 }
 PARAMETERS = {
     *("weight", "bias", "norm_weight", "norm_bias", "up_bias"),
     *("d_weight", "d_norm_weight", "d_norm_bias"),
 }
 INTEGERS = {"rows", "columns", "frames", "tiles", "width", "inner", "taps", "inputs", "outputs"}
-INTEGERS |= {"chunks", "first_chunk", "segments", "tokens", "classes", "blank", "vocabulary"}
+INTEGERS |= {"chunks", "first_chunk", "segments", "tokens", "classes", "blank", "vocabulary", "lookback"}
 INT64_POINTERS = {"table", "lengths", "ends", "counts", "stops"}
 INT64_POINTERS |= {"targets", "input_lengths", "target_lengths", "paths"}
 INT64_POINTERS |= {"frame_lengths", "token_lengths", "durations", "ids", "count"}
-INT32_POINTERS = {"partial_group", "index", "partial_index", "words", "token"}
+INT32_POINTERS = {"partial_group", "index", "partial_index", "words", "token", "extents"}
 
 
 def type_of(name: str, element: str, parameter: str) -> str:
@@ -158,6 +160,8 @@ FUSED = {
 }
 FUSED_BACKWARD = {**FUSED, "ADD_GRAD": True}
 POOL = {"PIECE": 16, "BLOCK_SEGMENTS": 64, "BLOCK_ROWS": 4, "BLOCK_D": 32}
+ATTENTION_DOTS = {"HEADS": 2, "SIZE": 8, "ALIGNMENT": 1, "BLOCK_ROWS": 16, "BLOCK_D": 16}
+ATTENTION = {**ATTENTION_DOTS, "SHARING": 1, "SCALE": 0.5}
 SMALL_LAUNCHES = [
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": True}),
     (mix.layer_mix_fwd_kernel, {**MIX_FORWARD, "NORM": False}),
@@ -183,6 +187,11 @@ SMALL_LAUNCHES = [
     (pool.segment_pool_spread_kernel, {**POOL, "REDUCE": 0, "ACCUMULATE": pool.tl.float32}),
     (pool.segment_pool_dots_kernel, {**POOL, "WIDTH": 1, "ALIGNMENT": 1}),
     (pool.segment_pool_scores_kernel, {"PIECE": 16, "BLOCK_SEGMENTS": 64}),
+    (attention.attention_extents_kernel, {"WINDOW": 16, "BLOCK_SEGMENTS": 16}),
+    (attention.segment_attention_fwd_kernel, {**ATTENTION, "BLOCK_STEP": 16}),
+    (attention.segment_attention_dots_kernel, ATTENTION_DOTS),
+    (attention.segment_attention_dq_kernel, {**ATTENTION, "BLOCK_STEP": 16}),
+    (attention.segment_attention_dkv_kernel, {**ATTENTION, "BLOCK_STEP": 16}),
     (ctc.ctc_align_fwd_kernel, {"RESCALE_FRAMES": 32, "BLOCK": 256}),
 ]
 
@@ -383,6 +392,53 @@ def test_pool(element: str, width: int, reduce: str, capability: int, tmp_path: 
         check_resources(compiled, LEAST_SHARED, tmp_path)
         if kernel is pool.segment_pool_fwd_kernel and alignment == 16:
             assert re.search(r"ld\.global\S*\.v4\.b32|ld\.global\S*\.v2\.b64", compiled.asm["ptx"])
+
+
+ATTENTION_CASES = [
+    *product([("float16", 64), ("bfloat16", 128), ("float32", 64), ("float32", 128)], CAPABILITIES),
+    *product([("bfloat16", 64), ("bfloat16", 128), ("bfloat16", 264)], GRAPHICS_CAPABILITIES),
+]
+
+
+@pytest.mark.parametrize(("case", "capability"), ATTENTION_CASES)
+def test_segment_attention(case: tuple[str, int], capability: int, tmp_path: pathlib.Path) -> None:
+    name, size = case
+    dtype = getattr(torch, name)
+    for kernel, options in (
+        (attention.segment_attention_fwd_kernel, attention.options(size, dtype)),
+        (attention.segment_attention_dq_kernel, attention.options(size, dtype, "queries")),
+        (attention.segment_attention_dkv_kernel, attention.options(size, dtype, "keys")),
+    ):
+        heads = {"HEADS": 8, "SHARING": 4, "SCALE": 0.1, "ALIGNMENT": 16}
+        compiled = compile_kernel(
+            kernel,
+            capability,
+            ELEMENTS[name],
+            {**constants_of(options), **heads},
+            num_warps=options["num_warps"],
+            num_stages=options["num_stages"],
+        )
+        check_resources(compiled, SHARED_MEMORY[capability], tmp_path)
+        assert uses_tensor_cores(compiled) == (dtype.itemsize == 2)
+
+
+@each_capability
+def test_segment_attention_before_the_products(capability: int, tmp_path: pathlib.Path) -> None:
+    windows = {"WINDOW": attention.WINDOW, "BLOCK_SEGMENTS": attention.BLOCK_SEGMENTS}
+    rows = {"HEADS": 8, "SIZE": 64, "ALIGNMENT": 16, "BLOCK_ROWS": attention.BLOCK_ROWS, "BLOCK_D": 64}
+    for kernel, constants in (
+        (attention.attention_extents_kernel, windows),
+        (attention.segment_attention_dots_kernel, rows),
+    ):
+        check_resources(compile_kernel(kernel, capability, "bf16", constants), LEAST_SHARED, tmp_path)
+
+
+@pytest.mark.parametrize("absent", ["dk", "dv", "lse"])
+def test_segment_attention_without_a_result(absent: str) -> None:
+    kernel = attention.segment_attention_dkv_kernel
+    if absent == "lse":
+        kernel = attention.segment_attention_fwd_kernel
+    compile_kernel(kernel, 90, "bf16", {**ATTENTION, "BLOCK_STEP": 16}, [absent])
 
 
 @each_capability

@@ -30,6 +30,7 @@ from mmkernels.ops.layer_mix import triton as mix  # noqa: E402
 from mmkernels.ops.layer_project import triton as project  # noqa: E402
 from mmkernels.ops.merge import triton as merge  # noqa: E402
 from mmkernels.ops.monotonic_align import triton as monotonic  # noqa: E402
+from mmkernels.ops.segment_attention import triton as attention  # noqa: E402
 from mmkernels.ops.segment_pool import triton as pool  # noqa: E402
 from mmkernels.ops.segment_pool.schema import REDUCTIONS  # noqa: E402
 
@@ -102,6 +103,16 @@ def pool_step(frames: int, dtype: torch.dtype, width: int) -> None:
             pool.segment_pool_bwd(*saved, True, need_scores)
 
 
+def attention_step(frames: int, dtype: torch.dtype, size: int) -> None:
+    """Heads as a projection leaves them, and dense ones; also of other numbers of segments."""
+    ends = torch.zeros(BATCH, frames // 4 + 1, dtype=torch.int64)
+    rows = torch.zeros(3, BATCH, frames, 4, size, dtype=dtype)
+    for q, k, v in (rows.transpose(2, 3), rows.transpose(2, 3).contiguous()):
+        out, lse, extents = attention.segment_attention_fwd(q, k[:, :2], v[:, :2], ends, frames, None, True)
+        saved = (q, k[:, :2], v[:, :2], out, lse, extents, None)
+        attention.segment_attention_bwd(out, *saved, True, True, True)
+
+
 def cif_step(frames: int, dtype: torch.dtype, width: int) -> None:
     """Also of other numbers of tokens, with target lengths and without."""
     x, alpha = torch.zeros(BATCH, frames, width, dtype=dtype), torch.ones(BATCH, frames)
@@ -146,6 +157,7 @@ CASES: dict[str, tuple[Callable[[int, torch.dtype, int], None], int, tuple[int, 
     "merge": (merge_step, 5000, (1, 2, 15, 16, 31, 48, 64, 333)),
     "segment_pool": (pool_step, 64, (1, 2, 15, 16, 31, 48, 64, 65, 333)),
     "segment_pool of odd rows": (pool_step, 33, (1, 2, 15, 16, 31, 48, 64, 65, 333)),
+    "segment_attention": (attention_step, 64, (1, 2, 15, 16, 31, 48, 64, 65, 333)),
     "cif": (cif_step, 64, (1, 2, 15, 16, 31, 48, 64, 333)),
     "distill_loss": (distill_step, 64, (1, 2, 15, 16, 31, 48, 64, 333)),
     "monotonic_align": (monotonic_step, 64, (1, 2, 15, 16, 31, 48, 64, 333)),

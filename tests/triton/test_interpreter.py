@@ -27,6 +27,7 @@ from mmkernels import (
     layer_project,
     merge,
     monotonic_align,
+    segment_attention,
     segment_pool,
 )
 from mmkernels.activations import ACTIVATIONS
@@ -48,6 +49,8 @@ from mmkernels.ops.merge import reference as merge_reference
 from mmkernels.ops.merge.schema import OPS as MERGE_OPS
 from mmkernels.ops.monotonic_align import reference as monotonic_reference
 from mmkernels.ops.monotonic_align.schema import OPS as MONOTONIC_OPS
+from mmkernels.ops.segment_attention import reference as attention_reference
+from mmkernels.ops.segment_attention.schema import OPS as ATTENTION_OPS
 from mmkernels.ops.segment_pool import reference as pool_reference
 from mmkernels.ops.segment_pool.schema import ATTENTION, MAX, REDUCTIONS
 from mmkernels.ops.segment_pool.schema import OPS as POOL_OPS
@@ -1037,6 +1040,111 @@ def test_cif_of_nothing(frames: int, width: int, tokens: int, scaled: bool) -> N
     leaves = call.leaves()
     for gradient in torch.autograd.grad(found.features.sum(), leaves):
         assert gradient.eq(0).all()
+
+
+def attention_call(
+    dtype: torch.dtype,
+    size: int = 16,
+    ends: tuple[tuple[int, ...], ...] = ((3, 3, 70), (0, 40, 64)),
+    *,
+    frames: int = 70,
+    heads: tuple[int, int] = (2, 1),
+    lookback: int = 1,
+    scale: float | None = None,
+) -> Call:
+    """Frames in no segment hold NaN."""
+
+    def rows(count: int) -> Tensor:
+        return torch.randn(len(ends), frames, count, size, dtype=torch.float64).to(dtype).transpose(1, 2)
+
+    arguments: dict[str, Any] = dict(zip("qkv", map(rows, (heads[0], *heads[1:] * 2)), strict=True))
+    stops = torch.tensor(ends, dtype=torch.int64).reshape(len(ends), -1)
+    arguments |= {"ends": stops, "lookback": lookback, "scale": scale}
+    return Call(arguments, ("q", "k", "v")).detached()
+
+
+def check_attention(call: Call, dtype: torch.dtype) -> None:
+    call = call.detached()
+    a = call.arguments
+    grad = torch.randn(a["q"].shape, dtype=torch.float64).to(dtype)
+    exact = value_and_gradients(attention_reference.segment_attention, call.detached(torch.float64), grad)
+    eager = value_and_gradients(attention_reference.segment_attention, call.detached(), grad)
+    for row, ends in enumerate(a["ends"]):
+        for tensor in (*call.leaves(), grad):
+            tensor.data[row, :, ends[-1] if len(ends) else 0 :] = math.nan
+    with poisoned_memory():
+        out, gradients = value_and_gradients(segment_attention, call, grad, backend="triton")
+    assert out.dtype == dtype
+    for index, (k, r, e) in enumerate(zip((out, *gradients), flat(exact), flat(eager), strict=True)):
+        if dtype == torch.bfloat16:
+            k = r + (k.double() - r) / 2  # the interpreter truncates, see check()
+        assert_close_to_reference(k, r, e, dtype, "qkv"[index - 1] if index else "result")
+
+
+def flat(found: tuple[Tensor, list[Tensor]]) -> list[Tensor]:
+    return [found[0], *found[1]]
+
+
+@each_dtype
+def test_attention(dtype: torch.dtype) -> None:
+    """Segments without frames, of several blocks; frames in none; heads that share keys."""
+    check_attention(attention_call(dtype), dtype)
+
+
+def test_attention_sizes() -> None:
+    check_attention(attention_call(torch.float32, 72, ((20,),), frames=20, heads=(4, 2)), torch.float32)
+    check_attention(attention_call(torch.float32, 8, ((5,),), frames=20), torch.float32)
+    check_attention(attention_call(torch.float16, 264, ((20,),), frames=20, heads=(1, 1)), torch.float16)
+    check_attention(attention_call(torch.float32, 8, ((), ()), frames=9), torch.float32)
+
+
+@pytest.mark.parametrize("lookback", [0, 5, 1000, 2**62])
+def test_attention_lookback(lookback: int) -> None:
+    """More segments than a program reads at a time, and more frames than a window."""
+    ends = tuple(range(3, 225, 3))
+    call = attention_call(torch.float32, 8, (ends,), frames=230, heads=(1, 1), lookback=lookback, scale=-0.2)
+    check_attention(call, torch.float32)
+
+
+@pytest.mark.parametrize("heads", [(0, 0), (0, 2), (2, 1)])
+@pytest.mark.parametrize("shape", [(2, 0, 8), (2, 4, 0)])
+def test_attention_of_nothing(heads: tuple[int, int], shape: tuple[int, int, int]) -> None:
+    batch, frames, size = shape
+    call = attention_call(torch.float32, size, ((0,),) * batch, frames=frames, heads=heads)
+    out = segment_attention(**call.arguments, backend="triton")
+    gradients = torch.autograd.grad(out.sum(), call.leaves())
+    assert [g.shape for g in gradients] == [leaf.shape for leaf in call.leaves()]
+    assert all(g.eq(0).all() for g in gradients)
+
+
+def test_attention_of_ends_of_any_value() -> None:
+    """The raw op clamps them to the frames, and to their running maximum."""
+    call = attention_call(torch.float32, 8, ((20,),) * 3, frames=20).detached(requires_grad=False).arguments
+    ends = torch.tensor([[5, 2, 17, 12, 99], [-4, 3, 2, 1000, 4], [-(2**63), 7, 3, 2**63 - 1, -(2**63)]])
+    out, _, extents = ATTENTION_OPS["triton"][0](call["q"], call["k"], call["v"], ends, 1, None, True)
+    assert torch.equal(extents[:, 0], attention_reference.key_starts(ends, 20, 1).int())
+    expected = attention_reference.segment_attention(call["q"], call["k"], call["v"], ends)
+    torch.testing.assert_close(out.transpose(1, 2), expected)
+
+
+@pytest.mark.parametrize("needed", ["q", "k", "v"])
+def test_attention_of_one_gradient(needed: str) -> None:
+    call = attention_call(torch.float32, 8, ((5, 20),), frames=20)
+    out = segment_attention(**call.arguments, backend="triton")
+    together = dict(zip("qkv", torch.autograd.grad(out.sum(), call.leaves()), strict=True))
+    for name in "qkv":
+        call.arguments[name].requires_grad_(name == needed)
+    out = segment_attention(**call.arguments, backend="triton")
+    (alone,) = torch.autograd.grad(out.sum(), call.arguments[needed])
+    assert torch.equal(alone, together[needed])
+
+
+def test_attention_of_a_row_does_not_depend_on_the_batch() -> None:
+    call = attention_call(torch.float32).detached(requires_grad=False)
+    out = segment_attention(**call.arguments, backend="triton")
+    alone = {name: call.arguments[name][1:, :, :64] for name in "qkv"}
+    alone_out = segment_attention(**alone, ends=call.arguments["ends"][1:], backend="triton")
+    assert torch.equal(alone_out, out[1:, :, :64])
 
 
 def monotonic_batch(dtype: torch.dtype, frames: int, tokens: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from mmkernels.ops import _common, _derivatives, _inference, _lengths
+from mmkernels.ops import _common, _derivatives, _inference, _lengths, _segments
 from mmkernels.ops.segment_pool import reference
 from mmkernels.ops.segment_pool.schema import MAX, OPS, REDUCTIONS
 
@@ -166,11 +166,7 @@ def _check_tensors(
     _common.check_floating(op, "x", x)
     if x.dim() != 3:
         raise ValueError(f"{op}: x must have shape (B, T, D), got {tuple(x.shape)}")
-    _common.check_tensor(op, "ends", ends)
-    if ends.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: ends must be int32 or int64, got {ends.dtype}")
-    if ends.dim() != 2 or ends.shape[0] != x.shape[0]:
-        raise ValueError(f"{op}: ends must have shape ({x.shape[0]}, M), got {tuple(ends.shape)}")
+    _segments.check_ends(op, ends, "x", x)
     if reduce not in REDUCTIONS:
         raise ValueError(f"{op}: reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     if (reduce == "attention") != (scores is not None):
@@ -179,8 +175,6 @@ def _check_tensors(
     _common.check_parameter(op, "scores", scores, [(x.shape[0], x.shape[1])], x.device)
     if counts is not None:
         _lengths.check_kind(op, "counts", counts, "x", x)
-    if ends.device != x.device:
-        raise ValueError(f"{op}: ends is on {ends.device}, x is on {x.device}")
 
 
 def _check_values(x: Tensor, ends: Tensor, scores: Tensor | None, counts: Tensor | None) -> None:
@@ -192,19 +186,7 @@ def _check_values(x: Tensor, ends: Tensor, scores: Tensor | None, counts: Tensor
     if counts is not None:
         _lengths.check_range(op, "counts", counts, segments)
         valid = torch.arange(segments) < counts.unsqueeze(-1)
-    outside = valid & ((ends < 0) | (ends > frames))
-    if (place := _lengths.first_place(outside)) is not None:
-        raise ValueError(
-            f"{op}: ends must lie in [0, {frames}], the frames of x; row {place[0]} has {ends[place].item()} "
-            f"at segment {place[1]}"
-        )
-    falls = valid[:, 1:] & (ends[:, 1:] < ends[:, :-1])
-    if (place := _lengths.first_place(falls)) is not None:
-        row, before = place
-        raise ValueError(
-            f"{op}: ends must not decrease; row {row} has {ends[row, before + 1].item()} at segment "
-            f"{before + 1}, after {ends[row, before].item()}"
-        )
+    _segments.check_values(op, ends, "x", frames, valid)
     if scores is not None and segments > 0 and frames > 0:
         last = torch.where(valid, ends, 0).amax(1, keepdim=True)
         wrong = (torch.arange(frames) < last) & ~(scores < torch.inf)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from mmkernels.ops._common import accumulate_dtype
 from mmkernels.ops._inference import widened
+from mmkernels.ops._segments import segment_stops
 
 
 def segment_pool(
@@ -44,15 +45,6 @@ def segment_pool(
         if reduce == "mean":
             pooled = pooled / (stops - starts).clamp(min=1).unsqueeze(-1)
     return pooled.to(x.dtype)
-
-
-def segment_stops(ends: Tensor, counts: Tensor | None, frames: int) -> Tensor:
-    """``ends`` in ``[0, frames]``, non-decreasing; segments past ``counts`` have no frames."""
-    stops = ends.to(torch.int64).clamp(0, frames)
-    if counts is not None:
-        valid = torch.arange(ends.shape[1], device=ends.device) < counts.unsqueeze(-1)
-        stops = torch.where(valid, stops, 0)
-    return stops.cummax(dim=1).values
 
 
 def take_frames(x: Tensor, index: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ constexpr Op kOps[] = {
     {"layer_mix", mmk::check::check_layer_mix},
     {"layer_project", mmk::check::check_layer_project},
     {"merge", mmk::check::check_merge},
+    {"segment_attention", mmk::check::check_segment_attention},
     {"segment_pool", mmk::check::check_segment_pool},
     {"cif", mmk::check::check_cif},
     {"monotonic_align", mmk::check::check_monotonic_align},

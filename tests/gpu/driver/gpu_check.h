@@ -222,6 +222,7 @@ void check_ctc_align(Report& report);
 void check_layer_mix(Report& report);
 void check_layer_project(Report& report);
 void check_merge(Report& report);
+void check_segment_attention(Report& report);
 void check_segment_pool(Report& report);
 void check_cif(Report& report);
 void check_monotonic_align(Report& report);

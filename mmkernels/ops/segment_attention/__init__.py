@@ -1,0 +1,3 @@
+from mmkernels.ops.segment_attention.api import segment_attention
+
+__all__ = ["segment_attention"]
