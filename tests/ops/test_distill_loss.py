@@ -445,7 +445,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
         r"counts are for pred \(B, M, H\), got pred of shape \(4, 3\)",
     ),
     "shape of counts": (one(counts=torch.tensor([1])), ValueError, r"counts must have shape \(2,\)"),
-    "too many": (one(counts=torch.tensor([4, 5])), ValueError, r"counts must lie in \[0, 4\], got 5 in row 1"),
+    "too many": (one(counts=torch.tensor([4, 5])), ValueError, r"counts must lie in \[0, 4\], got 5"),
     "fewer than none": (one(counts=torch.tensor([4, -1])), ValueError, r"counts must lie in \[0, 4\]"),
     "counts of floats": (one(counts=torch.ones(2)), TypeError, "counts must be an integer tensor"),
     "weight": (one(cosine_weight=-1.0), ValueError, "cosine_weight must be finite and not negative, got -1"),
