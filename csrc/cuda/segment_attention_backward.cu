@@ -1,5 +1,6 @@
 // The backward pass of segment_attention: dots, then dq by blocks of queries, and dk and dv by blocks of
-// keys.
+// keys. In float, dots are sums of the products that they are subtracted from: the result, which is rounded,
+// would leave an error where few keys are seen and both are nearly equal.
 #include "cuda/common/dispatch.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/segment_attention.cuh"
@@ -37,6 +38,10 @@ __global__ void __launch_bounds__(kAttentionThreads)
   }
 }
 
+template <class T>
+constexpr bool kDotsOfProducts = sizeof(T) == 4;
+
+// Also writes the dots, where these are of products.
 template <class Tiles>
 __global__ void __launch_bounds__(kAttentionThreads, 2)
     query_gradients(const __grid_constant__ SegmentAttentionBackward args) {
@@ -70,9 +75,42 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     from[r] = sees ? static_cast<int32_t>(starts[Tiles::row(r)] - begin) : 0;
     to[r] = sees ? static_cast<int32_t>(block.first - begin) + Tiles::row(r) : -1;
     lse[r] = sees ? static_cast<const float*>(args.lse)[place + Tiles::row(r)] * kLog2E : 0.0f;
-    dot[r] = sees ? static_cast<const float*>(args.dots)[place + Tiles::row(r)] : 0.0f;
+    dot[r] = 0.0f;
+    if (sees && !kDotsOfProducts<T>) dot[r] = static_cast<const float*>(args.dots)[place + Tiles::row(r)];
   }
   const float scale = static_cast<float>(args.scale) * kLog2E;
+  if constexpr (kDotsOfProducts<T>) {
+    // The weights add up to 1 but for the rounding of lse.
+    float total[Tiles::kRows] = {};
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      tiles.wait(step);
+      typename Tiles::Cells scores, products;
+      tiles.template multiply<0>(scores);
+      tiles.template multiply<1>(products);
+#pragma unroll
+      for (int r = 0; r < Tiles::kRows; ++r) {
+#pragma unroll
+        for (int c = 0; c < Tiles::kColumns; ++c) {
+          const int32_t at = step * Tiles::kStep + Tiles::column(c);
+          const bool seen = at >= from[r] && at <= to[r];
+          const float p = seen ? exp2f(Tiles::cell(scores, r, c) * scale - lse[r]) : 0.0f;
+          total[r] += p;
+          dot[r] += seen ? p * Tiles::cell(products, r, c) : 0.0f;
+        }
+      }
+      fetch(step + 1 < steps ? step + 1 : 0);
+    }
+#pragma unroll
+    for (int r = 0; r < Tiles::kRows; ++r) {
+      dot[r] = warp_sum<Tiles::kLanes>(dot[r]) / warp_sum<Tiles::kLanes>(total[r]);
+      // Every block of columns has the same sums.
+      if (to[r] >= 0 && block.column == 0 && Tiles::column(0) == 0) {
+        static_cast<float*>(args.dots)[place + Tiles::row(r)] = dot[r];
+      }
+    }
+    if (args.dq == nullptr) return;
+  }
   typename Tiles::Sums sums;
   Tiles::clear(sums);
 #pragma unroll 1
@@ -203,7 +241,7 @@ template <class Tiles, class KeyTiles>
 cudaError_t launch_gradients(const SegmentAttentionBackward& args, cudaStream_t stream) {
   const SegmentAttentionShape& shape = args.shape;
   dim3 grid;
-  if (args.dq != nullptr) {
+  if (shape.heads > 0 && (args.dq != nullptr || kDotsOfProducts<typename Tiles::T>)) {
     if (!make_grid(attention_blocks<Tiles>(shape, shape.heads), &grid)) return cudaErrorInvalidValue;
     const cudaError_t error =
         launch(query_gradients<Tiles>, grid, dim3(kAttentionThreads), Tiles::kBytes, stream, args);
@@ -216,8 +254,10 @@ cudaError_t launch_gradients(const SegmentAttentionBackward& args, cudaStream_t 
 
 template <class T>
 cudaError_t differentiate(const SegmentAttentionBackward& args, cudaStream_t stream) {
-  if (args.shape.heads > 0) {
-    if (const cudaError_t error = launch_dots<T>(args, stream); error != cudaSuccess) return error;
+  if constexpr (!kDotsOfProducts<T>) {
+    if (args.shape.heads > 0) {
+      if (const cudaError_t error = launch_dots<T>(args, stream); error != cudaSuccess) return error;
+    }
   }
   if constexpr (sizeof(T) == 2) {
     if (args.shape.size <= 128 && rows_aligned(args.q) && rows_aligned(args.k) && rows_aligned(args.v) &&

@@ -107,8 +107,8 @@ def segment_attention(
     the reference's, which holds scores of size T x T: ``"auto"`` takes it by itself, a kernel asked for by
     name raises.
 
-    On CUDA and in Triton, float32 gradients of q and k are less exact in segments of one or two frames: up to
-    1.2 times the error that the other ops keep to.
+    In Triton, float32 gradients of q and k are less exact in segments of one or two frames: up to 1.2 times
+    the error that the other ops keep to.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
