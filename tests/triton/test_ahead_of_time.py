@@ -190,7 +190,7 @@ SMALL_LAUNCHES = [
     (attention.attention_extents_kernel, {"WINDOW": 16, "BLOCK_SEGMENTS": 16}),
     (attention.segment_attention_fwd_kernel, {**ATTENTION, "BLOCK_STEP": 16}),
     (attention.segment_attention_dots_kernel, ATTENTION_DOTS),
-    (attention.segment_attention_dq_kernel, {**ATTENTION, "BLOCK_STEP": 16}),
+    (attention.segment_attention_dq_kernel, {**ATTENTION, "BLOCK_STEP": 16, "OWN_DOTS": True}),
     (attention.segment_attention_dkv_kernel, {**ATTENTION, "BLOCK_STEP": 16}),
     (ctc.ctc_align_fwd_kernel, {"RESCALE_FRAMES": 32, "BLOCK": 256}),
 ]
@@ -404,9 +404,10 @@ ATTENTION_CASES = [
 def test_segment_attention(case: tuple[str, int], capability: int, tmp_path: pathlib.Path) -> None:
     name, size = case
     dtype = getattr(torch, name)
+    own_dots = {"OWN_DOTS": dtype == torch.float32}
     for kernel, options in (
         (attention.segment_attention_fwd_kernel, attention.options(size, dtype)),
-        (attention.segment_attention_dq_kernel, attention.options(size, dtype, "queries")),
+        (attention.segment_attention_dq_kernel, attention.options(size, dtype, "queries") | own_dots),
         (attention.segment_attention_dkv_kernel, attention.options(size, dtype, "keys")),
     ):
         heads = {"HEADS": 8, "SHARING": 4, "SCALE": 0.1, "ALIGNMENT": 16}

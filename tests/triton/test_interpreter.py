@@ -1096,6 +1096,10 @@ def test_attention_sizes() -> None:
     check_attention(attention_call(torch.float32, 8, ((5,),), frames=20), torch.float32)
     check_attention(attention_call(torch.float16, 264, ((20,),), frames=20, heads=(1, 1)), torch.float16)
     check_attention(attention_call(torch.float32, 8, ((), ()), frames=9), torch.float32)
+    # Segments of one and two frames, whose gradients are small differences.
+    short = (tuple(range(1, 20, 2)), tuple(range(2, 22, 2)))
+    check_attention(attention_call(torch.float32, 8, short, frames=20, lookback=0), torch.float32)
+    check_attention(attention_call(torch.float32, 8, short, frames=20), torch.float32)
 
 
 @pytest.mark.parametrize("lookback", [0, 5, 1000, 2**62])

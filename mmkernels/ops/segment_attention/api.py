@@ -107,9 +107,6 @@ def segment_attention(
     the reference's, which holds scores of size T x T: ``"auto"`` takes it by itself, a kernel asked for by
     name raises.
 
-    In Triton, float32 gradients of q and k are less exact in segments of one or two frames: up to 1.2 times
-    the error that the other ops keep to.
-
     Raises:
         TypeError: A value of the wrong type or dtype.
         ValueError: Shapes or devices that do not match, heads that do not divide, d that is no multiple of 8,

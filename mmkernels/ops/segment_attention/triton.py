@@ -262,8 +262,13 @@ def segment_attention_dq_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_STEP: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    OWN_DOTS: tl.constexpr,
 ):
-    """The gradient of some queries of one head."""
+    """The gradient of some queries of one head.
+
+    OWN_DOTS: dots are sums of the products that they are subtracted from, and are written here; the result,
+    which is rounded, would leave an error where few keys are seen.
+    """
     accumulate: tl.constexpr = lse.dtype.element_ty
     row, head, first, query, covered, count = attention_block(extents, HEADS, frames, BLOCK_ROWS)
     column = tl.arange(0, BLOCK_D)
@@ -292,24 +297,43 @@ def segment_attention_dq_kernel(
     values_at = v + row * v_batch_stride + head // SHARING * v_head_stride
     place = (row * HEADS + head) * frames + query
     logarithm = tl.load(lse + place, mask=covered, other=0.0)
-    dot = tl.load(dots + place, mask=covered, other=0.0)
-    sums = tl.zeros((BLOCK_ROWS, BLOCK_D), accumulate)
     steps = tl.where(count > 0, (end - begin + BLOCK_STEP - 1) // BLOCK_STEP, 0)
-    for step in range(loop_bound(steps)):
-        key = begin + step * BLOCK_STEP + tl.arange(0, BLOCK_STEP)
-        keys = attention_rows(keys_at, key, k_frame_stride, column, key < end, SIZE, ALIGNMENT)
-        values = attention_rows(values_at, key, v_frame_stride, column, key < end, SIZE, ALIGNMENT)
-        zeros = tl.zeros((BLOCK_ROWS, BLOCK_STEP), accumulate)
-        scores = add_attention_product(queries, tl.trans(keys), zeros) * SCALE
-        products = add_attention_product(grads, tl.trans(values), zeros)
-        sees = covered[:, None] & (key[None, :] >= start[:, None]) & (key[None, :] <= query[:, None])
-        weights = tl.exp(scores - logarithm[:, None])
-        slopes = tl.where(sees, weights * (products - dot[:, None]), 0.0)
-        sums = add_attention_product(slopes.to(keys.dtype), keys, sums)
-    result = tl.where(covered[:, None], sums * SCALE, 0.0).to(dq.dtype.element_ty)
-    target = ((row * frames + query) * HEADS + head) * SIZE
-    written = (query < frames)[:, None] & (column < SIZE)[None, :]
-    tl.store(dq + target[:, None] + column[None, :], result, mask=written)
+    if OWN_DOTS:
+        dot = tl.zeros((BLOCK_ROWS,), accumulate)
+        # The weights add up to 1 but for the rounding of lse.
+        total = tl.zeros((BLOCK_ROWS,), accumulate)
+        for step in range(loop_bound(steps)):
+            key = begin + step * BLOCK_STEP + tl.arange(0, BLOCK_STEP)
+            keys = attention_rows(keys_at, key, k_frame_stride, column, key < end, SIZE, ALIGNMENT)
+            values = attention_rows(values_at, key, v_frame_stride, column, key < end, SIZE, ALIGNMENT)
+            zeros = tl.zeros((BLOCK_ROWS, BLOCK_STEP), accumulate)
+            scores = add_attention_product(queries, tl.trans(keys), zeros) * SCALE
+            products = add_attention_product(grads, tl.trans(values), zeros)
+            sees = covered[:, None] & (key[None, :] >= start[:, None]) & (key[None, :] <= query[:, None])
+            weights = tl.where(sees, tl.exp(scores - logarithm[:, None]), 0.0)
+            total += tl.sum(weights, 1)
+            dot += tl.sum(tl.where(sees, weights * products, 0.0), 1)
+        dot = dot / tl.where(covered, total, 1.0)
+        tl.store(dots + place, dot, mask=covered)
+    else:
+        dot = tl.load(dots + place, mask=covered, other=0.0)
+    if dq is not None:
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_D), accumulate)
+        for step in range(loop_bound(steps)):
+            key = begin + step * BLOCK_STEP + tl.arange(0, BLOCK_STEP)
+            keys = attention_rows(keys_at, key, k_frame_stride, column, key < end, SIZE, ALIGNMENT)
+            values = attention_rows(values_at, key, v_frame_stride, column, key < end, SIZE, ALIGNMENT)
+            zeros = tl.zeros((BLOCK_ROWS, BLOCK_STEP), accumulate)
+            scores = add_attention_product(queries, tl.trans(keys), zeros) * SCALE
+            products = add_attention_product(grads, tl.trans(values), zeros)
+            sees = covered[:, None] & (key[None, :] >= start[:, None]) & (key[None, :] <= query[:, None])
+            weights = tl.exp(scores - logarithm[:, None])
+            slopes = tl.where(sees, weights * (products - dot[:, None]), 0.0)
+            sums = add_attention_product(slopes.to(keys.dtype), keys, sums)
+        result = tl.where(covered[:, None], sums * SCALE, 0.0).to(dq.dtype.element_ty)
+        target = ((row * frames + query) * HEADS + head) * SIZE
+        written = (query < frames)[:, None] & (column < SIZE)[None, :]
+        tl.store(dq + target[:, None] + column[None, :], result, mask=written)
 
 
 @triton.jit(
@@ -502,13 +526,16 @@ def segment_attention_bwd(
     common = {"ALIGNMENT": alignment_of(q, k, v, grad)}
     shared = {**common, "SHARING": heads // key_heads, "SCALE": scale_of(scale, size)}
     of_dots = {name: value for name, value in constants.items() if name != "BLOCK_STEP"}
+    own_dots = q.dtype == wide
     with on_device(q):
-        segment_attention_dots_kernel[(batch * heads * blocks,)](
-            grad, out, dots, *strides_of(grad), frames, HEADS=heads, **common, **of_dots
-        )
-        if need_q:
+        if not own_dots:
+            segment_attention_dots_kernel[(batch * heads * blocks,)](
+                grad, out, dots, *strides_of(grad), frames, HEADS=heads, **common, **of_dots
+            )
+        if need_q or own_dots:
+            results = (*given, dq if need_q else None)
             segment_attention_dq_kernel[(batch * heads * blocks,)](
-                *given, dq, *strides, frames, HEADS=heads, **shared, **constants
+                *results, *strides, frames, HEADS=heads, OWN_DOTS=own_dots, **shared, **constants
             )
         if need_k or need_v:
             wanted = dk if need_k else None, dv if need_v else None
