@@ -3,9 +3,9 @@
 ``python -m benches.studies.alignment`` trains CTC models on the encoder of Whisper tiny.en and the Czech
 recordings of `make demo`, and aligns two materials from rooms that training has not seen: the recordings,
 whose beginning is known, and their sentences synthesised by espeak-ng, which reports every word.
-Each utterance is aligned by itself, and all of them joined, in one pass. About 20 minutes on two idle cores;
-writes ``docs/alignment.json``, ``docs/alignment.svg`` and ``docs/align.png``, and prints the tables of
-``docs/alignment.md``.
+Each utterance is aligned by itself, and all of them joined, in one pass. Training takes minutes for each
+model, the rest two; writes ``docs/alignment.json``, ``docs/alignment.svg`` and ``docs/align.png``, and prints
+the tables of ``docs/alignment.md``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benches.measure.record import rounded
 from benches.studies.alignment_report import draw, table
 from benches.studies.boundaries import signed_errors, spread_evenly, summaries
 from benches.studies.known_times import Utterance, joined, recorded, speech_of, synthesised
-from mmkernels import compat, ctc_align
+from mmkernels import ctc_align
 from mmtransfer.align import AlignedText, Aligner, Posteriors
 from mmtransfer.align.figure import draw as draw_alignment
 from mmtransfer.data.recordings import Clip, Recordings
@@ -110,8 +110,9 @@ class Judge:
             found = self.aligner.align(utterance.samples, utterance.text)
             for edge, values in signed_errors(found.words, utterance.spans).items():
                 errors[edge] += values
-            self.compared += 1
-            self.identical += same_path(found)
+            if (aligned := peer()) is not None:
+                self.compared += 1
+                self.identical += same_path(found, aligned)
             self.advance(len(utterance.samples) / RATE)
         return summaries(errors)
 
@@ -140,25 +141,24 @@ def greedy_text(frames: Posteriors) -> str:
     return "".join(frames.classes[each] for each, _ in itertools.groupby(best))
 
 
-def same_path(found: AlignedText) -> bool:
-    """Whether the peer, torchaudio where it is installed, finds the same path in the same frames."""
+def same_path(found: AlignedText, forced_align: Callable[..., Any]) -> bool:
+    """Whether the peer finds the same path in the same frames."""
     frames = found.posteriors
-    path, _ = peer()(frames.log_probs[None], torch.tensor([frames.target]), blank=0)
+    path, _ = forced_align(frames.log_probs[None], torch.tensor([frames.target]), blank=0)
     return bool((path[0] == frames.path).all())
 
 
-def peer() -> Callable[..., Any]:
+def peer() -> Callable[..., Any] | None:
+    """torchaudio's `forced_align`, where it is installed: ours would be compared with itself."""
     if importlib.util.find_spec("torchaudio") is None:
-        return compat.forced_align
+        return None
     import torchaudio
 
     return torchaudio.functional.forced_align
 
 
-def peer_name() -> str:
-    if importlib.util.find_spec("torchaudio") is None:
-        return "mmkernels.compat"
-    return f"torchaudio {importlib.metadata.version('torchaudio')}"
+def peer_name() -> str | None:
+    return None if peer() is None else f"torchaudio {importlib.metadata.version('torchaudio')}"
 
 
 def time_op(found: AlignedText) -> float:
@@ -208,10 +208,7 @@ class Material:
 def rows_of(
     trained: Trained, models: Path, data: Recordings, materials: list[Material], progress: Progress
 ) -> dict[str, Any]:
-    """The rows of a model, and how many paths were the peer's; kept next to the model for the next run."""
-    kept = models / f"{trained.folder}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
+    """The rows of a model, and how many paths were the peer's."""
     model, error = train(trained, models, data, progress)
     bar = progress.add_task(
         f"Aligning by {trained.folder}", total=sum(material.seconds for material in materials)
@@ -228,9 +225,7 @@ def rows_of(
         for material in materials
     ]
     progress.remove_task(bar)
-    found = {"rows": rows, "compared": judge.compared, "identical": judge.identical}
-    kept.write_text(json.dumps(found))
-    return found
+    return {"rows": rows, "compared": judge.compared, "identical": judge.identical}
 
 
 def study(chosen: Sequence[Trained], models: Path, voice: Espeak, progress: Progress) -> dict[str, Any]:
@@ -278,7 +273,7 @@ def main() -> None:
         "--models",
         type=Path,
         default=ROOT / "build/alignment",
-        help="models and their rows, kept between runs",
+        help="trained models, kept between runs",
     )
     parser.add_argument("--record", type=Path, default=ROOT / "docs/alignment.json")
     parser.add_argument("--figure", type=Path, default=ROOT / "docs/alignment.svg")

@@ -245,7 +245,7 @@ UPPER = CTC(
     [
         (CZECH, "„Příliš", "příliš", True),
         (CZECH, "ŽLUŤOUČKÝ,", "žluťoučký", True),
-        # The same letters, accents as characters of their own.
+        # The same letters, with the accents as separate characters.
         (CZECH, "ku\u030an\u030c!", "kůň", True),
         (CZECH, "chceš-li", "chceš li", True),
         (CZECH, "3.", "", False),

@@ -20,7 +20,7 @@ LETTER, SILENCE = 3, 2
 
 
 def hertz(letter: str) -> float:
-    """A whole number of periods per frame, so that each letter has a bin of its own."""
+    """A whole number of periods per frame: the spectrum has a bin for each letter."""
     return 400.0 + 200.0 * LETTERS.index(letter)
 
 

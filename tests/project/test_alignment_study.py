@@ -25,6 +25,7 @@ from benches.studies.boundaries import (  # noqa: E402
     summary,
 )
 from benches.studies.known_times import Utterance, joined, recorded, speech_start, synthesised  # noqa: E402
+from mmkernels import compat  # noqa: E402
 from mmtransfer import AdaptedModel  # noqa: E402
 from mmtransfer.align import Aligner  # noqa: E402
 from mmtransfer.data.inputs import AudioInput  # noqa: E402
@@ -141,8 +142,9 @@ class TestKnownTimes:
         assert len(found.samples) == RATE
 
 
-def test_a_model_is_judged() -> None:
-    """Random weights on generated sentences: every number is there, and the path is the peer's."""
+def test_a_model_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random weights on generated sentences: every number is there, and paths of a peer are compared."""
+    monkeypatch.setattr(alignment, "peer", lambda: compat.forced_align)
     experiment = synthetic_experiment(transcribed=True)
     task = find_task("ctc").of(experiment.recordings)
     torch.manual_seed(0)
@@ -154,9 +156,16 @@ def test_a_model_is_judged() -> None:
     alone, whole = judge.alone(utterances), joined(utterances, RATE)
     in_one_pass = judge.in_one_pass(whole)
     assert (judge.compared, judge.identical) == (3, 3)
+    monkeypatch.setattr(alignment, "peer", lambda: lambda *given, blank: (torch.zeros(1, 1), None))
+    judge.alone(utterances)
+    assert (judge.compared, judge.identical) == (6, 3)
+    monkeypatch.setattr(alignment, "peer", lambda: None)
+    judge.alone(utterances)
+    assert (judge.compared, judge.identical) == (6, 3)
     assert alone["start"]["count"] == in_one_pass["start"]["count"] == 3
     assert "end" not in alone
-    assert sum(done) == pytest.approx(sum(len(each.samples) for each in (*utterances, whole)) / RATE)
+    every = (*3 * utterances, whole)
+    assert sum(done) == pytest.approx(sum(len(each.samples) for each in every) / RATE)
     assert 0 <= in_one_pass["blank"] < 1
     assert in_one_pass["frames_per_token"] >= 1
     assert in_one_pass["character_error"] > 0

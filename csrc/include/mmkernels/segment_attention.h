@@ -3,7 +3,8 @@
 // `extents` has two rows of frames for each batch row: start[i], `frames` for a query that sees nothing, and
 // stop[j], the end of the queries that see key j, 0 for none. Neither falls from one frame in a segment to
 // the next, and the frames in segments come first: a block of queries sees contiguous keys, and a block of
-// keys is seen by contiguous queries. Kernels clamp what they read, so that any extents are safe.
+// keys is seen by contiguous queries. Kernels clamp the extents, so that no value of them leads out of
+// bounds.
 #pragma once
 
 #include <cstdint>

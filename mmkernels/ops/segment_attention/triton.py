@@ -22,6 +22,8 @@ BLOCK_ROWS = 64
 WINDOW = 128
 BLOCK_SEGMENTS = 16
 NO_STOP = tl.constexpr(2**31 - 1)
+#: A kernel is compiled once for all values of these.
+ANY_SIZES = ["frames", *(f"{name}_{of}_stride" for name in "qkv" for of in ("batch", "head"))]
 
 
 @triton.jit
@@ -94,17 +96,7 @@ def attention_block(extents, heads, frames, BLOCK_ROWS: tl.constexpr):
     return row, head, first, frame, covered, tl.sum(covered.to(tl.int64), 0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "q_batch_stride",
-        "k_batch_stride",
-        "v_batch_stride",
-        "q_head_stride",
-        "k_head_stride",
-        "v_head_stride",
-        "frames",
-    ]
-)
+@triton.jit(do_not_specialize=ANY_SIZES)
 def segment_attention_fwd_kernel(
     q,
     k,
@@ -217,21 +209,7 @@ def segment_attention_dots_kernel(
     tl.store(dots + (row * HEADS + head) * frames + frame, dot, mask=inside)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *(
-            "q_batch_stride",
-            "k_batch_stride",
-            "v_batch_stride",
-            "g_batch_stride",
-            "q_head_stride",
-            "k_head_stride",
-            "v_head_stride",
-            "g_head_stride",
-            "frames",
-        )
-    ]
-)
+@triton.jit(do_not_specialize=[*ANY_SIZES, "g_batch_stride", "g_head_stride"])
 def segment_attention_dq_kernel(
     q,
     k,
@@ -336,21 +314,7 @@ def segment_attention_dq_kernel(
         tl.store(dq + target[:, None] + column[None, :], result, mask=written)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *(
-            "q_batch_stride",
-            "k_batch_stride",
-            "v_batch_stride",
-            "g_batch_stride",
-            "q_head_stride",
-            "k_head_stride",
-            "v_head_stride",
-            "g_head_stride",
-            "frames",
-        )
-    ]
-)
+@triton.jit(do_not_specialize=[*ANY_SIZES, "g_batch_stride", "g_head_stride"])
 def segment_attention_dkv_kernel(
     q,
     k,

@@ -86,7 +86,7 @@ class AlignedText:
         words: all of them.
         tokens: of the model, without blanks.
         seconds: length of the recording.
-        posteriors: what they were read from.
+        posteriors: the frames that the times were read from.
     """
 
     words: tuple[Word, ...]
@@ -105,7 +105,7 @@ class Aligner:
     """Aligns texts with recordings by a CTC model.
 
     Emissions are computed in windows that overlap, and aligned in one pass over the whole recording, so that
-    nothing has to be cut before: an hour of audio takes some 150 MB besides the model.
+    nothing has to be cut before, and only the probabilities of the text's classes are held for all frames.
 
     Args:
         model: an `AdaptedModel` with a CTC task and its `audio`: from `mmtransfer.load`, or from

@@ -106,7 +106,7 @@ def _of_folders(audio: Path, texts: Path) -> Pairs:
     if not tree.audio:
         raise DataError(f"{audio} holds no {', '.join(SUFFIXES)} files")
     others = tree.others if texts == audio else read_tree(texts).others
-    # By their composed names: some file systems write accents as characters of their own.
+    # By their composed names: some file systems write an accent as a separate character.
     by_name = {
         _without_suffix(place.parts): texts.joinpath(*place.parts)
         for place in others

@@ -152,7 +152,7 @@ class CTC(Task):
         return [self._ids[character] for character in text if character in self._ids]
 
     def encode_with_places(self, text: str) -> list[tuple[int, tuple[int, int]]]:
-        """The indices that `encode` gives, each with the start and end of what it stands for in `text`."""
+        """The indices that `encode` gives, each with the start and end of its characters in `text`."""
         if self.tokenizer is None:
             return [
                 (index, (place, place + 1)) for place, each in enumerate(text) for index in self.encode(each)
