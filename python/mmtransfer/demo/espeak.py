@@ -1,4 +1,4 @@
-"""Synthesised speech with the time of each word, by espeak-ng: material that knows its own alignment.
+"""Synthesised speech with the time of each word, by espeak-ng.
 
 The library comes in a wheel, fetched by the user's own pip and never redistributed (espeak-ng is GPL-3+); it
 is called through ctypes.
