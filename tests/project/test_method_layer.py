@@ -31,6 +31,7 @@ FLOORS = (
     ("data",),
     ("training.settings", "training.memory"),
     ("encoders",),
+    ("tokens",),
     ("method",),
     PAPERS,
     ("registry",),

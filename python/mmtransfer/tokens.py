@@ -1,0 +1,84 @@
+"""Tokens of transcripts and the places of their characters: labels of a task of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+#: Behind the last token, and behind the last character.
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class TokenLabels:
+    """The tokens of B texts, as one tensor, which data sets, collation and the Trainer take.
+
+    Attributes:
+        ids: `(B, M)` int64 tokens of a language model, then `PADDING`.
+        ends: `(B, M)` int64: how many characters of the text lie before the end of each token; the white
+            space behind a word belongs to it. Never decreases.
+        characters: `(B, U)` int64 code points of the text, then `PADDING`.
+    """
+
+    ids: torch.Tensor
+    ends: torch.Tensor
+    characters: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[Sequence[int]], ends: Sequence[Sequence[int]], texts: Sequence[str]
+    ) -> TokenLabels:
+        """Of tokens, ends and text of each utterance."""
+        rows = [
+            [list(each) for each in ids],
+            [list(each) for each in ends],
+            [list(map(ord, text)) for text in texts],
+        ]
+        return cls(*(_padded(row) for row in rows))
+
+    @classmethod
+    def unpack(cls, labels: torch.Tensor) -> TokenLabels:
+        """Of the tensor that `pack` made. ValueError for another."""
+        if labels.dim() != 3 or labels.shape[1] != 3 or labels.is_floating_point():
+            raise ValueError(
+                f"labels of a text must be integers (B, 3, L), from the task's collate, got shape "
+                f"{tuple(labels.shape)}"
+            )
+        return cls(*labels.unbind(1))
+
+    def pack(self) -> torch.Tensor:
+        """`(B, 3, L)`: ids, ends and characters, padded to the longest."""
+        rows = (self.ids, self.ends, self.characters)
+        longest = max(row.shape[1] for row in rows)
+        return torch.stack([F.pad(row, (0, longest - row.shape[1]), value=PADDING) for row in rows], 1)
+
+    @property
+    def counts(self) -> torch.Tensor:
+        """`(B,)` tokens of each text."""
+        return (self.ids != PADDING).sum(1)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """`(B,)` characters of each text."""
+        return (self.characters != PADDING).sum(1)
+
+    def keep(self, kept: torch.Tensor) -> TokenLabels:
+        """Without the tokens where `kept` `(B, M)` is False; the characters stay."""
+        order = (~kept).to(torch.int8).sort(dim=1, stable=True).indices
+        counts = (kept & (self.ids != PADDING)).sum(1, keepdim=True)
+        behind = torch.arange(kept.shape[1], device=kept.device) >= counts
+        return replace(
+            self,
+            ids=self.ids.gather(1, order).masked_fill(behind, PADDING),
+            ends=self.ends.gather(1, order).masked_fill(behind, PADDING),
+        )
+
+
+def _padded(rows: list[list[int]]) -> torch.Tensor:
+    return pad_sequence(
+        [torch.tensor(row, dtype=torch.int64) for row in rows], batch_first=True, padding_value=PADDING
+    )
