@@ -370,6 +370,23 @@ def _named(folder: str | Path) -> Path:
     return Path(folder)
 
 
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The configuration of a checkpoint of an `AdaptedModel`.
+
+    FileNotFoundError or ValueError if there is none, or only that of a prepared model.
+    """
+    config, _ = _read(folder)
+    if "head" in config:
+        raise ValueError(f"{folder} was saved from a prepared model, not from an AdaptedModel")
+    _check_whole(config, "task", folder)
+    return config
+
+
+def copy_weights(own: Mapping[str, torch.Tensor], folder: str | Path) -> None:
+    """Copy the tensors of a checkpoint over exactly these; ValueError lists the differences."""
+    _copy_strictly(own, _read(folder)[1], folder)
+
+
 def _read(folder: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     folder = _named(folder)
     for name in (CONFIG, WEIGHTS):

@@ -24,10 +24,12 @@ from mmtransfer.encoders.checks import check_distinct, check_unquantised
 from mmtransfer.encoders.edit import Edit, Forward, check_layers
 from mmtransfer.encoders.encoder import Encoder, Tap
 from mmtransfer.encoders.recompute import RECOMPUTE, add_recompute
+from mmtransfer.encoders.taps import Taps
 from mmtransfer.training.settings import Training, check_number
 
 if TYPE_CHECKING:
     from mmtransfer.model import AdaptedModel
+    from mmtransfer.tasks.base import Task
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,40 @@ class LastLayer(nn.Module):
         return features.squeeze(1)
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """A batch after a readout that makes fewer vectors than there are frames.
+
+    Attributes:
+        frames: `(N', out_dim)` the vectors of all utterances, one after the other.
+        taps: the place of each vector, as for frames; `lengths` (B,) are the vectors of each utterance.
+        labels: those of the batch, without what the readout has no vector for.
+        loss: of the readout itself, which is added to that of the task.
+    """
+
+    frames: torch.Tensor
+    taps: Taps
+    labels: torch.Tensor | None = None
+    loss: torch.Tensor | None = None
+
+
+class Compressor(nn.Module, abc.ABC):
+    """A readout that changes the number of frames.
+
+    Attributes:
+        out_dim: width of its vectors.
+    """
+
+    out_dim: int
+
+    @abc.abstractmethod
+    def compress(self, taps: Taps, labels: torch.Tensor | None) -> Compressed:
+        """The vectors of a batch; without labels, as in prediction, they are found without the target."""
+
+    def attach(self, task: Task | None) -> None:
+        """Take from the task what the readout needs of it."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """One way to adapt a pretrained encoder. Its fields are its options: the command line (`--set
@@ -126,12 +162,17 @@ class Method:
         for each in dataclasses.fields(self):
             _check_option(self, each, hints[each.name])
 
+    def fit(self, task: Task | None) -> Method:
+        """This method with the options that a task decides, where they were left to the method."""
+        return self
+
     def select_taps(self, encoder: Encoder) -> Sequence[Tap]:
         """The layers that the readout takes; see `TappedEncoder` for their numbers."""
         return (-1,)
 
     def readout(self, encoder: Encoder) -> nn.Module:
-        """A module from `(N, L, C)`, the valid frames of the tapped layers, to `(N, out_dim)`.
+        """A module from `(N, L, C)`, the valid frames of the tapped layers, to `(N, out_dim)`, or a
+        `Compressor`.
 
         It has an attribute `out_dim`. ValueError if there is none for this encoder.
         """
@@ -355,6 +396,9 @@ class Combination(Method):
 
     def parts(self) -> tuple[Method, ...]:
         return self.of
+
+    def fit(self, task: Task | None) -> Combination:
+        return Combination(of=tuple(part.fit(task) for part in self.of))
 
     def select_taps(self, encoder: Encoder) -> Sequence[Tap]:
         return self.of[0].select_taps(encoder)

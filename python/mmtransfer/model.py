@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from mmtransfer.encoders.precision import check_trained
 from mmtransfer.encoders.recompute import add_recompute, find_recomputed
 from mmtransfer.encoders.tapped import TappedEncoder
 from mmtransfer.encoders.taps import Taps
-from mmtransfer.method import Group, Method, check_readout
+from mmtransfer.method import Compressed, Compressor, Group, Method, check_readout
 from mmtransfer.tasks.base import Task, check_task
 
 
@@ -31,9 +31,9 @@ class AdaptedOutput(ModelOutput):
 
     Attributes:
         loss: scalar, if there were labels.
-        logits: of the task's head.
+        logits: of the task's head; None with labels for a head that computes its loss without them.
         last_hidden_state: without a task: `(B, T, out_dim)`, zero past each length.
-        lengths: `(B,)` int64 valid frames.
+        lengths: `(B,)` int64 valid frames, or vectors of a readout that compresses.
     """
 
     loss: torch.Tensor | None = None
@@ -76,8 +76,8 @@ class AdaptedModel(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.method = registry.find(method, **options)
         check_task(task)
+        self.method = registry.find(method, **options).fit(task)
         self.reverted = self._frozen_checked = False
         self.audio: AudioInput | None = None
         self.task = task
@@ -88,6 +88,8 @@ class AdaptedModel(nn.Module):
         readout: Any = self.method.readout(parts)
         check_readout(self.method, readout)
         self.readout = readout
+        if isinstance(readout, Compressor):
+            readout.attach(task)
         self.head = None if task is None else task.head(readout.out_dim)
         with untouched_on_error(parts.model):
             self.encoder = TappedEncoder(model, taps, dtype=dtype)
@@ -114,11 +116,21 @@ class AdaptedModel(nn.Module):
 
     def fuse(self, taps: Taps) -> torch.Tensor:
         """The frames `(N, out_dim)` that the readout makes of tapped features."""
-        features = taps.features
+        return self.compress(taps).frames
+
+    def compress(self, taps: Taps, labels: torch.Tensor | None = None) -> Compressed:
+        """The frames `(N, out_dim)` that the readout makes of tapped features, with their places.
+
+        Args:
+            taps: as `extract` gives them.
+            labels: of a readout that compresses, by which it finds its segments; None: as in prediction.
+        """
         weight = next(self._top_parameters(), None)
-        if weight is not None and not autocast_takes(features):
-            features = features.to(weight.dtype)
-        return self.readout(features)
+        if weight is not None and not autocast_takes(taps.features):
+            taps = replace(taps, features=taps.features.to(weight.dtype))
+        if isinstance(self.readout, Compressor):
+            return self.readout.compress(taps, labels)
+        return Compressed(self.readout(taps.features), taps, labels)
 
     def forward(
         self,
@@ -170,13 +182,21 @@ class AdaptedModel(nn.Module):
             taps = self.encoder(lengths=lengths, attention_mask=attention_mask, **named)
         if labels is not None and not len(taps.lengths):
             raise ValueError("a batch of 0 utterances has no loss")
-        frames = self.fuse(taps)
+        if labels is not None and self.head is None:
+            raise ValueError("labels need a task; without one the caller computes the loss")
+        found = self.compress(taps, labels)
+        taps = found.taps
         if self.head is None or self.task is None:
-            if labels is not None:
-                raise ValueError("labels need a task; without one the caller computes the loss")
-            return AdaptedOutput(last_hidden_state=taps.scatter(frames), lengths=taps.lengths)
-        logits = self.head(frames, taps)
-        loss = None if labels is None else self.task.loss(logits, labels, taps.lengths)
+            return AdaptedOutput(last_hidden_state=taps.scatter(found.frames), lengths=taps.lengths)
+        logits, loss = None, None
+        head: Any = self.head
+        if found.labels is not None and hasattr(head, "loss"):
+            loss = head.loss(found.frames, taps, found.labels)
+        else:
+            logits = head(found.frames, taps)
+            loss = None if found.labels is None else self.task.loss(logits, found.labels, taps.lengths)
+        if loss is not None and found.loss is not None:
+            loss = loss + found.loss
         return AdaptedOutput(loss=loss, logits=logits, lengths=taps.lengths)
 
     def trained_tensors(self) -> dict[str, torch.Tensor]:
@@ -192,7 +212,10 @@ class AdaptedModel(nn.Module):
         for name in ("readout", "head"):
             part = getattr(self, name)
             if part is not None:
-                tensors |= {f"{name}.{key}": value for key, value in part.state_dict(keep_vars=True).items()}
+                # A head with a frozen language model leaves that out.
+                trained = getattr(part, "trained_tensors", None)
+                found = part.state_dict(keep_vars=True) if trained is None else trained()
+                tensors |= {f"{name}.{key}": value for key, value in found.items()}
         return tensors
 
     def thawed(self) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 from mmtransfer.method import Combination, Method, check_combination
 
 #: The folders with methods; a new paper adds its name here.
-PAPERS = ("baselines", "hff", "aat", "mam")
+PAPERS = ("baselines", "hff", "aat", "mam", "ssr")
 
 _registered: dict[str, type[Method]] = {}
 

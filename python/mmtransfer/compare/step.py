@@ -74,11 +74,11 @@ class Step:
         self.optimizer.zero_grad()
 
     def backward(self) -> torch.Tensor:
-        """Leave the gradients in the parameters; returns the logits."""
+        """Leave the gradients in the parameters; returns the logits, or the loss of a model without."""
         self.optimizer.zero_grad()
         output: Any = self.model(**self.batch)
         output.loss.backward()
-        return output.logits.detach()
+        return (output.loss if output.logits is None else output.logits).detach()
 
     def __call__(self) -> None:
         self.backward()

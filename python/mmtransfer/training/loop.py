@@ -204,6 +204,8 @@ def predict(
     )
     half = torch.float16 if settings.fp16 else torch.bfloat16
     for batch in loader:
+        # The target has no part in a prediction, nor has its loss.
+        batch.pop("labels", None)
         with torch.autocast(device.type, half, enabled=settings.bf16 or settings.fp16):
             output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
         sound += model.task.sound(output.logits, output.lengths)

@@ -1,0 +1,79 @@
+"""Decoder layers of Llama's shape whose attention stays inside segments, without encoding of positions."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+from mmkernels import segment_attention, segment_pool
+
+
+class SegmentDecoderLayer(LlamaDecoderLayer):
+    """RMSNorm, grouped-query attention inside segments, RMSNorm, SwiGLU; each of the two with a residual.
+
+    Modules and parameters are those of `LlamaDecoderLayer`: a layer of a language model can be loaded.
+
+    Args:
+        config: sizes, heads and eps.
+        lookback: frames before its segment that a frame sees.
+        dropout: of the outputs of attention and feed-forward, in training.
+        backend: of `mmkernels.segment_attention`.
+    """
+
+    def __init__(
+        self, config: LlamaConfig, *, lookback: int = 1, dropout: float = 0.0, backend: str = "auto"
+    ) -> None:
+        super().__init__(config, 0)
+        self.lookback, self.dropout, self.backend = lookback, dropout, backend
+        self.head_dim: int = self.self_attn.head_dim
+
+    def forward(  # type: ignore[override]
+        self, x: torch.Tensor, ends: torch.Tensor, rows: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """The layer's output for frames `x` `(B, T, H)`.
+
+        Args:
+            x: frames.
+            ends: `(B, M)` exclusive ends of the segments; see `mmkernels.segment_attention`.
+            rows: `(B, R)`, non-decreasing: compute the outputs of the frames `rows - 1` alone, each where it
+                is larger than the one before it, and zeros elsewhere. Keys and values are of all frames.
+
+        Returns:
+            `(B, T, H)`, or `(B, R, H)`.
+        """
+        attention = self.self_attn
+        h = self.input_layernorm(x)
+        k, v = (self._heads(projection(h)) for projection in (attention.k_proj, attention.v_proj))
+        if rows is None:
+            q = attention.q_proj(h)
+        else:
+            q = place_last(attention.q_proj(take_last(h, rows)), rows, x.shape[1])
+            x = take_last(x, rows)
+        out = segment_attention(self._heads(q), k, v, ends, lookback=self.lookback, backend=self.backend)
+        out = out.transpose(1, 2).flatten(2)
+        x = x + self._drop(attention.o_proj(out if rows is None else take_last(out, rows)))
+        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+
+    def _heads(self, projected: torch.Tensor) -> torch.Tensor:
+        return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
+
+    def _drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def take_last(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """The last frame of each segment of `x` `(B, T, D)`: `(B, M, D)`, zeros for an empty segment."""
+    return segment_pool(x, ends, reduce="last")
+
+
+def place_last(rows: torch.Tensor, ends: torch.Tensor, steps: int) -> torch.Tensor:
+    """Put rows `(B, M, D)` at the last frames of their segments in `(B, steps, D)`, zeros elsewhere."""
+    batch, _, width = rows.shape
+    is_there = ends > F.pad(ends, (1, 0))[:, :-1]
+    first = torch.arange(batch, device=ends.device).unsqueeze(1) * steps
+    # Rows of empty segments go behind the grid.
+    index = torch.where(is_there, first + ends - 1, batch * steps)
+    placed = rows.new_zeros(batch * steps + 1, width).index_copy(0, index.flatten(), rows.flatten(0, 1))
+    return placed[:-1].view(batch, steps, width)
