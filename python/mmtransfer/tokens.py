@@ -42,13 +42,18 @@ class TokenLabels:
 
     @classmethod
     def unpack(cls, labels: torch.Tensor) -> TokenLabels:
-        """Of the tensor that `pack` made. ValueError for another."""
+        """Of the tensor that `pack` made, without common padding. ValueError for another.
+
+        Waits for the device: all that follows is as large as the longest row of tokens.
+        """
         if labels.dim() != 3 or labels.shape[1] != 3 or labels.is_floating_point():
             raise ValueError(
                 f"labels of a text must be integers (B, 3, L), from the task's collate, got shape "
                 f"{tuple(labels.shape)}"
             )
-        return cls(*labels.unbind(1))
+        ids, ends, characters = labels.unbind(1)
+        tokens, length = ((row != PADDING).sum(1).amax() if len(row) else 0 for row in (ids, characters))
+        return cls(ids[:, : int(tokens)], ends[:, : int(tokens)], characters[:, : int(length)])
 
     def pack(self) -> torch.Tensor:
         """`(B, 3, L)`: ids, ends and characters, padded to the longest."""

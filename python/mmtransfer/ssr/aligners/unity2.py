@@ -14,6 +14,8 @@ from .segments import Aligner, Segments, Tokenize, check_fits, drop_empty, token
 
 #: Log-probability of the blank before normalisation: lower than that of a fair match.
 _BLANK = -1.0
+#: Of characters that a text does not have.
+_LEAST = -1e4
 
 
 class UnitY2Aligner(Aligner):
@@ -88,7 +90,8 @@ class UnitY2Aligner(Aligner):
 
 def _forward_sum(log_probs: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
     """Mean over utterances of -log P(characters in their order), for each character."""
-    padded = F.pad(log_probs, (1, 0), value=_BLANK)
+    # An infinite one makes its gradient NaN.
+    padded = F.pad(log_probs.clamp(min=_LEAST), (1, 0), value=_BLANK)
     numbers = torch.arange(1, log_probs.shape[2] + 1, device=counts.device).expand(len(counts), -1)
     losses = F.ctc_loss(
         F.log_softmax(padded, -1).transpose(0, 1),
