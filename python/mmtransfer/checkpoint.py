@@ -170,6 +170,23 @@ def load_trained(model: AdaptedModel, folder: Path) -> None:
     _copy_strictly(model.trained_tensors(), tensors, folder)
 
 
+def begin_with(model: AdaptedModel, folder: str | Path) -> None:
+    """Copy readout and changes of the encoder from a checkpoint of the same method; heads may differ.
+
+    ValueError for another method, or tensors that do not fit.
+    """
+    config = read_config(Path(folder).expanduser())
+    if config["method"] != model.method.name:
+        raise ValueError(f"{folder} was trained by {config['method']}, not by {model.method.name}")
+    _check_base(model.encoder.parts, config["base_model"], folder)
+    tensors = _read(Path(folder).expanduser())[1]
+    own, given = (
+        {name: tensor for name, tensor in found.items() if not name.startswith("head.")}
+        for found in (model.trained_tensors(), tensors)
+    )
+    _copy_strictly(own, given, folder)
+
+
 def load_prepared(
     model: nn.Module, folder: str | Path, *, description: ModelDescription | None = None, **runtime: Any
 ) -> Prepared:

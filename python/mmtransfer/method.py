@@ -127,6 +127,10 @@ class Compressor(nn.Module, abc.ABC):
     def compress(self, taps: Taps, labels: torch.Tensor | None) -> Compressed:
         """The vectors of a batch; without labels, as in prediction, they are found without the target."""
 
+    def frames_needed(self, target: Any) -> int:
+        """The frames that a clip with this target of the task needs to be trained on."""
+        return 0
+
     def attach(self, task: Task | None) -> None:
         """Take from the task what the readout needs of it."""
 

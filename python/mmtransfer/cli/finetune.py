@@ -80,7 +80,7 @@ def finetune(
     Args:
         import_: Python file that registers methods or tasks of yours.
         recipe: YAML file of options, or PAPER/NAME for one of the package; options given here win.
-        set_: options of the method, such as bottleneck=64.
+        set_: options of the method, such as bottleneck=64, or of the task, under its name.
     """
     # `recipes.expand` has replaced it by its options.
     assert recipe is None

@@ -35,7 +35,18 @@ _DEFAULTS = {
 _DEMOS = {"--demo": "demo/speech", "--demo-prompts": "demo/prompts"}
 #: Options that are a list, and those that are text: YAML would read a folder 010 or 1.10 as a number.
 _LISTS = ("methods", "set")
-_TEXTS = ("model", "data", "task", "output", "dtype", "method", "methods", "tokenizer")
+_TEXTS = (
+    "model",
+    "data",
+    "task",
+    "output",
+    "dtype",
+    "method",
+    "methods",
+    "tokenizer",
+    "language_model",
+    "begin_with",
+)
 
 
 def expand(arguments: list[str]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn import functional as F
 from transformers.models.llama.configuration_llama import LlamaConfig
@@ -54,13 +56,44 @@ class SegmentDecoderLayer(LlamaDecoderLayer):
         out = segment_attention(self._heads(q), k, v, ends, lookback=self.lookback, backend=self.backend)
         out = out.transpose(1, 2).flatten(2)
         x = x + self._drop(attention.o_proj(out if rows is None else take_last(out, rows)))
-        return x + self._drop(self.mlp(self.post_attention_layernorm(x)))
+        return x + self._drop(self._feed_forward(self.post_attention_layernorm(x)))
+
+    def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        mlp = self.mlp
+        return _GatedProjection.apply(mlp.gate_proj(x), mlp.up_proj(x), mlp.down_proj.weight)
 
     def _heads(self, projected: torch.Tensor) -> torch.Tensor:
         return projected.unflatten(2, (-1, self.head_dim)).transpose(1, 2)
 
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+class _GatedProjection(torch.autograd.Function):
+    """`(silu(gate) * up) @ weight.T`, which keeps gate and up alone for the backward pass.
+
+    Autograd would keep silu(gate) and the product too: as much again, and half of all that a layer keeps.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(gate, up, weight)
+        # As autocast has it: products in the dtype of the activations.
+        return F.linear(F.silu(gate) * up, weight.to(gate.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up, weight = ctx.saved_tensors
+        needs_gate, needs_up, needs_weight = ctx.needs_input_grad
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        d_weight = None
+        if needs_weight:
+            d_weight = (grad.flatten(0, -2).T @ (silu * up).flatten(0, -2)).to(weight.dtype)
+        if not (needs_gate or needs_up):
+            return None, None, d_weight
+        d_product = grad @ weight.to(grad.dtype)
+        return d_product * up * (sigmoid + silu * (1 - sigmoid)), d_product * silu, d_weight
 
 
 def take_last(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -59,6 +59,11 @@ class SSRReadout(Compressor):
         self.out_dim = connector.width
         self.tokenize: Tokenize | None = None
         self.token_each = False
+
+    def frames_needed(self, target: Any) -> int:
+        if self.tokenize is None or self.textless or isinstance(self.aligner, CIFWeights):
+            return 0
+        return self.aligner.frames_needed(target)
 
     def attach(self, task: Task | None) -> None:
         if getattr(task, "language_model", None) is not None:

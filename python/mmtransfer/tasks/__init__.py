@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
-from .base import TASKS, Metric, Task, default_task, find_task, register_task
+from .base import TASKS, Metric, Task, default_task, find_task, language_model_task, register_task
 from .classification import Classification
 from .ctc import CTC
 
-__all__ = ["CTC", "TASKS", "Classification", "Metric", "Task", "default_task", "find_task", "register_task"]
+__all__ = [
+    "CTC",
+    "TASKS",
+    "Classification",
+    "Metric",
+    "Task",
+    "default_task",
+    "find_task",
+    "language_model_task",
+    "register_task",
+]

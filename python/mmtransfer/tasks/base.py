@@ -41,6 +41,7 @@ class Task(abc.ABC):
         by_length: whether training batches hold clips of like length, as where the loss has a value a frame.
         kind: "label" or "text": the column of a data set that has the targets, and in records the name of a
             prediction.
+        reads_language_model: whether it takes the options `language_model` and `stage`.
         whole_clips: whether the target is of all of a clip, so that clips cannot be cropped.
     """
 
@@ -50,11 +51,12 @@ class Task(abc.ABC):
     by_length: ClassVar[bool] = False
     kind: ClassVar[Literal["label", "text"]] = "label"
     whole_clips: ClassVar[bool] = False
+    reads_language_model: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
     def of(cls, recordings: Recordings) -> Task:
-        """The task on these recordings."""
+        """The task on these recordings. A subclass may take fields by name."""
 
     @classmethod
     def of_tokenizer_file(cls, path: Path) -> Task:
@@ -162,6 +164,11 @@ def register_task(task: _T) -> _T:
 def default_task(kind: str) -> type[Task]:
     """The first task that was registered for labels ("label") or transcripts ("text")."""
     return next(task for task in TASKS.values() if task.kind == kind)
+
+
+def language_model_task() -> type[Task]:
+    """The first task that was registered for a language model."""
+    return next(task for task in TASKS.values() if task.reads_language_model)
 
 
 def find_task(name: str) -> type[Task]:

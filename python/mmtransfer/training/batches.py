@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 
 from mmtransfer.data.recordings import Clip
 from mmtransfer.encoders.tapped import TappedEncoder
+from mmtransfer.method import Compressor
 from mmtransfer.tasks.base import Task
 
 from .caching import CachedFeatures, CachedInputs, EncoderCollator, example_name
@@ -68,20 +69,27 @@ def example_lengths(examples: Any, collate: Any) -> list[float]:
     return seconds if most is None else [min(each, most) for each in seconds]
 
 
-def drop_infeasible(examples: Any, collate: Any, encoder: TappedEncoder, task: Task) -> tuple[Any, list[str]]:
+def drop_infeasible(
+    examples: Any, collate: Any, encoder: TappedEncoder, task: Task, readout: Any = None
+) -> tuple[Any, list[str]]:
     """The examples that the task's loss can use, and the names of the others; see `find_infeasible`."""
-    dropped = find_infeasible(examples, collate, encoder, task)
+    dropped = find_infeasible(examples, collate, encoder, task, readout)
     return without(examples, dropped), list(dropped.values())
 
 
-def find_infeasible(examples: Any, collate: Any, encoder: TappedEncoder, task: Task) -> dict[int, str]:
-    """The examples that the task's loss cannot use, by index: a sentence on each.
+def find_infeasible(
+    examples: Any, collate: Any, encoder: TappedEncoder, task: Task, readout: Any = None
+) -> dict[int, str]:
+    """The examples that the task's loss, or a readout that compresses, cannot use: a sentence on each.
 
-    A transcript needs a frame for each of its characters and one between two that are equal.
+    For CTC a transcript needs a frame for each of its characters and one between two that are equal.
     """
     found: dict[int, str] = {}
     for index, count in enumerate(frame_counts(examples, collate, encoder) or ()):
-        needed = task.frames_needed(_target(examples, index, task))
+        target = _target(examples, index, task)
+        needed = task.frames_needed(target)
+        if isinstance(readout, Compressor):
+            needed = max(needed, readout.frames_needed(target))
         if needed > count:
             found[index] = f"{example_name(examples, index)} ({needed} frames needed, {count} there)"
     return found

@@ -11,15 +11,14 @@ from rich.progress import Progress
 from torch import nn
 from transformers import SequenceFeatureExtractor
 
-from mmtransfer import registry
+from mmtransfer import checkpoint, registry
 from mmtransfer.data import DataError, Recordings, from_manifest, load_data
 from mmtransfer.method import Method
-from mmtransfer.tasks import find_task
 
 from .clock import Point
 from .finetune_settings import FinetuneSettings
 from .loop import main_device
-from .run import FinetuneResult, Run
+from .run import FinetuneResult, Run, chosen_task
 from .run_folder import RunFolder
 from .selection import Findings
 
@@ -64,7 +63,7 @@ def finetune(
     """
     settings = FinetuneSettings() if settings is None else settings
     progress = Progress(disable=True, console=Console(quiet=True)) if progress is None else progress
-    found = registry.find(method, **settings.options)
+    found = _find_method(method, settings)
     _check(settings, found)
     folder = RunFolder(output, resume=resume, force=force)
     if (results := folder.results()) is not None:
@@ -82,10 +81,26 @@ def finetune(
     return run.finish(*run.train())
 
 
+def _find_method(method: str | Method, settings: FinetuneSettings) -> Method:
+    """The method with the options that are given, and with those of the model that the run begins with."""
+    task = chosen_task(settings)
+    options = settings.method_options(None if task is None else task.name)
+    if settings.begin_with is None:
+        return registry.find(method, **options)
+    config = checkpoint.read_config(settings.begin_with.expanduser())
+    found = registry.find(method)
+    if found.name != config["method"]:
+        raise ValueError(
+            f"{settings.begin_with} was trained by {config['method']}; {found.name} cannot begin with it"
+        )
+    return registry.find(registry.find(found, **config["options"]), **options)
+
+
 def _check(settings: FinetuneSettings, method: Method) -> None:
     """ValueError for settings that cannot be met, before anything is loaded."""
-    if settings.task is not None:
-        find_task(settings.task)
+    task = chosen_task(settings)
+    if settings.keep_head and task is not None and task.reads_language_model:
+        raise ValueError(f"keep_head is for a head that the model has, and the task {task.name} has another")
     if settings.keep_head and method.has_readout:
         raise ValueError(f"keep_head needs the last layer alone, and {method.name} has a readout of its own")
     if settings.fp16 and main_device(settings.cpu).type == "cpu":
@@ -95,8 +110,8 @@ def _check(settings: FinetuneSettings, method: Method) -> None:
 def _read(data: Any, settings: FinetuneSettings, test_fraction: float) -> Recordings:
     """The recordings; without a task, a manifest says itself whether it has labels or transcripts."""
     options: dict[str, Any] = {"test_fraction": test_fraction, "strict": settings.strict}
-    if settings.task is not None:
-        return load_data(data, kind=find_task(settings.task).kind, **options)
+    if (task := chosen_task(settings)) is not None:
+        return load_data(data, kind=task.kind, **options)
     if isinstance(data, (str, Path)) and Path(data).expanduser().is_file():
         return from_manifest(data, **options)
     try:

@@ -6,12 +6,25 @@ import dataclasses
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
 from .settings import Training, check_flags, check_integer, check_number
 
+#: Settings that a method has too, where they are None here.
+_OF_TRAINING = (
+    "epochs",
+    "max_steps",
+    "batch_size",
+    "learning_rate",
+    "weight_decay",
+    "schedule",
+    "warmup_steps",
+    "final_share",
+    "beta2",
+    "clip",
+)
 _Count = Annotated[int | None, tyro.conf.arg(metavar="INT")]
 
 
@@ -20,15 +33,24 @@ class FinetuneSettings:
     """The training of one model. None leaves the choice to the method.
 
     Attributes:
-        options: of the method, by field.
-        task: classification, ctc, or one of yours; None: classification, but ctc for a manifest with
-            transcripts.
+        options: of the method, by field; under the name of the task, of the task.
+        task: classification, ctc, text, or one of yours; None: text with a language model, else
+            classification, but ctc for a manifest with transcripts.
+        language_model: folder or hub name of a causal language model that is to read the speech.
+        stage: of a task that is trained in stages; 1 if None.
+        begin_with: folder of a trained model of the same method, whose readout and changes of the encoder
+            training begins with, and whose options are those of this run where none are given.
         epochs: passes over the training clips.
         max_steps: the run ends after so many steps if not earlier.
         batch_size: clips per batch and device.
         accumulate: batches per step.
         learning_rate: peak rate, but for parameters with a rate among the method's options.
         weight_decay: of matrices.
+        schedule: of the rate after the warm-up: linear or cosine.
+        warmup_steps: with a growing rate; None: a tenth of all.
+        final_share: of the rate that a cosine ends with.
+        beta2: of AdamW.
+        clip: the largest norm of a gradient; 0: any.
         start_epochs: epochs of the method that this one starts from, if there is one; 0 for a random start;
             None: as many as it takes itself on stored features, else 1.
         seed: of the weights, the order of the clips, and the validation part.
@@ -54,12 +76,20 @@ class FinetuneSettings:
 
     options: tyro.conf.Suppress[dict[str, Any]] = field(default_factory=dict)
     task: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    language_model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    stage: _Count = None
+    begin_with: Annotated[Path | None, tyro.conf.arg(metavar="DIR")] = None
     epochs: _Count = None
     max_steps: _Count = None
     batch_size: _Count = None
     accumulate: int = 1
     learning_rate: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     weight_decay: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    schedule: Literal["linear", "cosine"] | None = None
+    warmup_steps: _Count = None
+    final_share: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    beta2: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    clip: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     start_epochs: _Count = None
     seed: int = 0
     validation_fraction: float = 0.1
@@ -86,6 +116,8 @@ class FinetuneSettings:
             raise ValueError(f"validation_fraction must be below 1, got {self.validation_fraction}")
         if self.max_seconds is not None:
             check_number("max_seconds", self.max_seconds)
+        if self.stage is not None:
+            check_integer("stage", self.stage)
         if self.tokenizer is not None and self.keep_head:
             raise ValueError("tokenizer and keep_head exclude each other: the model's head has an alphabet")
         # Training checks the rest.
@@ -93,11 +125,7 @@ class FinetuneSettings:
 
     def training(self, method: Training) -> Training:
         """A method's training with the values given here."""
-        own = {
-            name: getattr(self, name)
-            for name in ("epochs", "max_steps", "batch_size", "learning_rate", "weight_decay")
-            if getattr(self, name) is not None
-        }
+        own = {name: getattr(self, name) for name in _OF_TRAINING if getattr(self, name) is not None}
         return dataclasses.replace(
             method,
             **own,
@@ -110,6 +138,15 @@ class FinetuneSettings:
             cpu=self.cpu,
             workers=min(os.cpu_count() or 1, 4) if self.workers is None else self.workers,
         )
+
+    def task_options(self, task: str) -> dict[str, Any]:
+        """The options under the name of a task."""
+        found = self.options.get(task, {})
+        return dict(found) if isinstance(found, dict) else {}
+
+    def method_options(self, task: str | None) -> dict[str, Any]:
+        """The others."""
+        return {name: value for name, value in self.options.items() if name != task}
 
     def start(self, method: Training, *, stored: bool) -> Training:
         """The training of the method that this one starts from, on stored features or not."""

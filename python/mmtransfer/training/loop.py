@@ -271,7 +271,7 @@ class _Trainer(Trainer):
             groups = parameter_groups(trained, self.settings)
             for group in groups:
                 check_rate(group["lr"])
-            self.optimizer = torch.optim.AdamW(groups)
+            self.optimizer = torch.optim.AdamW(groups, betas=(0.9, self.settings.beta2))
         return self.optimizer
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
@@ -428,7 +428,9 @@ def _arguments(
         gradient_accumulation_steps=settings.accumulate,
         learning_rate=settings.learning_rate,
         # The first step of a warm-up has the rate 0, and would be the only one.
-        warmup_steps=0.1 if steps > 1 else 0,
+        warmup_steps=0 if steps == 1 else 0.1 if settings.warmup_steps is None else settings.warmup_steps,
+        max_grad_norm=settings.clip,
+        **_schedule(settings),
         seed=settings.seed,
         bf16=settings.bf16,
         fp16=settings.fp16,
@@ -449,6 +451,15 @@ def _arguments(
     # One process drives one device: DataParallel would cut packed features at the wrong frames.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
+
+
+def _schedule(settings: Training) -> dict[str, Any]:
+    if settings.schedule == "linear":
+        return {}
+    return {
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr_rate": settings.final_share},
+    }
 
 
 def _latest_state(folder: Path) -> str | None:

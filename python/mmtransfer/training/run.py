@@ -24,7 +24,7 @@ from mmtransfer.data.recordings import Clip
 from mmtransfer.encoders.loading import load_model
 from mmtransfer.method import Method
 from mmtransfer.model import AdaptedModel
-from mmtransfer.tasks import Task, default_task, find_task
+from mmtransfer.tasks import Task, default_task, find_task, language_model_task
 
 from .batches import drop_infeasible
 from .caching import EncoderCollator, NoRoomError, cache_features, cache_inputs, examples_for
@@ -40,6 +40,30 @@ from .starting import find_start
 Examples = tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]
 #: Settings that do not change the result, and those that `_describe` has in another form.
 _NO_PART_OF_A_RUN = ("workers", "options", "tokenizer")
+
+
+def chosen_task(settings: FinetuneSettings) -> type[Task] | None:
+    """The task that the settings name, or that takes the language model that they name."""
+    if settings.task is not None:
+        return find_task(settings.task)
+    return None if settings.language_model is None and settings.stage is None else language_model_task()
+
+
+def _task_options(settings: FinetuneSettings, task: type[Task]) -> dict[str, Any]:
+    """The fields of the task that are given, by flags of their own or under its name."""
+    given = {name: getattr(settings, name) for name in ("language_model", "stage")}
+    named = {name: value for name, value in given.items() if value is not None}
+    if named and not task.reads_language_model:
+        raise ValueError(f"the task {task.name} takes no {' and no '.join(named)}")
+    return {**named, **settings.task_options(task.name)}
+
+
+def _task_of(task: type[Task], recordings: Recordings, options: Mapping[str, Any]) -> Task:
+    fields = {each.name for each in dataclasses.fields(task)}
+    if unknown := sorted(options.keys() - fields):
+        known = ", ".join(sorted(fields)) or "none"
+        raise ValueError(f"the task {task.name} has no option {unknown[0]!r}; it has {known}")
+    return task.of(recordings, **options)
 
 
 @dataclass(frozen=True)
@@ -155,6 +179,8 @@ class Run:
         if self.head is not None:
             assert model.head is not None
             model.head.load_state_dict(self.head)
+        if self.settings.begin_with is not None:
+            checkpoint.begin_with(model, self.settings.begin_with)
         if start is not None:
             model.begin_with(start)
         if self.settings.recompute:
@@ -213,7 +239,9 @@ class Run:
     def _make_task(self, recordings: Recordings) -> Task:
         settings = self.settings
         kind = "text" if recordings.transcribed else "label"
-        task = default_task(kind) if settings.task is None else find_task(settings.task)
+        task = chosen_task(settings) or default_task(kind)
+        if options := _task_options(settings, task):
+            return _task_of(task, recordings, options)
         if settings.keep_head:
             made, self.head = task.of_own_head(self.model, self.source)
             return made
@@ -263,7 +291,7 @@ class Run:
 
     def _feasible(self, model: AdaptedModel, examples: Any, collate: Any, findings: Findings | None) -> Any:
         """The examples that have enough frames for their targets."""
-        kept, dropped = drop_infeasible(examples, collate, model.encoder, self.task)
+        kept, dropped = drop_infeasible(examples, collate, model.encoder, self.task, model.readout)
         if dropped and findings is not None:
             clips = first(dropped, "training clip", "training clips")
             findings.add(f"{clips} cannot hold their text and are left out")
@@ -328,6 +356,8 @@ class Run:
         settings = dataclasses.asdict(self.settings)
         for name in _NO_PART_OF_A_RUN:
             del settings[name]
+        begin_with = self.settings.begin_with
+        settings["begin_with"] = None if begin_with is None else str(begin_with)
         return {
             "format": FORMAT,
             "method": self.method.name,

@@ -6,10 +6,12 @@ import math
 import numbers
 from dataclasses import dataclass
 
+SCHEDULES = ("linear", "cosine")
+
 
 @dataclass(frozen=True)
 class Training:
-    """How a model is trained: AdamW, linear warm-up over a tenth of the steps, then linear decay.
+    """How a model is trained: AdamW, a linear warm-up, then a decay of the rate.
 
     Attributes:
         epochs: passes over the training clips.
@@ -18,6 +20,11 @@ class Training:
         accumulate: batches per step.
         learning_rate: peak rate, but for parameter groups that a method gives a rate.
         weight_decay: of matrices; biases, norms and parameter groups of a method have none.
+        schedule: of the rate after the warm-up: "linear" or "cosine".
+        warmup_steps: of the optimiser; None: a tenth of all.
+        final_share: of the peak rate at the end of a cosine.
+        beta2: of AdamW: how long squared gradients are remembered.
+        clip: the largest norm of a gradient; longer ones are shortened to it. 0: they are not.
         group_rates: whether those groups have their rate; False gives them the run's.
         seed: of the initial weights and of the order of the clips.
         bf16: train under bfloat16 autocast.
@@ -34,6 +41,11 @@ class Training:
     accumulate: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
+    schedule: str = "linear"
+    warmup_steps: int | None = None
+    final_share: float = 0.0
+    beta2: float = 0.999
+    clip: float = 1.0
     group_rates: bool = True
     seed: int = 0
     bf16: bool = False
@@ -52,6 +64,17 @@ class Training:
         check_integer("seed", self.seed, least=0, most=2**32 - 1)
         check_number("learning_rate", self.learning_rate)
         check_number("weight_decay", self.weight_decay)
+        check_number("clip", self.clip)
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
+        if self.warmup_steps is not None:
+            check_integer("warmup_steps", self.warmup_steps, least=0)
+        for name in ("final_share", "beta2"):
+            check_number(name, getattr(self, name))
+            if getattr(self, name) >= 1:
+                raise ValueError(f"{name} must be below 1, got {getattr(self, name)}")
+        if self.final_share and self.schedule != "cosine":
+            raise ValueError(f"final_share is for the schedule cosine, got {self.schedule!r}")
         check_flags(self, "group_rates", "bf16", "fp16", "cpu")
         if self.bf16 and self.fp16:
             raise ValueError("bf16 and fp16 exclude each other")

@@ -48,6 +48,9 @@ class CTCAligner(Aligner):
         """Stays in eval mode."""
         return super().train(False)
 
+    def frames_needed(self, text: str) -> int:
+        return self.task.frames_needed(text)
+
     @torch.no_grad()
     def forward(self, taps: Taps, labels: TokenLabels | None, tokenize: Tokenize | None) -> Segments:
         logits = self.logits(taps)

@@ -44,6 +44,10 @@ class Aligner(nn.Module, abc.ABC):
 
     aligns_text: ClassVar[bool] = True
 
+    def frames_needed(self, text: str) -> int:
+        """The frames without which a text has no alignment."""
+        return 0
+
     @abc.abstractmethod
     def forward(self, taps: Taps, labels: TokenLabels | None, tokenize: Tokenize | None) -> Segments:
         """The segments of each utterance.

@@ -52,6 +52,9 @@ class UnitY2Aligner(Aligner):
         table[[ord(each) for each in alphabet]] = torch.arange(1, len(alphabet) + 1)
         self.register_buffer("table", table, persistent=False)
 
+    def frames_needed(self, text: str) -> int:
+        return len(text)
+
     def forward(self, taps: Taps, labels: TokenLabels | None, tokenize: Tokenize | None) -> Segments:
         if labels is None:
             raise ValueError("the aligner unity2 needs the text of an utterance; without one use ctc or cif")
