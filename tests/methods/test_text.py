@@ -6,7 +6,12 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import pickle
 import shutil
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -208,6 +213,8 @@ class TestPlaces:
         ids, ends = tokenizer.encode_with_ends("a</s>")
         assert min(ids) >= 3
         assert ends == [1, 2, 3, 4, 5]
+        for other in (copy.deepcopy(tokenizer), pickle.loads(pickle.dumps(tokenizer))):
+            assert other.encode("a</s>") == ids
 
     def test_settings_of_the_file_do_not_cut(self) -> None:
         tokenizer = tiny_tokenizer()
@@ -357,8 +364,9 @@ class TestTable:
         ("change", "message"),
         [
             (lambda t: t[:200], r"lm has 200 rows, and its tokenizer has ids up to 279"),
-            (lambda t: t[:, :16], r"lm must be \(V, 32\) floating-point numbers, got \(310, 16\)"),
+            (lambda t: t[:, :16], r"lm must be \(V, 32\) in float32.*, got \(310, 16\)"),
             (lambda t: t.round().to(torch.int8), r"lm must be .* torch.int8"),
+            (lambda t: t.to(torch.float8_e4m3fn), r"lm must be .* torch.float8"),
             (lambda t: t.index_fill(0, torch.tensor([7]), math.nan), "lm has values that are not finite"),
             (lambda t: t.index_fill(0, torch.tensor([7]), math.inf), "lm has values that are not finite"),
             (None, "lm has no embedding table: its files have no tensor model.embed_tokens.weight"),
@@ -405,6 +413,40 @@ class TestTable:
         (plain / "model.safetensors").write_bytes(b"\x00" * 30)
         with pytest.raises(DataError, match=r"model.safetensors"):
             read_embedding_table(str(plain))
+
+    def test_from_the_hub(self, tmp_path: Path) -> None:
+        """A hub name, whose files are in the cache: of the shards, the one with the table alone."""
+        cache = tmp_path / "hub/models--me--lm"
+        snapshot = cache / "snapshots" / ("0" * 40)
+        tiny_language_model(snapshot, size="20KB")
+        (cache / "refs").mkdir()
+        (cache / "refs/main").write_text("0" * 40)
+        expected = read_embedding_table(str(snapshot))
+        index = json.loads((snapshot / "model.safetensors.index.json").read_text())["weight_map"]
+        for shard in set(index.values()) - {index["model.embed_tokens.weight"]}:
+            (snapshot / shard).unlink()
+        code = """
+        import sys, torch
+        from mmtransfer.data import DataError
+        from mmtransfer.tasks import Text
+        from mmtransfer.tasks.language.table import read_embedding_table
+        torch.save(read_embedding_table("me/lm"), sys.argv[1])
+        print(Text(language_model="me/lm").shape["width"])
+        try:
+            read_embedding_table("me/other")
+        except DataError as error:
+            print(error)
+        """
+        environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "TRANSFORMERS_CACHE"):
+            environment.pop(name, None)
+        command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "table.pt")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        width, message = done.stdout.splitlines()
+        assert width == "32"
+        assert message.startswith("no configuration of a language model can be read from me/other (")
+        assert torch.equal(torch.load(tmp_path / "table.pt"), expected)
 
     def test_no_tokenizer(self, tmp_path: Path) -> None:
         tiny_model().save_pretrained(tmp_path)
@@ -528,6 +570,16 @@ class TestFirstStage:
         assert found[0, 4:].tolist() == [PADDING] * 5
         assert (found[1] == PADDING).all()
 
+    def test_autocast_rounds_no_score(self, folder: Path) -> None:
+        head = self.head(folder)
+        head.table = head.table[:1] + 1e-3 * torch.randn(
+            200, WIDTH, generator=torch.Generator().manual_seed(1)
+        )
+        frames, taps = vectors([40])
+        with torch.autocast("cpu", torch.bfloat16):
+            found = head(frames, taps)
+        assert torch.equal(found, head(frames, taps))
+
     def test_scores_stay_small(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(embedding_head, "_BLOCK", 512)
         sizes: list[int] = []
@@ -567,7 +619,7 @@ class TestFirstStage:
         assert torch.equal(head(frames, taps), wide(frames, taps))
 
 
-TEMPLATE = "<s>Hear: <speech> Write:"
+TEMPLATE = "Hear: <speech> Write:"
 
 
 def head_of(folder: Path, **options: Any) -> LanguageModelHead:
@@ -580,7 +632,7 @@ def by_hand(head: LanguageModelHead, speech: torch.Tensor, text: str, template: 
     """The sequence of an utterance, and the mean cross-entropy of its last tokens."""
     tokenizer = tiny_tokenizer()
     before, after = template.split("<speech>")
-    bos = [0]
+    bos = [] if before.startswith("<s>") else [0]
     texts = [tokenizer(part)["input_ids"] for part in (before, after, text)]
     table = head.model.get_input_embeddings().weight
     tail = [*texts[2], 1]
@@ -591,7 +643,7 @@ def by_hand(head: LanguageModelHead, speech: torch.Tensor, text: str, template: 
 
 class TestSecondStage:
     @pytest.mark.parametrize("kind", ALL)
-    @pytest.mark.parametrize("template", ["<speech>", TEMPLATE])
+    @pytest.mark.parametrize("template", ["<speech>", TEMPLATE, f"<s>{TEMPLATE}"])
     def test_loss_of_one_utterance(self, folders: dict[str, Path], kind: str, template: str) -> None:
         head = head_of(folders[kind], template=template)
         task = task_of(folders[kind])

@@ -82,15 +82,17 @@ class EmbeddingHead(nn.Module):
         step = max(1, _BLOCK // min(table_step, max(rows, 1)))
         best = torch.zeros(len(frames), dtype=torch.int64, device=frames.device)
         score = torch.full((len(frames),), -torch.inf, device=frames.device)
-        for start in range(0, rows, table_step):
-            block = F.normalize(self.table[start : start + table_step].float(), dim=-1)
-            for first in range(0, len(frames), step):
-                part = slice(first, first + step)
-                # The length of a vector scales all its scores, so its direction alone decides.
-                value, row = (frames[part].float() @ block.T).max(dim=-1)
-                better = value > score[part]
-                best[part] = torch.where(better, row + start, best[part])
-                score[part] = torch.where(better, value, score[part])
+        # Autocast would round the scores, of which many are close.
+        with torch.autocast(frames.device.type, enabled=False):
+            for start in range(0, rows, table_step):
+                block = F.normalize(self.table[start : start + table_step].float(), dim=-1)
+                for first in range(0, len(frames), step):
+                    part = slice(first, first + step)
+                    # The length of a vector scales all its scores, so its direction alone decides.
+                    value, row = (frames[part].float() @ block.T).max(dim=-1)
+                    better = value > score[part]
+                    best[part] = torch.where(better, row + start, best[part])
+                    score[part] = torch.where(better, value, score[part])
         return best
 
 

@@ -34,8 +34,8 @@ _TEXTS = 8
 class LanguageModelHead(nn.Module):
     """A language model on `[BOS] template <speech> template transcript EOS`, trained on transcript and EOS.
 
-    BOS is left out where the tokenizer has none. The model is in float32, with the dropout of its
-    configuration.
+    BOS is left out where the tokenizer has none, or the template begins with it. The model is in float32,
+    with the dropout of its configuration.
 
     Args:
         dim: of the vectors, the width of the model's embeddings.
@@ -85,7 +85,8 @@ class LanguageModelHead(nn.Module):
         self.eos = self.tokenizer.eos
         self._bos = [] if self.tokenizer.bos is None else [self.tokenizer.bos]
         before, after = template.split(SPEECH)
-        self._before = self._bos + self.tokenizer.encode_template(before)
+        start = self.tokenizer.encode_template(before)
+        self._before = start if self._bos and start[:1] == self._bos else self._bos + start
         self._after = self.tokenizer.encode_template(after)
         _decode_greedily(model, self.eos)
         self.model = model

@@ -18,6 +18,7 @@ from .tokenizer import read_tokenizer
 
 _WEIGHTS = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def read_embedding_table(source: str) -> torch.Tensor:
@@ -114,10 +115,10 @@ def _read(located: tuple[str, str], source: str) -> torch.Tensor:
 
 
 def _check(table: torch.Tensor, width: int, source: str) -> None:
-    if table.dim() != 2 or table.shape[1] != width or not table.is_floating_point():
+    if table.dim() != 2 or table.shape[1] != width or table.dtype not in _DTYPES:
         raise ValueError(
-            f"the embedding table of {source} must be (V, {width}) floating-point numbers, got "
-            f"{tuple(table.shape)} {table.dtype}"
+            f"the embedding table of {source} must be (V, {width}) in float32, bfloat16, float16 or float64, "
+            f"got {tuple(table.shape)} {table.dtype}"
         )
     read_tokenizer(source).check_table(len(table))
     # Two numbers, not a mask of the size of the table.

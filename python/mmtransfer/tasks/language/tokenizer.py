@@ -47,6 +47,11 @@ class TextTokenizer:
             raise ValueError(f"the tokenizer of {source} has no tokens")
         self.size = max(ids.values()) + 1
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Copies and worker processes: the library does not keep this setting."""
+        self.__dict__.update(state)
+        self._texts.encode_special_tokens = True
+
     def check_table(self, rows: int) -> None:
         """ValueError unless an embedding table of so many rows has one for each token."""
         if rows < self.size:
