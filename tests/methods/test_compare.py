@@ -114,7 +114,7 @@ def test_weights_of_layers_are_reported(experiment) -> None:
         ({"methods": ("lff",), "options": {"hff-b": {"out_dim": 1}}}, "none of the methods lff .*'hff-b'"),
         ({"methods": ("lff",), "options": {"depth": 0}}, "lff: depth must be at least 1"),
         ({"methods": ("aat-ms",), "options": {"layers": [7]}}, r"AAT\^MS cannot be used here: layers must"),
-        ({"task": "frames"}, "task must be one of classification, ctc, got 'frames'"),
+        ({"task": "frames"}, "task must be one of classification, ctc, text, got 'frames'"),
         (
             {"methods": ("hff-b+hff-adapters",), "options": {"taps": ["embeddings"]}},
             r"HFF-b \+ HFF adapters cannot be used here: the readout taps the embeddings only",

@@ -465,7 +465,7 @@ class TestMistakes:
         ("changes", "parts"),
         [
             ({"method": "nowhere"}, ["no method is called 'nowhere'"]),
-            ({"task": "nowhere"}, ["task must be one of classification, ctc, got 'nowhere'"]),
+            ({"task": "nowhere"}, ["task must be one of classification, ctc, text, got 'nowhere'"]),
             ({"model": "/nowhere/model"}, ["/nowhere/model does not exist"]),
             ({"data": "/nowhere/data.csv"}, ["/nowhere/data.csv does not exist"]),
             ({"task": "classification"}, ["speech.jsonl", "label"]),

@@ -260,7 +260,7 @@ class TestCommandLine:
         del TASKS["frames"]
         fails(
             self.compare(tmp_path, "--task", "frames"),
-            "task must be one of classification, ctc, got 'frames'",
+            "task must be one of classification, ctc, text, got 'frames'",
         )
         tasks.register_task(FrameLabels)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .base import TASKS, Metric, Task, default_task, find_task, language_model_task, register_task
 from .classification import Classification
 from .ctc import CTC
+from .text import Text
 
 __all__ = [
     "CTC",
@@ -12,6 +13,7 @@ __all__ = [
     "Classification",
     "Metric",
     "Task",
+    "Text",
     "default_task",
     "find_task",
     "language_model_task",

@@ -1,0 +1,1 @@
+"""Language models under the task of texts: their tokens, their embedding table, and the two heads."""
