@@ -295,12 +295,12 @@ def _facts(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, parts: dict[str, Sequence[str]]
 ) -> dict[str, Any]:
     lines = [*parts["training"], *parts["held_out"]]
-    counts = Counter(token for line in _encode(tokenizer, lines) for token in line)
-    table = model.get_input_embeddings().weight.detach()
+    counts = Counter(token for line in _encode(tokenizer, lines) for token in line[1:])
+    table = model.state_dict()["model.embed_tokens.weight"]
     facts: dict[str, Any] = {
         "parameters": sum(each.numel() for each in model.parameters()),
         "vocabulary": len(table),
-        "tokens": sum(counts.values()) - 2 * len(lines),
+        "tokens": sum(counts.values()) - len(lines),
         "characters": sum(map(len, lines)),
         "unused_tokens": len(table) - len(counts),
         "embedding_squared_norm": table[sorted(counts)].square().sum(1).mean().item(),
@@ -317,8 +317,8 @@ def _facts(
 
 
 def _unigram(counts: Counter[int], lines: list[list[int]], vocabulary: int) -> float:
-    """Perplexity of a token by counts, one added to each, with neither context nor `<s>`."""
-    total = sum(counts.values()) - counts[lines[0][0]] + vocabulary - 1
+    """Perplexity of a token by counts alone, one added to each; `</s>` is a token, `<s>` is not."""
+    total = sum(counts.values()) + vocabulary
     losses = [-math.log((counts[token] + 1) / total) for line in lines for token in line[1:]]
     return math.exp(sum(losses) / len(losses))
 
