@@ -29,6 +29,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 #: Of a target that is padding; cross_entropy's own default.
 _IGNORED = -100
+#: Where classes of tokens begin, by how often training texts have them; a fifth of the Czech test's are rare.
+_FREQUENCIES = (30, 100)
 _FACTS = "small_language_model.json"
 
 
@@ -185,6 +187,19 @@ def text_perplexity(
     return Perplexity(math.exp(total / tokens), math.exp(total / characters))
 
 
+def token_counts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> Counter[int]:
+    """How often texts have each token."""
+    return Counter(token for line in _encode(tokenizer, texts) for token in line[1:-1])
+
+
+def frequency(count: int) -> str:
+    """The class of a token that training texts have `count` times: "<30", "30-99" or ">=100"."""
+    rare, common = _FREQUENCIES
+    if count < rare:
+        return f"<{rare}"
+    return f"{rare}-{common - 1}" if count < common else f">={common}"
+
+
 def _config(tokenizer: PreTrainedTokenizerFast, settings: SmallLanguageModelSettings) -> LlamaConfig:
     return LlamaConfig(
         vocab_size=len(tokenizer),
@@ -295,12 +310,12 @@ def _facts(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, parts: dict[str, Sequence[str]]
 ) -> dict[str, Any]:
     lines = [*parts["training"], *parts["held_out"]]
-    counts = Counter(token for line in _encode(tokenizer, lines) for token in line[1:])
+    counts = token_counts(tokenizer, lines)
     table = model.state_dict()["model.embed_tokens.weight"]
     facts: dict[str, Any] = {
         "parameters": sum(each.numel() for each in model.parameters()),
         "vocabulary": len(table),
-        "tokens": sum(counts.values()) - len(lines),
+        "tokens": sum(counts.values()),
         "characters": sum(map(len, lines)),
         "unused_tokens": len(table) - len(counts),
         "embedding_squared_norm": table[sorted(counts)].square().sum(1).mean().item(),
@@ -312,6 +327,7 @@ def _facts(
             facts[f"{prefix}perplexity"] = found.token
             facts[f"{prefix}character_perplexity"] = found.character
     if parts["test"]:
+        counts[tokenizer.eos_token_id] = len(lines)
         facts["unigram_perplexity"] = _unigram(counts, _encode(tokenizer, parts["test"]), len(table))
     return facts
 

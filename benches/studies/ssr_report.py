@@ -32,8 +32,8 @@ class Row:
         variant: aligner or baseline, such as "ctc characters"; rows of one variant differ in `seed`.
         cosine, squared_error: of the vectors of stage 1 with the embeddings of the transcript's tokens, the
             mean of tokens; the error is a sum over the channels.
-        cosine_by_frequency: by how often training transcripts have the token, such as "<10"; the table shows
-            the classes in the order of the first row.
+        cosine_by_frequency: by how often training transcripts have the token
+            (`small_language_model.frequency`).
         frames_per_token: frames of the encoder for each vector.
         stage1_wer: word error of stage 1's nearest tokens.
         token_error, word_error: of the texts that the language model writes after stage 2.
@@ -429,7 +429,7 @@ def _draw_bars(
         )
     axes.axhline(0, color="0.4", linewidth=0.6)
     axes.set_xlim(0, seconds)
-    axes.set_ylim(min(0.0, *(cosine for cosine in (*cosines, 0.0, 0.0) if _measured(cosine))), 1.0)
+    axes.set_ylim(min(each for each in (0.0, *cosines) if _measured(each)), 1.0)
     axes.set_ylabel("cosine", fontsize=8)
     axes.set_xlabel("seconds", fontsize=8)
     axes.tick_params(labelsize=7)
