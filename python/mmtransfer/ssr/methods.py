@@ -44,7 +44,7 @@ class SSRMethod(Method):
         fusion: a method with a readout, such as a fusion of several layers, that makes the frames instead of
             `layer`; it is trained with the connector.
         width: of the vectors; None: that of the language model, without one that of the encoder.
-        layers: of the connector's decoder.
+        depth: layers of the connector's decoder.
         heads: of its attention; None: as the language model.
         key_heads: heads of keys and values; None: as the language model.
         hidden: width of its feed-forward parts; None: as the language model.
@@ -72,7 +72,7 @@ class SSRMethod(Method):
     layer: Tap = -1
     fusion: str | None = None
     width: int | None = option(None, least=8)
-    layers: int = option(4, least=1)
+    depth: int = option(4, least=1)
     heads: int | None = option(None, least=1)
     key_heads: int | None = option(None, least=1)
     hidden: int | None = option(None, least=1)
@@ -92,9 +92,6 @@ class SSRMethod(Method):
         if self.aligner_model is not None:
             description = describe_ctc(Path(self.aligner_model).expanduser())
             object.__setattr__(self, "aligner_description", description.to_json())
-        if self.aligner is None:
-            chosen = "cif" if self.aligner_description is None else "ctc"
-            object.__setattr__(self, "aligner", chosen)
         if self.aligner == "ctc" and self.aligner_description is None:
             raise ValueError(
                 "ssr: the aligner ctc needs aligner_model, the folder of a model that `mmtransfer finetune "
@@ -108,11 +105,18 @@ class SSRMethod(Method):
         if not self.dropout < 1:
             raise ValueError(f"ssr: dropout must be below 1, got {self.dropout}")
 
+    @property
+    def aligned_by(self) -> str:
+        """The aligner, also where it was left to the method."""
+        if self.aligner is not None:
+            return self.aligner
+        return "cif" if self.aligner_description is None else "ctc"
+
     def fit(self, task: Task | None) -> SSRMethod:
         """With the sizes of the task's language model where there is no value of one's own."""
         shape = getattr(task, "shape", None) or {}
         own = {name: shape[name] for name in ("width", "heads", "key_heads", "hidden") if name in shape}
-        if self.aligner == "unity2":
+        if self.aligned_by == "unity2":
             own["alphabet"] = getattr(task, "alphabet", "")
         missing = {name: value for name, value in own.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing) if missing else self
@@ -135,7 +139,7 @@ class SSRMethod(Method):
             Connector(
                 features.out_dim,
                 width,
-                layers=self.layers,
+                layers=self.depth,
                 heads=heads,
                 key_heads=heads if self.key_heads is None else self.key_heads,
                 hidden=4 * width if self.hidden is None else self.hidden,
@@ -167,7 +171,7 @@ class SSRMethod(Method):
         return found
 
     def _description(self) -> CTCDescription | None:
-        if self.aligner != "ctc" or self.aligner_description is None:
+        if self.aligned_by != "ctc" or self.aligner_description is None:
             return None
         return CTCDescription(**json.loads(self.aligner_description))
 
@@ -188,11 +192,11 @@ class SSRMethod(Method):
         )
 
     def _aligner(self, encoder: Encoder, dim: int) -> Aligner | CIFWeights:
-        if self.aligner == "cif":
+        if self.aligned_by == "cif":
             return CIFWeights(dim)
-        if self.aligner == "fixed":
+        if self.aligned_by == "fixed":
             return FixedRate(self.frames_per_token)
-        if self.aligner == "unity2":
+        if self.aligned_by == "unity2":
             return UnitY2Aligner(dim, self.alphabet or "", self.aligner_width)
         description = self._description()
         assert description is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -36,7 +37,7 @@ class FixedRate(Aligner):
             return drop_empty(ends, counts, labels)
         counts = (frames / self.frames_per_token).ceil().long()
         # Of the padded length, which is known without waiting for the device.
-        most = int(-(-taps.steps // self.frames_per_token)) + 1
+        most = math.ceil(taps.steps / self.frames_per_token)
         numbers = torch.arange(1, most + 1, device=frames.device)
         ends = (numbers * self.frames_per_token).round().long()
         return drop_empty(torch.minimum(ends, frames.unsqueeze(1)), counts)
