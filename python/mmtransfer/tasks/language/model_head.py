@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.pytorch_utils import Conv1D
 
 from mmtransfer.encoders.taps import Taps
 from mmtransfer.tokens import PADDING, TokenLabels
@@ -303,11 +302,10 @@ def _add_lora(model: Any, source: str, rank: int, alpha: float) -> None:
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # a factor, which may be any number
         lora_dropout=0.0,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     try:
         with warnings.catch_warnings():
-            # On models whose other layers are not of this kind.
+            # peft says where it stores a weight transposed.
             warnings.simplefilter("ignore")
             inject_adapter_in_model(config, model, adapter_name="lora")
     except ValueError as error:

@@ -88,13 +88,8 @@ def _locate(files: Mapping[str, str], outline: Outline, source: str) -> tuple[st
 def _names(outline: Outline) -> Iterable[str]:
     """The names that files may have for the table, the likely ones first."""
     model, table = outline.model, outline.embedding
+    # The output's name too, where the two are tied: files have the tensor once.
     own = [name for name, each in model.named_parameters(remove_duplicate=False) if each is table]
-    if getattr(outline.text, "tie_word_embeddings", False):
-        output: Any = model.get_output_embeddings()  # type: ignore[operator]
-        own += [
-            name for name, each in model.named_parameters(remove_duplicate=False)
-            if output is not None and each is output.weight and name not in own
-        ]  # fmt: skip
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     yield from own
     # Files of the model without its language-model head, and the reverse.
