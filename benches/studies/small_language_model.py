@@ -55,10 +55,10 @@ class SmallLanguageModelSettings:
     heads: int = 4
     key_heads: int = 2
     hidden: int = 704
-    epochs: int = 30
-    patience: int = 3
-    batch_lines: int = 32
-    learning_rate: float = 1e-3
+    epochs: int = 12
+    patience: int = 2
+    batch_lines: int = 16
+    learning_rate: float = 5e-4
     weight_decay: float = 0.1
     embedding_dropout: float = 0.2
     held_out: float = 0.05

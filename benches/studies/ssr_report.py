@@ -288,7 +288,7 @@ def _draw_classes(axes: Axes, groups: dict[str, list[Row]], classes: list[str]) 
 
 #: Inches: of a second of speech, of the parts of a picture from the top, and around them.
 _SECOND, _SPECTRUM, _LABEL, _BARS = 2.4, 1.5, 0.15, 0.8
-_LEFT, _RIGHT, _TOP, _BOTTOM = 0.65, 0.75, 0.12, 0.45
+_LEFT, _RIGHT, _TOP, _BOTTOM = 0.65, 0.2, 0.12, 0.45
 
 
 def draw_segments(
