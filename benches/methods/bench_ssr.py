@@ -118,6 +118,7 @@ def _case(
         candidates=(
             *kernel_candidates(functools.partial(_ours, shape), device),
             Candidate("dense mask, all rows", "papers", functools.partial(_eager, shape)),
+            Candidate("torch.compile", "compile", functools.partial(_eager, shape)),
         ),
         problem=functools.partial(_problem, shape, dtype, device),
         bound="compute",

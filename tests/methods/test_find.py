@@ -199,8 +199,8 @@ class TestOptions:
 
     @pytest.mark.parametrize("name", METHODS)
     def test_an_unknown_one_gets_those_that_there_are(self, name: str) -> None:
-        with pytest.raises(ValueError, match=f"{name} has no option 'width'") as raised:
-            registry.find(name, width=3)
+        with pytest.raises(ValueError, match=f"{name} has no option 'colour'") as raised:
+            registry.find(name, colour=3)
         assert f"it has {', '.join(sorted(fields_of(name))) or 'none'}" in str(raised.value)
 
     def test_unknown_ones_of_a_pair(self) -> None:

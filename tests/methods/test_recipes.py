@@ -110,9 +110,9 @@ TRAINED = [name for name in PACKAGED if "method" in recipes._read(name)[1]]
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_packaged_recipes_train_one_method(name: str, monkeypatch, tmp_path: Path) -> None:
-    from mmtransfer.tasks import find_task
     from mmtransfer.training import finetune
     from mmtransfer.training.finetune_settings import FinetuneSettings
+    from mmtransfer.training.run import chosen_task
 
     found: list = []
 
@@ -129,8 +129,30 @@ def test_packaged_recipes_train_one_method(name: str, monkeypatch, tmp_path: Pat
     assert (model, data, output) == ("a", "b", tmp_path)
     assert isinstance(settings, FinetuneSettings)
     assert settings.epochs == 7
-    find_task(settings.task)
-    assert registry.find(method, **settings.options).name == method
+    task = chosen_task(settings)
+    assert task is not None
+    assert registry.find(method, **settings.method_options(task.name)).name == method
+    if task.reads_language_model:
+        options = {"language_model": settings.language_model, **settings.task_options(task.name)}
+        if options.get("tuning") == "multitask":
+            options["text"] = "passages.txt"
+        assert task(stage=settings.stage, **options).stage == settings.stage
+
+
+def test_the_recipe_of_ssr_has_the_paper_s_settings() -> None:
+    _, content = recipes._read("ssr/stage-1")
+    found = {name: content[name] for name in ("max_steps", "learning_rate", "weight_decay", "beta2", "clip")}
+    assert found == {
+        "max_steps": 400_000,
+        "learning_rate": 1e-4,
+        "weight_decay": 0.1,
+        "beta2": 0.95,
+        "clip": 0,
+    }
+    assert (content["schedule"], content["warmup_steps"], content["final_share"]) == ("cosine", 2000, 0.2)
+    assert content["set"]["dropout"] == 0.1
+    method = registry.find("ssr", **{name: value for name, value in content["set"].items() if name != "text"})
+    assert (method.depth, method.layer, method.lookback, method.attention) == (4, 6, 1, "segment")
 
 
 @pytest.mark.parametrize("name", [name for name in PACKAGED if name not in TRAINED])
