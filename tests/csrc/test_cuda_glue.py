@@ -15,6 +15,7 @@ import pytest
 import simt_build
 import test_adapter
 import test_cif
+import test_connector_oracles
 import test_ctc_align
 import test_defects_of_peers
 import test_distill_loss
@@ -306,6 +307,16 @@ class TestMonotonicAlign(test_monotonic_align.OnEveryBackend):
 class TestSegmentOracles(test_segment_oracles.OnEveryBackend):
     served = (("cpu", "native"),)
     pooled = 160
+
+
+class TestConnectorOracles(test_connector_oracles.OnEveryBackend):
+    served = (("cpu", "native"),)
+    calls = 3
+    attended = 32
+    losses = 100
+    long_calls = 1
+    long = 1
+    longer = 150
 
 
 class TestDefectsOfPeers(test_defects_of_peers.DefectsOfPeers):

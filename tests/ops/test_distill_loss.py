@@ -450,6 +450,7 @@ ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
     "counts of floats": (one(counts=torch.ones(2)), TypeError, "counts must be an integer tensor"),
     "weight": (one(cosine_weight=-1.0), ValueError, "cosine_weight must be finite and not negative, got -1"),
     "infinite weight": (one(cosine_weight=math.inf), ValueError, "cosine_weight must be finite"),
+    "weight past the range": (one(cosine_weight=10**400), ValueError, "cosine_weight must be finite"),
     "weight that is no number": (
         one(cosine_weight="5"),
         TypeError,

@@ -264,6 +264,19 @@ class TestValues:
         assert torch.equal(out[1, 1, :117], plain[1, 1, :117])
         assert torch.equal(out[1, 1, 180:].isfinite(), expected[1, 1, 180:].isfinite())
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_a_nan_of_a_value_stays_near_the_queries_that_see_it(self, dtype: torch.dtype) -> None:
+        """It may reach queries of the next segment, but none 64 frames from those that see it."""
+        tensors = dict(zip("qkv", heads(1, 2, 300, 8, dtype=dtype), strict=True))
+        ends = torch.tensor([[130, 300]])
+        plain = mmkernels.segment_attention(**tensors, ends=ends, lookback=0)
+        tensors["v"][0, 1, 90] = torch.nan
+        out = mmkernels.segment_attention(**tensors, ends=ends, lookback=0)
+        assert out[0, 1, 90:130].isnan().all()
+        assert torch.equal(out[0, 0], plain[0, 0])
+        for untouched in (slice(0, 27), slice(193, 300)):
+            assert torch.equal(out[0, 1, untouched], plain[0, 1, untouched])
+
     def test_scores_of_minus_infinity(self) -> None:
         """Keys with that score get no weight, in the first block of keys or in a later one."""
         q, k, v = heads(1, 1, 200, 8)
@@ -413,6 +426,7 @@ class TestBadInput:
             (ValueError, "lookback must not be negative .*, got -1", {"lookback": -1}),
             (ValueError, "lookback must not be negative and less than", {"lookback": 2**63}),
             (TypeError, "scale must be a number or None, got str", {"scale": "1"}),
+            (ValueError, "scale must be within the range of a float", {"scale": 10**400}),
         ]
         good = {"q": q, "k": k, "v": v, "ends": ends}
         for error, message, changes in cases:

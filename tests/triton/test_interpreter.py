@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import test_connector_oracles
 import test_defects_of_peers
 import test_segment_oracles
 import torch
@@ -1429,6 +1430,18 @@ class TestSegmentOracles(test_segment_oracles.OnEveryBackend):
     aligned = 80
     pooled = 10
     longer = 40
+
+
+class TestConnectorOracles(test_connector_oracles.OnEveryBackend):
+    served = (("cpu", "triton"),)
+    dtypes = (torch.float32, torch.bfloat16)
+    calls = 4
+    attended = 4
+    losses = 10
+    long_calls = 1
+    long = 1
+    longer = 70
+    rounding = 2.0  # the interpreter truncates to bfloat16
 
 
 class TestDefectsOfPeers(test_defects_of_peers.DefectsOfPeers):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from typing import Any
 
 import torch
@@ -88,8 +88,8 @@ def distill_loss(
         The loss, one number: float32 (float64 for a float64 ``pred``), as all sums. Without a valid token it
         is 0.
 
-    Gradients flow to ``pred`` alone. pred, table and ids are kept for the backward pass, not copied, with
-    three numbers for each token. A NaN in a valid vector makes the loss and that vector's gradient NaN.
+    Gradients flow to ``pred`` alone. pred, table and int64 ids are kept for the backward pass, not copied,
+    with three numbers for each token. A NaN in a valid vector makes the loss and that vector's gradient NaN.
 
     A vector without direction, with a norm below 1e-19 (1e-154 in float64), has the cosine 0, and no gradient
     of it; so has one whose embedding is such. ``F.cosine_similarity`` instead raises norms below ``eps=1e-8``
@@ -135,7 +135,7 @@ def distill_loss(
 def _check_weight(cosine_weight: float) -> float:
     if isinstance(cosine_weight, bool) or not isinstance(cosine_weight, (int, float)):
         raise TypeError(f"{_OP}: cosine_weight must be a number, got {type(cosine_weight).__name__}")
-    if not 0 <= cosine_weight < math.inf:
+    if not 0 <= cosine_weight <= sys.float_info.max:
         raise ValueError(f"{_OP}: cosine_weight must be finite and not negative, got {cosine_weight}")
     return float(cosine_weight)
 

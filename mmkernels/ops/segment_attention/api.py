@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -101,11 +102,11 @@ def segment_attention(
         (float64). A row does not depend on the other rows, nor on the padding.
 
     Gradients flow to ``q``, ``k`` and ``v`` where they are required. The three are kept for the backward pass
-    and not copied: overwriting one, or ``ends``, in between is an error there. A NaN or infinite value of a
-    frame reaches the queries that see it, and in the kernels also those of up to 63 frames before it. Under
-    autocast, q, k and v are cast to its dtype. Forward mode, ``torch.func`` and gradients of gradients are
-    the reference's, which holds scores of size T x T: ``"auto"`` takes it by itself, a kernel asked for by
-    name raises.
+    and not copied: overwriting one, or int64 ``ends``, in between is an error there. A NaN or infinite value
+    reaches the queries that see its frame. One in ``v`` also reaches others of its row and heads: in the
+    kernels those at most 63 frames from a query that sees it, in the reference all. Under autocast, q, k and
+    v are cast to its dtype. Forward mode, ``torch.func`` and gradients of gradients are the reference's,
+    which holds scores of size T x T: ``"auto"`` takes it by itself, a kernel asked for by name raises.
 
     Raises:
         TypeError: A value of the wrong type or dtype.
@@ -171,6 +172,8 @@ def _checked(
         raise TypeError(f"{op}: lookback must be an integer, got {type(lookback).__name__}")
     if not 0 <= lookback < 2**63:
         raise ValueError(f"{op}: lookback must not be negative and less than 2**63, got {lookback}")
+    if isinstance(scale, int) and abs(scale) > sys.float_info.max:
+        raise ValueError(f"{op}: scale must be within the range of a float")
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat))):
         raise TypeError(f"{op}: scale must be a number or None, got {type(scale).__name__}")
     return q, k, v
