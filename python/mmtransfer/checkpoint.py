@@ -96,13 +96,20 @@ def save(
         replace_file(folder / name, write)
 
 
-def load(folder: str | Path, model: nn.Module | str | Path | None = None, **runtime: Any) -> AdaptedModel:
+def load(
+    folder: str | Path,
+    model: nn.Module | str | Path | None = None,
+    *,
+    language_model: str | Path | None = None,
+    **runtime: Any,
+) -> AdaptedModel:
     """The `AdaptedModel` that `save` wrote, in eval mode.
 
     Args:
         folder: where `config.json` and `model.safetensors` are.
         model: the transformers model with the encoder, or its folder or hub name; None loads the one named in
             the configuration.
+        language_model: folder or hub name of the language model of the task, where it is not where it was.
         runtime: options of the method that say how it is computed: backend, rewrite, recompute.
 
     Raises:
@@ -120,7 +127,7 @@ def load(folder: str | Path, model: nn.Module | str | Path | None = None, **runt
     _check_base(Encoder(model), base, folder)
     method = _find_method(config, runtime)
     try:
-        task = config["task"] and find_task(config["task"]["name"])(**config["task"]["options"])
+        task = config["task"] and find_task(config["task"]["name"])(**_task_options(config, language_model))
         dtype = None if base["dtype"] is None else getattr(torch, base["dtype"])
         audio = None if config.get("input") is None else AudioInput.of(config["input"])
     except (AttributeError, KeyError, TypeError) as error:
@@ -138,6 +145,16 @@ def load(folder: str | Path, model: nn.Module | str | Path | None = None, **runt
             raise
     adapted.audio = audio
     return adapted.eval()
+
+
+def _task_options(config: Mapping[str, Any], language_model: str | Path | None) -> dict[str, Any]:
+    """The fields of a task, with the place of its language model where that is given."""
+    options = dict(config["task"]["options"])
+    if language_model is None:
+        return options
+    if "language_model" not in options:
+        raise ValueError(f"the task {config['task']['name']} has no language model")
+    return {**options, "language_model": str(language_model)}
 
 
 def _load_base(source: str | Path | None, base: Mapping[str, Any], folder: str | Path) -> nn.Module:

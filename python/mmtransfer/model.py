@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import checkpoint as recomputation
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from mmtransfer import registry, saving
@@ -236,8 +239,9 @@ class AdaptedModel(nn.Module):
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether layers of the encoder are computed again in the backward pass."""
-        return any(each.active for each in find_recomputed(self.encoder.parts.layers))
+        """Whether layers are computed again in the backward pass."""
+        top = any(layer.gradient_checkpointing for layer in self._top_layers())
+        return top or any(each.active for each in find_recomputed(self.encoder.parts.layers))
 
     def gradient_checkpointing_enable(
         self,
@@ -247,6 +251,7 @@ class AdaptedModel(nn.Module):
     ) -> None:
         """Have the layers computed again in the backward pass, as the option `recompute="full"` has them.
 
+        So are transformers' layers in readout and head: those of a connector, and of a language model.
         A method with `recompute` keeps its own; while the edit is empty the encoder records no graph anyway.
         The arguments are those that transformers' Trainer gives.
 
@@ -266,11 +271,24 @@ class AdaptedModel(nn.Module):
             add_recompute(self.encoder.edit, parts, parts.layers, "full")
         for each in recomputed:
             each.active = True
+        for layer in self._top_layers():
+            layer.gradient_checkpointing = True
+            layer._gradient_checkpointing_func = functools.partial(
+                recomputation.checkpoint, use_reentrant=False
+            )
 
     def gradient_checkpointing_disable(self) -> None:
         """Have the layers keep what the backward pass needs."""
         for each in find_recomputed(self.encoder.parts.layers):
             each.active = False
+        for layer in self._top_layers():
+            layer.gradient_checkpointing = False
+
+    def _top_layers(self) -> Iterator[GradientCheckpointingLayer]:
+        """The layers of readout and head that transformers can compute again."""
+        for part in (self.readout, self.head):
+            if part is not None:
+                yield from (each for each in part.modules() if isinstance(each, GradientCheckpointingLayer))
 
     def begin_with(self, trained: AdaptedModel) -> None:
         """Copy readout and head from a model of the method that this one starts from."""

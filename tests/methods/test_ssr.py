@@ -262,6 +262,57 @@ class TestModel:
         first = int(together.taps.lengths[0])
         torch.testing.assert_close(together.frames[first:], alone.frames, atol=2e-5, rtol=2e-5)
 
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_recomputed_layers_give_the_same_gradients(self, place: Path, number: int) -> None:
+        found = []
+        for recompute in (False, True):
+            torch.manual_seed(0)
+            model = build(place, number=number, depth=2).train()
+            if recompute:
+                model.gradient_checkpointing_enable()
+                assert model.is_gradient_checkpointing
+            model(**batch(model)).loss.backward()
+            found.append(
+                {name: each.grad for name, each in model.named_parameters() if each.grad is not None}
+            )
+            if recompute:
+                model.gradient_checkpointing_disable()
+                assert not model.is_gradient_checkpointing
+        assert found[0].keys() == found[1].keys()
+        assert any("connector" in name for name in found[0])
+        for name, grad in found[0].items():
+            torch.testing.assert_close(grad, found[1][name], msg=name)
+
+    @pytest.mark.parametrize("aligner", ["ctc", "unity2", "cif", "fixed"])
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_under_autocast(self, place: Path, number: int, aligner: str) -> None:
+        options = {} if aligner == "ctc" else {"aligner_model": None, "aligner": aligner}
+        model = build(place, number=number, aligner_width=16, **options).train()
+        given = batch(model)
+        plain = model(**given).loss.item()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(**given).loss
+        loss.backward()
+        assert loss.item() == pytest.approx(plain, rel=0.1)
+        assert all(each.grad is None or bool(each.grad.isfinite().all()) for each in model.parameters())
+
+    def test_a_language_model_that_was_moved(self, place: Path, first: Path, tmp_path: Path) -> None:
+        import shutil
+
+        shutil.copytree(first, tmp_path / "first")
+        config = json.loads((tmp_path / "first/config.json").read_text())
+        config["task"]["options"]["language_model"] = "/nowhere"
+        (tmp_path / "first/config.json").write_text(json.dumps(config))
+        clip = place / "clips/test0.wav"
+        fails(run("predict", tmp_path / "first", clip, "--cpu"), "/nowhere")
+        moved = run("predict", tmp_path / "first", clip, "--language-model", place / "language", "--cpu")
+        assert moved.stdout == run("predict", first, clip, "--cpu").stdout
+        assert moved.stdout
+        fails(
+            run("predict", place / "ctc", clip, "--language-model", place / "language", "--cpu"),
+            "the task ctc has no language model",
+        )
+
     def test_any_task_may_follow(self, place: Path) -> None:
         from mmtransfer.encoders.loading import load_model
 

@@ -29,6 +29,7 @@ def evaluate(
     data: Annotated[str, tyro.conf.arg(metavar="PATH")],
     split: Literal["test", "validation", "train", "all"] = "test",
     model: ModelName = None,
+    language_model: ModelName = None,
     output: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     test_fraction: float = 0.2,
@@ -45,6 +46,7 @@ def evaluate(
         data: as for `mmtransfer finetune`.
         split: the part that is scored; all: everything there is.
         model: folder or hub name of the pretrained model, where it is not where it was.
+        language_model: the same of a language model that reads the speech.
         output: file for a JSON line a clip: path, reference, prediction and its own scores.
         json_: print the scores as JSON.
         test_fraction: of --data, where it has no split.
@@ -63,7 +65,7 @@ def evaluate(
 
     try:
         training = Training(batch_size=batch_size, workers=workers, cpu=cpu)
-        loaded = load_trained(folder, model, cpu=cpu)
+        loaded = load_trained(folder, model, language_model=language_model, cpu=cpu)
         assert loaded.task is not None
         recordings = load_data(data, kind=loaded.task.kind, test_fraction=test_fraction, strict=strict)
         clips = _of_classes(loaded, recordings, _choose(recordings, split))

@@ -21,6 +21,7 @@ def predict(
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")],
     audio: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="AUDIO [AUDIO ...]")],
     model: ModelName = None,
+    language_model: ModelName = None,
     json_: Annotated[bool, tyro.conf.arg(name="json")] = False,
     batch_size: int = 16,
     cpu: bool = False,
@@ -36,6 +37,7 @@ def predict(
         folder: of the trained model, as `mmtransfer finetune --output` says.
         audio: files, folders, or @FILE for a file with a path a line.
         model: folder or hub name of the pretrained model, where it is not where it was.
+        language_model: the same of a language model that reads the speech.
         json_: JSON lines: {"path": ..., "text": ...}.
         batch_size: files at a time.
         cpu: use no GPU.
@@ -55,7 +57,7 @@ def predict(
     wrong = 0
     try:
         files = list(_find_files(audio))
-        loaded = load_trained(folder, model, cpu=cpu)
+        loaded = load_trained(folder, model, language_model=language_model, cpu=cpu)
         assert loaded.task is not None
         for file, prediction in zip(files, recognize_each(loaded, files, batch_size=batch_size), strict=True):
             if isinstance(prediction, Exception):

@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 ModelName = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
 
 
-def load_trained(folder: Path, model: str | None, *, cpu: bool) -> AdaptedModel:
+def load_trained(
+    folder: Path, model: str | None, *, language_model: str | None = None, cpu: bool
+) -> AdaptedModel:
     """The model of a folder, on the device of the work.
 
     DataError if it has no task, or does not know how audio becomes its input; ValueError and OSError as in
@@ -25,7 +27,7 @@ def load_trained(folder: Path, model: str | None, *, cpu: bool) -> AdaptedModel:
     from mmtransfer.training.loop import main_device
 
     with quiet_transformers():
-        found = checkpoint.load(folder.expanduser(), model)
+        found = checkpoint.load(folder.expanduser(), model, language_model=language_model)
     if found.task is None or found.audio is None:
         raise DataError(f"{folder} has no task or no feature extractor; save it by mmtransfer finetune")
     return found.to(main_device(cpu))
