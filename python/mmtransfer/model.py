@@ -271,11 +271,10 @@ class AdaptedModel(nn.Module):
             add_recompute(self.encoder.edit, parts, parts.layers, "full")
         for each in recomputed:
             each.active = True
+        recompute: Any = functools.partial(recomputation.checkpoint, use_reentrant=False)
         for layer in self._top_layers():
             layer.gradient_checkpointing = True
-            layer._gradient_checkpointing_func = functools.partial(
-                recomputation.checkpoint, use_reentrant=False
-            )
+            layer._gradient_checkpointing_func = recompute
 
     def gradient_checkpointing_disable(self) -> None:
         """Have the layers keep what the backward pass needs."""
