@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import datetime
+import functools
+import itertools
 import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -38,7 +41,10 @@ from mmtransfer.demo.czech import czech_dialogues
 from mmtransfer.demo.whisper import whisper_tiny_en
 from mmtransfer.encoders.loading import load_model
 from mmtransfer.encoders.tapped import TappedEncoder
+from mmtransfer.encoders.taps import Taps
 from mmtransfer.ssr.aligners import UnitY2Aligner
+from mmtransfer.ssr.connector import Connector
+from mmtransfer.ssr.eager import EagerConnector
 from mmtransfer.tasks import Text
 from mmtransfer.tokens import TokenLabels
 from mmtransfer.training.batches import drop_infeasible
@@ -146,7 +152,7 @@ class Material:
             options["aligner_model"] = str(self.folder / options["aligner_model"])
         return AdaptedModel(load_model(self.whisper), "ssr", task, **options)
 
-    @cached_property
+    @functools.cached_property
     def features(self) -> tuple[CachedFeatures, CachedFeatures]:
         """Of training and test clips, at all layers."""
         encoder = TappedEncoder(load_model(self.whisper), self.taps)
@@ -157,7 +163,7 @@ class Material:
             bar = self.progress.add_task(f"Features of {name} clips", total=len(clips))
             found.append(
                 cache_features(
-                    encoder, clips, collate, on_clips=lambda count, bar=bar: self.progress.advance(bar, count)
+                    encoder, clips, collate, on_clips=functools.partial(self.progress.advance, bar)
                 )
             )
         return found[0], found[1]
@@ -213,9 +219,7 @@ def _order(name: str) -> int:
     return ("<", "3", ">").index(name[0])
 
 
-def model_taps(batch: dict[str, torch.Tensor]) -> Any:
-    from mmtransfer.encoders.taps import Taps
-
+def model_taps(batch: dict[str, torch.Tensor]) -> Taps:
     return Taps.pack(batch["features"], batch["lengths"])
 
 
@@ -247,8 +251,6 @@ def second_stage(
 
 
 def _seeded(training: Training, seed: int) -> Training:
-    import dataclasses
-
     return dataclasses.replace(training, seed=seed)
 
 
@@ -328,8 +330,6 @@ class _CostModel(nn.Module):
             segments = whole.readout.segments(taps, batch["labels"])
             x = taps.scatter(taps.features[:, whole.readout.slots[0]])
         self.batch = {"x": x, "ends": segments.ends, "lengths": taps.lengths}
-        from mmtransfer.ssr.connector import Connector
-
         shape = {"width": 256, "heads": 4, "key_heads": 2, "hidden": 704, "depth": 2, **options}
         set_seed(0)
         self.connector: nn.Module = Connector(
@@ -342,15 +342,11 @@ class _CostModel(nn.Module):
         )
 
     def twin(self) -> _CostModel:
-        from mmtransfer.ssr.eager import EagerConnector
-
         twin = copy.copy(self)
         twin._modules = {"connector": EagerConnector.of(self.connector)}  # type: ignore[arg-type]
         return twin
 
     def forward(self, x: torch.Tensor, ends: torch.Tensor, lengths: torch.Tensor) -> Any:
-        from types import SimpleNamespace
-
         vectors = self.connector(x, ends, lengths)
         return SimpleNamespace(logits=vectors, loss=vectors.square().mean())
 
@@ -369,9 +365,12 @@ def draw_example(material: Material, model: AdaptedModel, path: Path) -> None:
         segments = model.readout.segments(taps, batch["labels"])
         found = model.compress(taps, batch["labels"])
         cosine, _ = model.head.quality(found.frames, found.taps, found.labels)
-    ids = TokenLabels.unpack(found.labels).ids[0].tolist()
+    text = test.targets[index]
+    places = [0, *TokenLabels.unpack(found.labels).ends[0].tolist()]
+    tokens = [text[start:end] for start, end in itertools.pairwise(places)]
     clip: Clip = material.test[index]
     extractor = AutoFeatureExtractor.from_pretrained(material.whisper)
+    assert isinstance(clip.source, Path)
     samples = AudioInput(extractor).load(clip.source)
     mel = extractor(samples, sampling_rate=extractor.sampling_rate, return_tensors="np").input_features[0]
     columns = round(len(samples) / extractor.hop_length)
@@ -379,8 +378,8 @@ def draw_example(material: Material, model: AdaptedModel, path: Path) -> None:
         path,
         mel[:, :columns],
         0.02,
-        segments.ends[0, : len(ids)].tolist(),
-        [model.task.decode(torch.tensor([[each]]), None)[0] or "?" for each in ids],  # type: ignore[arg-type]
+        segments.ends[0].tolist(),
+        tokens,
         cosine.tolist(),
         clip.text or "",
         column_seconds=extractor.hop_length / extractor.sampling_rate,
