@@ -59,6 +59,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CTC = FinetuneSettings(task="ctc", epochs=6, batch_size=16, validation_fraction=0.0, cpu=True, workers=1)
 FIRST = Training(epochs=6, batch_size=32, learning_rate=2e-3, weight_decay=0.1, beta2=0.95, cpu=True)
 SECOND = Training(epochs=4, batch_size=32, learning_rate=3e-4, weight_decay=0.1, beta2=0.95, cpu=True)
+#: Many symbols are learnt more slowly than few.
+SUB_WORDS_EPOCHS = 16
 #: Low-rank updates start at zero and are few.
 LORA = Training(epochs=4, batch_size=32, learning_rate=2e-3, weight_decay=0.0, beta2=0.95, cpu=True)
 TUNINGS = {"vanilla": SECOND, "lora": LORA, "multitask": SECOND}
@@ -115,7 +117,7 @@ class Material:
         )
 
     def _sub_words(self) -> float:
-        settings = FinetuneSettings(**{**asdict(CTC), "tokenizer": self.language_model})
+        settings = dataclasses.replace(CTC, tokenizer=self.language_model, epochs=SUB_WORDS_EPOCHS)
         return self._ctc("sub-words", settings)
 
     def _ctc(self, name: str, settings: FinetuneSettings) -> float:
@@ -181,8 +183,12 @@ class Material:
             chosen = stored.select(slots)
             chosen.task = model.task
             found.append(chosen)
-        kept, _ = drop_infeasible(found[0], found[0].collate, model.encoder, model.task, model.readout)
-        return kept, found[1]
+        return self.usable(model, found[0]), found[1]
+
+    def usable(self, model: AdaptedModel, examples: CachedFeatures) -> CachedFeatures:
+        """Without clips that are too short for an alignment with their text."""
+        assert model.task is not None
+        return drop_infeasible(examples, examples.collate, model.encoder, model.task, model.readout)[0]
 
 
 @torch.no_grad()
@@ -263,7 +269,7 @@ def judge(
     began = time.perf_counter()
     train(model, examples, examples.collate, _seeded(FIRST, seed))
     seconds = time.perf_counter() - began
-    figures = judge_vectors(model, test, material.counts)
+    figures = judge_vectors(model, material.usable(model, test), material.counts)
     # Equal segments have no word of their own, and UnitY2's aligner needs the text.
     if textless(model) and variant.options.get("aligner") != "fixed":
         predictions = predict(model, test, test.collate, FIRST)

@@ -119,9 +119,12 @@ class Compressor(nn.Module, abc.ABC):
 
     Attributes:
         out_dim: width of its vectors.
+        needs_text: whether it finds no segments without the labels: predictions and scores are then of
+            utterances whose text is known.
     """
 
     out_dim: int
+    needs_text: bool = False
 
     @abc.abstractmethod
     def compress(self, taps: Taps, labels: torch.Tensor | None) -> Compressed:

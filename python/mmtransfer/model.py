@@ -145,6 +145,7 @@ class AdaptedModel(nn.Module):
         labels: torch.Tensor | None = None,
         features: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
+        text: torch.Tensor | None = None,
     ) -> AdaptedOutput:
         """Read out an input of the encoder, or stored features.
 
@@ -155,6 +156,8 @@ class AdaptedModel(nn.Module):
             labels: the second argument of the task's loss.
             features: `(N, L, C)` valid frames of all utterances, as `extract` gives them; the encoder is not
                 run, so stored features train no edit.
+            text: of a readout that compresses, the transcripts as the task's collate makes labels: the
+                segments are those of the text, and there is no loss.
 
         Raises:
             ValueError: labels without a task or without utterances, features with an input, without lengths
@@ -187,17 +190,21 @@ class AdaptedModel(nn.Module):
             raise ValueError("a batch of 0 utterances has no loss")
         if labels is not None and self.head is None:
             raise ValueError("labels need a task; without one the caller computes the loss")
-        found = self.compress(taps, labels)
+        if text is not None and (labels is not None or not isinstance(self.readout, Compressor)):
+            raise ValueError("text is for a readout that compresses speech, without labels")
+        found = self.compress(taps, labels if text is None else text)
         taps = found.taps
         if self.head is None or self.task is None:
             return AdaptedOutput(last_hidden_state=taps.scatter(found.frames), lengths=taps.lengths)
         logits, loss = None, None
         head: Any = self.head
-        if found.labels is not None and hasattr(head, "loss"):
+        if labels is None:
+            logits = head(found.frames, taps)
+        elif hasattr(head, "loss"):
             loss = head.loss(found.frames, taps, found.labels)
         else:
             logits = head(found.frames, taps)
-            loss = None if found.labels is None else self.task.loss(logits, found.labels, taps.lengths)
+            loss = self.task.loss(logits, found.labels, taps.lengths)
         if loss is not None and found.loss is not None:
             loss = loss + found.loss
         return AdaptedOutput(loss=loss, logits=logits, lengths=taps.lengths)

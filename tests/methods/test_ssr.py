@@ -167,11 +167,12 @@ class TestVariants:
         assert done.code == 0, done
         assert run("predict", tmp_path / "2", place / "clips/test0.wav", "--cpu").code == 0
 
-    def test_unity2_needs_the_text(self, place: Path, tmp_path: Path) -> None:
-        fails(
-            stage(1, tmp_path / "1", place, "--set", "aligner=unity2", model=""),
-            "the aligner unity2 needs the text",
-        )
+    def test_unity2_is_scored_with_the_text(self, place: Path, tmp_path: Path) -> None:
+        done = stage(1, tmp_path / "1", place, "--set", "aligner=unity2", "aligner_width=16", model="")
+        assert done.code == 0, done
+        assert any("known from the transcript" in note for note in results(tmp_path / "1")["notes"])
+        said = run("predict", tmp_path / "1", place / "clips/test0.wav", "--cpu")
+        fails(said, "the aligner unity2 needs the text")
 
     def test_unity2_learns_with_the_connector(self, place: Path) -> None:
         from mmtransfer.encoders.loading import load_model

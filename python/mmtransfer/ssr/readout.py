@@ -57,6 +57,7 @@ class SSRReadout(Compressor):
         self.connector = connector
         self.textless, self.loss_weight = textless, loss_weight
         self.out_dim = connector.width
+        self.needs_text = isinstance(aligner, Aligner) and aligner.needs_text
         self.tokenize: Tokenize | None = None
         self.token_each = False
 

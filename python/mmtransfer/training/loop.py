@@ -35,6 +35,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from mmtransfer.checkpoint import load_trained, save_trained
 from mmtransfer.encoders.precision import check_trained
+from mmtransfer.method import Compressor
 from mmtransfer.model import AdaptedModel
 
 from .batches import LengthBatches, example_lengths
@@ -203,9 +204,12 @@ def predict(
         generator=torch.Generator(),
     )
     half = torch.float16 if settings.fp16 else torch.bfloat16
+    needs_text = isinstance(model.readout, Compressor) and model.readout.needs_text
     for batch in loader:
         # The target has no part in a prediction, nor has its loss.
-        batch.pop("labels", None)
+        labels = batch.pop("labels", None)
+        if needs_text:
+            batch["text"] = labels
         with torch.autocast(device.type, half, enabled=settings.bf16 or settings.fp16):
             output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
         sound += model.task.sound(output.logits, output.lengths)

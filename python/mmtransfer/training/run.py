@@ -22,7 +22,7 @@ from mmtransfer.data.features import Collator, load_feature_extractor
 from mmtransfer.data.inputs import AudioInput
 from mmtransfer.data.recordings import Clip
 from mmtransfer.encoders.loading import load_model
-from mmtransfer.method import Method
+from mmtransfer.method import Compressor, Method
 from mmtransfer.model import AdaptedModel
 from mmtransfer.tasks import Task, default_task, find_task, language_model_task
 
@@ -183,6 +183,10 @@ class Run:
             checkpoint.begin_with(model, self.settings.begin_with)
         if start is not None:
             model.begin_with(start)
+        if isinstance(model.readout, Compressor) and model.readout.needs_text:
+            self.findings.add(
+                "scores are of speech whose segments are known from the transcript", fault=False
+            )
         if self.settings.recompute:
             model.gradient_checkpointing_enable()
         examples, collate = self._examples(model, self.recordings.train, "Training clips")

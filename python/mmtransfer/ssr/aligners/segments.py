@@ -40,9 +40,11 @@ class Aligner(nn.Module, abc.ABC):
 
     Attributes:
         aligns_text: whether a text changes what the segments are, not only which token each of them has.
+        needs_text: whether there are no segments without one.
     """
 
     aligns_text: ClassVar[bool] = True
+    needs_text: ClassVar[bool] = False
 
     def frames_needed(self, text: str) -> int:
         """The frames without which a text has no alignment."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -34,6 +36,7 @@ class UnitY2Aligner(Aligner):
     features; the loss is that of RAD-TTS (Shih et al., 2021).
     """
 
+    needs_text: ClassVar[bool] = True
     table: torch.Tensor
 
     def __init__(self, dim: int, alphabet: str, width: int = 256, dropout: float = 0.1) -> None:
