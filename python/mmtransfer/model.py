@@ -203,6 +203,7 @@ class AdaptedModel(nn.Module):
         elif hasattr(head, "loss"):
             loss = head.loss(found.frames, taps, found.labels)
         else:
+            assert found.labels is not None
             logits = head(found.frames, taps)
             loss = self.task.loss(logits, found.labels, taps.lengths)
         if loss is not None and found.loss is not None:

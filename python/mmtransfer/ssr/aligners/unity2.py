@@ -62,7 +62,13 @@ class UnitY2Aligner(Aligner):
         if labels is None:
             raise ValueError("the aligner unity2 needs the text of an utterance; without one use ctc or cif")
         lengths, counts = taps.lengths, labels.lengths
-        check_fits(counts <= lengths, counts, lengths)
+        fits = counts <= lengths
+        if self.training:
+            check_fits(fits, counts, lengths)
+        else:
+            # Of a clip that is scored: it has no segment then.
+            labels = labels.keep((labels.ids != PADDING) & fits.unsqueeze(1))
+            counts = counts * fits
         log_probs = F.log_softmax(self.scores(taps, labels), -1)
         durations = monotonic_align(log_probs.detach(), lengths * (counts > 0), counts)
         places = torch.arange(1, labels.characters.shape[1] + 1, device=counts.device).expand(len(counts), -1)
