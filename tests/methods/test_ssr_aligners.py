@@ -137,6 +137,8 @@ def test_a_text_without_room_names_its_row() -> None:
     unity = UnitY2Aligner(5, "abc ")
     with pytest.raises(ValueError, match=r"row 1 of the batch has 4 symbols of text in 3 frames"):
         unity(taps_of("aa...b", "abc"), labels_of("ab", "ab c"), tokenize)
+    found = unity.eval()(taps_of("aa...b", "abc"), labels_of("ab", "ab c"), tokenize)
+    assert found.counts.tolist() == [1, 0]
 
 
 def test_token_ends_against_a_loop() -> None:
