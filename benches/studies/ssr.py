@@ -57,12 +57,12 @@ from mmtransfer.training.settings import Training
 
 ROOT = Path(__file__).resolve().parents[2]
 CTC = FinetuneSettings(task="ctc", epochs=6, batch_size=16, validation_fraction=0.0, cpu=True, workers=1)
-FIRST = Training(epochs=6, batch_size=32, learning_rate=2e-3, weight_decay=0.1, beta2=0.95, cpu=True)
-SECOND = Training(epochs=4, batch_size=32, learning_rate=3e-4, weight_decay=0.1, beta2=0.95, cpu=True)
+FIRST = Training(epochs=3, batch_size=16, learning_rate=2e-3, weight_decay=0.1, beta2=0.95, cpu=True)
+SECOND = Training(epochs=2, batch_size=16, learning_rate=3e-4, weight_decay=0.1, beta2=0.95, cpu=True)
 #: Many symbols are learnt more slowly than few.
 SUB_WORDS_EPOCHS = 16
 #: Low-rank updates start at zero and are few.
-LORA = Training(epochs=4, batch_size=32, learning_rate=2e-3, weight_decay=0.0, beta2=0.95, cpu=True)
+LORA = Training(epochs=2, batch_size=16, learning_rate=2e-3, weight_decay=0.0, beta2=0.95, cpu=True)
 TUNINGS = {"vanilla": SECOND, "lora": LORA, "multitask": SECOND}
 TEMPLATE = "<speech>"
 
@@ -328,7 +328,7 @@ class _CostModel(nn.Module):
             material.task(1),
             0,
         )
-        _, test = material.examples(whole)
+        test = material.usable(whole, material.examples(whole)[1])
         order = sorted(range(len(test)), key=lambda index: test.lengths[index])[-clips:]
         batch = test.collate([test[index] for index in order])
         taps = model_taps(batch)
@@ -384,7 +384,7 @@ def draw_example(material: Material, model: AdaptedModel, path: Path) -> None:
         path,
         mel[:, :columns],
         0.02,
-        segments.ends[0].tolist(),
+        segments.ends[0, : len(tokens)].tolist(),
         tokens,
         cosine.tolist(),
         clip.text or "",

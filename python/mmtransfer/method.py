@@ -134,8 +134,8 @@ class Compressor(nn.Module, abc.ABC):
         """The frames that a clip with this target of the task needs to be trained on."""
         return 0
 
-    def attach(self, task: Task | None) -> None:
-        """Take from the task what the readout needs of it."""
+    def attach(self, task: Task | None, head: nn.Module | None) -> None:
+        """Take from the task, and from its head as it is before training, what the readout needs of them."""
 
 
 @dataclass(frozen=True, kw_only=True)

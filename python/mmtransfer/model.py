@@ -91,9 +91,9 @@ class AdaptedModel(nn.Module):
         readout: Any = self.method.readout(parts)
         check_readout(self.method, readout)
         self.readout = readout
-        if isinstance(readout, Compressor):
-            readout.attach(task)
         self.head = None if task is None else task.head(readout.out_dim)
+        if isinstance(readout, Compressor):
+            readout.attach(task, self.head)
         with untouched_on_error(parts.model):
             self.encoder = TappedEncoder(model, taps, dtype=dtype)
             edit: Edit | None = None

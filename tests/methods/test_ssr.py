@@ -232,6 +232,15 @@ class TestModel:
         monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", never)
         build(place)
 
+    def test_vectors_begin_with_the_scale_of_the_embeddings(self, place: Path) -> None:
+        for matched in (True, False):
+            model = build(place, match_scale=matched)
+            found = model.compress(model.encoder(**{k: v for k, v in batch(model).items() if k != "labels"}))
+            size, expected = (
+                each.float().square().mean().sqrt() for each in (found.frames, model.head.table)
+            )
+            assert (abs(size / expected - 1) < 1e-3) == matched
+
     def test_prediction_does_not_see_the_labels(self, place: Path) -> None:
         from mmtransfer.training.caching import CachedInputs
         from mmtransfer.training.loop import predict

@@ -55,6 +55,8 @@ class SSRMethod(Method):
         aligner_width: of the embeddings of unity2.
         aligner_weight: of the loss of unity2, or of the count of cif.
         alphabet: the characters that unity2 embeds; None: those of the task.
+        match_scale: the connector's last norm begins with the scale of the language model's embeddings; the
+            paper begins with 1, which hundreds of thousands of steps have the time to correct.
         textless: training finds segments as prediction does, without the text.
         frozen: aligner and connector are not trained.
         backend: of `mmkernels.segment_attention`.
@@ -83,6 +85,7 @@ class SSRMethod(Method):
     aligner_width: int = option(256, least=1)
     aligner_weight: float = option(1.0, least=0)
     alphabet: str | None = None
+    match_scale: bool = True
     textless: bool = False
     frozen: bool = False
     backend: str = option("auto", choices=BACKENDS, runtime=True)
@@ -151,6 +154,7 @@ class SSRMethod(Method):
             ),
             textless=self.textless,
             loss_weight=self.aligner_weight,
+            match_scale=self.match_scale,
         )
         return readout.requires_grad_(False) if self.frozen else readout
 

@@ -33,6 +33,7 @@ class SSRReadout(Compressor):
         connector: makes vectors.
         textless: segments are found without the text in training too.
         loss_weight: of the aligner's own loss.
+        match_scale: vectors begin with the scale of the embeddings that they are drawn to.
 
     Attributes:
         tokenize: makes tokens of texts, as the task has them; None where the task has no language model.
@@ -49,13 +50,14 @@ class SSRReadout(Compressor):
         *,
         textless: bool = False,
         loss_weight: float = 1.0,
+        match_scale: bool = True,
     ) -> None:
         super().__init__()
         self.features, self.slots = features, list(slots)
         self.aligner = aligner
         self.aligner_slots = None if aligner_slots is None else list(aligner_slots)
         self.connector = connector
-        self.textless, self.loss_weight = textless, loss_weight
+        self.textless, self.loss_weight, self.match_scale = textless, loss_weight, match_scale
         self.out_dim = connector.width
         self.needs_text = isinstance(aligner, Aligner) and aligner.needs_text
         self.tokenize: Tokenize | None = None
@@ -66,10 +68,13 @@ class SSRReadout(Compressor):
             return 0
         return self.aligner.frames_needed(target)
 
-    def attach(self, task: Task | None) -> None:
+    def attach(self, task: Task | None, head: nn.Module | None) -> None:
         if getattr(task, "language_model", None) is not None:
             assert task is not None
             self.tokenize, self.token_each = task.collate, bool(getattr(task, "token_each", False))
+        table = getattr(head, "table", None)
+        if self.match_scale and table is not None:
+            self.connector.norm.weight.data.fill_(float(table.float().square().mean().sqrt()))
 
     def compress(self, taps: Taps, labels: torch.Tensor | None) -> Compressed:
         tokens = None
