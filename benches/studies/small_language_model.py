@@ -1,7 +1,9 @@
 """A small Llama and its sub-word tokenizer, trained on the transcripts of a task in minutes of two cores.
 
 It stands for the language model in studies of connectors, which need one whose embeddings belong to the
-language that is spoken. Its folder is read by `AutoModelForCausalLM` and `AutoTokenizer`.
+language that is spoken. As large models can, it repeats a text behind `<repeat>`: that is taught by random
+tokens first, and by some of the lines in each step. Its folder is read by `AutoModelForCausalLM` and
+`AutoTokenizer`.
 ``python -m benches.studies.small_language_model FOLDER`` trains the one of the Czech recordings.
 """
 
@@ -26,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+BOS, EOS, PAD, REPEAT = "<s>", "</s>", "<pad>", "<repeat>"
 #: Of a target that is padding; cross_entropy's own default.
 _IGNORED = -100
 #: Where classes of tokens begin, by how often training texts have them; a fifth of the Czech test's are rare.
@@ -46,6 +48,8 @@ class SmallLanguageModelSettings:
             falls as a cosine to a tenth.
         embedding_dropout: share of the inputs' embeddings that is zeroed in training, the one regularisation
             that costs no change of the model.
+        repeat_steps: before the epochs: batches of random tokens, which are to be repeated.
+        repeat_lines: of each batch, to be repeated too.
         held_out: share of the distinct lines that decide when to stop and are not trained on.
     """
 
@@ -61,6 +65,8 @@ class SmallLanguageModelSettings:
     learning_rate: float = 5e-4
     weight_decay: float = 0.1
     embedding_dropout: float = 0.2
+    repeat_steps: int = 600
+    repeat_lines: int = 4
     held_out: float = 0.05
 
 
@@ -123,7 +129,9 @@ def small_language_model(
         torch.manual_seed(seed)
         model = LlamaForCausalLM(_config(tokenizer, settings))
         kept, held = _split(texts, settings.held_out)
-        history = _train(model, _encode(tokenizer, kept), _encode(tokenizer, held), settings)
+        repeat: Any = tokenizer.convert_tokens_to_ids(REPEAT)
+        _teach_repeating(model, repeat, settings)
+        history = _train(model, repeat, _encode(tokenizer, kept), _encode(tokenizer, held), settings)
     facts = {
         **_facts(model, tokenizer, {"training": kept, "held_out": held, "test": test}),
         "epochs": len(history),
@@ -143,7 +151,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=[BOS, EOS, PAD],
+        special_tokens=[BOS, EOS, PAD, REPEAT],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -163,6 +171,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
         bos_token=BOS,
         eos_token=EOS,
         pad_token=PAD,
+        extra_special_tokens=[REPEAT],
         clean_up_tokenization_spaces=False,
     )
 
@@ -240,8 +249,40 @@ def _batch(lines: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=_IGNORED)
 
 
+#: Tokens of a random text that is repeated.
+_REPEATED = (4, 16)
+
+
+def _teach_repeating(model: LlamaForCausalLM, repeat: int, settings: SmallLanguageModelSettings) -> None:
+    """Steps on random tokens: heads that copy emerge, which few lines would not bring about."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
+    vocabulary = int(model.config.vocab_size or 0)
+    model.train()
+    for _ in range(settings.repeat_steps):
+        length = int(torch.randint(*_REPEATED, (1,)))
+        texts = torch.randint(repeat + 1, vocabulary, (32, length)).tolist()
+        _repeating_loss(model, repeat, texts).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        rates.step()
+
+
+def _repeating_loss(model: LlamaForCausalLM, repeat: int, texts: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Of the tokens behind `<repeat>`, and of the end."""
+    config: Any = model.config
+    bos, eos = config.bos_token_id, config.eos_token_id
+    ids, targets = _batch([[bos, *text, repeat, *text, eos] for text in texts])
+    for row, text in enumerate(texts):
+        targets[row, : len(text) + 1] = _IGNORED
+    logits = model(input_ids=ids).logits
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
 def _train(
     model: LlamaForCausalLM,
+    repeat: int,
     kept: list[list[int]],
     held: list[list[int]],
     settings: SmallLanguageModelSettings,
@@ -267,6 +308,9 @@ def _train(
             embedded = F.dropout(model.get_input_embeddings()(ids), settings.embedding_dropout)
             logits = model(inputs_embeds=embedded).logits
             F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
+            if settings.repeat_lines:
+                texts = [line[1:-1] for line in lines[: settings.repeat_lines]]
+                _repeating_loss(model, repeat, texts).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
