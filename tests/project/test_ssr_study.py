@@ -37,7 +37,7 @@ SENTENCES = [
 TRAIN = [each for place, each in enumerate(SENTENCES) if place % 5]
 TEST = [each for place, each in enumerate(SENTENCES) if place % 5 == 0]
 TINY = SmallLanguageModelSettings(
-    vocabulary=300,
+    vocabulary=301,
     width=32,
     layers=2,
     heads=2,
@@ -182,7 +182,7 @@ class TestSmallLanguageModel:
         settings = replace(TINY, patience=2)
         torch.manual_seed(0)
         model = language.LlamaForCausalLM(language._config(tokenizer, settings))
-        history = language._train(model, kept, held, settings)
+        history = language._train(model, 3, kept, held, settings)
         assert len(history) == history.index(min(history)) + 1 + settings.patience < settings.epochs
         assert language._loss(model, held) == pytest.approx(min(history), rel=1e-6)
 
