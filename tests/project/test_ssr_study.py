@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections import Counter
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))  # benches are not installed
 
 from benches.studies import small_language_model as language  # noqa: E402
-from benches.studies import ssr_report  # noqa: E402
+from benches.studies import ssr, ssr_report  # noqa: E402
 from benches.studies.small_language_model import (  # noqa: E402
     SmallLanguageModelSettings,
     small_language_model,
@@ -362,3 +363,21 @@ class TestFigures:
 def _size(path: Path) -> tuple[int, int]:
     height, width = matplotlib.image.imread(path).shape[:2]
     return height, width
+
+
+class TestRecord:
+    """What the documentation shows is what was recorded."""
+
+    RECORD = json.loads((ROOT / "docs/ssr.json").read_text())
+    PAGE = (ROOT / "docs/ssr.md").read_text()
+
+    def test_the_page_has_the_tables(self):
+        for line in ssr_report.table(self.RECORD).splitlines():
+            assert line in self.PAGE
+
+    def test_variants_seeds_and_tunings(self):
+        rows = {(row["variant"], row["seed"]) for row in self.RECORD["rows"]}
+        assert rows == {(variant.name, seed) for variant in ssr.VARIANTS for seed in range(3)}
+        tunings = {(each["tuning"], each["seed"]) for each in self.RECORD["tunings"]}
+        assert tunings == {(name, seed) for name in ssr.TUNINGS for seed in range(3)}
+        assert {each["path"] for each in self.RECORD["steps"]} >= {"mmkernels"}
