@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -60,7 +62,12 @@ class UnitY2Aligner(Aligner):
             raise ValueError("the aligner unity2 needs the text of an utterance; without one use ctc or cif")
         lengths, counts = taps.lengths, labels.lengths
         check_fits(counts <= lengths, counts, lengths)
-        log_probs = F.log_softmax(self.scores(taps, labels), -1)
+        if not labels.characters.shape[1]:
+            # Convolutions take no sequence of length 0.
+            labels = replace(labels, characters=F.pad(labels.characters, (0, 1), value=PADDING))
+        # All scores of an empty text are -inf, of which log-probabilities would be NaN.
+        scores = self.scores(taps, labels).masked_fill((counts == 0).view(-1, 1, 1), 0.0)
+        log_probs = F.log_softmax(scores, -1)
         durations = monotonic_align(log_probs.detach(), lengths * (counts > 0), counts)
         places = torch.arange(1, labels.characters.shape[1] + 1, device=counts.device).expand(len(counts), -1)
         ends = token_ends(durations.cumsum(1), places.contiguous(), counts, labels)
@@ -92,7 +99,7 @@ class UnitY2Aligner(Aligner):
 
 
 def _forward_sum(log_probs: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mean over utterances of -log P(characters in their order), for each character."""
+    """Mean over utterances of -log P(characters in their order), for each character; 0 for an empty text."""
     # An infinite one makes its gradient NaN.
     padded = F.pad(log_probs.clamp(min=_LEAST), (1, 0), value=_BLANK)
     numbers = torch.arange(1, log_probs.shape[2] + 1, device=counts.device).expand(len(counts), -1)
@@ -104,4 +111,4 @@ def _forward_sum(log_probs: torch.Tensor, lengths: torch.Tensor, counts: torch.T
         reduction="none",
         zero_infinity=True,
     )
-    return (losses / counts.clamp(min=1)).mean()
+    return (losses * (counts > 0) / counts.clamp(min=1)).mean()
