@@ -140,6 +140,37 @@ class TestStages:
         own, other = (mmtransfer.load(tmp_path / name).state_dict() for name in ("whole", "cut"))
         assert all(torch.equal(own[name], other[name]) for name in own)
 
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ((), "has task.options.tuning 'lora', not 'vanilla'; resume it as it began"),
+            (("text.tuning=lora", "text.lora_rank=4"), "has task.options.lora_rank 8, not 4"),
+            (("text.tuning=lora", "dropout=0.1"), "has options.ssr.dropout 0.0, not 0.1"),
+        ],
+    )
+    def test_a_run_does_not_go_on_with_other_options(
+        self,
+        place: Path,
+        first: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        more: tuple[str, ...],
+        message: str,
+    ) -> None:
+        from mmtransfer.training.run import Run
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Run, "train", killed)
+        begin = ("--begin-with", first)
+        output = tmp_path / "out"
+        assert stage(2, output, place, *begin, "--set", "text.tuning=lora").code == 130
+        chosen = ("--set", *more) if more else ()
+        done = stage(2, output, place, *begin, "--resume", *chosen)
+        assert done.code == 1
+        assert message in done.stderr
+
 
 class TestVariants:
     @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ from .starting import find_start
 #: Examples, and the function that makes a batch of them.
 Examples = tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]
 #: Settings that do not change the result, and those that `_describe` has in another form.
-_NO_PART_OF_A_RUN = ("workers", "options", "tokenizer")
+_NO_PART_OF_A_RUN = ("workers", "options", "tokenizer", "task")
 
 
 def chosen_task(settings: FinetuneSettings) -> type[Task] | None:

@@ -16,6 +16,8 @@ RESULTS = "results.json"
 STATES = "states"
 LOG = "log"
 FORMAT = "mmtransfer-finetune"
+#: Characters of a value in a message.
+_SHOWN = 100
 
 
 class RunFolder:
@@ -69,12 +71,10 @@ class RunFolder:
             path.unlink()
         if self.goes_on:
             earlier = self._read(RUN)
-            for name in {**earlier, **described}:
-                if earlier.get(name) != described.get(name):
-                    raise DataError(
-                        f"the run in {self.path} has {name} {earlier.get(name)!r}, not "
-                        f"{described.get(name)!r}; resume it as it began, or use another output"
-                    )
+            if (found := _first_difference(earlier, described)) is not None:
+                raise DataError(
+                    f"the run in {self.path} has {found}; resume it as it began, or use another output"
+                )
             return
         self.path.mkdir(parents=True, exist_ok=True)
         for name in (RESULTS, RUN):
@@ -122,3 +122,21 @@ class RunFolder:
         if (self.path / RUN).exists() and not (self.path / checkpoint.CONFIG).exists() and weights.exists():
             found.append(weights)
         return found
+
+
+def _first_difference(earlier: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> str | None:
+    """What one description has and the other has not, by the path of its name; None if they are equal."""
+    for name in {**earlier, **now}:
+        was, given = earlier.get(name), now.get(name)
+        if was == given:
+            continue
+        if isinstance(was, dict) and isinstance(given, dict):
+            return _first_difference(was, given, f"{inside}{name}.")
+        return f"{inside}{name} {_shown(was)}, not {_shown(given)}"
+    return None
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, of which some are files."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
