@@ -362,10 +362,11 @@ class Run:
             "format": FORMAT,
             "method": self.method.name,
             "options": self.method.options(),
-            "task": {"name": self.task.name, "options": self.task.options()},
             "model": self.source,
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "data": {"name": recordings.name, "digest": digest(recordings)},
+            # Behind the data, on which the alphabet depends.
+            "task": {"name": self.task.name, "options": self.task.options()},
             **settings,
         }
 

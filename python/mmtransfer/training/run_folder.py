@@ -16,6 +16,8 @@ RESULTS = "results.json"
 STATES = "states"
 LOG = "log"
 FORMAT = "mmtransfer-finetune"
+#: Entries of a description whose own entries differ one by one.
+_NESTED = ("options", "task")
 #: Characters of a value in a message.
 _SHOWN = 100
 
@@ -130,7 +132,8 @@ def _first_difference(earlier: Mapping[str, Any], now: Mapping[str, Any], inside
         was, given = earlier.get(name), now.get(name)
         if was == given:
             continue
-        if isinstance(was, dict) and isinstance(given, dict):
+        # The others are what is said of one thing.
+        if (inside or name in _NESTED) and isinstance(was, dict) and isinstance(given, dict):
             return _first_difference(was, given, f"{inside}{name}.")
         return f"{inside}{name} {_shown(was)}, not {_shown(given)}"
     return None
