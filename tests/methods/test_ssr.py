@@ -114,6 +114,25 @@ class TestStages:
         }
         assert changed == {"connector"}
 
+    def test_a_pair_begins_with_its_own_first_stage(self, place: Path, tmp_path: Path) -> None:
+        """Not with the readout that a pair is otherwise started from."""
+        for number, more in ((1, ()), (2, ("--begin-with", tmp_path / "1", "--set", "frozen=true"))):
+            aligner = (f"aligner_model={place / 'ctc'}",) if number == 1 else ()
+            done = finetune(
+                tmp_path / str(number), *source(place, "ssr+lora"), "--language-model", place / "language",
+                "--stage", str(number), "--epochs", "1", *more, *SMALL, *aligner,
+            )  # fmt: skip
+            assert done.code == 0, done
+        before, after = (mmtransfer.load(tmp_path / name) for name in "12")
+        own = after.readout.state_dict()
+        for name, tensor in before.readout.state_dict().items():
+            assert torch.equal(tensor, own[name]), name
+        assert any(
+            not torch.equal(tensor, after.trained_tensors()[name])
+            for name, tensor in before.trained_tensors().items()
+            if name.startswith("encoder.")
+        )
+
     @pytest.mark.parametrize("number", [1, 2])
     def test_a_killed_run_goes_on(
         self, place: Path, first: Path, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

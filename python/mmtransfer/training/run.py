@@ -253,6 +253,8 @@ class Run:
         """The model that the method begins with: trained, or read from the states of an interrupted run."""
         if self.method.starts_from is None or self.settings.start_epochs == 0 or self.head is not None:
             return None
+        if self.settings.begin_with is not None:
+            return None  # its readout is trained, and a start would replace it
         method = find_start(self.method)
         model = self._build(method)
         saved = self.folder.states / "start"
