@@ -241,6 +241,11 @@ class Method:
         """Whether the method may edit the encoder."""
         return type(self).edit is not Method.edit
 
+    def needs_target(self) -> str | None:
+        """Why a model of this method predicts nothing without the target, so that no run can score it; None
+        if it does."""
+        return None
+
     def parts(self) -> tuple[Method, ...]:
         """The methods that this one is made of: itself, or those of a combination."""
         return (self,)
@@ -398,6 +403,9 @@ class Combination(Method):
     def has_readout(self) -> bool:
         return self._readout is not None
 
+    def needs_target(self) -> str | None:
+        return self.of[0].needs_target()
+
     def parts(self) -> tuple[Method, ...]:
         return self.of
 
@@ -499,6 +507,12 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_predicts(method: Method) -> None:
+    """ValueError for a method whose models predict nothing without the target."""
+    if (reason := method.needs_target()) is not None:
+        raise ValueError(f"{method.name} cannot be scored: {reason}")
 
 
 def check_readout(method: Method, readout: Any) -> None:

@@ -93,6 +93,11 @@ class AdaptedModel(nn.Module):
         self.readout = readout
         if isinstance(readout, Compressor):
             readout.attach(task)
+        elif getattr(task, "token_each", False):
+            raise ValueError(
+                f"{self.method.name} has a vector for each frame, and the task wants one for each token of "
+                "the text; choose a method that compresses speech, such as ssr"
+            )
         self.head = None if task is None else task.head(readout.out_dim)
         with untouched_on_error(parts.model):
             self.encoder = TappedEncoder(model, taps, dtype=dtype)

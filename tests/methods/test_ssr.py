@@ -218,10 +218,19 @@ class TestVariants:
         assert run("predict", tmp_path / "2", place / "clips/test0.wav", "--cpu").code == 0
 
     def test_unity2_needs_the_text(self, place: Path, tmp_path: Path) -> None:
+        """It is refused before anything is trained: there would be no score."""
         fails(
             stage(1, tmp_path / "1", place, "--set", "aligner=unity2", model=""),
-            "the aligner unity2 needs the text",
+            "ssr cannot be scored: the aligner unity2 finds no segments without the text",
         )
+        assert not (tmp_path / "1").exists()
+        fails(
+            run(
+                "compare", "--methods", "ssr+lora", "--task", "ctc", "--model", place / "model", "--data",
+                place / "clips/speech.jsonl", "--output", tmp_path / "2", "--set", "aligner=unity2",
+            ),
+            "ssr+lora cannot be scored",
+        )  # fmt: skip
 
     def test_unity2_learns_with_the_connector(self, place: Path) -> None:
         from mmtransfer.encoders.loading import load_model
@@ -493,6 +502,30 @@ class TestWrongInput:
             "needs a language model",
         )
         fails(stage(3, tmp_path / "o", place), "stage must be at most 2")
+
+    def test_nothing_to_train(self, place: Path, tmp_path: Path) -> None:
+        fails(
+            stage(1, tmp_path / "o", place, "--set", "frozen=true"),
+            "no parameter of ssr with these options asks for a gradient, so there is nothing to train",
+        )
+
+    def test_a_tokenizer_of_another_task(self, place: Path, tmp_path: Path) -> None:
+        fails(
+            stage(1, tmp_path / "o", place, "--tokenizer", place / "language"),
+            "tokenizer is for the task ctc; the task text has the language model's",
+        )
+
+    def test_a_readout_that_does_not_compress(self, place: Path) -> None:
+        from mmtransfer.encoders.loading import load_model
+
+        task = Text(language_model=str(place / "language"))
+        with pytest.raises(ValueError, match="hff-b has a vector for each frame, and the task wants one for"):
+            AdaptedModel(load_model(str(place / "model")), "hff-b", task, out_dim=32)
+
+    @pytest.mark.parametrize("text", ["x", "{}", "[1]"])
+    def test_a_description_that_is_no_option(self, text: str) -> None:
+        with pytest.raises(ValueError, match="the option that is given is aligner_model"):
+            registry.find("ssr", aligner_description=text)
 
     def test_a_beginning_of_another_method(self, place: Path, tmp_path: Path) -> None:
         fails(

@@ -20,7 +20,7 @@ from mmtransfer.data.features import Collator
 from mmtransfer.data.inputs import AudioInput
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.tapped import TappedEncoder, tap_name
-from mmtransfer.method import Method
+from mmtransfer.method import Method, check_predicts
 from mmtransfer.model import AdaptedModel
 from mmtransfer.tasks import Task, default_task, find_task
 from mmtransfer.training.caching import EncoderCollator, clip_name
@@ -446,6 +446,8 @@ def find_methods(settings: CompareSettings) -> list[Method]:
             raise ValueError(f"none of the methods {', '.join(names)} has an option {key!r}")
         for index in owners:
             found[index] = registry.find(found[index], **changes)
+    for method in found:
+        check_predicts(method)
     return found
 
 

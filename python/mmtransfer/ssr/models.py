@@ -39,6 +39,17 @@ class CTCDescription:
     task: Mapping[str, Any]
     base: Mapping[str, Any]
 
+    @classmethod
+    def from_json(cls, text: str) -> CTCDescription:
+        """ValueError for what `to_json` has not written."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"ssr: aligner_description is what a checkpoint says of its aligner, got {text[:40]!r}; the "
+                "option that is given is aligner_model"
+            ) from error
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 

@@ -13,7 +13,7 @@ from transformers import SequenceFeatureExtractor
 
 from mmtransfer import checkpoint, registry
 from mmtransfer.data import DataError, Recordings, from_manifest, load_data
-from mmtransfer.method import Method
+from mmtransfer.method import Method, check_predicts
 
 from .clock import Point
 from .finetune_settings import FinetuneSettings
@@ -98,9 +98,12 @@ def _find_method(method: str | Method, settings: FinetuneSettings) -> Method:
 
 def _check(settings: FinetuneSettings, method: Method) -> None:
     """ValueError for settings that cannot be met, before anything is loaded."""
+    check_predicts(method)
     task = chosen_task(settings)
     if settings.keep_head and task is not None and task.reads_language_model:
         raise ValueError(f"keep_head is for a head that the model has, and the task {task.name} has another")
+    if settings.tokenizer is not None and task is not None and task.reads_language_model:
+        raise ValueError(f"tokenizer is for the task ctc; the task {task.name} has the language model's")
     if settings.keep_head and method.has_readout:
         raise ValueError(f"keep_head needs the last layer alone, and {method.name} has a readout of its own")
     if settings.fp16 and main_device(settings.cpu).type == "cpu":

@@ -111,6 +111,15 @@ class Checkpoints:
     log: Path | None = None
 
 
+def check_trains(model: AdaptedModel) -> None:
+    """ValueError for a model in which nothing is trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"no parameter of {model.method.name} with these options asks for a gradient, so there is "
+            "nothing to train; thaw one, or leave out options that freeze"
+        )
+
+
 @plain_errors()
 def train(
     model: AdaptedModel,
@@ -128,12 +137,13 @@ def train(
     `transformers.set_seed(settings.seed)`, also where the run was interrupted and resumed.
 
     Raises:
-        ValueError: no examples, or float16 weights that ask for gradients.
+        ValueError: no examples, nothing to train, or float16 weights that ask for gradients.
         NotFiniteError: features, the loss of an epoch, or a trained tensor at the end are not finite.
     """
     if not len(examples):  # type: ignore[arg-type]
         raise ValueError("examples are empty; training needs at least one")
     check_trained(model.named_parameters())
+    check_trains(model)
     if isinstance(examples, CachedFeatures):
         examples.check()
     with contextlib.ExitStack() as stack:

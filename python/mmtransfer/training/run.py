@@ -30,7 +30,7 @@ from .batches import drop_infeasible
 from .caching import EncoderCollator, NoRoomError, cache_features, cache_inputs, examples_for
 from .clock import Point
 from .finetune_settings import FinetuneSettings
-from .loop import Checkpoints, Evaluation, TrainResult, main_device, predict, train
+from .loop import Checkpoints, Evaluation, TrainResult, check_trains, main_device, predict, train
 from .machine import describe_machine, is_main_process, process_count
 from .run_folder import FORMAT, LOG, RunFolder
 from .selection import Findings, digest, hold_out, select
@@ -176,6 +176,8 @@ class Run:
         start = self._trained_start()
         training = self.settings.training(self.method.training)
         model = self._build(self.method)
+        # Here too, before features are made.
+        check_trains(model)
         if self.head is not None:
             assert model.head is not None
             model.head.load_state_dict(self.head)
