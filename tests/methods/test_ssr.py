@@ -503,6 +503,27 @@ class TestWrongInput:
         )
         fails(stage(3, tmp_path / "o", place), "stage must be at most 2")
 
+    def test_an_utterance_longer_than_the_language_model_takes(self, place: Path, tmp_path: Path) -> None:
+        """Its file is named, and the others are predicted."""
+        import soundfile
+
+        done = stage(2, tmp_path / "o", place, "--epochs", "1", "--set", "aligner=fixed", model="")
+        assert done.code == 0, done
+        soundfile.write(tmp_path / "long.wav", torch.randn(16000 * 12).numpy() / 9, 16000)
+        files = [place / "clips/test0.wav", tmp_path / "long.wav", place / "clips/test1.wav"]
+        found = run("predict", tmp_path / "o", *files, "--cpu", "--json")
+        assert found.code == 1
+        message = f"{tmp_path / 'long.wav'} has 75 vectors of speech, which leave its text no room in the 64"
+        assert message in found.stderr
+        plain = run("predict", tmp_path / "o", files[0], files[2], "--cpu", "--json")
+        assert [row for row in json_lines(found.stdout) if "text" in row] == json_lines(plain.stdout)
+        rows = [
+            {"path": str(file), "text": "abc", "split": part}
+            for part, file in zip(("train", "test", "test"), files, strict=True)
+        ]
+        (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        fails(run("evaluate", tmp_path / "o", "--data", tmp_path / "clips.jsonl", "--cpu"), message)
+
     def test_nothing_to_train(self, place: Path, tmp_path: Path) -> None:
         fails(
             stage(1, tmp_path / "o", place, "--set", "frozen=true"),

@@ -731,10 +731,23 @@ class TestSecondStage:
         task = task_of(folder)
         head = head_of(folder)
         assert head(*vectors([60])).shape[1] <= 64 - 61
-        with pytest.raises(ValueError, match=r"has 64 positions .* none is left"):
-            head(*vectors([63]))
-        with pytest.raises(ValueError, match=r"65 positions .* takes 64"):
+        with pytest.raises(
+            ValueError, match=r"row 1 of the batch has 63 vectors .* its text no room in the 64"
+        ):
+            head(*vectors([5, 63]))
+        with pytest.raises(ValueError, match=r"row 0 .* 61 vectors .* its transcript and EOS no room"):
             head.loss(*vectors([61]), task.collate(["the cat"]))
+
+    def test_a_long_row_does_not_cut_another_short(self, folder: Path) -> None:
+        head = head_of(folder)
+        alone = head(*vectors([5]))
+        assert alone.shape[1] > 3
+        frames, taps = vectors([5, 60])
+        together = head(frames, taps)
+        width = alone.shape[1]
+        assert torch.equal(together[:1, :width], alone)
+        assert (together[0, width:] == PADDING).all()
+        assert (together[1, 3:] == PADDING).all()
 
     def test_without_bos(self, tmp_path: Path) -> None:
         """The first token of an utterance without vectors has nothing to be predicted from."""

@@ -34,8 +34,10 @@ from transformers.integrations import TensorBoardCallback, is_tensorboard_availa
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mmtransfer.checkpoint import load_trained, save_trained
+from mmtransfer.data import DataError
 from mmtransfer.encoders.precision import check_trained
 from mmtransfer.model import AdaptedModel
+from mmtransfer.tasks.base import UtteranceError
 
 from .batches import LengthBatches, example_lengths
 from .caching import CachedFeatures, CachedInputs, example_name
@@ -189,6 +191,7 @@ def predict(
 
     Raises:
         ValueError: a model without a task.
+        DataError: an example that the model cannot take.
         NotFiniteError: features or logits are not finite; the first such example is named.
     """
     if model.task is None:
@@ -213,11 +216,15 @@ def predict(
         generator=torch.Generator(),
     )
     half = torch.float16 if settings.fp16 else torch.bfloat16
-    for batch in loader:
+    for number, batch in enumerate(loader):
         # The target has no part in a prediction, nor has its loss.
         batch.pop("labels", None)
         with torch.autocast(device.type, half, enabled=settings.bf16 or settings.fp16):
-            output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            try:
+                output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            except UtteranceError as error:
+                name = example_name(examples, mine[number * settings.batch_size + error.row])
+                raise DataError(f"{name} {error.reason}") from error
         sound += model.task.sound(output.logits, output.lengths)
         found += model.task.decode(output.logits, output.lengths)
     # Gathered first: a process that raised alone would leave the others waiting.

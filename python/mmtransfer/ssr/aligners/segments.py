@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmtransfer.encoders.taps import Taps
+from mmtransfer.tasks.base import UtteranceError
 from mmtransfer.tokens import TokenLabels
 
 #: Makes labels of texts, as the task does.
@@ -103,10 +104,11 @@ def token_ends(
 
 
 def check_fits(fits: torch.Tensor, symbols: torch.Tensor, frames: torch.Tensor) -> None:
-    """ValueError, naming the first row, unless all texts fit in their frames. Waits for the device."""
+    """UtteranceError, naming the first row, unless all texts fit in their frames. Waits for the device."""
     if not bool(fits.all()):
         row = int((~fits).nonzero()[0])
-        raise ValueError(
-            f"row {row} of the batch has {int(symbols[row])} symbols of text in {int(frames[row])} frames, "
-            "which no alignment has; leave such clips out"
+        raise UtteranceError(
+            row,
+            f"has {int(symbols[row])} symbols of text in {int(frames[row])} frames, which no alignment has; "
+            "leave such clips out",
         )
