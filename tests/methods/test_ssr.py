@@ -548,6 +548,20 @@ class TestWrongInput:
         with pytest.raises(ValueError, match="the option that is given is aligner_model"):
             registry.find("ssr", aligner_description=text)
 
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ("depth=3", "trained with depth 2, not 3"),
+            ("aligner=cif", "trained with aligner None, not 'cif'"),
+            ("fusion=hff-b", "trained with fusion None, not 'hff-b'"),
+        ],
+    )
+    def test_a_beginning_with_other_options(
+        self, place: Path, first: Path, tmp_path: Path, option: str, message: str
+    ) -> None:
+        words = ("--language-model", place / "language", "--stage", "2", "--begin-with", first)
+        fails(finetune(tmp_path / "o", *source(place), *words, "--set", option), message)
+
     def test_a_beginning_of_another_method(self, place: Path, tmp_path: Path) -> None:
         fails(
             stage(2, tmp_path / "o", place, "--begin-with", place / "ctc"),

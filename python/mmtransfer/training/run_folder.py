@@ -10,6 +10,7 @@ from typing import Any
 
 from mmtransfer import checkpoint
 from mmtransfer.data import DataError
+from mmtransfer.data.errors import shown
 
 RUN = "run.json"
 RESULTS = "results.json"
@@ -18,8 +19,6 @@ LOG = "log"
 FORMAT = "mmtransfer-finetune"
 #: Entries of a description whose own entries differ one by one.
 _NESTED = ("options", "task")
-#: Characters of a value in a message.
-_SHOWN = 100
 
 
 class RunFolder:
@@ -135,11 +134,5 @@ def _first_difference(earlier: Mapping[str, Any], now: Mapping[str, Any], inside
         # The others are what is said of one thing.
         if (inside or name in _NESTED) and isinstance(was, dict) and isinstance(given, dict):
             return _first_difference(was, given, f"{inside}{name}.")
-        return f"{inside}{name} {_shown(was)}, not {_shown(given)}"
+        return f"{inside}{name} {shown(was)}, not {shown(given)}"
     return None
-
-
-def _shown(value: Any) -> str:
-    """A value in a message, of which some are files."""
-    text = repr(value)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
