@@ -486,7 +486,9 @@ class TestWrongInput:
             *SMALL, f"aligner_model={place / 'ctc'}",
         )  # fmt: skip
         assert done.code == 0, done
-        assert any("cannot hold their text" in note for note in results(tmp_path / "out")["notes"])
+        assert any(
+            "cannot hold its text and is left out" in note for note in results(tmp_path / "out")["notes"]
+        )
 
     def test_options_of_other_tasks(self, place: Path, tmp_path: Path) -> None:
         fails(

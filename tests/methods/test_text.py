@@ -378,6 +378,15 @@ class TestTable:
         with pytest.raises(ValueError, match=message):
             read_embedding_table(str(model))
 
+    def test_the_second_stage_takes_no_table_with_nan(self, tmp_path: Path) -> None:
+        """It would be found after training alone, and blamed on that."""
+        model = tiny_language_model(tmp_path / "lm")
+        self._change(
+            model, "model.embed_tokens.weight", lambda t: t.index_fill(0, torch.tensor([7]), math.nan)
+        )
+        with pytest.raises(ValueError, match="lm has values that are not finite"):
+            head_of(model)
+
     def test_an_untied_output_is_not_taken_for_it(self, tmp_path: Path) -> None:
         model = tiny_language_model(tmp_path)
         self._change(model, "model.embed_tokens.weight", None)
@@ -398,6 +407,14 @@ class TestTable:
             with pytest.raises(ValueError, match=rf"of type {kind}.* no causal language model") as found:
                 call(str(tmp_path))
             assert str(tmp_path) in str(found.value)
+
+    def test_a_speech_model(self, tmp_path: Path) -> None:
+        """It has no tokenizer, which is not what is wrong with it."""
+        small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = Wav2Vec2Config(**small, conv_dim=(8,), conv_stride=(2,), conv_kernel=(3,))
+        Wav2Vec2Model(config).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"of type wav2vec2.* no causal language model"):
+            task_of(tmp_path).collate(["a"])
 
     def test_folders_with_faults(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="nowhere does not exist"):

@@ -298,7 +298,8 @@ class Run:
         kept, dropped = drop_infeasible(examples, collate, model.encoder, self.task, model.readout)
         if dropped and findings is not None:
             clips = first(dropped, "training clip", "training clips")
-            findings.add(f"{clips} cannot hold their text and are left out")
+            their = "its text and is" if len(dropped) == 1 else "their text and are"
+            findings.add(f"{clips} cannot hold {their} left out")
         if not len(kept):
             raise DataError(f"{self.recordings.name} has no training clip that can be used")
         return kept

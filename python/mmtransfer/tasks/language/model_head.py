@@ -19,7 +19,7 @@ from mmtransfer.tasks.base import UtteranceError
 from mmtransfer.tokens import PADDING, TokenLabels
 
 from .passages import Passages
-from .source import find_embedding, load_language_model
+from .source import check_table_finite, find_embedding, load_language_model
 from .tokenizer import read_tokenizer
 from .vectors import NOT_FINITE, check_finite, check_width, find_sound
 
@@ -80,6 +80,7 @@ class LanguageModelHead(nn.Module):
         table = find_embedding(model, source)
         check_width(dim, table.shape[1])
         self.tokenizer.check_table(len(table))
+        check_table_finite(table, source)
         if self.tokenizer.eos is None:
             raise ValueError(f"the tokenizer of {source} has no token for the end of a text (EOS)")
         self.eos = self.tokenizer.eos

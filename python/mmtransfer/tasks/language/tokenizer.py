@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from mmtransfer.data import DataError
 from mmtransfer.encoders.loading import quiet_transformers
 
-from .source import find_place
+from .source import find_place, read_outline
 
 #: Of tokenizers in the manner of SentencePiece: a space, also one that is put in front of a text.
 _SPACE = "▁"
@@ -107,7 +107,7 @@ def read_tokenizer(source: str) -> TextTokenizer:
 
     Raises:
         DataError: there is none.
-        ValueError: it is not a fast one.
+        ValueError: it is not a fast one, or the model is no causal language model.
     """
     try:
         with quiet_transformers():
@@ -115,6 +115,8 @@ def read_tokenizer(source: str) -> TextTokenizer:
     except DataError:
         raise
     except Exception as error:
+        # Another kind of model has none, or one of another kind.
+        read_outline(source)
         # Loaders of several libraries are behind this call.
         reason = " ".join(str(error).split())[:200].removesuffix(".")
         raise DataError(f"no tokenizer can be loaded from {source} ({reason})") from error
