@@ -234,7 +234,9 @@ class LanguageModelHead(nn.Module):
         logits = self.model(**given, attention_mask=mask, use_cache=False).logits
         wanted = wanted[:, 1:]
         valid = wanted != _NO_TARGET
-        return F.cross_entropy(logits[:, :-1][valid].float(), wanted[valid], reduction="none")
+        chosen = logits[:, :-1][valid]
+        wide = torch.promote_types(chosen.dtype, torch.float32)
+        return F.cross_entropy(chosen.to(wide), wanted[valid], reduction="none")
 
     def _text(self, texts: Sequence[str], *, most: int | None = None, end: bool = True) -> torch.Tensor:
         """The cross-entropy of each token of texts, and of EOS behind those that are not cut."""
