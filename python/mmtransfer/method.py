@@ -131,6 +131,10 @@ class Compressor(nn.Module, abc.ABC):
         """The frames that a clip with this target of the task needs to be trained on."""
         return 0
 
+    def knows(self, target: Any) -> bool:
+        """Whether there is anything in a target that vectors could be found by."""
+        return True
+
     def attach(self, task: Task | None) -> None:
         """Take from the task what the readout needs of it."""
 

@@ -505,6 +505,30 @@ class TestWrongInput:
         )
         fails(stage(3, tmp_path / "o", place), "stage must be at most 2")
 
+    @pytest.mark.parametrize("aligner", ["ctc", "fixed"])
+    def test_a_text_that_the_aligner_does_not_know(
+        self, place: Path, first: Path, tmp_path: Path, aligner: str
+    ) -> None:
+        """The second stage would teach the language model to write it after no vector at all."""
+        rows = [json.loads(row) for row in (place / "clips/speech.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["path"] = str(place / "clips" / row["path"])
+        rows[1]["text"] = "日本 語"
+        (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        words = source(place)
+        words[-1] = tmp_path / "clips.jsonl"
+        more = ("--begin-with", first) if aligner == "ctc" else ("--set", "aligner=fixed", "depth=1")
+        done = finetune(
+            tmp_path / "out", *words, "--language-model", place / "language", "--stage", "2", "--epochs", "1",
+            *more,
+        )  # fmt: skip
+        assert done.code == 0, done
+        noted = any(
+            "train1.wav (no character that the aligner knows)" in note
+            for note in results(tmp_path / "out")["notes"]
+        )
+        assert noted == (aligner == "ctc")
+
     def test_an_utterance_longer_than_the_language_model_takes(self, place: Path, tmp_path: Path) -> None:
         """Its file is named, and the others are predicted."""
         import soundfile

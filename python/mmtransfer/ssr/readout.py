@@ -65,6 +65,11 @@ class SSRReadout(Compressor):
             return 0
         return self.aligner.frames_needed(target)
 
+    def knows(self, target: Any) -> bool:
+        if self.tokenize is None or self.textless or isinstance(self.aligner, CIFWeights):
+            return True
+        return self.aligner.knows(target)
+
     def attach(self, task: Task | None) -> None:
         if getattr(task, "language_model", None) is not None:
             assert task is not None

@@ -51,6 +51,9 @@ class CTCAligner(Aligner):
     def frames_needed(self, text: str) -> int:
         return self.task.frames_needed(text)
 
+    def knows(self, text: str) -> bool:
+        return not self.task.is_empty(text)
+
     @torch.no_grad()
     def forward(self, taps: Taps, labels: TokenLabels | None, tokenize: Tokenize | None) -> Segments:
         logits = self.logits(taps)

@@ -49,6 +49,10 @@ class Aligner(nn.Module, abc.ABC):
         """The frames without which a text has no alignment."""
         return 0
 
+    def knows(self, text: str) -> bool:
+        """Whether a text has a symbol of the aligner; without one it has no segment."""
+        return True
+
     @abc.abstractmethod
     def forward(self, taps: Taps, labels: TokenLabels | None, tokenize: Tokenize | None) -> Segments:
         """The segments of each utterance.
