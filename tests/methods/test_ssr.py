@@ -469,6 +469,31 @@ class TestWrongInput:
         with pytest.raises(NotFiniteError, match="vectors of utterance 0 of the batch are not finite"):
             model(**batch(model))
 
+    @pytest.mark.parametrize("aligner", ["ctc", "cif", "fixed"])
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_nan_in_the_sound_is_that_of_its_row(self, place: Path, number: int, aligner: str) -> None:
+        """No transcript without a word, and no word of frames that are too few."""
+        options = {} if aligner == "ctc" else {"aligner_model": None, "aligner": aligner}
+        model = build(place, number=number, **options).train()
+        given = batch(model)
+        given["input_values"][1, 5000] = torch.nan
+        with pytest.raises(NotFiniteError, match="vectors of utterance 1 of the batch are not finite"):
+            model(**given)
+        del given["labels"]
+        output = model.eval()(**given)
+        assert model.task is not None
+        assert output.lengths is not None
+        assert model.task.sound(output.logits, output.lengths) == [True, False]
+
+    @pytest.mark.parametrize("aligner", ["cif", "fixed"])
+    def test_the_first_stage_without_text_and_tokens(self, place: Path, aligner: str) -> None:
+        with pytest.raises(
+            ValueError, match="textless training of a vector for each token needs the aligner"
+        ):
+            build(place, aligner_model=None, aligner=aligner, textless=True)
+        build(place, aligner_model=None, aligner=aligner, textless=True, number=2)
+        build(place, textless=True)
+
     def test_a_text_without_room_is_left_out_of_training(self, place: Path, tmp_path: Path) -> None:
         rows = (place / "clips/speech.jsonl").read_text().splitlines()
         row = json.loads(rows[0])

@@ -74,6 +74,11 @@ class SSRReadout(Compressor):
         if getattr(task, "language_model", None) is not None:
             assert task is not None
             self.tokenize, self.token_each = task.collate, bool(getattr(task, "token_each", False))
+            if self.token_each and self.textless and not getattr(self.aligner, "finds_text", False):
+                raise ValueError(
+                    "textless training of a vector for each token needs the aligner ctc, which finds the "
+                    "tokens of its own transcript; choose it, or stage 2, or train with the text"
+                )
 
     def compress(self, taps: Taps, labels: torch.Tensor | None) -> Compressed:
         tokens = None

@@ -41,9 +41,11 @@ class Aligner(nn.Module, abc.ABC):
 
     Attributes:
         aligns_text: whether a text changes what the segments are, not only which token each of them has.
+        finds_text: whether without a text the segments have tokens, those of one that the aligner finds.
     """
 
     aligns_text: ClassVar[bool] = True
+    finds_text: ClassVar[bool] = False
 
     def frames_needed(self, text: str) -> int:
         """The frames without which a text has no alignment."""
