@@ -250,6 +250,11 @@ class Method:
         if it does."""
         return None
 
+    def weights_from(self) -> tuple[str, ...]:
+        """The options that were given and say where trained weights are read from that a checkpoint of this
+        method has too."""
+        return ()
+
     def parts(self) -> tuple[Method, ...]:
         """The methods that this one is made of: itself, or those of a combination."""
         return (self,)

@@ -613,6 +613,14 @@ class TestWrongInput:
         words = ("--language-model", place / "language", "--stage", "2", "--begin-with", first)
         fails(finetune(tmp_path / "o", *source(place), *words, "--set", option), message)
 
+    def test_a_beginning_has_an_aligner(self, place: Path, first: Path, tmp_path: Path) -> None:
+        words = ("--language-model", place / "language", "--stage", "2", "--begin-with", first)
+        given = f"aligner_model={place / 'ctc'}"
+        fails(
+            finetune(tmp_path / "o", *source(place), *words, "--set", given),
+            "aligner_model and begin_with exclude each other",
+        )
+
     def test_a_beginning_of_another_method(self, place: Path, tmp_path: Path) -> None:
         fails(
             stage(2, tmp_path / "o", place, "--begin-with", place / "ctc"),

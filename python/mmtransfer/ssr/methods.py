@@ -121,6 +121,9 @@ class SSRMethod(Method):
         missing = {name: value for name, value in own.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing) if missing else self
 
+    def weights_from(self) -> tuple[str, ...]:
+        return () if self.aligner_model is None else ("aligner_model",)
+
     def needs_target(self) -> str | None:
         if self.aligned_by != "unity2":
             return None

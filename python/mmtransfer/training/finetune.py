@@ -93,7 +93,13 @@ def _find_method(method: str | Method, settings: FinetuneSettings) -> Method:
         raise ValueError(
             f"{settings.begin_with} was trained by {config['method']}; {found.name} cannot begin with it"
         )
-    return registry.find(registry.find(found, **config["options"]), **options)
+    found = registry.find(registry.find(found, **config["options"]), **options)
+    for name in (name for part in found.parts() for name in part.weights_from()):
+        raise ValueError(
+            f"{name} and begin_with exclude each other: {settings.begin_with} has such weights, with which "
+            "the run begins"
+        )
+    return found
 
 
 def _check(settings: FinetuneSettings, method: Method) -> None:
