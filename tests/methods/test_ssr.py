@@ -448,6 +448,13 @@ class TestWrongInput:
         with pytest.raises(ValueError, match="trained by bitfit, which changes its encoder"):
             registry.find("ssr", aligner_model=str(tmp_path / "tuned"))
 
+    def test_an_aligner_that_compresses(self, place: Path, tmp_path: Path) -> None:
+        options = ("--task", "ctc", "--epochs", "1", "--set", "aligner=cif", "depth=1")
+        done = finetune(tmp_path / "ctc", *source(place), *options)
+        assert done.code == 0, done
+        with pytest.raises(ValueError, match="trained by ssr, which has no logits of frames"):
+            build(place, aligner_model=str(tmp_path / "ctc"))
+
     def test_an_aligner_of_another_encoder(self, place: Path) -> None:
         task = Text(language_model=str(place / "language"))
         with pytest.raises(ValueError, match="trained on an encoder of model_type 'wav2vec2'"):

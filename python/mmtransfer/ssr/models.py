@@ -64,6 +64,7 @@ class CTCDescription:
         ValueError for another encoder than that of the checkpoint, or weights that do not fit.
         """
         from mmtransfer.encoders.edit import restored
+        from mmtransfer.method import Compressor
         from mmtransfer.tasks.ctc import CTC
 
         own = {
@@ -80,6 +81,11 @@ class CTCDescription:
         # Its weights are loaded: the random state is as without it.
         with restored():
             readout: Any = self.method().readout(encoder)
+            if isinstance(readout, Compressor):
+                raise ValueError(
+                    f"ssr: aligner_model was trained by {self.name}, which has no logits of frames; take a "
+                    "model of a method that has, such as hff-b or head"
+                )
             head = task.head(readout.out_dim)
         if source is not None:
             _load({"readout": readout, "head": head}, source)
