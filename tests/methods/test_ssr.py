@@ -582,6 +582,15 @@ class TestWrongInput:
         (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
         fails(run("evaluate", tmp_path / "o", "--data", tmp_path / "clips.jsonl", "--cpu"), message)
 
+    def test_a_comparison_has_no_language_model(self, place: Path, tmp_path: Path) -> None:
+        fails(
+            run(
+                "compare", "--methods", "ssr", "--task", "text", "--model", place / "model", "--data",
+                place / "clips/speech.jsonl", "--output", tmp_path / "o",
+            ),
+            "the task text has a language model and stages, which a comparison has not; train by finetune",
+        )  # fmt: skip
+
     def test_nothing_to_train(self, place: Path, tmp_path: Path) -> None:
         fails(
             stage(1, tmp_path / "o", place, "--set", "frozen=true"),

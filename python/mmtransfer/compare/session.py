@@ -432,8 +432,13 @@ class _Session:
 def find_methods(settings: CompareSettings) -> list[Method]:
     """The methods of a comparison, with the options that are theirs.
 
-    ValueError for an unknown method, or an option that none of them has.
+    ValueError for an unknown method, an option that none of them has, or a task with a language model.
     """
+    if settings.task is not None and find_task(settings.task).reads_language_model:
+        raise ValueError(
+            f"the task {settings.task} has a language model and stages, which a comparison has not; train by "
+            "finetune"
+        )
     names = dict.fromkeys(registry.default_names() if settings.methods is None else settings.methods)
     found = [registry.find(name) for name in names]
     for key, value in registry.in_order(_of_methods(settings, found)):
