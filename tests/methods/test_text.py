@@ -188,6 +188,14 @@ class TestPlaces:
         assert found == sorted(found)
         assert not found or found[-1] == len(text)
 
+    def test_what_no_token_has_belongs_to_the_one_before(self) -> None:
+        """Accents that normalisation joins to their letters."""
+        tokenizer = Tokenizer(models.BPE({each: index for index, each in enumerate("ab é")}, []))
+        tokenizer.normalizer = normalizers.NFC()
+        found = text_tokenizer(tokenizer)
+        assert found.encode_with_ends("ae\u0301b")[1] == [1, 3, 4]
+        assert found.encode_with_ends("ae\u0301")[1] == [1, 3]
+
     def test_bytes_of_a_character_share_its_end(self) -> None:
         """The tokenizer has seen no Czech: each letter with a mark is two bytes, two tokens."""
         tokenizer = TextTokenizer(tiny_tokenizer(), "it")
