@@ -561,6 +561,21 @@ class TestWrongInput:
         )
         assert noted == (aligner == "ctc")
 
+    def test_it_is_known_without_a_number_of_frames(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Encoders of fixed windows give none before they run."""
+        from mmtransfer.training import batches
+
+        monkeypatch.setattr(batches, "frame_counts", lambda *_: None)
+        model = build(place)
+        examples = [{"target": "日本"}, {"target": "ab"}, {"target": "  é"}]
+        assert model.task is not None
+        found = batches.find_infeasible(examples, None, model.encoder, model.task, model.readout)
+        assert list(found) == [0, 2]
+        plain = batches.find_infeasible(examples, None, model.encoder, model.task)
+        assert plain == {}
+
     def test_an_utterance_longer_than_the_language_model_takes(self, place: Path, tmp_path: Path) -> None:
         """Its file is named, and the others are predicted."""
         import soundfile

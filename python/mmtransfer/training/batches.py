@@ -86,7 +86,10 @@ def find_infeasible(
     aligner it needs a character that this one knows.
     """
     found: dict[int, str] = {}
-    for index, count in enumerate(frame_counts(examples, collate, encoder) or ()):
+    counts = frame_counts(examples, collate, encoder)
+    if counts is None and not isinstance(readout, Compressor):
+        return found
+    for index in range(len(examples)):
         target = _target(examples, index, task)
         needed = task.frames_needed(target)
         if isinstance(readout, Compressor):
@@ -94,8 +97,9 @@ def find_infeasible(
             if not readout.knows(target):
                 # A language model would be taught to write it without having heard anything.
                 found[index] = f"{example_name(examples, index)} (no character that the aligner knows)"
-        if needed > count:
-            found[index] = f"{example_name(examples, index)} ({needed} frames needed, {count} there)"
+        if counts is not None and needed > counts[index]:
+            name = example_name(examples, index)
+            found[index] = f"{name} ({needed} frames needed, {counts[index]} there)"
     return found
 
 
