@@ -11,7 +11,7 @@ import torch
 from mmtransfer.data import DataError
 from mmtransfer.data.audio import duration
 from mmtransfer.model import AdaptedModel
-from mmtransfer.tasks.base import UtteranceError
+from mmtransfer.tokens import UtteranceError
 from mmtransfer.training.caching import encoder_inputs
 from mmtransfer.training.finite import NotFiniteError
 from mmtransfer.training.settings import check_integer

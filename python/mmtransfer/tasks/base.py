@@ -15,22 +15,6 @@ from torch import nn
 from mmtransfer.data.recordings import Clip, Recordings
 
 
-class UtteranceError(ValueError):
-    """An utterance of a batch that a model cannot take.
-
-    Attributes:
-        row: of the batch, for who knows its name.
-        reason: the rest of the sentence behind the name: "has 3 symbols ...".
-    """
-
-    def __init__(self, row: int, reason: str) -> None:
-        super().__init__(f"row {row} of the batch {reason}")
-        self.row, self.reason = row, reason
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.row, self.reason)
-
-
 @dataclass(frozen=True)
 class Metric:
     """The figure by which a task judges a model, a share between 0 and 1.

@@ -37,7 +37,7 @@ from mmtransfer.checkpoint import load_trained, save_trained
 from mmtransfer.data import DataError
 from mmtransfer.encoders.precision import check_trained
 from mmtransfer.model import AdaptedModel
-from mmtransfer.tasks.base import UtteranceError
+from mmtransfer.tokens import UtteranceError
 
 from .batches import LengthBatches, example_lengths
 from .caching import CachedFeatures, CachedInputs, example_name

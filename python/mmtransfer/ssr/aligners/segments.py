@@ -12,8 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmtransfer.encoders.taps import Taps
-from mmtransfer.tasks.base import UtteranceError
-from mmtransfer.tokens import TokenLabels
+from mmtransfer.tokens import TokenLabels, UtteranceError
 
 #: Makes labels of texts, as the task does.
 Tokenize = Callable[[Sequence[str]], torch.Tensor]

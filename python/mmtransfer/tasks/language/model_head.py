@@ -15,8 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mmtransfer.encoders.taps import Taps
-from mmtransfer.tasks.base import UtteranceError
-from mmtransfer.tokens import PADDING, TokenLabels
+from mmtransfer.tokens import PADDING, TokenLabels, UtteranceError
 
 from .passages import Passages
 from .source import check_table_finite, find_embedding, load_language_model
