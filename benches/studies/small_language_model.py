@@ -1,9 +1,8 @@
 """A small Llama and its sub-word tokenizer, trained on the transcripts of a task in minutes of two cores.
 
 It stands for the language model in studies of connectors, which need one whose embeddings belong to the
-language that is spoken. As large models can, it repeats a text behind `<repeat>`: that is taught by random
-tokens first, and by some of the lines in each step. Its folder is read by `AutoModelForCausalLM` and
-`AutoTokenizer`.
+language that is spoken. Each line is also shown with itself again behind `<repeat>`, as large models have
+met repetitions. Its folder is read by `AutoModelForCausalLM` and `AutoTokenizer`.
 ``python -m benches.studies.small_language_model FOLDER`` trains the one of the Czech recordings.
 """
 
@@ -48,7 +47,6 @@ class SmallLanguageModelSettings:
             falls as a cosine to a tenth.
         embedding_dropout: share of the inputs' embeddings that is zeroed in training, the one regularisation
             that costs no change of the model.
-        repeat_steps: before the epochs: batches of random tokens, which are to be repeated.
         repeat_lines: of each batch, to be repeated too.
         held_out: share of the distinct lines that decide when to stop and are not trained on.
     """
@@ -62,11 +60,10 @@ class SmallLanguageModelSettings:
     epochs: int = 12
     patience: int = 2
     batch_lines: int = 16
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     weight_decay: float = 0.1
     embedding_dropout: float = 0.2
-    repeat_steps: int = 600
-    repeat_lines: int = 4
+    repeat_lines: int = 16
     held_out: float = 0.05
 
 
@@ -130,7 +127,6 @@ def small_language_model(
         model = LlamaForCausalLM(_config(tokenizer, settings))
         kept, held = _split(texts, settings.held_out)
         repeat: Any = tokenizer.convert_tokens_to_ids(REPEAT)
-        _teach_repeating(model, repeat, settings)
         history = _train(model, repeat, _encode(tokenizer, kept), _encode(tokenizer, held), settings)
     facts = {
         **_facts(model, tokenizer, {"training": kept, "held_out": held, "test": test}),
@@ -247,26 +243,6 @@ def _batch(lines: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     rows = [torch.tensor(line) for line in lines]
     ids = pad_sequence([row[:-1] for row in rows], batch_first=True)
     return ids, pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=_IGNORED)
-
-
-#: Tokens of a random text that is repeated.
-_REPEATED = (4, 16)
-
-
-def _teach_repeating(model: LlamaForCausalLM, repeat: int, settings: SmallLanguageModelSettings) -> None:
-    """Steps on random tokens: heads that copy emerge, which few lines would not bring about."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    rates = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100))
-    vocabulary = int(model.config.vocab_size or 0)
-    model.train()
-    for _ in range(settings.repeat_steps):
-        length = int(torch.randint(*_REPEATED, (1,)))
-        texts = torch.randint(repeat + 1, vocabulary, (32, length)).tolist()
-        _repeating_loss(model, repeat, texts).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        rates.step()
 
 
 def _repeating_loss(model: LlamaForCausalLM, repeat: int, texts: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from transformers import AutoModel
 import mmkernels
 from mmkernels.wrappers import chain
 from mmtransfer import registry
+from mmtransfer.data.errors import shown
 from mmtransfer.data.inputs import AudioInput, find_audio_input
 from mmtransfer.encoders.descriptions import ModelDescription
 from mmtransfer.encoders.edit import restored, untouched_on_error
@@ -201,7 +202,15 @@ def begin_with(model: AdaptedModel, folder: str | Path) -> None:
         {name: tensor for name, tensor in found.items() if not name.startswith("head.")}
         for found in (model.trained_tensors(), tensors)
     )
-    _copy_strictly(own, given, folder)
+    try:
+        _copy_strictly(own, given, folder)
+    except ValueError as error:
+        if not (differences := _differences(config["options"], model.method.options())):
+            raise
+        raise ValueError(
+            f"the weights in {folder} do not fit options of this run; it was trained with "
+            f"{'; '.join(differences)}"
+        ) from error
 
 
 def load_prepared(
@@ -382,19 +391,30 @@ def _check_base(encoder: Encoder, base: Mapping[str, Any], folder: str | Path) -
 
 
 def _check_same(own: Mapping[str, Any], saved: Mapping[str, Any], folder: str | Path) -> None:
-    def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-        options = {name: value for part in config["options"].values() for name, value in part.items()}
-        # As JSON has it: lists for tuples.
-        return json.loads(json.dumps({"method": config["method"], "head": config["head"], **options}))
+    found, earlier = (
+        {"": {"method": config["method"], "head": config["head"]}, **config["options"]}
+        for config in (own, saved)
+    )
+    differences = _differences(earlier, found)
+    if differences:
+        raise ValueError(f"{folder} was saved from a model prepared with {'; '.join(differences)}")
 
-    mine, theirs = flat(own), flat(saved)
-    differences = [
-        f"{name} {theirs.get(name)!r}, not {mine.get(name)!r}"
+
+def _differences(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The fields, by part, that differ: "depth 2, not 4"."""
+
+    def flat(options: Mapping[str, Any]) -> dict[str, Any]:
+        # As JSON has it: lists for tuples.
+        return json.loads(
+            json.dumps({key: value for part in options.values() for key, value in part.items()})
+        )
+
+    theirs, mine = flat(earlier), flat(now)
+    return [
+        f"{name} {shown(theirs.get(name))}, not {shown(mine.get(name))}"
         for name in {**mine, **theirs}
         if mine.get(name) != theirs.get(name)
     ]
-    if differences:
-        raise ValueError(f"{folder} was saved from a model prepared with {'; '.join(differences)}")
 
 
 def _named(folder: str | Path) -> Path:

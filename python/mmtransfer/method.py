@@ -134,6 +134,10 @@ class Compressor(nn.Module, abc.ABC):
         """The frames that a clip with this target of the task needs to be trained on."""
         return 0
 
+    def knows(self, target: Any) -> bool:
+        """Whether there is anything in a target that vectors could be found by."""
+        return True
+
     def attach(self, task: Task | None, head: nn.Module | None) -> None:
         """Take from the task, and from its head as it is before training, what the readout needs of them."""
 
@@ -243,6 +247,16 @@ class Method:
     def has_edit(self) -> bool:
         """Whether the method may edit the encoder."""
         return type(self).edit is not Method.edit
+
+    def needs_target(self) -> str | None:
+        """Why a model of this method predicts nothing without its text, so that a run can score it for a task
+        of texts alone; None if it does."""
+        return None
+
+    def weights_from(self) -> tuple[str, ...]:
+        """The options that were given and say where trained weights are read from that a checkpoint of this
+        method has too."""
+        return ()
 
     def parts(self) -> tuple[Method, ...]:
         """The methods that this one is made of: itself, or those of a combination."""
@@ -401,6 +415,9 @@ class Combination(Method):
     def has_readout(self) -> bool:
         return self._readout is not None
 
+    def needs_target(self) -> str | None:
+        return self.of[0].needs_target()
+
     def parts(self) -> tuple[Method, ...]:
         return self.of
 
@@ -502,6 +519,12 @@ def _is_finite(value: Any) -> bool:
     if isinstance(value, tuple):
         return all(map(_is_finite, value))
     return not isinstance(value, float) or math.isfinite(value)
+
+
+def check_predicts(method: Method, *, texts: bool = False) -> None:
+    """ValueError for a method whose models predict nothing without the target, which only `texts` give."""
+    if not texts and (reason := method.needs_target()) is not None:
+        raise ValueError(f"{method.name} cannot be scored: {reason}")
 
 
 def check_readout(method: Method, readout: Any) -> None:

@@ -91,6 +91,11 @@ class AdaptedModel(nn.Module):
         readout: Any = self.method.readout(parts)
         check_readout(self.method, readout)
         self.readout = readout
+        if not isinstance(readout, Compressor) and getattr(task, "token_each", False):
+            raise ValueError(
+                f"{self.method.name} has a vector for each frame, and the task wants one for each token of "
+                "the text; choose a method that compresses speech, such as ssr"
+            )
         self.head = None if task is None else task.head(readout.out_dim)
         if isinstance(readout, Compressor):
             readout.attach(task, self.head)

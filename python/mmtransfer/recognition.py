@@ -11,6 +11,7 @@ import torch
 from mmtransfer.data import DataError
 from mmtransfer.data.audio import duration
 from mmtransfer.model import AdaptedModel
+from mmtransfer.tokens import UtteranceError
 from mmtransfer.training.caching import encoder_inputs
 from mmtransfer.training.finite import NotFiniteError
 from mmtransfer.training.settings import check_integer
@@ -32,7 +33,7 @@ def recognize(
 
     Raises:
         ValueError: a model without a task, or one that does not know how audio becomes its input.
-        DataError: a file that cannot be read, or is longer than a model of transcripts takes.
+        DataError: a file that cannot be read, or is longer than the model takes.
         NotFiniteError: logits that are not finite; the file is named.
     """
     names = [files] if isinstance(files, (str, Path)) else list(files)
@@ -91,7 +92,15 @@ def _recognize_batch(model: AdaptedModel, audio: list[Any], files: list[Path]) -
     inputs = encoder_inputs(
         model.audio.extract(audio), model.audio.extractor, model.encoder.description.main_input
     )
-    output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    try:
+        output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+    except UtteranceError as error:
+        # The others are predicted without it.
+        audio, files = list(audio), list(files)
+        audio.pop(error.row)
+        wrong = DataError(f"{files.pop(error.row)} {error.reason}")
+        found = _recognize_batch(model, audio, files) if files else []
+        return [*found[: error.row], wrong, *found[error.row :]]
     named = task.name_predictions(task.decode(output.logits, output.lengths))
     sound = task.sound(output.logits, output.lengths)
     return [

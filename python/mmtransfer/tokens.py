@@ -1,9 +1,10 @@
-"""Tokens of transcripts and the places of their characters: labels of a task of texts."""
+"""Tokens of transcripts and the places of their characters: labels of a task of texts, and errors of rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -11,6 +12,22 @@ from torch.nn.utils.rnn import pad_sequence
 
 #: Behind the last token, and behind the last character.
 PADDING = -1
+
+
+class UtteranceError(ValueError):
+    """An utterance of a batch that a model cannot take.
+
+    Attributes:
+        row: of the batch, for who knows its name.
+        reason: the rest of the sentence behind the name: "has 3 symbols ...".
+    """
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"row {row} of the batch {reason}")
+        self.row, self.reason = row, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.row, self.reason)
 
 
 @dataclass(frozen=True)

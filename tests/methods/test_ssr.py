@@ -114,6 +114,25 @@ class TestStages:
         }
         assert changed == {"connector"}
 
+    def test_a_pair_begins_with_its_own_first_stage(self, place: Path, tmp_path: Path) -> None:
+        """Not with the readout that a pair is otherwise started from."""
+        for number, more in ((1, ()), (2, ("--begin-with", tmp_path / "1", "--set", "frozen=true"))):
+            aligner = (f"aligner_model={place / 'ctc'}",) if number == 1 else ()
+            done = finetune(
+                tmp_path / str(number), *source(place, "ssr+lora"), "--language-model", place / "language",
+                "--stage", str(number), "--epochs", "1", *more, *SMALL, *aligner,
+            )  # fmt: skip
+            assert done.code == 0, done
+        before, after = (mmtransfer.load(tmp_path / name) for name in "12")
+        own = after.readout.state_dict()
+        for name, tensor in before.readout.state_dict().items():
+            assert torch.equal(tensor, own[name]), name
+        assert any(
+            not torch.equal(tensor, after.trained_tensors()[name])
+            for name, tensor in before.trained_tensors().items()
+            if name.startswith("encoder.")
+        )
+
     @pytest.mark.parametrize("number", [1, 2])
     def test_a_killed_run_goes_on(
         self, place: Path, first: Path, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -139,6 +158,37 @@ class TestStages:
         assert results(tmp_path / "cut")["test"] == results(tmp_path / "whole")["test"]
         own, other = (mmtransfer.load(tmp_path / name).state_dict() for name in ("whole", "cut"))
         assert all(torch.equal(own[name], other[name]) for name in own)
+
+    @pytest.mark.parametrize(
+        ("more", "message"),
+        [
+            ((), "has task.options.tuning 'lora', not 'vanilla'; resume it as it began"),
+            (("text.tuning=lora", "text.lora_rank=4"), "has task.options.lora_rank 8, not 4"),
+            (("text.tuning=lora", "dropout=0.1"), "has options.ssr.dropout 0.0, not 0.1"),
+        ],
+    )
+    def test_a_run_does_not_go_on_with_other_options(
+        self,
+        place: Path,
+        first: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        more: tuple[str, ...],
+        message: str,
+    ) -> None:
+        from mmtransfer.training.run import Run
+
+        def killed(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(Run, "train", killed)
+        begin = ("--begin-with", first)
+        output = tmp_path / "out"
+        assert stage(2, output, place, *begin, "--set", "text.tuning=lora").code == 130
+        chosen = ("--set", *more) if more else ()
+        done = stage(2, output, place, *begin, "--resume", *chosen)
+        assert done.code == 1
+        assert message in done.stderr
 
 
 class TestVariants:
@@ -173,6 +223,13 @@ class TestVariants:
         assert any("known from the transcript" in note for note in results(tmp_path / "1")["notes"])
         said = run("predict", tmp_path / "1", place / "clips/test0.wav", "--cpu")
         fails(said, "the aligner unity2 needs the text")
+        fails(
+            run(
+                "compare", "--methods", "ssr+lora", "--task", "ctc", "--model", place / "model", "--data",
+                place / "clips/speech.jsonl", "--output", tmp_path / "2", "--set", "aligner=unity2",
+            ),
+            "ssr+lora cannot be scored",
+        )  # fmt: skip
 
     def test_unity2_learns_with_the_connector(self, place: Path) -> None:
         from mmtransfer.encoders.loading import load_model
@@ -399,6 +456,13 @@ class TestWrongInput:
         with pytest.raises(ValueError, match="trained by bitfit, which changes its encoder"):
             registry.find("ssr", aligner_model=str(tmp_path / "tuned"))
 
+    def test_an_aligner_that_compresses(self, place: Path, tmp_path: Path) -> None:
+        options = ("--task", "ctc", "--epochs", "1", "--set", "aligner=cif", "depth=1")
+        done = finetune(tmp_path / "ctc", *source(place), *options)
+        assert done.code == 0, done
+        with pytest.raises(ValueError, match="trained by ssr, which has no logits of frames"):
+            build(place, aligner_model=str(tmp_path / "ctc"))
+
     def test_an_aligner_of_another_encoder(self, place: Path) -> None:
         task = Text(language_model=str(place / "language"))
         with pytest.raises(ValueError, match="trained on an encoder of model_type 'wav2vec2'"):
@@ -420,6 +484,31 @@ class TestWrongInput:
         with pytest.raises(NotFiniteError, match="vectors of utterance 0 of the batch are not finite"):
             model(**batch(model))
 
+    @pytest.mark.parametrize("aligner", ["ctc", "cif", "fixed"])
+    @pytest.mark.parametrize("number", [1, 2])
+    def test_nan_in_the_sound_is_that_of_its_row(self, place: Path, number: int, aligner: str) -> None:
+        """No transcript without a word, and no word of frames that are too few."""
+        options = {} if aligner == "ctc" else {"aligner_model": None, "aligner": aligner}
+        model = build(place, number=number, **options).train()
+        given = batch(model)
+        given["input_values"][1, 5000] = torch.nan
+        with pytest.raises(NotFiniteError, match="vectors of utterance 1 of the batch are not finite"):
+            model(**given)
+        del given["labels"]
+        output = model.eval()(**given)
+        assert model.task is not None
+        assert output.lengths is not None
+        assert model.task.sound(output.logits, output.lengths) == [True, False]
+
+    @pytest.mark.parametrize("aligner", ["cif", "fixed"])
+    def test_the_first_stage_without_text_and_tokens(self, place: Path, aligner: str) -> None:
+        with pytest.raises(
+            ValueError, match="textless training of a vector for each token needs the aligner"
+        ):
+            build(place, aligner_model=None, aligner=aligner, textless=True)
+        build(place, aligner_model=None, aligner=aligner, textless=True, number=2)
+        build(place, textless=True)
+
     def test_a_text_without_room_is_left_out_of_training(self, place: Path, tmp_path: Path) -> None:
         rows = (place / "clips/speech.jsonl").read_text().splitlines()
         row = json.loads(rows[0])
@@ -437,7 +526,9 @@ class TestWrongInput:
             *SMALL, f"aligner_model={place / 'ctc'}",
         )  # fmt: skip
         assert done.code == 0, done
-        assert any("cannot hold their text" in note for note in results(tmp_path / "out")["notes"])
+        assert any(
+            "cannot hold its text and is left out" in note for note in results(tmp_path / "out")["notes"]
+        )
 
     def test_options_of_other_tasks(self, place: Path, tmp_path: Path) -> None:
         fails(
@@ -453,6 +544,121 @@ class TestWrongInput:
             "needs a language model",
         )
         fails(stage(3, tmp_path / "o", place), "stage must be at most 2")
+
+    @pytest.mark.parametrize("aligner", ["ctc", "fixed"])
+    def test_a_text_that_the_aligner_does_not_know(
+        self, place: Path, first: Path, tmp_path: Path, aligner: str
+    ) -> None:
+        """The second stage would teach the language model to write it after no vector at all."""
+        rows = [json.loads(row) for row in (place / "clips/speech.jsonl").read_text().splitlines()]
+        for row in rows:
+            row["path"] = str(place / "clips" / row["path"])
+        rows[1]["text"] = "日本 語"
+        (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        words = source(place)
+        words[-1] = tmp_path / "clips.jsonl"
+        more = ("--begin-with", first) if aligner == "ctc" else ("--set", "aligner=fixed", "depth=1")
+        done = finetune(
+            tmp_path / "out", *words, "--language-model", place / "language", "--stage", "2", "--epochs", "1",
+            *more,
+        )  # fmt: skip
+        assert done.code == 0, done
+        noted = any(
+            "train1.wav (no character that the aligner knows)" in note
+            for note in results(tmp_path / "out")["notes"]
+        )
+        assert noted == (aligner == "ctc")
+
+    def test_it_is_known_without_a_number_of_frames(
+        self, place: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Encoders of fixed windows give none before they run."""
+        from mmtransfer.training import batches
+
+        monkeypatch.setattr(batches, "frame_counts", lambda *_: None)
+        model = build(place)
+        examples = [{"target": "日本"}, {"target": "ab"}, {"target": "  é"}]
+        assert model.task is not None
+        found = batches.find_infeasible(examples, None, model.encoder, model.task, model.readout)
+        assert list(found) == [0, 2]
+        plain = batches.find_infeasible(examples, None, model.encoder, model.task)
+        assert plain == {}
+
+    def test_an_utterance_longer_than_the_language_model_takes(self, place: Path, tmp_path: Path) -> None:
+        """Its file is named, and the others are predicted."""
+        import soundfile
+
+        done = stage(2, tmp_path / "o", place, "--epochs", "1", "--set", "aligner=fixed", model="")
+        assert done.code == 0, done
+        soundfile.write(tmp_path / "long.wav", torch.randn(16000 * 12).numpy() / 9, 16000)
+        files = [place / "clips/test0.wav", tmp_path / "long.wav", place / "clips/test1.wav"]
+        found = run("predict", tmp_path / "o", *files, "--cpu", "--json")
+        assert found.code == 1
+        message = f"{tmp_path / 'long.wav'} has 75 vectors of speech, which leave its text no room in the 64"
+        assert message in found.stderr
+        plain = run("predict", tmp_path / "o", files[0], files[2], "--cpu", "--json")
+        assert [row for row in json_lines(found.stdout) if "text" in row] == json_lines(plain.stdout)
+        rows = [
+            {"path": str(file), "text": "abc", "split": part}
+            for part, file in zip(("train", "test", "test"), files, strict=True)
+        ]
+        (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        fails(run("evaluate", tmp_path / "o", "--data", tmp_path / "clips.jsonl", "--cpu"), message)
+
+    def test_a_comparison_has_no_language_model(self, place: Path, tmp_path: Path) -> None:
+        fails(
+            run(
+                "compare", "--methods", "ssr", "--task", "text", "--model", place / "model", "--data",
+                place / "clips/speech.jsonl", "--output", tmp_path / "o",
+            ),
+            "the task text has a language model and stages, which a comparison has not; train by finetune",
+        )  # fmt: skip
+
+    def test_nothing_to_train(self, place: Path, tmp_path: Path) -> None:
+        fails(
+            stage(1, tmp_path / "o", place, "--set", "frozen=true"),
+            "no parameter of ssr with these options asks for a gradient, so there is nothing to train",
+        )
+
+    def test_a_tokenizer_of_another_task(self, place: Path, tmp_path: Path) -> None:
+        fails(
+            stage(1, tmp_path / "o", place, "--tokenizer", place / "language"),
+            "tokenizer is for the task ctc; the task text has the language model's",
+        )
+
+    def test_a_readout_that_does_not_compress(self, place: Path) -> None:
+        from mmtransfer.encoders.loading import load_model
+
+        task = Text(language_model=str(place / "language"))
+        with pytest.raises(ValueError, match="hff-b has a vector for each frame, and the task wants one for"):
+            AdaptedModel(load_model(str(place / "model")), "hff-b", task, out_dim=32)
+
+    @pytest.mark.parametrize("text", ["x", "{}", "[1]"])
+    def test_a_description_that_is_no_option(self, text: str) -> None:
+        with pytest.raises(ValueError, match="the option that is given is aligner_model"):
+            registry.find("ssr", aligner_description=text)
+
+    @pytest.mark.parametrize(
+        ("option", "message"),
+        [
+            ("depth=3", "trained with depth 2, not 3"),
+            ("aligner=cif", "trained with aligner None, not 'cif'"),
+            ("fusion=hff-b", "trained with fusion None, not 'hff-b'"),
+        ],
+    )
+    def test_a_beginning_with_other_options(
+        self, place: Path, first: Path, tmp_path: Path, option: str, message: str
+    ) -> None:
+        words = ("--language-model", place / "language", "--stage", "2", "--begin-with", first)
+        fails(finetune(tmp_path / "o", *source(place), *words, "--set", option), message)
+
+    def test_a_beginning_has_an_aligner(self, place: Path, first: Path, tmp_path: Path) -> None:
+        words = ("--language-model", place / "language", "--stage", "2", "--begin-with", first)
+        given = f"aligner_model={place / 'ctc'}"
+        fails(
+            finetune(tmp_path / "o", *source(place), *words, "--set", given),
+            "aligner_model and begin_with exclude each other",
+        )
 
     def test_a_beginning_of_another_method(self, place: Path, tmp_path: Path) -> None:
         fails(

@@ -244,6 +244,24 @@ def test_unity2_learns_where_characters_are() -> None:
         unity(taps_of("aab"), None, None)
 
 
+@pytest.mark.parametrize("texts", [("", ""), ("", "ab c")])
+def test_unity2_has_no_segment_and_no_loss_for_an_empty_text(texts: tuple[str, ...]) -> None:
+    torch.manual_seed(0)
+    taps = Taps.pack(torch.randn(16, 1, 5), torch.tensor([8, 8]))
+    model = UnitY2Aligner(5, " abc", 8, dropout=0.0).train()
+    labels = TokenLabels.of([[], [7] * bool(texts[1])], [[], [4] * bool(texts[1])], texts)
+    found = model(taps, labels, None)
+    assert found.counts.tolist() == [0, int(bool(texts[1]))]
+    found.loss.backward()
+    alone = 0.0
+    if texts[1]:
+        other = Taps.pack(taps.features[8:], torch.tensor([8]))
+        alone = model(other, TokenLabels.of([[7]], [[4]], texts[1:]), None).loss.item()
+    assert found.loss.item() == pytest.approx(alone / 2)
+    grads = [each.grad for each in model.parameters() if each.grad is not None]
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
 def test_cif_weights_learn_the_number_of_tokens() -> None:
     torch.manual_seed(0)
     weights = CIFWeights(5)

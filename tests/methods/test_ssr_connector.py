@@ -111,6 +111,19 @@ def test_frames_past_the_last_segment_are_not_read() -> None:
     assert torch.equal(connector(x, ENDS, LENGTHS), out)
 
 
+def test_gradients_in_float64() -> None:
+    """Of frames, by finite differences, which see the rounding of float32."""
+    connector = build(layers=2).double()
+    x = frames(torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda each: connector(each, ENDS), (x,), fast_mode=True)
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 9), (12, 10), (3, 12)])
+def test_frames_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"x must be frames \(B, T, 10\), got shape"):
+        build()(torch.zeros(shape), ENDS)
+
+
 def test_dropout_is_that_of_training_alone() -> None:
     connector = build(dropout=0.5)
     x = frames()

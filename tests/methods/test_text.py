@@ -188,6 +188,14 @@ class TestPlaces:
         assert found == sorted(found)
         assert not found or found[-1] == len(text)
 
+    def test_what_no_token_has_belongs_to_the_one_before(self) -> None:
+        """Accents that normalisation joins to their letters."""
+        tokenizer = Tokenizer(models.BPE({each: index for index, each in enumerate("ab é")}, []))
+        tokenizer.normalizer = normalizers.NFC()
+        found = text_tokenizer(tokenizer)
+        assert found.encode_with_ends("ae\u0301b")[1] == [1, 3, 4]
+        assert found.encode_with_ends("ae\u0301")[1] == [1, 3]
+
     def test_bytes_of_a_character_share_its_end(self) -> None:
         """The tokenizer has seen no Czech: each letter with a mark is two bytes, two tokens."""
         tokenizer = TextTokenizer(tiny_tokenizer(), "it")
@@ -378,6 +386,15 @@ class TestTable:
         with pytest.raises(ValueError, match=message):
             read_embedding_table(str(model))
 
+    def test_the_second_stage_takes_no_table_with_nan(self, tmp_path: Path) -> None:
+        """It would be found after training alone, and blamed on that."""
+        model = tiny_language_model(tmp_path / "lm")
+        self._change(
+            model, "model.embed_tokens.weight", lambda t: t.index_fill(0, torch.tensor([7]), math.nan)
+        )
+        with pytest.raises(ValueError, match="lm has values that are not finite"):
+            head_of(model)
+
     def test_an_untied_output_is_not_taken_for_it(self, tmp_path: Path) -> None:
         model = tiny_language_model(tmp_path)
         self._change(model, "model.embed_tokens.weight", None)
@@ -398,6 +415,14 @@ class TestTable:
             with pytest.raises(ValueError, match=rf"of type {kind}.* no causal language model") as found:
                 call(str(tmp_path))
             assert str(tmp_path) in str(found.value)
+
+    def test_a_speech_model(self, tmp_path: Path) -> None:
+        """It has no tokenizer, which is not what is wrong with it."""
+        small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        config = Wav2Vec2Config(**small, conv_dim=(8,), conv_stride=(2,), conv_kernel=(3,))
+        Wav2Vec2Model(config).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match=r"of type wav2vec2.* no causal language model"):
+            task_of(tmp_path).collate(["a"])
 
     def test_folders_with_faults(self, tmp_path: Path) -> None:
         with pytest.raises(DataError, match="nowhere does not exist"):
@@ -731,10 +756,23 @@ class TestSecondStage:
         task = task_of(folder)
         head = head_of(folder)
         assert head(*vectors([60])).shape[1] <= 64 - 61
-        with pytest.raises(ValueError, match=r"has 64 positions .* none is left"):
-            head(*vectors([63]))
-        with pytest.raises(ValueError, match=r"65 positions .* takes 64"):
+        with pytest.raises(
+            ValueError, match=r"row 1 of the batch has 63 vectors .* its text no room in the 64"
+        ):
+            head(*vectors([5, 63]))
+        with pytest.raises(ValueError, match=r"row 0 .* 61 vectors .* its transcript and EOS no room"):
             head.loss(*vectors([61]), task.collate(["the cat"]))
+
+    def test_a_long_row_does_not_cut_another_short(self, folder: Path) -> None:
+        head = head_of(folder)
+        alone = head(*vectors([5]))
+        assert alone.shape[1] > 3
+        frames, taps = vectors([5, 60])
+        together = head(frames, taps)
+        width = alone.shape[1]
+        assert torch.equal(together[:1, :width], alone)
+        assert (together[0, width:] == PADDING).all()
+        assert (together[1, 3:] == PADDING).all()
 
     def test_without_bos(self, tmp_path: Path) -> None:
         """The first token of an utterance without vectors has nothing to be predicted from."""

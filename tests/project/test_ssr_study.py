@@ -48,7 +48,6 @@ TINY = SmallLanguageModelSettings(
     batch_lines=8,
     learning_rate=1e-2,
     held_out=0.1,
-    repeat_steps=0,
     repeat_lines=0,
 )
 
@@ -129,20 +128,6 @@ class TestSmallLanguageModel:
             repeat = tokenizer.convert_tokens_to_ids(language.REPEAT)
             losses.append(language._repeating_loss(model, repeat, texts).item())
         assert losses[0] < 0.5 * losses[1]
-
-    def test_random_tokens_are_repeated_first(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-        seen: list[Any] = []
-        real = language._repeating_loss
-
-        def note(model: Any, repeat: int, texts: Any) -> torch.Tensor:
-            seen.append(texts)
-            return real(model, repeat, texts)
-
-        monkeypatch.setattr(language, "_repeating_loss", note)
-        small_language_model(TRAIN, tmp_path / "model", settings=replace(TINY, epochs=1, repeat_steps=3))
-        assert len(seen) == 3
-        assert all(len(texts) == 32 and len({len(text) for text in texts}) == 1 for texts in seen)
-        assert min(min(text) for texts in seen for text in texts) > 3
 
     def test_what_is_left_of_a_run_that_was_stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         few = replace(TINY, epochs=1)

@@ -20,7 +20,7 @@ from mmtransfer.data.features import Collator
 from mmtransfer.data.inputs import AudioInput
 from mmtransfer.encoders.encoder import Encoder
 from mmtransfer.encoders.tapped import TappedEncoder, tap_name
-from mmtransfer.method import Method
+from mmtransfer.method import Method, check_predicts
 from mmtransfer.model import AdaptedModel
 from mmtransfer.tasks import Task, default_task, find_task
 from mmtransfer.training.caching import EncoderCollator, clip_name
@@ -432,8 +432,13 @@ class _Session:
 def find_methods(settings: CompareSettings) -> list[Method]:
     """The methods of a comparison, with the options that are theirs.
 
-    ValueError for an unknown method, or an option that none of them has.
+    ValueError for an unknown method, an option that none of them has, or a task with a language model.
     """
+    if settings.task is not None and find_task(settings.task).reads_language_model:
+        raise ValueError(
+            f"the task {settings.task} has a language model and stages, which a comparison has not; train by "
+            "finetune"
+        )
     names = dict.fromkeys(registry.default_names() if settings.methods is None else settings.methods)
     found = [registry.find(name) for name in names]
     for key, value in registry.in_order(_of_methods(settings, found)):
@@ -446,6 +451,8 @@ def find_methods(settings: CompareSettings) -> list[Method]:
             raise ValueError(f"none of the methods {', '.join(names)} has an option {key!r}")
         for index in owners:
             found[index] = registry.find(found[index], **changes)
+    for method in found:
+        check_predicts(method)
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 class DataError(RuntimeError):
@@ -23,3 +24,9 @@ def shortened(items: Iterable[str], count: int) -> str:
 def counted(number: int, singular: str, plural: str | None = None) -> str:
     """`1 clip` or `2 clips`."""
     return f"{number} {singular if number == 1 else plural or singular + 's'}"
+
+
+def shown(value: Any, most: int = 100) -> str:
+    """A value in a message, of which some are the content of files."""
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -5,11 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from mmkernels import segment_pool
 
-from .decoder import SegmentDecoderLayer
+from .decoder import RMSNorm, SegmentDecoderLayer
 
 ATTENTION = ("segment", "causal")
 POOLING = ("last", "mean")
@@ -77,7 +76,7 @@ class Connector(nn.Module):
             SegmentDecoderLayer(config, lookback=lookback, dropout=dropout, backend=backend)
             for _ in range(layers)
         )
-        self.norm = LlamaRMSNorm(width, eps=eps)
+        self.norm = RMSNorm(width, eps)
 
     def forward(
         self, x: torch.Tensor, ends: torch.Tensor | None, lengths: torch.Tensor | None = None
@@ -94,8 +93,13 @@ class Connector(nn.Module):
         Returns:
             `(B, M, width)`.
 
-        Gradients flow to `x` and to the parameters. ValueError as `mmkernels.segment_attention`.
+        Gradients flow to `x` and to the parameters. ValueError for frames of another shape, or as
+        `mmkernels.segment_attention`.
         """
+        if x.dim() != 3 or x.shape[2] != self.projection.in_features:
+            raise ValueError(
+                f"x must be frames (B, T, {self.projection.in_features}), got shape {tuple(x.shape)}"
+            )
         x = self.projection(x)
         inside = ends
         if inside is None or self.attention == "causal":

@@ -7,9 +7,19 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers.models.llama.configuration_llama import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
 
 from mmkernels import segment_attention, segment_pool
+
+
+class RMSNorm(LlamaRMSNorm):
+    """Llama's, which computes in float32, but in float64 for such an input."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != torch.float64:
+            return super().forward(hidden_states)
+        variance = hidden_states.square().mean(-1, keepdim=True)
+        return self.weight * hidden_states * (variance + self.variance_epsilon).rsqrt()
 
 
 class SegmentDecoderLayer(LlamaDecoderLayer):
@@ -28,6 +38,8 @@ class SegmentDecoderLayer(LlamaDecoderLayer):
         self, config: LlamaConfig, *, lookback: int = 1, dropout: float = 0.0, backend: str = "auto"
     ) -> None:
         super().__init__(config, 0)
+        self.input_layernorm: Any = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm: Any = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lookback, self.dropout, self.backend = lookback, dropout, backend
         self.head_dim: int = self.self_attn.head_dim
 

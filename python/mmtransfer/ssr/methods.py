@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,6 +94,7 @@ class SSRMethod(Method):
         if self.aligner_model is not None:
             description = describe_ctc(Path(self.aligner_model).expanduser())
             object.__setattr__(self, "aligner_description", description.to_json())
+        self._description()
         if self.aligner == "ctc" and self.aligner_description is None:
             raise ValueError(
                 "ssr: the aligner ctc needs aligner_model, the folder of a model that `mmtransfer finetune "
@@ -123,6 +123,14 @@ class SSRMethod(Method):
             own["alphabet"] = getattr(task, "alphabet", "")
         missing = {name: value for name, value in own.items() if getattr(self, name) is None}
         return dataclasses.replace(self, **missing) if missing else self
+
+    def weights_from(self) -> tuple[str, ...]:
+        return () if self.aligner_model is None else ("aligner_model",)
+
+    def needs_target(self) -> str | None:
+        if self.aligned_by != "unity2":
+            return None
+        return "the aligner unity2 finds no segments without the text; choose ctc, cif or fixed"
 
     def select_taps(self, encoder: Encoder) -> Sequence[Tap]:
         return self._taps(encoder)[0]
@@ -177,7 +185,7 @@ class SSRMethod(Method):
     def _description(self) -> CTCDescription | None:
         if self.aligned_by != "ctc" or self.aligner_description is None:
             return None
-        return CTCDescription(**json.loads(self.aligner_description))
+        return CTCDescription.from_json(self.aligner_description)
 
     def _taps(self, encoder: Encoder) -> tuple[list[Tap], list[int], list[int] | None]:
         """The taps, and which of them the connector and the aligner read."""

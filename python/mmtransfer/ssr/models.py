@@ -39,6 +39,17 @@ class CTCDescription:
     task: Mapping[str, Any]
     base: Mapping[str, Any]
 
+    @classmethod
+    def from_json(cls, text: str) -> CTCDescription:
+        """ValueError for what `to_json` has not written."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"ssr: aligner_description is what a checkpoint says of its aligner, got {text[:40]!r}; the "
+                "option that is given is aligner_model"
+            ) from error
+
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
@@ -53,6 +64,7 @@ class CTCDescription:
         ValueError for another encoder than that of the checkpoint, or weights that do not fit.
         """
         from mmtransfer.encoders.edit import restored
+        from mmtransfer.method import Compressor
         from mmtransfer.tasks.ctc import CTC
 
         own = {
@@ -69,6 +81,11 @@ class CTCDescription:
         # Its weights are loaded: the random state is as without it.
         with restored():
             readout: Any = self.method().readout(encoder)
+            if isinstance(readout, Compressor):
+                raise ValueError(
+                    f"ssr: aligner_model was trained by {self.name}, which has no logits of frames; take a "
+                    "model of a method that has, such as hff-b or head"
+                )
             head = task.head(readout.out_dim)
         if source is not None:
             _load({"readout": readout, "head": head}, source)

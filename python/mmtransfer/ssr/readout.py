@@ -68,10 +68,20 @@ class SSRReadout(Compressor):
             return 0
         return self.aligner.frames_needed(target)
 
+    def knows(self, target: Any) -> bool:
+        if self.tokenize is None or self.textless or isinstance(self.aligner, CIFWeights):
+            return True
+        return self.aligner.knows(target)
+
     def attach(self, task: Task | None, head: nn.Module | None) -> None:
         if getattr(task, "language_model", None) is not None:
             assert task is not None
             self.tokenize, self.token_each = task.collate, bool(getattr(task, "token_each", False))
+            if self.token_each and self.textless and not getattr(self.aligner, "finds_text", False):
+                raise ValueError(
+                    "textless training of a vector for each token needs the aligner ctc, which finds the "
+                    "tokens of its own transcript; choose it, or stage 2, or train with the text"
+                )
         table = getattr(head, "table", None)
         if self.match_scale and table is not None:
             self.connector.norm.weight.data.fill_(float(table.float().square().mean().sqrt()))

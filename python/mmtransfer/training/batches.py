@@ -82,16 +82,24 @@ def find_infeasible(
 ) -> dict[int, str]:
     """The examples that the task's loss, or a readout that compresses, cannot use: a sentence on each.
 
-    For CTC a transcript needs a frame for each of its characters and one between two that are equal.
+    For CTC a transcript needs a frame for each of its characters and one between two that are equal; for an
+    aligner it needs a character that this one knows.
     """
     found: dict[int, str] = {}
-    for index, count in enumerate(frame_counts(examples, collate, encoder) or ()):
+    counts = frame_counts(examples, collate, encoder)
+    if counts is None and not isinstance(readout, Compressor):
+        return found
+    for index in range(len(examples)):
         target = _target(examples, index, task)
         needed = task.frames_needed(target)
         if isinstance(readout, Compressor):
             needed = max(needed, readout.frames_needed(target))
-        if needed > count:
-            found[index] = f"{example_name(examples, index)} ({needed} frames needed, {count} there)"
+            if not readout.knows(target):
+                # A language model would be taught to write it without having heard anything.
+                found[index] = f"{example_name(examples, index)} (no character that the aligner knows)"
+        if counts is not None and needed > counts[index]:
+            name = example_name(examples, index)
+            found[index] = f"{name} ({needed} frames needed, {counts[index]} there)"
     return found
 
 

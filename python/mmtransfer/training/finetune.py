@@ -13,7 +13,7 @@ from transformers import SequenceFeatureExtractor
 
 from mmtransfer import checkpoint, registry
 from mmtransfer.data import DataError, Recordings, from_manifest, load_data
-from mmtransfer.method import Method
+from mmtransfer.method import Method, check_predicts
 
 from .clock import Point
 from .finetune_settings import FinetuneSettings
@@ -93,14 +93,23 @@ def _find_method(method: str | Method, settings: FinetuneSettings) -> Method:
         raise ValueError(
             f"{settings.begin_with} was trained by {config['method']}; {found.name} cannot begin with it"
         )
-    return registry.find(registry.find(found, **config["options"]), **options)
+    found = registry.find(registry.find(found, **config["options"]), **options)
+    for name in (name for part in found.parts() for name in part.weights_from()):
+        raise ValueError(
+            f"{name} and begin_with exclude each other: {settings.begin_with} has such weights, with which "
+            "the run begins"
+        )
+    return found
 
 
 def _check(settings: FinetuneSettings, method: Method) -> None:
     """ValueError for settings that cannot be met, before anything is loaded."""
     task = chosen_task(settings)
+    check_predicts(method, texts=task is not None and task.reads_language_model)
     if settings.keep_head and task is not None and task.reads_language_model:
         raise ValueError(f"keep_head is for a head that the model has, and the task {task.name} has another")
+    if settings.tokenizer is not None and task is not None and task.reads_language_model:
+        raise ValueError(f"tokenizer is for the task ctc; the task {task.name} has the language model's")
     if settings.keep_head and method.has_readout:
         raise ValueError(f"keep_head needs the last layer alone, and {method.name} has a readout of its own")
     if settings.fp16 and main_device(settings.cpu).type == "cpu":

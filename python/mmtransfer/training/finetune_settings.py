@@ -39,7 +39,8 @@ class FinetuneSettings:
         language_model: folder or hub name of a causal language model that is to read the speech.
         stage: of a task that is trained in stages; 1 if None.
         begin_with: folder of a trained model of the same method, whose readout and changes of the encoder
-            training begins with, and whose options are those of this run where none are given.
+            training begins with, in place of a start, and whose options are those of this run where none are
+            given.
         epochs: passes over the training clips.
         max_steps: the run ends after so many steps if not earlier.
         batch_size: clips per batch and device.

@@ -34,9 +34,11 @@ from transformers.integrations import TensorBoardCallback, is_tensorboard_availa
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mmtransfer.checkpoint import load_trained, save_trained
+from mmtransfer.data import DataError
 from mmtransfer.encoders.precision import check_trained
 from mmtransfer.method import Compressor
 from mmtransfer.model import AdaptedModel
+from mmtransfer.tokens import UtteranceError
 
 from .batches import LengthBatches, example_lengths
 from .caching import CachedFeatures, CachedInputs, example_name
@@ -112,6 +114,15 @@ class Checkpoints:
     log: Path | None = None
 
 
+def check_trains(model: AdaptedModel) -> None:
+    """ValueError for a model in which nothing is trained."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            f"no parameter of {model.method.name} with these options asks for a gradient, so there is "
+            "nothing to train; thaw one, or leave out options that freeze"
+        )
+
+
 @plain_errors()
 def train(
     model: AdaptedModel,
@@ -129,12 +140,13 @@ def train(
     `transformers.set_seed(settings.seed)`, also where the run was interrupted and resumed.
 
     Raises:
-        ValueError: no examples, or float16 weights that ask for gradients.
+        ValueError: no examples, nothing to train, or float16 weights that ask for gradients.
         NotFiniteError: features, the loss of an epoch, or a trained tensor at the end are not finite.
     """
     if not len(examples):  # type: ignore[arg-type]
         raise ValueError("examples are empty; training needs at least one")
     check_trained(model.named_parameters())
+    check_trains(model)
     if isinstance(examples, CachedFeatures):
         examples.check()
     with contextlib.ExitStack() as stack:
@@ -180,6 +192,7 @@ def predict(
 
     Raises:
         ValueError: a model without a task.
+        DataError: an example that the model cannot take.
         NotFiniteError: features or logits are not finite; the first such example is named.
     """
     if model.task is None:
@@ -205,13 +218,17 @@ def predict(
     )
     half = torch.float16 if settings.fp16 else torch.bfloat16
     needs_text = isinstance(model.readout, Compressor) and model.readout.needs_text
-    for batch in loader:
+    for number, batch in enumerate(loader):
         # The target has no part in a prediction, nor has its loss.
         labels = batch.pop("labels", None)
         if needs_text:
             batch["text"] = labels
         with torch.autocast(device.type, half, enabled=settings.bf16 or settings.fp16):
-            output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            try:
+                output = model(**{name: tensor.to(device) for name, tensor in batch.items()})
+            except UtteranceError as error:
+                name = example_name(examples, mine[number * settings.batch_size + error.row])
+                raise DataError(f"{name} {error.reason}") from error
         sound += model.task.sound(output.logits, output.lengths)
         found += model.task.decode(output.logits, output.lengths)
     # Gathered first: a process that raised alone would leave the others waiting.

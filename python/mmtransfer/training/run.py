@@ -30,7 +30,7 @@ from .batches import drop_infeasible
 from .caching import EncoderCollator, NoRoomError, cache_features, cache_inputs, examples_for
 from .clock import Point
 from .finetune_settings import FinetuneSettings
-from .loop import Checkpoints, Evaluation, TrainResult, main_device, predict, train
+from .loop import Checkpoints, Evaluation, TrainResult, check_trains, main_device, predict, train
 from .machine import describe_machine, is_main_process, process_count
 from .run_folder import FORMAT, LOG, RunFolder
 from .selection import Findings, digest, hold_out, select
@@ -39,7 +39,7 @@ from .starting import find_start
 #: Examples, and the function that makes a batch of them.
 Examples = tuple[Any, Callable[[Any], dict[str, torch.Tensor]]]
 #: Settings that do not change the result, and those that `_describe` has in another form.
-_NO_PART_OF_A_RUN = ("workers", "options", "tokenizer")
+_NO_PART_OF_A_RUN = ("workers", "options", "tokenizer", "task")
 
 
 def chosen_task(settings: FinetuneSettings) -> type[Task] | None:
@@ -176,6 +176,8 @@ class Run:
         start = self._trained_start()
         training = self.settings.training(self.method.training)
         model = self._build(self.method)
+        # Here too, before features are made.
+        check_trains(model)
         if self.head is not None:
             assert model.head is not None
             model.head.load_state_dict(self.head)
@@ -257,6 +259,8 @@ class Run:
         """The model that the method begins with: trained, or read from the states of an interrupted run."""
         if self.method.starts_from is None or self.settings.start_epochs == 0 or self.head is not None:
             return None
+        if self.settings.begin_with is not None:
+            return None  # its readout is trained, and a start would replace it
         method = find_start(self.method)
         model = self._build(method)
         saved = self.folder.states / "start"
@@ -298,7 +302,8 @@ class Run:
         kept, dropped = drop_infeasible(examples, collate, model.encoder, self.task, model.readout)
         if dropped and findings is not None:
             clips = first(dropped, "training clip", "training clips")
-            findings.add(f"{clips} cannot hold their text and are left out")
+            their = "its text and is" if len(dropped) == 1 else "their text and are"
+            findings.add(f"{clips} cannot hold {their} left out")
         if not len(kept):
             raise DataError(f"{self.recordings.name} has no training clip that can be used")
         return kept
@@ -366,10 +371,11 @@ class Run:
             "format": FORMAT,
             "method": self.method.name,
             "options": self.method.options(),
-            "task": {"name": self.task.name, "options": self.task.options()},
             "model": self.source,
             "dtype": str(next(self.model.parameters()).dtype).removeprefix("torch."),
             "data": {"name": recordings.name, "digest": digest(recordings)},
+            # Behind the data, on which the alphabet depends.
+            "task": {"name": self.task.name, "options": self.task.options()},
             **settings,
         }
 

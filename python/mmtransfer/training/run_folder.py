@@ -10,12 +10,15 @@ from typing import Any
 
 from mmtransfer import checkpoint
 from mmtransfer.data import DataError
+from mmtransfer.data.errors import shown
 
 RUN = "run.json"
 RESULTS = "results.json"
 STATES = "states"
 LOG = "log"
 FORMAT = "mmtransfer-finetune"
+#: Entries of a description whose own entries differ one by one.
+_NESTED = ("options", "task")
 
 
 class RunFolder:
@@ -69,12 +72,10 @@ class RunFolder:
             path.unlink()
         if self.goes_on:
             earlier = self._read(RUN)
-            for name in {**earlier, **described}:
-                if earlier.get(name) != described.get(name):
-                    raise DataError(
-                        f"the run in {self.path} has {name} {earlier.get(name)!r}, not "
-                        f"{described.get(name)!r}; resume it as it began, or use another output"
-                    )
+            if (found := _first_difference(earlier, described)) is not None:
+                raise DataError(
+                    f"the run in {self.path} has {found}; resume it as it began, or use another output"
+                )
             return
         self.path.mkdir(parents=True, exist_ok=True)
         for name in (RESULTS, RUN):
@@ -122,3 +123,16 @@ class RunFolder:
         if (self.path / RUN).exists() and not (self.path / checkpoint.CONFIG).exists() and weights.exists():
             found.append(weights)
         return found
+
+
+def _first_difference(earlier: Mapping[str, Any], now: Mapping[str, Any], inside: str = "") -> str | None:
+    """What one description has and the other has not, by the path of its name; None if they are equal."""
+    for name in {**earlier, **now}:
+        was, given = earlier.get(name), now.get(name)
+        if was == given:
+            continue
+        # The others are what is said of one thing.
+        if (inside or name in _NESTED) and isinstance(was, dict) and isinstance(given, dict):
+            return _first_difference(was, given, f"{inside}{name}.")
+        return f"{inside}{name} {shown(was)}, not {shown(given)}"
+    return None

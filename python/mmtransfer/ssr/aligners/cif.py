@@ -41,6 +41,8 @@ class CIFWeights(nn.Module):
         x = taps.scatter(taps.features.flatten(1))
         hidden = self.conv(x.transpose(1, 2)).relu().transpose(1, 2)
         alpha = self.weight(hidden).squeeze(2).float().sigmoid()
+        # Frames that are not finite go into tokens, whose vectors tell which utterance it is.
+        alpha = alpha.masked_fill(alpha.isnan(), 1 / _INITIAL_FRAMES)
         if labels is None:
             found = cif(x, alpha, lengths=taps.lengths)
             return found.features, found.lengths, None

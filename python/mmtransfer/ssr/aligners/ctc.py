@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -35,6 +36,8 @@ class CTCAligner(Aligner):
     The model stays frozen and in eval mode.
     """
 
+    finds_text: ClassVar[bool] = True
+
     table: torch.Tensor | None
 
     def __init__(self, readout: nn.Module, head: nn.Module, task: CTC) -> None:
@@ -51,19 +54,23 @@ class CTCAligner(Aligner):
     def frames_needed(self, text: str) -> int:
         return self.task.frames_needed(text)
 
+    def knows(self, text: str) -> bool:
+        return not self.task.is_empty(text)
+
     @torch.no_grad()
     def forward(self, taps: Taps, labels: TokenLabels | None, tokenize: Tokenize | None) -> Segments:
         logits = self.logits(taps)
         log_probs = taps.scatter(F.log_softmax(logits, -1))
+        finite = log_probs.isfinite().all(2).all(1)
         if labels is None:
             texts: Sequence[str] = self.task.decode(logits, taps.lengths)
             packed = (tokenize or self.symbols_as_tokens)(texts)
             labels = TokenLabels.unpack(packed.to(logits.device))
         symbols, places, counts = self.symbols(labels)
         found = ctc_align(log_probs, symbols, taps.lengths, counts, blank=self.task.blank)
-        check_fits(found.feasible | (counts == 0), counts, taps.lengths)
+        check_fits(found.feasible | (counts == 0) | ~finite, counts, taps.lengths)
         ends = token_ends(found.ends, places, counts, labels)
-        return drop_empty(ends, labels.counts, labels)
+        return _with_unsound(drop_empty(ends, labels.counts, labels), finite, taps.lengths)
 
     def logits(self, taps: Taps) -> torch.Tensor:
         """`(N, symbols)` of all frames, float32."""
@@ -114,6 +121,13 @@ class CTCAligner(Aligner):
             )
         )
         return symbols, places, torch.tensor([len(row) for row in rows], device=characters.device)
+
+
+def _with_unsound(found: Segments, finite: torch.Tensor, lengths: torch.Tensor) -> Segments:
+    """With one segment of all frames for an utterance without finite logits, so that its NaN are seen."""
+    ends = found.ends if found.ends.shape[1] else F.pad(found.ends, (0, 1))
+    ends = torch.where(finite.unsqueeze(1), ends, lengths.unsqueeze(1))
+    return replace(found, ends=ends, counts=torch.where(finite, found.counts, 1))
 
 
 def _rows(characters: torch.Tensor) -> list[list[int]]:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmtransfer.encoders.taps import Taps
-from mmtransfer.tokens import TokenLabels
+from mmtransfer.tokens import TokenLabels, UtteranceError
 
 #: Makes labels of texts, as the task does.
 Tokenize = Callable[[Sequence[str]], torch.Tensor]
@@ -41,14 +41,20 @@ class Aligner(nn.Module, abc.ABC):
     Attributes:
         aligns_text: whether a text changes what the segments are, not only which token each of them has.
         needs_text: whether there are no segments without one.
+        finds_text: whether without a text the segments have tokens, those of one that the aligner finds.
     """
 
     aligns_text: ClassVar[bool] = True
     needs_text: ClassVar[bool] = False
+    finds_text: ClassVar[bool] = False
 
     def frames_needed(self, text: str) -> int:
         """The frames without which a text has no alignment."""
         return 0
+
+    def knows(self, text: str) -> bool:
+        """Whether a text has a symbol of the aligner; without one it has no segment."""
+        return True
 
     @abc.abstractmethod
     def forward(self, taps: Taps, labels: TokenLabels | None, tokenize: Tokenize | None) -> Segments:
@@ -105,10 +111,11 @@ def token_ends(
 
 
 def check_fits(fits: torch.Tensor, symbols: torch.Tensor, frames: torch.Tensor) -> None:
-    """ValueError, naming the first row, unless all texts fit in their frames. Waits for the device."""
+    """UtteranceError, naming the first row, unless all texts fit in their frames. Waits for the device."""
     if not bool(fits.all()):
         row = int((~fits).nonzero()[0])
-        raise ValueError(
-            f"row {row} of the batch has {int(symbols[row])} symbols of text in {int(frames[row])} frames, "
-            "which no alignment has; leave such clips out"
+        raise UtteranceError(
+            row,
+            f"has {int(symbols[row])} symbols of text in {int(frames[row])} frames, which no alignment has; "
+            "leave such clips out",
         )

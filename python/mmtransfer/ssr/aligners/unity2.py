@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -69,7 +70,12 @@ class UnitY2Aligner(Aligner):
             # Of a clip that is scored: it has no segment then.
             labels = labels.keep((labels.ids != PADDING) & fits.unsqueeze(1))
             counts = counts * fits
-        log_probs = F.log_softmax(self.scores(taps, labels), -1)
+        if not labels.characters.shape[1]:
+            # Convolutions take no sequence of length 0.
+            labels = replace(labels, characters=F.pad(labels.characters, (0, 1), value=PADDING))
+        # All scores of an empty text are -inf, of which log-probabilities would be NaN.
+        scores = self.scores(taps, labels).masked_fill((counts == 0).view(-1, 1, 1), 0.0)
+        log_probs = F.log_softmax(scores, -1)
         durations = monotonic_align(log_probs.detach(), lengths * (counts > 0), counts)
         places = torch.arange(1, labels.characters.shape[1] + 1, device=counts.device).expand(len(counts), -1)
         ends = token_ends(durations.cumsum(1), places.contiguous(), counts, labels)
@@ -101,7 +107,7 @@ class UnitY2Aligner(Aligner):
 
 
 def _forward_sum(log_probs: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """Mean over utterances of -log P(characters in their order), for each character."""
+    """Mean over utterances of -log P(characters in their order), for each character; 0 for an empty text."""
     # An infinite one makes its gradient NaN.
     padded = F.pad(log_probs.clamp(min=_LEAST), (1, 0), value=_BLANK)
     numbers = torch.arange(1, log_probs.shape[2] + 1, device=counts.device).expand(len(counts), -1)
@@ -113,4 +119,4 @@ def _forward_sum(log_probs: torch.Tensor, lengths: torch.Tensor, counts: torch.T
         reduction="none",
         zero_infinity=True,
     )
-    return (losses / counts.clamp(min=1)).mean()
+    return (losses * (counts > 0) / counts.clamp(min=1)).mean()

@@ -45,8 +45,8 @@ class EmbeddingHead(nn.Module):
             NotFiniteError: on the CPU, for NaN or infinity in a vector.
             ValueError: on the CPU, where an utterance has more vectors than tokens or the reverse.
         """
-        ids, counts = _align(taps, labels)
         check_finite(frames, taps)
+        ids, counts = _align(taps, labels)
         return mmkernels.distill_loss(
             taps.scatter(frames), self.table, ids, counts=counts, cosine_weight=self.cosine_weight
         )

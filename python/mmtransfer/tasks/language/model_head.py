@@ -15,10 +15,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from mmtransfer.encoders.taps import Taps
-from mmtransfer.tokens import PADDING, TokenLabels
+from mmtransfer.tokens import PADDING, TokenLabels, UtteranceError
 
 from .passages import Passages
-from .source import find_embedding, load_language_model
+from .source import check_table_finite, find_embedding, load_language_model
 from .tokenizer import read_tokenizer
 from .vectors import NOT_FINITE, check_finite, check_width, find_sound
 
@@ -79,6 +79,7 @@ class LanguageModelHead(nn.Module):
         table = find_embedding(model, source)
         check_width(dim, table.shape[1])
         self.tokenizer.check_table(len(table))
+        check_table_finite(table, source)
         if self.tokenizer.eos is None:
             raise ValueError(f"the tokenizer of {source} has no token for the end of a text (EOS)")
         self.eos = self.tokenizer.eos
@@ -103,7 +104,7 @@ class LanguageModelHead(nn.Module):
 
         Raises:
             NotFiniteError: on the CPU, for NaN or infinity in a vector.
-            ValueError: an utterance that is longer than the model's positions.
+            UtteranceError: one that is longer than the model's positions.
         """
         check_finite(frames, taps)
         tokens = TokenLabels.unpack(labels)
@@ -124,18 +125,24 @@ class LanguageModelHead(nn.Module):
     def forward(self, frames: torch.Tensor, taps: Taps) -> torch.Tensor:
         """The tokens `(B, G)` of greedy decoding up to EOS, or `max_tokens`, behind them `PADDING`.
 
-        An utterance with a vector or a logit that is not finite has `NOT_FINITE` alone.
+        An utterance with a vector or a logit that is not finite has `NOT_FINITE` alone. UtteranceError for
+        one whose positions leave no room for a text.
         """
         sound = find_sound(frames, taps)
-        rows = self._sequences(frames.nan_to_num(0.0, 0.0, 0.0), taps, [[] for _ in taps.lengths])
-        # A vector, BOS or a template is needed to predict the first token from.
-        begun = [index for index, row in enumerate(rows) if len(row)]
+        rows = self._sequences(frames.nan_to_num(0.0, 0.0, 0.0), taps, [[] for _ in taps.lengths], room=1)
+        # Rows of the same room together, so that none is cut short by a longer one.
+        groups: dict[int, list[int]] = {}
+        for index, row in enumerate(rows):
+            # A vector, BOS or a template is needed to predict the first token from.
+            if len(row):
+                room = min(self.max_tokens, self._positions - len(row))
+                groups.setdefault(room, []).append(index)
         found = torch.full((len(rows), 1), PADDING, device=frames.device)
-        if begun:
-            ids, finite = self._generate([rows[index] for index in begun])
-            found = found.expand(-1, ids.shape[1]).clone()
-            found[begun] = ids
-            sound[begun] &= finite
+        for room, group in groups.items():
+            ids, finite = self._generate([rows[index] for index in group], room)
+            found = F.pad(found, (0, max(ids.shape[1] - found.shape[1], 0)), value=PADDING)
+            found[group, : ids.shape[1]] = ids
+            sound[group] &= finite
         found[~sound] = PADDING
         found[~sound, :1] = NOT_FINITE
         return found
@@ -180,9 +187,12 @@ class LanguageModelHead(nn.Module):
         return table(torch.tensor(list(ids), dtype=torch.int64, device=table.weight.device))
 
     def _sequences(
-        self, frames: torch.Tensor, taps: Taps, tails: Sequence[Sequence[int]]
+        self, frames: torch.Tensor, taps: Taps, tails: Sequence[Sequence[int]], *, room: int = 0
     ) -> list[torch.Tensor]:
-        """The embeddings of each utterance: BOS, template and speech, then the tokens of its tail."""
+        """The embeddings of each utterance: BOS, template and speech, then the tokens of its tail.
+
+        UtteranceError where they leave fewer than `room` of the model's positions.
+        """
         table = self.model.get_input_embeddings()
         vectors = frames.to(table.weight.dtype)
         # The speech has the scale of the table's rows, which some models multiply in the embedding.
@@ -193,12 +203,14 @@ class LanguageModelHead(nn.Module):
             torch.cat([before, speech, self._embed([*self._after, *tail])])
             for speech, tail in zip(vectors.split(taps.lengths.tolist()), tails, strict=True)
         ]
-        longest = max(map(len, rows), default=0)
-        if longest > self._positions:
-            raise ValueError(
-                f"an utterance has {longest} positions with its template and transcript, and "
-                f"{self.source} takes {self._positions}"
-            )
+        for index, row in enumerate(rows):
+            if len(row) + room > self._positions:
+                text = "its text" if room else "its transcript and EOS"
+                raise UtteranceError(
+                    index,
+                    f"has {int(taps.lengths[index])} vectors of speech, which leave {text} no room in the "
+                    f"{self._positions} positions of {self.source}",
+                )
         return rows
 
     def _next_tokens(
@@ -221,7 +233,9 @@ class LanguageModelHead(nn.Module):
         logits = self.model(**given, attention_mask=mask, use_cache=False).logits
         wanted = wanted[:, 1:]
         valid = wanted != _NO_TARGET
-        return F.cross_entropy(logits[:, :-1][valid].float(), wanted[valid], reduction="none")
+        chosen = logits[:, :-1][valid]
+        wide = torch.promote_types(chosen.dtype, torch.float32)
+        return F.cross_entropy(chosen.to(wide), wanted[valid], reduction="none")
 
     def _text(self, texts: Sequence[str], *, most: int | None = None, end: bool = True) -> torch.Tensor:
         """The cross-entropy of each token of texts, and of EOS behind those that are not cut."""
@@ -235,15 +249,9 @@ class LanguageModelHead(nn.Module):
         ids = pad_sequence(rows, batch_first=True, padding_value=self.eos).to(device)
         return self._next_tokens(rows, ids=ids)
 
-    def _generate(self, rows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """The tokens `(B, G)` behind embeddings, and whether the logits of each row were finite."""
+    def _generate(self, rows: Sequence[torch.Tensor], room: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """At most `room` tokens `(B, G)` behind embeddings, and whether logits of each row were finite."""
         lengths = [len(row) for row in rows]
-        room = min(self.max_tokens, self._positions - max(lengths))
-        if room < 1:
-            raise ValueError(
-                f"an utterance has {max(lengths)} positions with its template, and {self.source} takes "
-                f"{self._positions}: none is left for its text"
-            )
         inputs = pad_sequence(list(rows), batch_first=True, padding_side="left")
         mask = _mask(lengths, inputs.shape[1], inputs.device).flip(1)
         watch = _Watch(len(rows), inputs.device)

@@ -111,6 +111,12 @@ def find_embedding(model: nn.Module, source: str) -> nn.Parameter:
     return weight
 
 
+def check_table_finite(table: torch.Tensor, source: str) -> None:
+    """ValueError for NaN or infinity, found by two numbers and not by a mask of the size of the table."""
+    if table.numel() and not all(value.isfinite() for value in torch.aminmax(table.detach())):
+        raise ValueError(f"the embedding table of {source} has values that are not finite")
+
+
 def load_language_model(source: str, dtype: torch.dtype | str = torch.float32) -> Any:
     """A language model with its weights, in eval mode.
 

@@ -13,7 +13,7 @@ from transformers.utils import cached_file
 
 from mmtransfer.data import DataError
 
-from .source import Outline, find_embedding, find_place, load_language_model, read_outline
+from .source import Outline, check_table_finite, find_embedding, find_place, load_language_model, read_outline
 from .tokenizer import read_tokenizer
 
 _WEIGHTS = "model.safetensors"
@@ -116,6 +116,4 @@ def _check(table: torch.Tensor, width: int, source: str) -> None:
             f"got {tuple(table.shape)} {table.dtype}"
         )
     read_tokenizer(source).check_table(len(table))
-    # Two numbers, not a mask of the size of the table.
-    if not all(value.isfinite() for value in torch.aminmax(table)):
-        raise ValueError(f"the embedding table of {source} has values that are not finite")
+    check_table_finite(table, source)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from mmtransfer.data import DataError
 from mmtransfer.encoders.loading import quiet_transformers
 
-from .source import find_place
+from .source import find_place, read_outline
 
 #: Of tokenizers in the manner of SentencePiece: a space, also one that is put in front of a text.
 _SPACE = "▁"
@@ -71,15 +71,17 @@ class TextTokenizer:
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """The tokens of a text, and of each how many characters lie before its end.
 
-        Ends never decrease. White space behind a token belongs to it; the parts of one character, tokens of
-        single bytes, share its end; a space that the tokenizer adds in front of a text has the end 0.
+        Ends never decrease. White space behind a token belongs to it, as does what no token has, such as an
+        accent that normalisation joins to its letter. The parts of one character, tokens of single bytes,
+        share its end; a space that the tokenizer adds in front of a text has the end 0.
         """
         found = self._texts.encode(text, add_special_tokens=False)
         ends: list[int] = []
         end = 0
+        following = [start for start, _ in found.offsets[1:]] + [len(text)]
         for place, (token, (_, stop)) in enumerate(zip(found.tokens, found.offsets, strict=True)):
             added = place == 0 and token == _SPACE and not text[:1].isspace()
-            end = max(end, 0 if added else stop)
+            end = max(end, 0 if added else max(stop, following[place]))
             while end < len(text) and text[end].isspace():
                 end += 1
             ends.append(end)
@@ -107,7 +109,7 @@ def read_tokenizer(source: str) -> TextTokenizer:
 
     Raises:
         DataError: there is none.
-        ValueError: it is not a fast one.
+        ValueError: it is not a fast one, or the model is no causal language model.
     """
     try:
         with quiet_transformers():
@@ -115,6 +117,8 @@ def read_tokenizer(source: str) -> TextTokenizer:
     except DataError:
         raise
     except Exception as error:
+        # Another kind of model has none, or one of another kind.
+        read_outline(source)
         # Loaders of several libraries are behind this call.
         reason = " ".join(str(error).split())[:200].removesuffix(".")
         raise DataError(f"no tokenizer can be loaded from {source} ({reason})") from error
