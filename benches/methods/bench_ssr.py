@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,19 +129,18 @@ def _case(
     )
 
 
+#: The sizes of every case in a quick check.
+_TINY = Shape(2, 40, 16, 32, 2, 1, 48, 2)
+
+
 def cases(device: str, tiny: bool = False) -> Iterator[Case]:
-    if tiny:
-        yield _case("tiny", Shape(2, 40, 16, 32, 2, 1, 48, 2), device)
-        return
+    def case(name: str, shape: Shape, **options: Any) -> Case:
+        return _case(name, _TINY if tiny else shape, device, **options)
+
     if device == "cuda":
-        yield _case(
-            "DinoSR to Llama-3-8B",
-            Shape(12, 385, 768, 4096, 32, 8, 14336),
-            device,
-            dtype=torch.bfloat16,
-            headline=True,
-        )
+        llama = Shape(12, 385, 768, 4096, 32, 8, 14336)
+        yield case("DinoSR to Llama-3-8B", llama, dtype=torch.bfloat16, headline=True)
         return
-    small = Shape(8, 500, WHISPER_TINY.width, 256, 4, 2, 704)
-    yield _case(f"{WHISPER_TINY.name} to a small model", small, device, headline=True)
-    yield _case(f"{WHISPER_TINY.name}, 30 s", Shape(2, 1500, 384, 512, 8, 2, 1408), device)
+    width = WHISPER_TINY.width
+    yield case(f"{WHISPER_TINY.name} to a small model", Shape(8, 500, width, 256, 4, 2, 704), headline=True)
+    yield case(f"{WHISPER_TINY.name}, 30 s", Shape(2, 1500, width, 512, 8, 2, 1408))
