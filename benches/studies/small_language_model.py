@@ -1,8 +1,8 @@
 """A small Llama and its sub-word tokenizer, trained on the transcripts of a task in minutes of two cores.
 
 It stands for the language model in studies of connectors, which need one whose embeddings belong to the
-language that is spoken. Each line is also shown with itself again behind `<repeat>`, as large models have
-met repetitions. Its folder is read by `AutoModelForCausalLM` and `AutoTokenizer`.
+language that is spoken. It learns to repeat random tokens behind `<repeat>` too, as large models can repeat
+what they read. Its folder is read by `AutoModelForCausalLM` and `AutoTokenizer`.
 ``python -m benches.studies.small_language_model FOLDER`` trains the one of the Czech recordings.
 """
 
@@ -47,7 +47,7 @@ class SmallLanguageModelSettings:
             falls as a cosine to a tenth.
         embedding_dropout: share of the inputs' embeddings that is zeroed in training, the one regularisation
             that costs no change of the model.
-        repeat_lines: of each batch, to be repeated too.
+        repeats: texts of random tokens in each step, which are to be repeated.
         held_out: share of the distinct lines that decide when to stop and are not trained on.
     """
 
@@ -63,7 +63,7 @@ class SmallLanguageModelSettings:
     learning_rate: float = 1e-3
     weight_decay: float = 0.1
     embedding_dropout: float = 0.2
-    repeat_lines: int = 16
+    repeats: int = 32
     held_out: float = 0.05
 
 
@@ -245,6 +245,18 @@ def _batch(lines: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, pad_sequence([row[1:] for row in rows], batch_first=True, padding_value=_IGNORED)
 
 
+#: Tokens of a random text: the least, and one more than the most.
+_REPEATED = (4, 16)
+
+
+def _random_texts(model: LlamaForCausalLM, repeat: int, count: int) -> list[list[int]]:
+    """Texts of one length; special tokens come first in the vocabulary and are left out."""
+    length = int(torch.randint(*_REPEATED, (1,)))
+    vocabulary = int(model.config.vocab_size or 0)
+    texts: list[list[int]] = torch.randint(repeat + 1, vocabulary, (count, length)).tolist()
+    return texts
+
+
 def _repeating_loss(model: LlamaForCausalLM, repeat: int, texts: Sequence[Sequence[int]]) -> torch.Tensor:
     """Of the tokens behind `<repeat>`, and of the end."""
     config: Any = model.config
@@ -284,9 +296,8 @@ def _train(
             embedded = F.dropout(model.get_input_embeddings()(ids), settings.embedding_dropout)
             logits = model(inputs_embeds=embedded).logits
             F.cross_entropy(logits.flatten(0, 1), targets.flatten()).backward()
-            if settings.repeat_lines:
-                texts = [line[1:-1] for line in lines[: settings.repeat_lines]]
-                _repeating_loss(model, repeat, texts).backward()
+            if settings.repeats:
+                _repeating_loss(model, repeat, _random_texts(model, repeat, settings.repeats)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -57,7 +57,7 @@ from mmtransfer.training.settings import Training
 
 ROOT = Path(__file__).resolve().parents[2]
 CTC = FinetuneSettings(task="ctc", epochs=6, batch_size=16, validation_fraction=0.0, cpu=True, workers=1)
-FIRST = Training(epochs=4, batch_size=16, learning_rate=2e-3, weight_decay=0.1, beta2=0.95, cpu=True)
+FIRST = Training(epochs=3, batch_size=16, learning_rate=2e-3, weight_decay=0.1, beta2=0.95, cpu=True)
 SECOND = Training(epochs=1, batch_size=16, learning_rate=3e-4, weight_decay=0.1, beta2=0.95, cpu=True)
 #: Many symbols are learnt more slowly than few.
 SUB_WORDS_EPOCHS = 12

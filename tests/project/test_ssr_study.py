@@ -48,7 +48,7 @@ TINY = SmallLanguageModelSettings(
     batch_lines=8,
     learning_rate=1e-2,
     held_out=0.1,
-    repeat_lines=0,
+    repeats=0,
 )
 
 
@@ -120,12 +120,13 @@ class TestSmallLanguageModel:
             small_language_model(TRAIN[1:], folder, test=TEST, settings=replace(TINY, epochs=2))
 
     def test_learns_to_repeat(self, trained: tuple[Path, dict[str, Any]], tmp_path: Path):
-        small_language_model(TRAIN, tmp_path / "model", settings=replace(TINY, repeat_lines=8))
+        small_language_model(TRAIN, tmp_path / "model", settings=replace(TINY, repeats=16))
         losses = []
         for folder in (tmp_path / "model", trained[0]):
             model, tokenizer = _loaded(folder)
             texts = tokenizer(TRAIN, add_special_tokens=False)["input_ids"]
             repeat = tokenizer.convert_tokens_to_ids(language.REPEAT)
+            assert min(map(min, language._random_texts(model, repeat, 50))) > repeat
             losses.append(language._repeating_loss(model, repeat, texts).item())
         assert losses[0] < 0.5 * losses[1]
 
