@@ -379,6 +379,8 @@ def _draw_spectrum(axes: Axes, spectrogram: np.ndarray, seconds: float, edges: S
     axes.imshow(spectrogram, origin="lower", aspect="auto", extent=extent, cmap="Greys")
     for edge in edges[1:]:
         axes.axvline(edge, color="C3", linewidth=0.9)
+    # An edge behind the last column would widen the axes, away from those below.
+    axes.set_xlim(0, seconds)
     axes.set_ylabel("mel band", fontsize=8)
     axes.tick_params(labelsize=7, labelbottom=False, bottom=False)
 

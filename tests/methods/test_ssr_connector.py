@@ -177,3 +177,59 @@ def test_wrong_options(options: dict[str, Any], message: str) -> None:
 def test_wrong_ends_name_the_row(ends: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()(frames(), ends, LENGTHS)
+
+
+def test_norm_and_feed_forward_are_llama_s() -> None:
+    """They keep less for the backward pass."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    from mmtransfer.ssr.decoder import RMSNorm
+
+    layer: Any = build().layers[0]
+    norm, theirs = RMSNorm(32), LlamaRMSNorm(32)
+    with torch.no_grad():
+        theirs.weight.copy_(norm.weight.normal_())
+    x = frames().repeat(1, 1, 4)[..., :32]
+    for own, other in [(norm, theirs), (layer._feed_forward, layer.mlp)]:
+        found = []
+        for function in (own, other):
+            given = x.clone().requires_grad_()
+            out = function(given)
+            out.square().sum().backward()
+            found.append((out, given.grad))
+        for mine, expected in zip(*found, strict=True):
+            torch.testing.assert_close(mine, expected)
+
+
+def test_norm_and_feed_forward_have_derivatives_of_second_order() -> None:
+    from mmtransfer.ssr.decoder import RMSNorm
+
+    layer: Any = build().layers[0].double()
+    norm = RMSNorm(32).double()
+    x = frames(torch.float64)[:1, :2].repeat(1, 1, 4)[..., :32].requires_grad_()
+    for function in (norm, layer._feed_forward):
+        assert torch.autograd.gradcheck(function, (x,))
+        assert torch.autograd.gradgradcheck(function, (x,))
+
+
+def test_the_backward_pass_keeps_less_than_llama_s() -> None:
+    connector = build(layers=2, hidden=256)
+    kept: list[int] = []
+
+    def bytes_of(module: nn.Module) -> int:
+        kept.clear()
+        seen: set[int] = set()
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            place = tensor.untyped_storage().data_ptr()
+            if place not in seen and not isinstance(tensor, nn.Parameter):
+                seen.add(place)
+                kept.append(tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            out = module(frames(), ENDS, LENGTHS)
+        del out
+        return sum(kept)
+
+    assert bytes_of(connector) < 0.6 * bytes_of(EagerConnector.of(connector))

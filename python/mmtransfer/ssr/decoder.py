@@ -13,13 +13,39 @@ from mmkernels import segment_attention, segment_pool
 
 
 class RMSNorm(LlamaRMSNorm):
-    """Llama's, which computes in float32, but in float64 for such an input."""
+    """Llama's, which keeps its input alone for the backward pass, and computes in float64 for such an input.
+
+    Half precision is computed as transformers does it.
+    """
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        if hidden_states.dtype != torch.float64:
-            return super().forward(hidden_states)
-        variance = hidden_states.square().mean(-1, keepdim=True)
-        return self.weight * hidden_states * (variance + self.variance_epsilon).rsqrt()
+        x = hidden_states
+        if x.dtype != self.weight.dtype or x.dtype not in (torch.float32, torch.float64):
+            return super().forward(x)
+        return _Normed.apply(x, self.weight, self.variance_epsilon)
+
+
+class _Normed(torch.autograd.Function):
+    """`weight * (x * r)` with `r = 1 / sqrt(mean(x^2) + eps)` of each row."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return weight * (x * r)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        r = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + ctx.eps)
+        y = x * r
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        d_weight = (grad * y).flatten(0, -2).sum(0) if needs_weight else None
+        if not needs_x:
+            return None, d_weight, None
+        d_y = grad * weight
+        return r * (d_y - y * (d_y * y).mean(-1, keepdim=True)), d_weight, None
 
 
 class SegmentDecoderLayer(LlamaDecoderLayer):
@@ -97,15 +123,21 @@ class _GatedProjection(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up, weight = ctx.saved_tensors
         needs_gate, needs_up, needs_weight = ctx.needs_input_grad
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
+        silu = F.silu(gate)
         d_weight = None
         if needs_weight:
             d_weight = (grad.flatten(0, -2).T @ (silu * up).flatten(0, -2)).to(weight.dtype)
         if not (needs_gate or needs_up):
             return None, None, d_weight
         d_product = grad @ weight.to(grad.dtype)
-        return d_product * up * (sigmoid + silu * (1 - sigmoid)), d_product * silu, d_weight
+        d_up = d_product * silu
+        if torch.is_grad_enabled():
+            # The backward pass is to be differentiated itself.
+            sigmoid = gate.sigmoid()
+            return d_product * up * (sigmoid + silu * (1 - sigmoid)), d_up, d_weight
+        # In place: these are the largest tensors of the backward pass.
+        del silu
+        return torch.ops.aten.silu_backward(d_product.mul_(up), gate), d_up, d_weight
 
 
 def take_last(x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ class EagerConnector(nn.Module):
         mask = self._mask(x, ends, lengths)
         for layer in self.layers:
             x = self._layer(layer, x, mask)
-        x = self.norm(x)
+        x = _norm(self.norm, x)
         if ends is None:
             return x
         if self.pooling == "last":
@@ -66,7 +66,7 @@ class EagerConnector(nn.Module):
 
     def _layer(self, layer: Any, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         attention = layer.self_attn
-        h = layer.input_layernorm(x)
+        h = _norm(layer.input_layernorm, x)
         q, k, v = (
             projection(h).unflatten(2, (-1, layer.head_dim)).transpose(1, 2)
             for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -74,7 +74,14 @@ class EagerConnector(nn.Module):
         k, v = (each.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for each in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.expand(-1, q.shape[1], -1, -1))
         x = x + self._drop(layer, attention.o_proj(out.transpose(1, 2).flatten(2)))
-        return x + self._drop(layer, layer.mlp(layer.post_attention_layernorm(x)))
+        return x + self._drop(layer, layer.mlp(_norm(layer.post_attention_layernorm, x)))
 
     def _drop(self, layer: Any, x: torch.Tensor) -> torch.Tensor:
         return F.dropout(x, layer.dropout, self.training) if layer.dropout else x
+
+
+def _norm(norm: Any, x: torch.Tensor) -> torch.Tensor:
+    """RMSNorm as transformers writes it, in float32 at least."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon)
+    return norm.weight * normed.to(x.dtype)
