@@ -1,8 +1,8 @@
 """A small Llama and its sub-word tokenizer, trained on the transcripts of a task in minutes of two cores.
 
 It stands for the language model in studies of connectors, which need one whose embeddings belong to the
-language that is spoken. It learns to repeat random tokens behind `<repeat>` too, as large models can repeat
-what they read. Its folder is read by `AutoModelForCausalLM` and `AutoTokenizer`.
+language that is spoken. Behind `<repeat>` it learns to repeat random tokens too, as large models can repeat a
+text. Its folder is read by `AutoModelForCausalLM` and `AutoTokenizer`.
 ``python -m benches.studies.small_language_model FOLDER`` trains the one of the Czech recordings.
 """
 

@@ -272,7 +272,7 @@ def judge(
     train(model, examples, examples.collate, _seeded(FIRST, seed))
     seconds = time.perf_counter() - began
     figures = judge_vectors(model, material.usable(model, test), material.counts)
-    # Equal segments have no word of their own, and UnitY2's aligner needs the text.
+    # Equal segments belong to no word, and UnitY2's aligner needs the text.
     if textless(model) and variant.options.get("aligner") != "fixed":
         predictions = predict(model, test, test.collate, FIRST)
         figures["stage1_wer"] = model.task.score(predictions, test.targets)["wer"]

@@ -100,7 +100,7 @@ def token_ends(
         labels: of which `ends` say how many characters there are before the end of each token.
 
     Returns:
-        `(B, M)`; a token without a symbol of its own ends where the one before it does.
+        `(B, M)`; a token without a symbol ends where the one before it does.
     """
     size = symbol_ends.shape[1]
     behind = torch.arange(size, device=places.device) >= counts.unsqueeze(1)
