@@ -293,6 +293,8 @@ def test_an_error_leaves_nothing(
 #: Forks a process for each place, which gets a signal there; then the command runs undisturbed.
 INTERRUPTED = """
 import os, signal, sys
+# A shell ignores it for what runs in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from pathlib import Path
 from mmtransfer.cli import main
 from mmtransfer.mam.files import output, run
