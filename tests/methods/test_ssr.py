@@ -59,6 +59,8 @@ class TestStages:
         assert record["test"].keys() == {"wer", "cer", "ter"}
         losses = [point["scores"]["cer"] for point in record["curve"]]
         assert len(losses) == 3
+        # Errors of nearest texts do not say which weights are best.
+        assert record["validation"] is None
         weights = json.loads((first / "config.json").read_text())
         # Neither the table nor the language model is in the checkpoint, and the aligner is.
         from safetensors import safe_open
@@ -440,6 +442,12 @@ class TestModel:
 
 
 class TestWrongInput:
+    def test_patience_in_the_first_stage(self, place: Path, tmp_path: Path) -> None:
+        fails(
+            stage(1, tmp_path / "1", place, "--patience", "2"),
+            "patience needs a score that tells when to stop",
+        )
+
     def test_no_aligner_model(self) -> None:
         with pytest.raises(ValueError, match="the aligner ctc needs aligner_model"):
             registry.find("ssr", aligner="ctc")

@@ -107,6 +107,11 @@ class Task(abc.ABC):
         """The target of a clip."""
         return clip.label
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the weights of the best score on the validation part are kept, and not the last."""
+        return True
+
     def frames_needed(self, target: Any) -> int:
         """The frames that a clip with this target needs to be trained on."""
         return 0

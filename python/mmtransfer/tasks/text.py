@@ -145,6 +145,12 @@ class Text(Task):
         return self.stage == 1
 
     @property
+    def keeps_best(self) -> bool:
+        """Not in stage 1: while vectors come nearer to their embeddings, the errors of the texts that they
+        are nearest to may grow."""
+        return self.stage != 1
+
+    @property
     def shape(self) -> dict[str, Any]:
         """The sizes of a layer of the language model, from its configuration: width (of its embeddings),
         heads, key_heads, hidden (of the feed-forward network) and eps (of its norms).

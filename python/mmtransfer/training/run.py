@@ -72,7 +72,8 @@ class FinetuneResult:
 
     Attributes:
         test: scores of the test part.
-        validation: scores of the validation part with the weights that were kept; None without such a part.
+        validation: scores of the validation part with the weights that were kept; None without such a part,
+            and for a task that keeps the last weights.
         metric: name of the score that counts.
         curve: the evaluations during training.
         steps, seconds: of training; evaluations take no part in the seconds.
@@ -158,6 +159,11 @@ class Run:
         parts = hold_out(recordings, settings.validation_fraction, settings.seed, self.findings)
         if not parts.validation and (settings.patience or settings.evaluate_every):
             raise DataError("patience and evaluate_every need a validation part")
+        if settings.patience and not self.task.keeps_best:
+            raise DataError(
+                f"patience needs a score that tells when to stop, and {self.task.name} in its first "
+                "stage has none; give epochs or max_steps"
+            )
         self.recordings = select(
             parts,
             self.task,
@@ -355,7 +361,7 @@ class Run:
             collate=collate,
             targets=[self.task.target(clip) for clip in clips],
             every=self.settings.evaluate_every,
-            keep_best=True,
+            keep_best=self.task.keeps_best,
             patience=self.settings.patience,
             on_scores=on_scores,
         )
