@@ -37,7 +37,7 @@ from mmtransfer.compare.step import compare_steps
 from mmtransfer.data.features import Collator
 from mmtransfer.data.inputs import AudioInput
 from mmtransfer.data.recordings import Clip
-from mmtransfer.demo.czech import czech_dialogues
+from mmtransfer.demo.czech import LETTERS, czech_dialogues
 from mmtransfer.demo.whisper import whisper_tiny_en
 from mmtransfer.encoders.loading import load_model
 from mmtransfer.encoders.tapped import TappedEncoder
@@ -141,9 +141,7 @@ class Material:
             tuning=tuning,
             text=text,
             template=TEMPLATE,
-            alphabet="".join(
-                sorted(set("".join(self.test_texts)) | set(" aábcčdďeéěfghiíjklmnňoópqrřsštťuúůvwxyýzž"))
-            ),
+            alphabet="".join(sorted({" ", *LETTERS})),
         )
 
     def build(self, variant: Variant, task: Text, seed: int) -> AdaptedModel:

@@ -80,7 +80,7 @@ class SSRReadout(Compressor):
             if self.token_each and self.textless and not getattr(self.aligner, "finds_text", False):
                 raise ValueError(
                     "textless training of a vector for each token needs the aligner ctc, which finds the "
-                    "tokens of its own transcript; choose it, or stage 2, or train with the text"
+                    "tokens of the transcript that it hears; choose it, or stage 2, or train with the text"
                 )
         table = getattr(head, "table", None)
         if self.match_scale and table is not None:

@@ -50,7 +50,7 @@ def chosen_task(settings: FinetuneSettings) -> type[Task] | None:
 
 
 def _task_options(settings: FinetuneSettings, task: type[Task]) -> dict[str, Any]:
-    """The fields of the task that are given, by flags of their own or under its name."""
+    """The fields of the task that the user gives: `--language-model`, `--stage`, and `--set` by its name."""
     given = {name: getattr(settings, name) for name in ("language_model", "stage")}
     named = {name: value for name, value in given.items() if value is not None}
     if named and not task.reads_language_model:
