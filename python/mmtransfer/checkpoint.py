@@ -136,8 +136,7 @@ def load(
             f"the configuration in {folder} has a wrong task, dtype or input ({error})"
         ) from error
     with untouched_on_error(Encoder(model).model):
-        with restored():
-            adapted = AdaptedModel(model, method, task, dtype=dtype)
+        adapted = restored(AdaptedModel, model, method, task, dtype=dtype)
         try:
             _thaw(adapted, config, folder)
             _copy_strictly(adapted.trained_tensors(), tensors, folder)
@@ -251,8 +250,7 @@ def load_prepared(
     labels = find_labels(model, config, folder)
     done: Prepared | None = None
     try:
-        with restored():
-            done = prepare(model, method, head=config["head"], description=description)
+        done = restored(prepare, model, method, head=config["head"], description=description)
         _thaw(done.edit.encoder.root, config, folder)
         _copy_strictly(done.trained_tensors(), tensors, folder)
         set_labels(model, labels)

@@ -12,10 +12,12 @@ from encoder_cases import model_state
 from prepared_models import complete
 from steps import BrokenStepError, Changes, Steps
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 import mmkernels
 import mmtransfer
 from mmtransfer import AdaptedModel, TappedEncoder, prepare, registry
+from mmtransfer.encoders.edit import restoring
 from mmtransfer.method import EditMethod
 from mmtransfer.tasks import Classification
 
@@ -38,10 +40,16 @@ def build(model_type: str = "whisper") -> nn.Module:
     return model
 
 
+def process_state() -> tuple[Any, ...]:
+    """What a change of one model could leave behind for all others."""
+    bars, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+    return restoring.get(), torch.is_grad_enabled(), torch.get_num_threads(), bars, verbosity
+
+
 def check_every_change(model: nn.Module, change: Change, undo: Callable[[Any], None]) -> None:
     """Raise before and after each call that changes something; compare the model each time."""
     undo(change(model))
-    before = model_state(model)
+    before, process = model_state(model), process_state()
     with Changes() as changes:
         done = change(model)
     undo(done)
@@ -52,13 +60,14 @@ def check_every_change(model: nn.Module, change: Change, undo: Callable[[Any], N
             with pytest.raises(BrokenStepError), Changes(number, after=after):
                 change(model)
             assert model_state(model) == before, (number, after)
+            assert process_state() == process, (number, after)
     undo(change(model))
     assert model_state(model) == before
 
 
 def check_every_line(model: nn.Module, change: Change, undo: Callable[[Any], None]) -> None:
     undo(change(model))
-    before = model_state(model)
+    before, process = model_state(model), process_state()
     with Steps() as steps:
         done = change(model)
     undo(done)
@@ -67,6 +76,7 @@ def check_every_line(model: nn.Module, change: Change, undo: Callable[[Any], Non
         with pytest.raises(BrokenStepError), Steps(broken):
             change(model)
         assert model_state(model) == before, broken
+        assert process_state() == process, broken
     undo(change(model))
     assert model_state(model) == before
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from .encoder import Encoder
 from .freezing import Hold, get_holds, set_holds
 
 Forward = Callable[..., Any]
+T = TypeVar("T")
 #: Whether a checkpoint is being loaded, which brings the values of all that an edit adds.
 restoring: ContextVar[bool] = ContextVar("mmtransfer_restoring", default=False)
 #: On the encoder's module while an edit is in force: the name of the method.
@@ -218,14 +219,12 @@ class Edit:
                 module.__dict__["_requires_grad"] = False
 
 
-@contextlib.contextmanager
-def restored() -> Iterator[None]:
-    """Have edits that are made in the body leave the values of additions to a checkpoint."""
-    token = restoring.set(True)
-    try:
-        yield
-    finally:
-        restoring.reset(token)
+def restored(build: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """`build(*args, **kwargs)`, whose edits leave the values of additions to a checkpoint."""
+    # In a context of its own: no error and no interruption can leave `restoring` set for other models.
+    context = copy_context()
+    context.run(restoring.set, True)
+    return context.run(build, *args, **kwargs)
 
 
 @contextlib.contextmanager

@@ -105,9 +105,9 @@ def quiet_transformers() -> Iterator[None]:
     """No progress bars and no warnings while a model is loaded; its report is checked instead."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity(logging.ERROR)
-    transformers_logging.disable_progress_bar()
     try:
+        transformers_logging.set_verbosity(logging.ERROR)
+        transformers_logging.disable_progress_bar()
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)

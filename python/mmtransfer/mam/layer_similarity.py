@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -175,11 +176,11 @@ def _pooling(
         total = torch.einsum("btd,bt->bd", state.float(), valid.float())
         place.append((total / counts.unsqueeze(1)).cpu())
 
-    handles = [
-        layer.register_forward_hook(lambda _m, _a, output, place=place: average(place, output))
-        for layer, place in zip(encoder.all_layers, found, strict=True)
-    ]
+    handles = []
     try:
+        for layer, place in zip(encoder.all_layers, found, strict=True):
+            hook = partial(lambda place, _module, _args, output: average(place, output), place)
+            handles.append(layer.register_forward_hook(hook))
         yield
     finally:
         for handle in handles:
@@ -190,8 +191,8 @@ def _pooling(
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode in the body; each module has its own mode back afterwards."""
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module, training in modes:

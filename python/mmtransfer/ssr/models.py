@@ -79,14 +79,13 @@ class CTCDescription:
             )
         task = CTC(**self.task)
         # Its weights are loaded: the random state is as without it.
-        with restored():
-            readout: Any = self.method().readout(encoder)
-            if isinstance(readout, Compressor):
-                raise ValueError(
-                    f"ssr: aligner_model was trained by {self.name}, which has no logits of frames; take a "
-                    "model of a method that has, such as hff-b or head"
-                )
-            head = task.head(readout.out_dim)
+        readout: Any = restored(self.method().readout, encoder)
+        if isinstance(readout, Compressor):
+            raise ValueError(
+                f"ssr: aligner_model was trained by {self.name}, which has no logits of frames; take a "
+                "model of a method that has, such as hff-b or head"
+            )
+        head = restored(task.head, readout.out_dim)
         if source is not None:
             _load({"readout": readout, "head": head}, source)
         return CTCAligner(readout, head, task)

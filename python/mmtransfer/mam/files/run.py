@@ -109,8 +109,8 @@ def _await(tasks: Sequence[Future[None]]) -> None:
 def _one_thread_each() -> Iterator[None]:
     """torch's own threads would compete with those that read and write."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
     try:
+        torch.set_num_threads(1)
         yield
     finally:
         torch.set_num_threads(before)
