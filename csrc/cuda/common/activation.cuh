@@ -51,6 +51,7 @@ MMK_DEVICE float activation_slope(float z) {
 
 // Calls body(std::integral_constant<Activation, ...>), on the host to choose a kernel, or in a kernel around
 // a loop.
+#pragma nv_exec_check_disable
 template <class Body>
 MMK_HOST_DEVICE auto dispatch_activation(Activation activation, Body&& body) {
   switch (activation) {
