@@ -10,6 +10,7 @@ from mmkernels import _library
 
 #: Index of a device -> why the compiled kernels do not run there, None if they do.
 _reasons: dict[int, str | None] = {}
+_capabilities: dict[int, int] = {}
 
 
 def why_not(index: int | None) -> str | None:
@@ -30,9 +31,24 @@ def why_not(index: int | None) -> str | None:
     return _reasons[index]
 
 
-# A traced graph keeps the answer for its device. This is what torch.compiler.assume_constant_result does, but
-# that imports all of Dynamo.
+def capability(index: int | None) -> int | None:
+    """The compute capability of a device (by default the current one), 90 for 9.0; None where torch sees no
+    such device."""
+    devices = _device_count()
+    if index is None and devices > 0:
+        index = torch.cuda.current_device()
+    if index is None or index >= devices:
+        return None
+    if index not in _capabilities:
+        major, minor = torch.cuda.get_device_capability(index)
+        _capabilities[index] = 10 * major + minor
+    return _capabilities[index]
+
+
+# A traced graph keeps the answers for its device. This is what torch.compiler.assume_constant_result does,
+# but that imports all of Dynamo.
 why_not._dynamo_marked_constant = True  # type: ignore[attr-defined]
+capability._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _device_count() -> int:

@@ -28,14 +28,18 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _serving(device: str) -> dict[str, Any]:
+def _serving(op: str, device: str) -> dict[str, Any]:
     names = (name for name in backends.BACKENDS if name != "auto")
     reasons = {name: backends.why_not(name, device, torch.float32) for name in names}
-    chosen = next(name for name, reason in reasons.items() if reason is None)
-    return {
+    chosen, _ = backends.automatic(op, device, torch.float32)
+    state: dict[str, Any] = {
         "serves": "reference" if device == "cpu" and chosen == "triton" else chosen,
         "cannot": {name: reason for name, reason in reasons.items() if reason is not None},
     }
+    half, reason = backends.automatic(op, device, torch.bfloat16)
+    if reason is not None:
+        state["half_precision"] = {"serves": half, "reason": reason}
+    return state
 
 
 def collect() -> dict[str, Any]:
@@ -58,7 +62,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if "cuda" in devices else None,
         "not_loaded": dict(_library.load_errors),
-        "ops": {op: {device: _serving(device) for device in devices} for op in op_names()},
+        "ops": {op: {device: _serving(op, device) for device in devices} for op in op_names()},
     }
 
 
@@ -77,4 +81,6 @@ def render(facts: dict[str, Any]) -> str:
         for device, state in by_device.items():
             lines.append(f"{op} on {device}: {state['serves']}")
             lines += [f"    not {name}: {reason}" for name, reason in state["cannot"].items()]
+            if half := state.get("half_precision"):
+                lines.append(f"    {half['serves']} in half precision: {half['reason']}")
     return "\n".join(lines)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from dataclasses import dataclass
 
 import torch
 
@@ -11,6 +12,37 @@ from mmkernels import _cuda, _library
 
 #: Values of the argument ``backend`` of every op.
 BACKENDS = ("auto", "native", "triton", "reference")
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Preference:
+    """A GPU and dtypes for which ``"auto"`` takes another backend than the first that can serve.
+
+    Attributes:
+        capability: of the GPU, 90 for 9.0.
+        reason: the prediction or the measurement behind it.
+    """
+
+    op: str
+    dtypes: tuple[torch.dtype, ...]
+    capability: int
+    backend: str
+    reason: str
+
+
+#: Elsewhere ``"auto"`` takes the first of native, Triton and reference that can serve.
+PREFERENCES = (
+    Preference(
+        "layer_project",
+        HALF_PRECISION,
+        90,
+        "triton",
+        "its product reads shared memory once for four warps (wgmma), the compiled one for each warp "
+        "(mma.sync), which is predicted to take 1.5 times as long",
+    ),
+)
 
 
 def _triton_installed() -> bool:
@@ -50,3 +82,21 @@ def why_not(backend: str, device: torch.device | str, dtype: torch.dtype) -> str
     if kind not in ("cpu", "cuda"):
         return f"there are no Triton kernels for device type {kind!r}"
     return None
+
+
+def automatic(op: str, device: torch.device | str, dtype: torch.dtype) -> tuple[str, str | None]:
+    """The backend that ``"auto"`` takes for an op, and the reason if it is not the first that can serve."""
+    device = torch.device(device) if isinstance(device, str) else device
+    if device.type == "cuda":
+        for each in PREFERENCES:
+            if (
+                each.op == op
+                and dtype in each.dtypes
+                and each.capability == _cuda.capability(device.index)
+                and why_not(each.backend, device, dtype) is None
+            ):
+                return each.backend, each.reason
+    for name in ("native", "triton"):
+        if why_not(name, device, dtype) is None:
+            return name, None
+    return "reference", None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mmkernels import _library
 from mmkernels.activations import ACTIVATIONS
-from mmkernels.backends import BACKENDS, why_not
+from mmkernels.backends import BACKENDS, automatic, why_not
 
 #: Name of an activation -> the number that stands for it in the torch ops.
 ACTIVATION_CODES = {name: code for code, name in enumerate(ACTIVATIONS)}
@@ -42,10 +42,7 @@ def _choose_automatically(op: str, tensor: Tensor) -> str:
     device, dtype = tensor.device, tensor.dtype
     if tensor.is_cuda and dtype == torch.float64:
         raise ValueError(f"{op}: got a float64 tensor on CUDA; {why_not('native', device, dtype)}")
-    for name in ("native", "triton"):
-        if why_not(name, device, dtype) is None:
-            return name
-    return "reference"
+    return automatic(op, device, dtype)[0]
 
 
 def autocasts(tensor: Tensor) -> bool:

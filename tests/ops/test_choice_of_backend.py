@@ -28,6 +28,7 @@ class Devices:
 
     def __init__(self, *answers: tuple[str | None, int, int]) -> None:
         self.answers = answers
+        self.capabilities = [(9, 0)] * len(answers)
         self.asked: list[int] = []
         self.capturing = False
 
@@ -41,6 +42,8 @@ class Devices:
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Devices:
     devices = Devices(FINE, OLD_DRIVER, NO_IMAGE)
     monkeypatch.setattr(_cuda, "_reasons", {})
+    monkeypatch.setattr(_cuda, "_capabilities", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: devices.capabilities[index])
     monkeypatch.setattr(_cuda, "_probe", devices.probe)
     monkeypatch.setattr(_library, "load_errors", {})
     monkeypatch.setattr(backends, "TRITON_INSTALLED", True)
@@ -82,6 +85,32 @@ def test_native_by_name_says_why_it_cannot(gpus: Devices, index: int, reason: st
 def test_without_triton_the_reference_serves(gpus: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
     assert [choose_backend("op", "auto", on(index)) for index in range(3)] == ["native", *["reference"] * 2]
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("preference", backends.PREFERENCES, ids=lambda each: each.op)
+def test_the_table_of_preferences(gpus: Devices, preference: backends.Preference) -> None:
+    """One op, its dtypes and one architecture; not where that backend cannot serve, and not by name."""
+
+    def chosen(op: str, dtype: torch.dtype, backend: str = "auto", index: int = 0) -> str:
+        return choose_backend(op, backend, torch.empty(3, device=f"cuda:{index}", dtype=dtype))
+
+    other = next(op for op in mmkernels._info.op_names() if op not in {e.op for e in backends.PREFERENCES})
+    gpus.capabilities = [divmod(preference.capability, 10), (8, 0), (8, 0)]
+    gpus.answers = (FINE, FINE, FINE)
+    for dtype in preference.dtypes:
+        assert chosen(preference.op, dtype) == preference.backend
+        assert chosen(preference.op, dtype, "native") == "native"
+        assert chosen(preference.op, dtype, index=1) == "native"
+        assert chosen(other, dtype) == "native"
+    assert chosen(preference.op, torch.float32) == "native"
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_preferred_backend_that_is_missing(gpus: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "TRITON_INSTALLED", False)
+    for each in backends.PREFERENCES:
+        assert choose_backend(each.op, "auto", on(0).to(each.dtypes[0])) == "native"
 
 
 @pytest.mark.usefixtures("fake")
@@ -146,6 +175,17 @@ def test_info_says_why(gpus: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
         assert state["serves"] == "triton"
         assert "do not run on cuda:2" in state["cannot"]["native"]
     assert gpus.asked == [2]
+
+
+def test_info_names_preferences(gpus: Devices, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    facts = mmkernels.info()
+    found = {op: by_device["cuda"].get("half_precision") for op, by_device in facts["ops"].items()}
+    assert {op for op, half in found.items() if half} == {each.op for each in backends.PREFERENCES}
+    assert facts["ops"]["layer_project"]["cuda"]["serves"] == "native"
+    assert "triton in half precision: " in mmkernels._info.render(facts)
 
 
 @pytest.mark.skipif("cuda" in _library.load_errors, reason="no compiled CUDA kernels")

@@ -26,6 +26,9 @@ def adapter(
 ) -> Tensor:
     """``residual + scale * (act(LN(x) @ down^T + down_bias) @ up^T + up_bias)``.
 
+    ``x (..., D)``, ``down_weight (d, D)``, ``up_weight (D, d)``, biases ``(d,)`` and ``(D,)``, ``residual``
+    like ``x``, ``norm_weight`` and ``norm_bias (D,)`` -> ``(..., D)``.
+
     The arguments are those of :func:`mmkernels.adapter`, unchecked. The result is computed in float32
     (float64 for float64) and rounded once, to the dtype of ``residual``, or of ``x`` without one.
     Differentiable any number of times.

@@ -22,6 +22,9 @@ def cif(
 ) -> CIF:
     """``out[j] = sum_t w[t, j] x[t]``, w the overlap of frame t's part of ``cumsum(alpha)`` with token j's.
 
+    ``x (B, T, D)``, ``alpha (B, T)``, lengths ``(B,)`` -> features ``(B, M, D)``, lengths ``(B,)``, ends
+    ``(B, M)``. Token j's part is ``[j * beta, (j + 1) * beta)``.
+
     The arguments are those of :func:`mmkernels.cif`, unchecked. Cumulative sums are in float64, products in
     float32 (float64 for float64). Differentiable any number of times.
     """

@@ -20,6 +20,9 @@ def ctc_align(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``(paths, ends, totals)`` of a batch; see :class:`mmkernels.ops.ctc_align.alignment.Alignment`.
 
+    ``log_probs (B, T, C)``, ``targets (B, U)``, lengths ``(B,)`` -> paths ``(B, T)``, ends ``(B, U)``, totals
+    ``(B,)``: ``argmax_s sum_t log_probs[t, label(s_t)]`` over the monotonic paths s through the states.
+
     The arguments are those of :func:`mmkernels.ctc_align`, unchecked; lengths outside the padded sizes act as
     clamped, tokens that are the blank or no class as impossible. A target of U tokens has 2 U + 1 states:
     blank, token, blank, token, ..., blank. ``best[s]`` is the score of the best path that is in state s now.

@@ -15,6 +15,9 @@ def distill_loss(
     """``mean(|z - h|^2) + cosine_weight * mean(1 - cos(z, h))`` with ``z = pred[b, j]``,
     ``h = table[ids[b, j]]``, over the tokens ``j < counts[b]``.
 
+    ``pred (B, M, H)``, ``table (V, H)``, ``ids (B, M)``, ``counts (B,)`` -> a scalar; or ``pred (M, H)`` and
+    ``ids (M,)``.
+
     The arguments are those of :func:`mmkernels.distill_loss`, unchecked. In float32 (float64 for a float64
     ``pred``). Differentiable any number of times, in ``table`` too.
     """

@@ -23,6 +23,9 @@ def layer_mix(
 ) -> Tensor:
     """``sum_l weights[l] * N_l(layers[l])``, zero past ``lengths``.
 
+    L layers ``(B, T, D)``, ``weights (L,)``, ``norm_weight`` and ``norm_bias (L, D)`` or ``(D,)``, ``lengths
+    (B,)`` -> ``(B, T, D)``. ``N_l`` is the identity, or with ``norm`` the LayerNorm of a layer.
+
     The arguments are those of :func:`mmkernels.layer_mix`, unchecked. The result is computed in float32
     (float64 for float64) and rounded once, to the layers' dtype. Differentiable any number of times.
     """

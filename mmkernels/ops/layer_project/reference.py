@@ -23,6 +23,9 @@ def layer_project(
 ) -> Tensor:
     """``y[n, l] = act(LN_l(x[n, l]) @ weight[l]^T + bias[l])``.
 
+    ``x (N, L, C)``, ``weight (L, C_out, C)``, ``bias (L, C_out)``, ``norm_weight`` and ``norm_bias (L, C)``
+    -> ``(N, L, C_out)``.
+
     The arguments are those of :func:`mmkernels.layer_project`, unchecked. The result is computed in float32
     (float64 for float64) and rounded once, to the dtype of ``x``. Differentiable any number of times.
     """

@@ -21,6 +21,9 @@ def merge(
 ) -> list[Tensor]:
     """``(1 - lam[g]) * target[k] + lam[g] * source[k]`` with ``g = groups[k]``.
 
+    K pairs of tensors of any shapes, ``lam (G,)`` or a scalar, ``groups`` of K indices -> K tensors, shaped
+    like the target.
+
     The arguments are those of :func:`mmkernels.merge`, unchecked, and ``lam`` is a tensor. Each result is
     computed in float32 (float64 for float64) and rounded once. Differentiable any number of times.
     """

@@ -13,6 +13,9 @@ def monotonic_align(
 ) -> Tensor:
     """Frames of each token on the best path, ``(B, U)`` int64; zeros in rows without a path.
 
+    ``log_probs (B, T, U)``, lengths ``(B,)``. The path maximises ``sum_t log_probs[t, u_t]`` over u from the
+    first token to the last, by steps of 0 or 1.
+
     The arguments are those of :func:`mmkernels.monotonic_align`, unchecked.
     """
     batch, frames, tokens = log_probs.shape

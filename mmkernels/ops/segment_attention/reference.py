@@ -15,6 +15,9 @@ def segment_attention(
 ) -> Tensor:
     """Causal attention inside each segment and ``lookback`` frames before it; 0 for frames in no segment.
 
+    ``q (B, H, T, d)``, ``k`` and ``v (B, H_kv, T, d)``, ``ends (B, M)`` -> ``(B, H, T, d)``:
+    ``softmax(scale * q_t K^T) V`` over the keys from the segment's first minus ``lookback`` to t.
+
     The arguments are those of :func:`mmkernels.segment_attention`, unchecked; ends are clamped to ``[0, T]``
     and to their running maximum. The result is computed in float32 (float64 for float64) and rounded once, to
     the dtype of ``q``. It holds a mask and scores of size T x T. Differentiable any number of times.

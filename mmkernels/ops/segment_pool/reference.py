@@ -20,6 +20,9 @@ def segment_pool(
 ) -> Tensor:
     """One vector for each segment of each row; 0 for segments without frames.
 
+    ``x (B, T, D)``, ``ends (B, M)``, ``scores (B, T)``, ``counts (B,)`` -> ``(B, M, D)``: the mean, sum,
+    largest or last of ``x[ends[j-1]:ends[j]]``, or its sum weighted by the softmax of the scores there.
+
     The arguments are those of :func:`mmkernels.segment_pool`, unchecked; ends are clamped to ``[0, T]`` and
     to their running maximum. The result is computed in float32 (float64 for float64) and rounded once, to
     the dtype of ``x``. Differentiable any number of times.
