@@ -1,6 +1,7 @@
 """``python -m benches``: measure on this machine, print the tables, write ``benches/results/<machine>.json``.
 
 ``python -m benches --report FILES``: no measuring; tables, a figure per file and a page from results files.
+``python -m benches --predict``: no measuring; predicted times of the CUDA cases on an H100.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 
 def main() -> int:
     arguments = parse()
+    if arguments.predict:
+        return predictions(arguments)
     if arguments.report:
         return report(arguments)
     if importlib.util.find_spec("pytest_benchmark") is None:
@@ -31,6 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--match", default="", help="only cases whose name contains this")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--seconds", type=float, default=4.0, help="measuring time per case (default: 4)")
+    parser.add_argument("--predict", action="store_true", help="only print predicted times, for an H100")
     parser.add_argument("--tiny", action="store_true", help="small sizes, three rounds: to test the benches")
     where = "default: benches/results/<machine>.json; with --report a folder, default: reports"
     parser.add_argument("--output", type=pathlib.Path, help=where)
@@ -54,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     from benches.measure.devices import open_device
     from benches.measure.harness import Effort, measure
     from benches.registry import registry
-    from benches.report import table
+    from benches.report import predicted, table
 
     device = open_device(arguments.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     ops = [name for name in arguments.ops.split(",") if name]
@@ -77,9 +81,20 @@ def run(arguments: argparse.Namespace) -> int:
         measured += [(case, measurement) for measurement in measure(case, device, effort)]
         record.write(output, header, measured)
     table.show(record.load(output))
+    predicted.show(record.load(output), ops, arguments.match)
     written = os.path.relpath(output)
     print(f"\nwritten to {written}; figure and page: python -m benches --report {written}")
     return int(any(measurement.failure for _, measurement in measured))
+
+
+def predictions(arguments: argparse.Namespace) -> int:
+    from benches.measure.record import load
+    from benches.report import predicted
+
+    measured = pathlib.Path(__file__).with_name("results") / "nvidia-h100-80gb-hbm3.json"
+    record = load(measured) if measured.is_file() else None
+    predicted.show(record, [name for name in arguments.ops.split(",") if name], arguments.match)
+    return 0
 
 
 def report(arguments: argparse.Namespace) -> int:
