@@ -1,6 +1,7 @@
 """A walk over the machine code of the kernels: the cost of one iteration of a hot loop.
 
     python tests/csrc/sass.py [kernel ...]            the lines of the bounds in test_sass.py
+    python tests/csrc/sass.py --write [kernel ...]    puts them there
     python tests/csrc/sass.py --details [kernel ...]  all figures, of all instances
 
 `kernels(architecture)` lists the instances of the kernels, `hot_loop(symbol, architecture)` walks one.
@@ -424,13 +425,15 @@ def hot_loop(symbol: str, architecture: int, memory_latency: int = MEMORY_LATENC
 
 
 def measure(instances: Iterable[str], architecture: int) -> dict[str, Figures]:
-    """The figures of hot loops; "NAME<ARGUMENTS> #2" is the second loop of an instance."""
-    found = {}
+    """The figures of hot loops that exist; "NAME<ARGUMENTS> #2" is the second loop of an instance."""
     of = {kernel.instance: kernel for kernel in kernels(architecture).values()}
-    wanted = [(name, of[instance], number) for name in instances for instance, number in [split(name)]]
-    read([kernel for _, kernel, _ in wanted])
-    for name, kernel, number in wanted:
-        found[name] = hot_loops(kernel.symbol, architecture)[number - 1].figures
+    wanted = [(name, *split(name)) for name in instances]
+    read([of[instance] for _, instance, _ in wanted if instance in of])
+    found = {}
+    for name, instance, number in wanted:
+        loops = hot_loops(of[instance].symbol, architecture) if instance in of else []
+        if number <= len(loops):
+            found[name] = loops[number - 1].figures
     return found
 
 
@@ -440,26 +443,38 @@ def split(name: str) -> tuple[str, int]:
 
 
 def main() -> None:
-    from test_sass import MEASURED
+    import test_sass
 
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("names", nargs="*", metavar="kernel")
     parser.add_argument("--details", action="store_true", help="all figures of all instances")
+    parser.add_argument("--write", action="store_true", help="put the lines into test_sass.py")
     options = parser.parse_args()
+
+    def chosen(name: str) -> bool:
+        return not options.names or name.split("<")[0] in options.names
+
     if options.details:
         for architecture in ARCHITECTURES:
-            chosen = [
-                k for k in kernels(architecture).values() if not options.names or k.name in options.names
-            ]
-            read(chosen)
-            for kernel in chosen:
+            of = [kernel for kernel in kernels(architecture).values() if chosen(kernel.name)]
+            read(of)
+            for kernel in of:
                 print_details(kernel, architecture)
         return
-    instances = [name for name in MEASURED if not options.names or name.split("<")[0] in options.names]
+    instances = [name for name in test_sass.MEASURED if chosen(name)]
     columns = [measure(instances, architecture) for architecture in ARCHITECTURES]
+    table = Path(test_sass.__file__)
+    text = table.read_text()
     for name in instances:
-        print(f'    "{name}": ({", ".join(str(tuple(column[name])) for column in columns)}),')
+        if not all(name in column for column in columns):
+            print(f"    # gone: {name}")
+            continue
+        line = f'    "{name}": ({", ".join(str(tuple(column[name])) for column in columns)}),'
+        text = re.sub(rf'^    "{re.escape(name)}": .*$', line, text, flags=re.MULTILINE)
+        print(line)
+    if options.write:
+        table.write_text(text)
 
 
 def print_details(kernel: Kernel, architecture: int) -> None:
