@@ -137,19 +137,27 @@ def parse(report: str, architecture: int) -> list[Usage]:
 
 
 @cache
-def newest_source() -> float:
-    files = [path for folder in ("csrc/cuda", "csrc/include") for path in (ROOT / folder).rglob("*.*")]
+def newest_header() -> float:
+    files = [path for folder in ("csrc/cuda", "csrc/include") for path in (ROOT / folder).rglob("*.*h")]
     return max(path.stat().st_mtime for path in [*files, ROOT / "CMakeLists.txt"])
 
 
+def file_of_the_build(source: Path, suffix: str) -> Path | None:
+    """The object file of a source, or the file next to it, from the build that installed mmkernels.
+
+    None if the source or a header has changed since.
+    """
+    folder = "CMakeFiles/mmkernels_cuda_kernels.dir/csrc/cuda"
+    newest = max(newest_header(), source.stat().st_mtime)
+    files = (ROOT / "build").glob(f"cp*/{folder}/{source.name}.o{suffix}")
+    return next((path for path in files if path.stat().st_mtime > newest), None)
+
+
 def report_of_the_build(source: Path, architecture: int) -> str | None:
-    """What ptxas said when mmkernels was installed from this folder, unless that was before a change."""
-    for path in (ROOT / "build").glob(
-        f"cp*/CMakeFiles/mmkernels_cuda_kernels.dir/csrc/cuda/{source.name}.o.ptxas"
-    ):
+    """What ptxas said in the build."""
+    if path := file_of_the_build(source, ".ptxas"):
         report = path.read_text()
-        if path.stat().st_mtime > newest_source() and f"for 'sm_{architecture}'" in report:
-            return report
+        return report if f"for 'sm_{architecture}'" in report else None
     return None
 
 
