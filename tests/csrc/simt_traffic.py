@@ -12,8 +12,8 @@ from simt_build import Library
 
 @dataclass(frozen=True)
 class Place:
-    """The requests of one place in the code. passes: wavefronts of shared memory, or sectors of global memory;
-    ideal: the fewest that the bytes of each request can take. Lanes that access the same bytes share them.
+    """The requests of one place in the code. passes: wavefronts of shared memory, or sectors of global
+    memory; ideal: the fewest that the bytes of each request can take. Lanes share bytes that they access.
     """
 
     library: Library
@@ -36,9 +36,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Traffic:
-    """A launch and the requests of its warps. kernel: the mangled symbol; sizes in bytes. copies_of_thread and
-    copies_of_block: the most bytes that cp.async has outstanding at a time. All counts of `places` are sums
-    over the grid: they grow with the problem as the real traffic does.
+    """A launch and the requests of its warps. kernel: the mangled symbol; sizes in bytes; copies_of_thread
+    and copies_of_block: the most bytes that cp.async has outstanding. The counts of `places` are sums over
+    the grid: they grow with the problem as the real traffic does.
     """
 
     kernel: str

@@ -64,7 +64,7 @@ struct Vector {
   Operation operation = Operation::kRead;
 };
 
-// Neighbouring accesses by neighbouring instructions: the parts of a structure such as float2.
+// Accesses to neighbouring words, one after another: the parts of a structure such as float2, for example.
 struct Parts {
   Range range;
   uintptr_t part = 0;  // bytes of each
@@ -125,12 +125,18 @@ void end_parts(unsigned thread) {
   parts = {};
 }
 
+// nvcc knows the alignment of shared arrays, and joins accesses to neighbouring words in unrolled loops. Of
+// global memory it joins the parts of a structure only: those are different instructions, close to each
+// other.
 bool joins(const Parts& parts, const Range& range, Operation operation, const void* site) {
-  constexpr ptrdiff_t kNear = 64;  // bytes of code between the accesses to two parts
+  constexpr ptrdiff_t kNear = 64;  // bytes of code
+  if (parts.operation != operation || parts.part != range.bytes() ||
+      parts.range.bytes() + range.bytes() > kVectorBytes) {
+    return false;
+  }
+  if (range.begin != parts.range.end && range.end != parts.range.begin) return false;
   const auto distance = static_cast<const char*>(site) - static_cast<const char*>(parts.last_site);
-  return parts.operation == operation && parts.part == range.bytes() && distance > 0 && distance < kNear &&
-         parts.range.bytes() + range.bytes() <= kVectorBytes &&
-         (range.begin == parts.range.end || range.end == parts.range.begin);
+  return space_of(range.begin) == Space::kShared || (distance > 0 && distance < kNear);
 }
 
 // Whether the access is a part of an announced vector; the first part counts the vector.
