@@ -30,6 +30,21 @@ class Device:
         return 80 if self.capability < 90 else 90
 
 
+def registers_of_block(threads: int, registers: int) -> int:
+    """They are allocated to warps, in units of 256."""
+    return -(-threads // 32) * -(-registers * 32 // 256) * 256
+
+
+def resident_blocks(device: Device, threads: int, registers: int, shared: int) -> int:
+    """Blocks that a multiprocessor runs at a time. registers: of a thread; shared: bytes, of all kinds."""
+    return min(
+        device.blocks_per_multiprocessor,
+        device.threads_per_multiprocessor // (-(-threads // 32) * 32),
+        device.shared_per_multiprocessor // (shared + RESERVED_SHARED),
+        REGISTERS // registers_of_block(threads, registers),
+    )
+
+
 def _of_graphics(name: str, capability: int, multiprocessors: int, blocks: int) -> Device:
     return Device(name, capability, multiprocessors, 99 * KIB, 100 * KIB, 1536, blocks)
 

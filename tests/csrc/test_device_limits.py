@@ -26,7 +26,15 @@ import test_monotonic_align_cuda
 import test_segment_attention_cuda
 import test_segment_pool_cuda
 import torch
-from devices import DEVICES, H100, REGISTERS, RESERVED_SHARED, SHARED_WITHOUT_OPT_IN, Device
+from devices import (
+    DEVICES,
+    H100,
+    REGISTERS,
+    SHARED_WITHOUT_OPT_IN,
+    Device,
+    registers_of_block,
+    resident_blocks,
+)
 from simt_build import Launch, Library
 from simt_tensors import DTYPE_CODES, integers
 from test_ptxas import MOST_REGISTERS, Usage, usages
@@ -253,17 +261,11 @@ def refusals(launch: Launch, usage: Usage, device: Device) -> Iterator[str]:
         yield f"{sizes}: a block may have {device.shared_per_block}"
     if shared > SHARED_WITHOUT_OPT_IN and launch.opted_in < launch.dynamic_shared:
         yield f"{sizes}, without opt-in"
-    warps = -(-launch.threads // 32)
-    registers = warps * -(-usage.registers * 32 // 256) * 256  # allocated to warps in units of 256
+    registers = registers_of_block(launch.threads, usage.registers)
     if registers > REGISTERS:
         yield f"{registers} registers: a block may have {REGISTERS}"
         return
-    resident = min(
-        device.blocks_per_multiprocessor,
-        device.threads_per_multiprocessor // (warps * 32),
-        device.shared_per_multiprocessor // (shared + RESERVED_SHARED),
-        REGISTERS // registers,
-    )
+    resident = resident_blocks(device, launch.threads, usage.registers, shared)
     if resident < 1:
         yield "no block fits a multiprocessor"
 

@@ -5,6 +5,7 @@
 
 #include "simt/internal.h"
 #include "simt/races.h"
+#include "simt/traffic.h"
 
 namespace mmk::simt {
 namespace {
@@ -29,6 +30,15 @@ std::vector<Queue> queues;  // one for each thread of the block
 void record(const Copy& copy) {
   if (copy.source_bytes > 0) record_access(copy.source, copy.source_bytes, AccessKind::kRead, copy.site);
   record_access(copy.target, copy.bytes, AccessKind::kWrite, copy.site);
+}
+
+void count(const std::vector<Copy>& outstanding, const Copy& copy) {
+  if (!counting) return;
+  if (copy.source_bytes > 0) count_access(copy.source, copy.source_bytes, Operation::kAsyncCopy, copy.site);
+  count_access(copy.target, copy.bytes, Operation::kAsyncCopy, copy.site);
+  size_t bytes = copy.source_bytes;
+  for (const Copy& other : outstanding) bytes += other.source_bytes;
+  count_outstanding(bytes);
 }
 
 // Completes the copies of all groups before `group`.
@@ -57,12 +67,15 @@ size_t pending_copies(unsigned thread) {
 }
 
 void cp_async(void* shared, const void* global, int bytes, int source_bytes) {
-  aligned_access(shared, bytes);
-  aligned_access(global, bytes);
+  for (const void* address : {static_cast<const void*>(shared), global}) {
+    if (reinterpret_cast<uintptr_t>(address) % bytes != 0)
+      fail("misaligned access of %d bytes at %p", bytes, address);
+  }
   require_shared(shared, bytes, "cp.async");
   Queue& queue = queues[thread_index()];
   Copy copy{shared, global, bytes, source_bytes, __builtin_return_address(0), queue.open_group, {}};
   record(copy);
+  count(queue.copies, copy);
   if (source_bytes > 0) std::memcpy(copy.data.data(), global, source_bytes);
   std::memset(shared, 0xff, bytes);
   queue.copies.push_back(copy);

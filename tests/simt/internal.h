@@ -37,6 +37,7 @@ bool may_use_dynamic_shared(const void* function, size_t bytes);
 void begin_block_shared();
 void end_block_shared();
 void end_grid_shared();
+size_t fixed_shared_bytes();  // static, of the blocks so far
 bool is_shared(const void* address);
 // "shared array name, byte 12".
 std::string shared_place(const void* address);

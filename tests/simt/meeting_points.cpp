@@ -3,6 +3,7 @@
 
 #include "simt/machine.h"
 #include "simt/races.h"
+#include "simt/traffic.h"
 
 namespace mmk::simt {
 namespace {
@@ -35,6 +36,7 @@ void release_barrier_if_complete() {
   }
   machine.at_barrier = 0;
   order_block();
+  end_block_requests();
 }
 
 bool same_collective(const Fiber& a, const Fiber& b) {
@@ -60,6 +62,7 @@ void complete_collective_of(unsigned thread) {
   }
   fiber.collective.complete(frames, present);
   if (fiber.collective.orders_memory) order_lanes(thread / kWarpSize, present);
+  if (present == warp.live) end_warp_requests(thread / kWarpSize);
   warp.waiting &= ~present;
   for (unsigned lane = 0; lane < kWarpSize; ++lane) {
     if (frames[lane] != nullptr) machine.fibers[first + lane].state = State::kReady;

@@ -15,6 +15,7 @@
 
 #include "simt/device.h"
 #include "simt/machine.h"
+#include "simt/traffic.h"
 
 namespace mmk::simt {
 namespace {
@@ -261,6 +262,7 @@ void threadfence() {
 void begin_atomic(void* address, size_t bytes) {
   count_atomic();
   record_access(address, bytes, AccessKind::kAtomic, __builtin_return_address(0));
+  count_access(address, bytes, Operation::kAtomic, __builtin_return_address(0));
   silent = true;
   acquired = true;
   if (fence == 0) return;
@@ -276,14 +278,22 @@ void wait_for_previous_grid() {
   has_waited[machine.current] = true;
 }
 
+// An access that the compiler reports.
+void observe(const void* address, size_t bytes, AccessKind kind, const void* site) {
+  record_access(address, bytes, kind, site);
+  if (counting && !silent) {
+    count_access(address, bytes, kind == AccessKind::kRead ? Operation::kRead : Operation::kWrite, site);
+  }
+}
+
 }  // namespace mmk::simt
 
 // The functions that g++ calls.
 extern "C" {
 
-#define MMK_ACCESS(name, bytes, kind)                                                                   \
-  void __tsan_##name(void* address) {                                                                   \
-    mmk::simt::record_access(address, bytes, mmk::simt::AccessKind::kind, __builtin_return_address(0)); \
+#define MMK_ACCESS(name, bytes, kind)                                                             \
+  void __tsan_##name(void* address) {                                                             \
+    mmk::simt::observe(address, bytes, mmk::simt::AccessKind::kind, __builtin_return_address(0)); \
   }
 MMK_ACCESS(read1, 1, kRead)
 MMK_ACCESS(read2, 2, kRead)
@@ -306,10 +316,10 @@ MMK_ACCESS(unaligned_write16, 16, kWrite)
 #undef MMK_ACCESS
 
 void __tsan_read_range(void* address, size_t bytes) {
-  mmk::simt::record_access(address, bytes, mmk::simt::AccessKind::kRead, __builtin_return_address(0));
+  mmk::simt::observe(address, bytes, mmk::simt::AccessKind::kRead, __builtin_return_address(0));
 }
 void __tsan_write_range(void* address, size_t bytes) {
-  mmk::simt::record_access(address, bytes, mmk::simt::AccessKind::kWrite, __builtin_return_address(0));
+  mmk::simt::observe(address, bytes, mmk::simt::AccessKind::kWrite, __builtin_return_address(0));
 }
 void __tsan_vptr_read(void**) {}
 void __tsan_vptr_update(void**, void*) {}

@@ -67,7 +67,8 @@ void* static_shared(const void* site, const char* name, size_t bytes);
 void* dynamic_shared();
 // Faults unless [address, address + bytes) lies in one shared array of this block.
 void require_shared(const void* address, size_t bytes, const char* what);
-// Returns the address; faults unless it is a multiple of `alignment`.
+// Returns the address; faults unless it is a multiple of `alignment`. Where traffic is counted, the access
+// that follows is one of `alignment` bytes.
 void* aligned_access(const void* address, size_t alignment);
 
 // ---- meeting points --------------------------------------------------------------------------------------
@@ -123,6 +124,15 @@ void mmk_simt_record(int64_t run);
 // Ends the recording. A line per launch: symbol of the kernel, blocks, threads, bytes of dynamic shared
 // memory, bytes that the kernel opted in to. Valid until the next call.
 const char* mmk_simt_recorded();
+// From now on the memory traffic of launches is counted; builds with MMK_SIMT_RACES only.
+void mmk_simt_count();
+// Ends it. A line per launch: "launch", symbol of the kernel, blocks, threads, bytes of static and dynamic
+// shared memory, most bytes that cp.async has outstanding in a thread and in a block; then a line per place
+// in the code: its address, shared or global, operation, requests, bytes, wavefronts or sectors, and their
+// ideal number. Valid until the next mmk_simt_count.
+const char* mmk_simt_counted();
+// File and line of such an address, and of the calls that it was inlined into.
+const char* mmk_simt_source_place(uint64_t address);
 // The first fault since the last mmk_simt_clear_error, or "".
 const char* mmk_simt_last_error();
 void mmk_simt_clear_error();

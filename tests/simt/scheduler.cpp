@@ -11,6 +11,7 @@
 #include "simt/device.h"
 #include "simt/machine.h"
 #include "simt/races.h"
+#include "simt/traffic.h"
 
 uint3 threadIdx;
 uint3 blockIdx;
@@ -117,6 +118,7 @@ void run_block() {
   begin_block_copies(machine.threads);
   start_fibers();
   begin_block_order();
+  begin_block_traffic();
   std::vector<unsigned> order;
   while (machine.live > 0) {
     set_order(order, machine.threads);
@@ -129,6 +131,7 @@ void run_block() {
     }
     if (!progress) return report_deadlock();
   }
+  end_block_traffic();
   end_block_shared();
 }
 
@@ -190,6 +193,7 @@ cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic
   blockDim = block;
   begin_grid_shared(dynamic_smem_bytes);
   begin_grid_order(overlapping);
+  begin_grid_traffic();
   std::vector<unsigned> order;
   set_order(order, size_t{grid.x} * grid.y * grid.z);
   for (const unsigned index : order) {
@@ -197,6 +201,7 @@ cudaError_t run_grid(const Kernel& kernel, dim3 grid, dim3 block, size_t dynamic
     run_block();
     if (machine.faulted) break;
   }
+  if (!machine.faulted) end_grid_traffic(order.size(), dynamic_smem_bytes);
   end_grid_shared();
   return machine.faulted ? cudaErrorLaunchFailure : cudaSuccess;
 }

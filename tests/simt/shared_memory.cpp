@@ -8,6 +8,7 @@
 
 #include "simt/internal.h"
 #include "simt/machine.h"
+#include "simt/traffic.h"
 
 namespace mmk::simt {
 namespace {
@@ -54,9 +55,9 @@ Array& find_array(const void* site, const char* name, size_t bytes) {
 }
 
 void require_capacity() {
-  size_t fixed = 0;
+  const size_t fixed = fixed_shared_bytes();
   size_t dynamic = 0;
-  for (const Array& array : arrays) (array.site == &kDynamicSite ? dynamic : fixed) += array.bytes;
+  for (const Array& array : arrays) dynamic += array.site == &kDynamicSite ? array.bytes : 0;
   if (fixed > kMaxStaticSharedBytes)
     fail("uses %zu bytes of static shared memory; the limit is 48 KB", fixed);
   const auto limit = static_cast<size_t>(current_device().shared_per_block);
@@ -124,6 +125,12 @@ void end_grid_shared() {
   arrays.clear();
 }
 
+size_t fixed_shared_bytes() {
+  size_t bytes = 0;
+  for (const Array& array : arrays) bytes += array.site == &kDynamicSite ? 0 : array.bytes;
+  return bytes;
+}
+
 void* static_shared(const void* site, const char* name, size_t bytes) {
   Array& array = find_array(site, name, bytes);
   if (!array.used) {
@@ -176,6 +183,7 @@ void* aligned_access(const void* address, size_t alignment) {
   if (reinterpret_cast<uintptr_t>(address) % alignment != 0) {
     fail("misaligned access of %zu bytes at %p", alignment, address);
   }
+  expect_vector(address, alignment);
   return const_cast<void*>(address);
 }
 

@@ -6,6 +6,7 @@
 
 #include "simt/internal.h"
 #include "simt/races.h"
+#include "simt/traffic.h"
 
 namespace mmk::simt {
 namespace {
@@ -96,6 +97,7 @@ void ldmatrix(uint32_t* fragment, int tiles, bool transposed, const void* row,
   // A lane reads the row at its address; addresses of lanes past the last tile are ignored.
   if (lane_index() < 8u * static_cast<unsigned>(tiles)) {
     record_access(row, 16, AccessKind::kRead, __builtin_return_address(0));
+    count_access(row, 16, Operation::kMatrixLoad, __builtin_return_address(0));
   }
   LoadFrame frame{fragment, tiles, transposed, row};
   warp_collective({"ldmatrix", complete_ldmatrix, true}, 0xffffffffu, &frame, where);

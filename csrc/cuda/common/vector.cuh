@@ -89,7 +89,9 @@ struct Access {
 
   MMK_DEVICE static const Word* words(const T* pointer) {
 #ifdef MMK_SIMT
-    simt::aligned_access(pointer, kWordBytes);
+    for (int i = 0; i < kBytes; i += kWordBytes) {
+      simt::aligned_access(reinterpret_cast<const char*>(pointer) + i, kWordBytes);
+    }
 #endif
     return reinterpret_cast<const Word*>(pointer);
   }
