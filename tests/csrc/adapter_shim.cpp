@@ -2,7 +2,7 @@
 #include <cstdint>
 
 #include "mmkernels/adapter.h"
-#include "mmkernels/layer_project.h"
+#include "mmkernels/norm_product.h"
 
 namespace {
 
@@ -107,22 +107,22 @@ int adapter_backward(const int64_t* sizes, double scale, const void* grad, int64
   return mmk::cuda::adapter_backward(dtype_of(sizes), args, tiles, nullptr);
 }
 
-// layer_project's step between library products, with the scale of adapter.
+// norm_product's step between library products, with the scale of adapter.
 int adapter_gradient(const int64_t* sizes, double scale, const void* grad, const void* hidden,
                      const void* stats, const void* folded_bias, void* scaled_grad, void* pull,
                      void* partial_bias) {
   const mmk::AdapterShape shape = shape_of(sizes);
-  const mmk::LayerProjectGradient args = {{shape.rows, 1, shape.width, shape.bottleneck},
-                                          activation_of(sizes),
-                                          grad,
-                                          hidden,
-                                          stats,
-                                          folded_bias,
-                                          scaled_grad,
-                                          pull,
-                                          partial_bias,
-                                          scale};
-  return mmk::cuda::layer_project_gradient(dtype_of(sizes), args, nullptr);
+  const mmk::NormProductGradient args = {{shape.rows, 1, shape.width, shape.bottleneck},
+                                         activation_of(sizes),
+                                         grad,
+                                         hidden,
+                                         stats,
+                                         folded_bias,
+                                         scaled_grad,
+                                         pull,
+                                         partial_bias,
+                                         scale};
+  return mmk::cuda::norm_product_gradient(dtype_of(sizes), args, nullptr);
 }
 
 // chunks: rows of partial_bias
@@ -130,20 +130,20 @@ int adapter_unfold(const int64_t* sizes, int64_t chunks, const void* partial_bia
                    const void* norm_weight, const void* norm_bias, const void* product, void* d_weight,
                    void* d_bias, void* d_norm_weight, void* d_norm_bias, void* row_sums) {
   const mmk::AdapterShape shape = shape_of(sizes);
-  const mmk::LayerProjectUnfold args = {{shape.rows, 1, shape.width, shape.bottleneck},
-                                        chunks,
-                                        partial_bias,
-                                        weight,
-                                        norm_weight,
-                                        norm_bias,
-                                        d_weight,
-                                        d_bias,
-                                        d_norm_weight,
-                                        d_norm_bias,
-                                        product,
-                                        row_sums,
-                                        parameter_type_of(sizes)};
-  return mmk::cuda::layer_project_unfold(args, nullptr);
+  const mmk::NormProductUnfold args = {{shape.rows, 1, shape.width, shape.bottleneck},
+                                       chunks,
+                                       partial_bias,
+                                       weight,
+                                       norm_weight,
+                                       norm_bias,
+                                       d_weight,
+                                       d_bias,
+                                       d_norm_weight,
+                                       d_norm_bias,
+                                       product,
+                                       row_sums,
+                                       parameter_type_of(sizes)};
+  return mmk::cuda::norm_product_unfold(args, nullptr);
 }
 
 int adapter_activate(const int64_t* sizes, double scale, const void* hidden, void* activated) {

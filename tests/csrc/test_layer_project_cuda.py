@@ -28,8 +28,10 @@ pytestmark = pytest.mark.skipif(
 
 SOURCES = [
     "csrc/cuda/layer_project.cu",
-    "csrc/cuda/layer_project_backward.cu",
+    "csrc/cuda/norm_product.cu",
+    "csrc/cuda/norm_product_backward.cu",
     "tests/csrc/layer_project_shim.cpp",
+    "tests/csrc/norm_product_shim.cpp",
 ]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
@@ -137,10 +139,10 @@ def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2) ->
     folded_sum = problem.empty(taps if problem.norm else 0, outputs)
     parameters = map(pointer, (problem.weight, problem.b, problem.gain, problem.shift))
     folded = map(pointer, (None if as_it_is else folded_weight, folded_bias, folded_sum))
-    kernels.call("project_fold", problem.sizes, *parameters, *folded, order=order)
+    kernels.call("norm_product_fold", problem.sizes, *parameters, *folded, order=order)
     x = (problem.sizes, pointer(problem.x), problem.strides)
     if problem.norm:
-        kernels.call("project_stats", *x, EPS, pointer(stats), order=order)
+        kernels.call("norm_product_stats", *x, EPS, pointer(stats), order=order)
     fused = integers(0)
     kernels.call("project_fuses", *x, fused)
     finish = map(pointer, (stats, folded_bias, folded_sum, y, value))
@@ -149,7 +151,7 @@ def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2) ->
     else:
         product = torch.einsum("nlc,loc->nlo", problem.x.double(), folded_weight.double())
         y.copy_(product)
-        kernels.call("project_activate", problem.sizes, *finish, order=order)
+        kernels.call("norm_product_activate", problem.sizes, *finish, order=order)
     problem.memory.check()
     return Forward(y, value if saves_value else y, stats, folded_weight, folded_bias, bool(fused[0]))
 
@@ -232,14 +234,14 @@ def backward(
     chunks = -(-rows // CHUNK)
     partial_bias = problem.empty(chunks, taps, outputs)
     gradient = (problem.grad, saved.value, saved.stats, saved.folded_bias, scaled, pull, partial_bias)
-    kernels.call("project_gradient", problem.sizes, *map(pointer, gradient), order=order)
+    kernels.call("norm_product_gradient", problem.sizes, *map(pointer, gradient), order=order)
     found: dict[str, Tensor] = {}
     if need_x:
         dx = problem.empty(*problem.shape, dtype=dtype)
         dx.copy_(torch.einsum("nlo,loc->nlc", scaled.double(), saved.folded_weight.double()))
         if need_pull:
             x = problem.sizes, pointer(problem.x), problem.strides
-            kernels.call("project_input_gradient", *x, *map(pointer, (saved.stats, pull, dx)), order=order)
+            kernels.call("norm_product_input_gradient", *x, *map(pointer, (saved.stats, pull, dx)), order=order)
         found["x"] = dx
     d_weight = problem.of_parameters(taps if need_product else 0, outputs, inputs)
     apart = problem.norm and problem.parameter_dtype != torch.float32
@@ -253,7 +255,7 @@ def backward(
     row_sums = problem.empty(taps, outputs, 2)
     inputs_of_unfold = (partial_bias, problem.weight, problem.gain, problem.shift)
     results = (product if problem.norm else None, d_weight, found["bias"], d_gain, d_shift, row_sums)
-    kernels.call("project_unfold", problem.sizes, *map(pointer, inputs_of_unfold + results), order=order)
+    kernels.call("norm_product_unfold", problem.sizes, *map(pointer, inputs_of_unfold + results), order=order)
     problem.memory.check()
     if problem.norm and need_product:
         found["norm_weight"] = d_gain

@@ -1,7 +1,7 @@
 // adapter: out = residual + scale * (act(LN(x) V^T + b) U^T + c), x (rows, width), V (bottleneck, width),
 // U (width, bottleneck).
 //
-// The LayerNorm is folded into V as in layer_project.h. With W = V * gamma, Vc = W - mean(W) of each row,
+// The LayerNorm is folded into V as in norm_product.h. With W = V * gamma, Vc = W - mean(W) of each row,
 //   z = LN(x) V^T + b = rstd * (x Vc^T) + b',   b' = b + V beta.
 // Backwards, with g = dL/dout and a = act(z),
 //   dz = (scale g U) * act'(z),  dU = scale g^T a,  dc = scale sum_r g,  db = db' = sum_r dz,

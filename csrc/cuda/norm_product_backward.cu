@@ -1,6 +1,6 @@
 #include "cuda/common/activation.cuh"
 #include "cuda/common/dispatch.cuh"
-#include "cuda/layer_project.cuh"
+#include "cuda/norm_product.cuh"
 
 namespace mmk::cuda {
 namespace {
@@ -20,7 +20,7 @@ struct ChunkRows {
 // Takes columns [column, column + kWidth) of all rows of the block: writes g, returns the sums of dz, and
 // adds to each row's pull.
 template <class T, bool kAligned>
-MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const LayerProjectGradient& args,
+MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const NormProductGradient& args,
                                                         const ChunkRows& rows, int64_t column, float* pulls) {
   constexpr int kWidth = kVectorWidth<T>;
   const int64_t outputs = args.shape.outputs;
@@ -31,7 +31,7 @@ MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const LayerProjectGradie
   }
   const float scale = static_cast<float>(args.scale);
   Vec<float, kWidth> sums = {};
-  for (int row = warp_index(); row < rows.count; row += kProjectWarps) {
+  for (int row = warp_index(); row < rows.count; row += kNormProductWarps) {
     const int64_t index = rows.index(row);
     const T* grad_row = static_cast<const T*>(args.grad) + index * outputs;
     const T* value_row = static_cast<const T*>(args.value) + index * outputs;
@@ -61,19 +61,20 @@ MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const LayerProjectGradie
 }
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kProjectThreads)
-    gradient(const __grid_constant__ LayerProjectGradient args) {
+__global__ void __launch_bounds__(kNormProductThreads)
+    gradient(const __grid_constant__ NormProductGradient args) {
   constexpr int kWidth = kVectorWidth<T>;
   constexpr int kColumns = kWarpSize * kWidth;
-  const LayerProjectShape& shape = args.shape;
+  const NormProductShape& shape = args.shape;
   const int64_t chunk = static_cast<int64_t>(blockIdx.x) / shape.taps;
-  const int64_t begin = chunk * kLayerProjectChunk;
-  const ChunkRows rows = {begin, static_cast<int>(min(kLayerProjectChunk, shape.rows - begin)),
+  const int64_t begin = chunk * kNormProductChunk;
+  const ChunkRows rows = {begin, static_cast<int>(min(kNormProductChunk, shape.rows - begin)),
                           static_cast<int64_t>(blockIdx.x) % shape.taps, shape.taps};
-  MMK_SHARED(float, pulls, kLayerProjectChunk);
-  MMK_SHARED(float, columns, kProjectWarps, kColumns);
+  MMK_SHARED(float, pulls, kNormProductChunk);
+  MMK_SHARED(float, columns, kNormProductWarps, kColumns);
   // Lane 0 of a warp alone reads and writes the pulls of the warp's rows.
-  for (int row = warp_index(); lane_index() == 0 && row < rows.count; row += kProjectWarps) pulls[row] = 0.0f;
+  for (int row = warp_index(); lane_index() == 0 && row < rows.count; row += kNormProductWarps)
+    pulls[row] = 0.0f;
 
   float* partial = static_cast<float*>(args.partial_bias) + (chunk * shape.taps + rows.tap) * shape.outputs;
   for (int64_t first = 0; first < shape.outputs; first += kColumns) {
@@ -81,16 +82,16 @@ __global__ void __launch_bounds__(kProjectThreads)
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) columns[warp_index()][lane_index() * kWidth + i] = sums[i];
     __syncthreads();
-    for (int i = threadIdx.x; i < kColumns && first + i < shape.outputs; i += kProjectThreads) {
+    for (int i = threadIdx.x; i < kColumns && first + i < shape.outputs; i += kNormProductThreads) {
       float sum = 0.0f;
 #pragma unroll
-      for (int warp = 0; warp < kProjectWarps; ++warp) sum += columns[warp][i];
+      for (int warp = 0; warp < kNormProductWarps; ++warp) sum += columns[warp][i];
       partial[first + i] = sum;
     }
     __syncthreads();
   }
   if (args.pull == nullptr || lane_index() != 0) return;
-  for (int row = warp_index(); row < rows.count; row += kProjectWarps) {
+  for (int row = warp_index(); row < rows.count; row += kNormProductWarps) {
     const int64_t index = rows.index(row);
     const float rstd = static_cast<const float2*>(args.stats)[index].y;
     static_cast<float*>(args.pull)[index] = rstd / static_cast<float>(shape.inputs) * pulls[row];
@@ -100,11 +101,11 @@ __global__ void __launch_bounds__(kProjectThreads)
 // ---- gradient of x: dx -= pull * (x - mean), one thread per vector
 
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kProjectThreads)
-    finish_input_gradient(const __grid_constant__ LayerProjectInputGradient args, int64_t vectors_per_row) {
+__global__ void __launch_bounds__(kNormProductThreads)
+    finish_input_gradient(const __grid_constant__ NormProductInputGradient args, int64_t vectors_per_row) {
   constexpr int kWidth = kVectorWidth<T>;
   const int64_t inputs = args.shape.inputs;
-  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kProjectThreads + threadIdx.x;
+  const int64_t vector = static_cast<int64_t>(blockIdx.x) * kNormProductThreads + threadIdx.x;
   const int64_t index = vector / vectors_per_row;
   if (index >= args.shape.rows * args.shape.taps) return;
   const int64_t column = (vector - index * vectors_per_row) * kWidth;
@@ -125,10 +126,10 @@ __global__ void __launch_bounds__(kProjectThreads)
 
 // One warp per row of the weight: its bias gradient, and the mean of its row of dVc.
 template <class P>
-__global__ void __launch_bounds__(kProjectThreads)
-    unfold_rows(const __grid_constant__ LayerProjectUnfold args) {
+__global__ void __launch_bounds__(kNormProductThreads)
+    unfold_rows(const __grid_constant__ NormProductUnfold args) {
   const int64_t rows = args.shape.taps * args.shape.outputs;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kProjectWarps + warp_index();
+  const int64_t index = static_cast<int64_t>(blockIdx.x) * kNormProductWarps + warp_index();
   if (index >= rows) return;
   double bias = 0.0;
   for (int64_t chunk = lane_index(); chunk < args.chunks; chunk += kWarpSize) {
@@ -150,9 +151,9 @@ __global__ void __launch_bounds__(kProjectThreads)
 
 // One block per 32 columns of a tap: turns dVc into dW, and sums over outputs.
 template <class P>
-__global__ void __launch_bounds__(kProjectThreads)
-    unfold_columns(const __grid_constant__ LayerProjectUnfold args, int64_t blocks_per_tap) {
-  const LayerProjectShape& shape = args.shape;
+__global__ void __launch_bounds__(kNormProductThreads)
+    unfold_columns(const __grid_constant__ NormProductUnfold args, int64_t blocks_per_tap) {
+  const NormProductShape& shape = args.shape;
   const int64_t tap = static_cast<int64_t>(blockIdx.x) / blocks_per_tap;
   const int64_t column = static_cast<int64_t>(blockIdx.x) % blocks_per_tap * kWarpSize + lane_index();
   const bool inside = column < shape.inputs;
@@ -165,7 +166,7 @@ __global__ void __launch_bounds__(kProjectThreads)
   const float shift = parameter(args.norm_bias);
   float d_gain = 0.0f;
   float d_shift = 0.0f;
-  for (int64_t output = warp_index(); inside && output < shape.outputs; output += kProjectWarps) {
+  for (int64_t output = warp_index(); inside && output < shape.outputs; output += kNormProductWarps) {
     const int64_t row = tap * shape.outputs + output;
     const int64_t element = row * shape.inputs + column;
     const float weight = to_accumulator(static_cast<const P*>(args.weight)[element]);
@@ -176,13 +177,13 @@ __global__ void __launch_bounds__(kProjectThreads)
     d_gain += d_product * weight;
     static_cast<P*>(args.d_weight)[element] = from_accumulator<P>(d_product * gain + row_sums.x * shift);
   }
-  MMK_SHARED(float2, sums, kProjectWarps, kWarpSize);
+  MMK_SHARED(float2, sums, kNormProductWarps, kWarpSize);
   sums[warp_index()][lane_index()] = {d_gain, d_shift};
   __syncthreads();
   if (warp_index() != 0 || !inside) return;
   float2 total = {0.0f, 0.0f};
 #pragma unroll
-  for (int warp = 0; warp < kProjectWarps; ++warp) {
+  for (int warp = 0; warp < kNormProductWarps; ++warp) {
     total.x += sums[warp][lane_index()].x;
     total.y += sums[warp][lane_index()].y;
   }
@@ -194,39 +195,39 @@ __global__ void __launch_bounds__(kProjectThreads)
 }
 
 template <class P>
-cudaError_t launch_unfold(const LayerProjectUnfold& args, CudaStream stream) {
-  const LayerProjectShape& shape = args.shape;
+cudaError_t launch_unfold(const NormProductUnfold& args, CudaStream stream) {
+  const NormProductShape& shape = args.shape;
   dim3 grid;
   if (shape.taps * shape.outputs > 0) {
-    const int64_t blocks = ceil_div<int64_t>(shape.taps * shape.outputs, kProjectWarps);
+    const int64_t blocks = ceil_div<int64_t>(shape.taps * shape.outputs, kNormProductWarps);
     if (!make_grid(blocks, &grid)) return cudaErrorInvalidConfiguration;
-    const cudaError_t error = launch(unfold_rows<P>, grid, dim3(kProjectThreads), 0, stream, args);
+    const cudaError_t error = launch(unfold_rows<P>, grid, dim3(kNormProductThreads), 0, stream, args);
     if (error != cudaSuccess) return error;
   }
   const bool wanted = args.product != nullptr || args.d_norm_weight != nullptr || args.d_norm_bias != nullptr;
   if (!wanted || shape.taps * shape.inputs == 0) return cudaSuccess;
   const int64_t blocks_per_tap = ceil_div<int64_t>(shape.inputs, kWarpSize);
   if (!make_grid(blocks_per_tap * shape.taps, &grid)) return cudaErrorInvalidConfiguration;
-  return launch(unfold_columns<P>, grid, dim3(kProjectThreads), 0, stream, args, blocks_per_tap);
+  return launch(unfold_columns<P>, grid, dim3(kNormProductThreads), 0, stream, args, blocks_per_tap);
 }
 
 }  // namespace
 
-int layer_project_gradient(DType dtype, const LayerProjectGradient& args, CudaStream stream) {
-  const LayerProjectShape& shape = args.shape;
+int norm_product_gradient(DType dtype, const NormProductGradient& args, CudaStream stream) {
+  const NormProductShape& shape = args.shape;
   if (shape.rows * shape.taps == 0) return cudaSuccess;
   dim3 grid;
-  if (!make_grid(layer_project_chunks(shape.rows) * shape.taps, &grid)) return cudaErrorInvalidConfiguration;
+  if (!make_grid(norm_product_chunks(shape.rows) * shape.taps, &grid)) return cudaErrorInvalidConfiguration;
   return dispatch(dtype, [&](auto element) {
     using T = decltype(element);
     const bool aligned = rows_aligned<T>(args.grad, shape.outputs) && rows_aligned<T>(args.value, 0) &&
                          rows_aligned<T>(args.scaled_grad, 0) && rows_aligned<float>(args.folded_bias, 0);
     const auto kernel = aligned ? gradient<T, true> : gradient<T, false>;
-    return launch(kernel, grid, dim3(kProjectThreads), 0, stream, args);
+    return launch(kernel, grid, dim3(kNormProductThreads), 0, stream, args);
   });
 }
 
-int layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& args, CudaStream stream) {
+int norm_product_input_gradient(DType dtype, const NormProductInputGradient& args, CudaStream stream) {
   const int64_t rows = args.shape.rows * args.shape.taps;
   if (rows * args.shape.inputs == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto element) {
@@ -237,11 +238,11 @@ int layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& a
       return cudaErrorInvalidConfiguration;
     const bool aligned = rows_aligned<T>(args.x, args.shape.inputs) && rows_aligned<T>(args.dx, 0);
     const auto kernel = aligned ? finish_input_gradient<T, true> : finish_input_gradient<T, false>;
-    return launch(kernel, grid, dim3(kProjectThreads), 0, stream, args, vectors_per_row);
+    return launch(kernel, grid, dim3(kNormProductThreads), 0, stream, args, vectors_per_row);
   });
 }
 
-int layer_project_unfold(const LayerProjectUnfold& args, CudaStream stream) {
+int norm_product_unfold(const NormProductUnfold& args, CudaStream stream) {
   return dispatch(args.parameter_type,
                   [&](auto parameter) { return launch_unfold<decltype(parameter)>(args, stream); });
 }
