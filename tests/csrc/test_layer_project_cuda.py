@@ -164,13 +164,14 @@ def check_forward(kernels: simt_build.Library, problem: Problem, *, fused: bool 
     assert_close_to_reference(found.y, exact, eager, problem.dtype)
 
 
-# Whole and partial tiles in every dimension, both tile widths, fewer and more steps than pipeline stages.
+# Whole and partial tiles in every dimension, both tile widths, fewer and more steps than tiles in shared memory.
 FUSED_SHAPES = [
     ((1, 1, 8), 8),
     ((128, 1, 32), 128),
     ((130, 2, 40), 72),
     ((3, 2, 200), 64),
     ((40, 1, 96), 136),
+    ((20, 1, 456), 72),
 ]
 
 
