@@ -114,7 +114,7 @@ cudaError_t launch_project(const LayerProjectProduct& args, CudaStream stream) {
 
 bool layer_project_fuses(DType dtype, const NormProductShape& shape, const NormProductInput& x) {
   return (dtype == DType::kFloat16 || dtype == DType::kBFloat16) && shape.inputs > 0 &&
-         shape.outputs % 8 == 0 && rows_aligned<__half>(x, shape.inputs);
+         shape.outputs % 8 == 0 && input_aligned<__half>(x, shape.inputs);
 }
 
 int layer_project_product(DType dtype, const LayerProjectProduct& args, CudaStream stream) {

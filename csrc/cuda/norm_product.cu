@@ -94,19 +94,39 @@ __global__ void __launch_bounds__(kWideThreads)
   if (threadIdx.x == 0) static_cast<float2*>(args.stats)[index] = moments;
 }
 
-// ---- from the product to the result
+// ---- from the product to the result: one thread per vector
 
-template <class T, bool kAligned>
+// Writes z and y = act(z), y over the product.
+template <class T, bool kAligned, Activation kActivation>
 __global__ void __launch_bounds__(kNormProductThreads)
     activate_rows(const __grid_constant__ NormProductActivate args, int64_t vectors_per_row) {
   constexpr int kWidth = kVectorWidth<T>;
+  const int64_t outputs = args.shape.outputs;
   const int64_t vector = static_cast<int64_t>(blockIdx.x) * kNormProductThreads + threadIdx.x;
   const int64_t index = vector / vectors_per_row;
   if (index >= args.shape.rows * args.shape.taps) return;
   const int64_t column = (vector - index * vectors_per_row) * kWidth;
-  const T* product = static_cast<const T*>(args.y) + index * args.shape.outputs;
-  const auto value = to_accumulator(load_columns<kAligned, kWidth>(product, column, args.shape.outputs));
-  finish_columns<T, kAligned>(args, index, index % args.shape.taps, column, value);
+  const int64_t tap = index % args.shape.taps;
+  T* y = static_cast<T*>(args.y) + index * outputs;
+  auto value = to_accumulator(load_columns<kAligned, kWidth>(y, column, outputs));
+  float2 moments = {0.0f, 1.0f};
+  if (args.stats != nullptr) moments = __ldg(static_cast<const float2*>(args.stats) + index);
+  const float* bias = static_cast<const float*>(args.folded_bias) + tap * outputs;
+  const auto shift = load_columns<kAligned, kWidth>(bias, column, outputs);
+  Vec<float, kWidth> sum = {};
+  if (args.folded_sum != nullptr) {
+    const float* sums = static_cast<const float*>(args.folded_sum) + tap * outputs;
+    sum = load_columns<kAligned, kWidth>(sums, column, outputs);
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) value[i] = moments.y * (value[i] - moments.x * sum[i]) + shift[i];
+  if (args.preactivation != nullptr) {
+    T* preactivation = static_cast<T*>(args.preactivation) + index * outputs;
+    store_columns<kAligned>(preactivation, column, outputs, from_accumulator<T>(value));
+  }
+#pragma unroll
+  for (int i = 0; i < kWidth; ++i) value[i] = activate<kActivation>(value[i]);
+  store_columns<kAligned>(y, column, outputs, from_accumulator<T>(value));
 }
 
 // ---- launchers
@@ -152,8 +172,8 @@ int norm_product_stats(DType dtype, const NormProductStats& args, CudaStream str
   if (args.shape.rows * args.shape.taps == 0) return cudaSuccess;
   return dispatch(dtype, [&](auto element) {
     using T = decltype(element);
-    return rows_aligned<T>(args.x, args.shape.inputs) ? launch_stats<T, true>(args, stream)
-                                                      : launch_stats<T, false>(args, stream);
+    return input_aligned<T>(args.x, args.shape.inputs) ? launch_stats<T, true>(args, stream)
+                                                       : launch_stats<T, false>(args, stream);
   });
 }
 
@@ -166,11 +186,14 @@ int norm_product_activate(DType dtype, const NormProductActivate& args, CudaStre
     dim3 grid;
     if (!vector_grid<T>(rows, args.shape.outputs, &vectors_per_row, &grid))
       return cudaErrorInvalidConfiguration;
-    const bool aligned = rows_aligned<T>(args.y, args.shape.outputs) &&
-                         rows_aligned<T>(args.preactivation, 0) && rows_aligned<float>(args.folded_bias, 0) &&
-                         rows_aligned<float>(args.folded_sum, 0);
-    const auto kernel = aligned ? activate_rows<T, true> : activate_rows<T, false>;
-    return launch(kernel, grid, dim3(kNormProductThreads), 0, stream, args, vectors_per_row);
+    const bool aligned = rows_aligned<T>(args.y, args.shape.outputs) && rows_aligned<T>(args.preactivation) &&
+                         rows_aligned<float>(args.folded_bias) && rows_aligned<float>(args.folded_sum);
+    return dispatch_activation(args.activation, [&](auto activation) {
+      constexpr Activation kActivation = decltype(activation)::value;
+      const auto kernel =
+          aligned ? activate_rows<T, true, kActivation> : activate_rows<T, false, kActivation>;
+      return launch(kernel, grid, dim3(kNormProductThreads), 0, stream, args, vectors_per_row);
+    });
   });
 }
 

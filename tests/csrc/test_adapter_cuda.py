@@ -40,7 +40,9 @@ SOURCES = [
 ]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
-CHUNK = 256  # rows of a partial sum around library products
+# Rows of a partial sum around library products, of dz and of g.
+CHUNK = 64
+SUM_ROWS = 256
 
 
 @dataclass
@@ -541,7 +543,7 @@ def rows_by_products(
     rows, _, bottleneck = problem.shape
     chunks = -(-rows // CHUNK)
     need_hidden = bool(need - {"up"})
-    result = wanted_rows(problem, need, (chunks, chunks), need_hidden)
+    result = wanted_rows(problem, need, (chunks, -(-rows // SUM_ROWS)), need_hidden)
     sizes = problem.sizes
     if "up" in need:
         activate = map(pointer, (saved.hidden, result.activated))

@@ -35,7 +35,7 @@ SOURCES = [
 ]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
-CHUNK = 256
+CHUNK = 64
 
 
 @dataclass

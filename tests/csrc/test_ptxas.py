@@ -48,10 +48,10 @@ MOST_REGISTERS = {
     "row_moments_wide": 40,
     "activate_rows": 48,
     "project": 128,
-    "gradient": 80,
+    "gradient": 96,  # 5 blocks of 128 threads with four rows in flight: 80 KB, where 80 had 8 KB a block
     "finish_input_gradient": 40,
     "unfold_rows": 40,
-    "unfold_columns": 40,
+    "unfold_columns": 80,  # 3 blocks of 256 threads with four rows in flight: 96 KB, where 40 had 12 KB
     "interpolate": 64,  # 4 blocks of 256 threads per multiprocessor
     "interpolate_gradients": 80,  # 3 blocks
     "reduce_lam": 40,

@@ -119,8 +119,9 @@ void norm_product_unfold(DType dtype, const NormProductUnfold& args, int64_t beg
 
 namespace cuda {
 
-// The rows of a partial sum of norm_product_gradient; the chunks are added in order.
-constexpr int64_t kNormProductChunk = 256;
+// The rows of a partial sum of norm_product_gradient, and of one of its blocks: few, so that the blocks of a
+// small batch fill a GPU. The chunks are added in order.
+constexpr int64_t kNormProductChunk = 64;
 
 constexpr int64_t norm_product_chunks(int64_t rows) {
   return (rows + kNormProductChunk - 1) / kNormProductChunk;
