@@ -7,63 +7,99 @@
 namespace mmk::cuda {
 namespace {
 
-// ---- folding the LayerNorm into the weight: one warp per row of the weight. P is the type of the parameters
+// ---- folding the LayerNorm into the weight. T is the type of x, P that of the parameters
 
-constexpr int kFoldWidth = 4;
+// Small blocks leave registers for a block of the next kernel, which can then start early.
+inline constexpr int kFoldThreads = 128;
+inline constexpr int kFoldWidth = 4;
 
-template <bool kAligned, class P>
-MMK_DEVICE float dot_row(const P* a, const P* b, int64_t size) {
-  float sum = 0.0f;
-  for (int64_t column = lane_index() * kFoldWidth; column < size; column += kWarpSize * kFoldWidth) {
-    const auto x = to_accumulator(load_columns<kAligned, kFoldWidth>(a, column, size));
-    const auto y = to_accumulator(load_columns<kAligned, kFoldWidth>(b, column, size));
+// Folds one row of the weight: writes its row of Vc, its b' and its folded_sum.
+template <class T, class P, bool kAligned>
+MMK_DEVICE void fold_row(const NormProductFold& args, int64_t index) {
+  constexpr int kStep = kFoldThreads * kFoldWidth;
+  const int64_t width = args.shape.inputs;
+  const int64_t of_tap = index / args.shape.outputs * width;
+  const int64_t first = static_cast<int64_t>(threadIdx.x) * kFoldWidth;
+  const P* weight = static_cast<const P*>(args.weight) + index * width;
+  const P* gain = static_cast<const P*>(args.norm_weight);
+  const P* shift = static_cast<const P*>(args.norm_bias);
+  if (gain != nullptr) gain += of_tap;
+  if (shift != nullptr) shift += of_tap;
+  const auto columns = [&](const P* row, int64_t column) {
+    return to_accumulator(load_columns<kAligned, kFoldWidth>(row, column, width));
+  };
+  float sums[2] = {};  // over the row, of W gamma and W beta
+  for (int64_t column = first; gain != nullptr && column < width; column += kStep) {
+    const auto w = columns(weight, column);
+    const auto factor = columns(gain, column);
+    Vec<float, kFoldWidth> added = {};
+    if (shift != nullptr) added = columns(shift, column);
 #pragma unroll
-    for (int i = 0; i < kFoldWidth; ++i) sum += x[i] * y[i];
+    for (int i = 0; i < kFoldWidth; ++i) {
+      sums[0] += w[i] * factor[i];
+      sums[1] += w[i] * added[i];
+    }
   }
-  return warp_sum(sum);
-}
-
-// folded = weight * gain - mean(weight * gain), or weight if gain is null. Returns the sum after rounding.
-template <bool kAligned, class T, class P>
-MMK_DEVICE float fold_row(T* folded, const P* weight, const P* gain, int64_t size) {
-  const float mean =
-      gain == nullptr ? 0.0f : dot_row<kAligned>(weight, gain, size) / static_cast<float>(size);
-  float sum = 0.0f;
-  for (int64_t column = lane_index() * kFoldWidth; column < size; column += kWarpSize * kFoldWidth) {
-    auto value = to_accumulator(load_columns<kAligned, kFoldWidth>(weight, column, size));
+  block_sums<kFoldThreads>(sums);
+  if (threadIdx.x == 0) {
+    const P* bias = static_cast<const P*>(args.bias);
+    static_cast<float*>(args.folded_bias)[index] =
+        (bias == nullptr ? 0.0f : to_accumulator(bias[index])) + sums[1];
+  }
+  // Nothing left to write; with width 0 folded_weight is null, and folded_sum still has to be written.
+  if (args.folded_weight == nullptr && args.folded_sum == nullptr) return;
+  const float mean = gain == nullptr ? 0.0f : sums[0] / static_cast<float>(width);
+  float total = 0.0f;
+  for (int64_t column = first; column < width; column += kStep) {
+    auto value = columns(weight, column);
     if (gain != nullptr) {
-      const auto factor = to_accumulator(load_columns<kAligned, kFoldWidth>(gain, column, size));
+      const auto factor = columns(gain, column);
 #pragma unroll
       for (int i = 0; i < kFoldWidth; ++i) value[i] = value[i] * factor[i] - mean;
     }
     const Vec<T, kFoldWidth> rounded = from_accumulator<T>(value);
-    store_columns<kAligned>(folded, column, size, rounded);
+    store_columns<kAligned>(static_cast<T*>(args.folded_weight) + index * width, column, width, rounded);
 #pragma unroll
     for (int i = 0; i < kFoldWidth; ++i) {
-      if (column + i < size) sum += to_accumulator(rounded[i]);
+      if (column + i < width) total += to_accumulator(rounded[i]);
     }
   }
-  return warp_sum(sum);
+  if (args.folded_sum == nullptr) return;
+  total = block_sum<kFoldThreads>(total);
+  if (threadIdx.x == 0) static_cast<float*>(args.folded_sum)[index] = total;
 }
 
+// Blocks of a conversion, one for each piece.
+MMK_HOST_DEVICE int64_t pieces(const NormProductConversion& conversion) {
+  return conversion.target == nullptr ? 0 : ceil_div<int64_t>(conversion.count, kFoldThreads * kFoldWidth);
+}
+
+template <class Out, class P, bool kAligned>
+MMK_DEVICE void convert_piece(const NormProductConversion& conversion, int64_t piece) {
+  const int64_t first = (piece * kFoldThreads + threadIdx.x) * kFoldWidth;
+  const auto value = to_accumulator(
+      load_columns<kAligned, kFoldWidth>(static_cast<const P*>(conversion.source), first, conversion.count));
+  store_columns<kAligned>(static_cast<Out*>(conversion.target), first, conversion.count,
+                          from_accumulator<Out>(value));
+}
+
+// One block per row of the weight; the blocks after them convert one piece each.
 template <class T, class P, bool kAligned>
-__global__ void __launch_bounds__(kNormProductThreads) fold(const __grid_constant__ NormProductFold args) {
-  const int64_t inputs = args.shape.inputs;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kNormProductWarps + warp_index();
-  if (index >= args.shape.taps * args.shape.outputs) return;
-  const int64_t tap = index / args.shape.outputs;
-  const P* weight = static_cast<const P*>(args.weight) + index * inputs;
-  float bias = args.bias == nullptr ? 0.0f : to_accumulator(static_cast<const P*>(args.bias)[index]);
-  if (args.norm_bias != nullptr) {
-    bias += dot_row<kAligned>(weight, static_cast<const P*>(args.norm_bias) + tap * inputs, inputs);
+__global__ void __launch_bounds__(kFoldThreads) fold(const __grid_constant__ NormProductFold args) {
+  grid_dependency_launch();
+  const int64_t rows = args.shape.taps * args.shape.outputs;
+  if (blockIdx.x < rows) {
+    fold_row<T, P, kAligned>(args, blockIdx.x);
+    return;
   }
-  if (lane_index() == 0) static_cast<float*>(args.folded_bias)[index] = bias;
-  if (args.folded_weight == nullptr) return;
-  const P* gain =
-      args.norm_weight == nullptr ? nullptr : static_cast<const P*>(args.norm_weight) + tap * inputs;
-  const float sum =
-      fold_row<kAligned>(static_cast<T*>(args.folded_weight) + index * inputs, weight, gain, inputs);
-  if (args.folded_sum != nullptr && lane_index() == 0) static_cast<float*>(args.folded_sum)[index] = sum;
+  const int64_t piece = blockIdx.x - rows;
+  const int64_t of_weight = pieces(args.next_weight);
+  if (piece < of_weight) {
+    convert_piece<T, P, kAligned>(args.next_weight, piece);
+  } else {
+    // A bias is short, and the caller's tensor may start anywhere.
+    convert_piece<float, P, false>(args.next_bias, piece - of_weight);
+  }
 }
 
 // ---- statistics of the rows of x
@@ -151,20 +187,25 @@ cudaError_t launch_stats(const NormProductStats& args, CudaStream stream) {
 }  // namespace
 
 int norm_product_fold(DType dtype, const NormProductFold& args, CudaStream stream) {
-  const int64_t rows = args.shape.taps * args.shape.outputs;
-  if (rows == 0) return cudaSuccess;
+  const int64_t blocks =
+      args.shape.taps * args.shape.outputs + pieces(args.next_weight) + pieces(args.next_bias);
+  if (blocks == 0) return cudaSuccess;
   dim3 grid;
-  if (!make_grid(ceil_div<int64_t>(rows, kNormProductWarps), &grid)) return cudaErrorInvalidConfiguration;
-  const int64_t inputs = args.shape.inputs;
+  if (!make_grid(blocks, &grid)) return cudaErrorInvalidConfiguration;
   return dispatch(dtype, args.parameter_type, [&](auto element, auto parameter) {
     using T = decltype(element);
     using P = decltype(parameter);
-    const auto aligned = [&](const auto* data) { return is_vector_aligned(data, inputs, kFoldWidth); };
+    const auto source_aligned = [](const void* data, int64_t size) {
+      return rows_aligned<P, kFoldWidth>(data, size);
+    };
+    const auto target_aligned = [](const void* data) { return rows_aligned<T, kFoldWidth>(data); };
+    const NormProductConversion& next = args.next_weight;
     const bool all =
-        aligned(static_cast<const P*>(args.weight)) && aligned(static_cast<const P*>(args.norm_weight)) &&
-        aligned(static_cast<const P*>(args.norm_bias)) && aligned(static_cast<const T*>(args.folded_weight));
+        source_aligned(args.weight, args.shape.inputs) && source_aligned(args.norm_weight, 0) &&
+        source_aligned(args.norm_bias, 0) && target_aligned(args.folded_weight) &&
+        (next.target == nullptr || (source_aligned(next.source, next.count) && target_aligned(next.target)));
     const auto kernel = all ? fold<T, P, true> : fold<T, P, false>;
-    return launch(kernel, grid, dim3(kNormProductThreads), 0, stream, args);
+    return launch(kernel, grid, dim3(kFoldThreads), 0, stream, args);
   });
 }
 

@@ -53,11 +53,10 @@ Folded fold(const AdapterInputs& wide) {
   const Folded folded = {
       wide.norm() ? new_empty(wide.x, {bottleneck, width}, wide.accumulate()) : wide.down_weight,
       new_empty(wide.x, {bottleneck}, wide.accumulate())};
-  const AdapterParameters parameters = wide.parameters();
   const NormProductFold args = {
-      projection_shape(wide.shape), parameters.down_weight,
-      parameters.down_bias,         parameters.norm_weight,
-      parameters.norm_bias,         wide.norm() ? mutable_or_null(folded.weight) : nullptr,
+      projection_shape(wide.shape), wide.down_weight.const_data_ptr(),
+      data_or_null(wide.down_bias), data_or_null(wide.norm_weight),
+      data_or_null(wide.norm_bias), wide.norm() ? mutable_or_null(folded.weight) : nullptr,
       mutable_or_null(folded.bias)};
   torch::stable::parallel_for(0, bottleneck, grain(width), [&](int64_t begin, int64_t end) {
     cpu::norm_product_fold(wide.dtype(), args, begin, end);
@@ -175,13 +174,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                 cpu::adapter_weight_gradients(wide.dtype(), weight_args, begin, end);
                               });
   if (need_product) {
-    const AdapterParameters parameters = wide.parameters();
     const NormProductUnfold unfold_args = {projection_shape(inputs.shape),
                                            runs,
                                            mutable_or_null(partial_hidden_bias),
-                                           parameters.down_weight,
-                                           parameters.norm_weight,
-                                           parameters.norm_bias,
+                                           wide.down_weight.const_data_ptr(),
+                                           data_or_null(wide.norm_weight),
+                                           data_or_null(wide.norm_bias),
                                            mutable_or_null(d_down),
                                            mutable_or_null(d_hidden_bias),
                                            mutable_or_null(d_norm_weight),

@@ -31,14 +31,19 @@ Folded folded(const AdapterInputs& inputs, CudaStream stream) {
                    new_empty(x, {inputs.norm() ? bottleneck : 0}, ScalarType::Float),
                    new_up ? new_empty(x, {width, bottleneck}, type) : inputs.up_weight, inputs.up_bias};
   if (new_bias) result.up_bias = new_empty(x, {width}, ScalarType::Float);
-  const cuda::AdapterFold args = {inputs.shape,
-                                  inputs.parameters(),
-                                  new_down ? mutable_or_null(result.down) : nullptr,
-                                  mutable_or_null(result.bias),
-                                  mutable_or_null(result.sum),
-                                  new_up ? mutable_or_null(result.up) : nullptr,
-                                  new_bias ? mutable_or_null(*result.up_bias) : nullptr};
-  check_launch(cuda::adapter_fold(inputs.dtype(), args, stream), "adapter fold");
+  NormProductFold args = {{rows, 1, width, bottleneck},
+                          inputs.down_weight.const_data_ptr(),
+                          data_or_null(inputs.down_bias),
+                          data_or_null(inputs.norm_weight),
+                          data_or_null(inputs.norm_bias),
+                          new_down ? mutable_or_null(result.down) : nullptr,
+                          mutable_or_null(result.bias),
+                          mutable_or_null(result.sum),
+                          dtype_of(inputs.down_weight, "down_weight")};
+  if (new_up)
+    args.next_weight = {inputs.up_weight.const_data_ptr(), mutable_or_null(result.up), width * bottleneck};
+  if (new_bias) args.next_bias = {inputs.up_bias->const_data_ptr(), mutable_or_null(*result.up_bias), width};
+  check_launch(cuda::norm_product_fold(inputs.dtype(), args, stream), "adapter fold");
   return result;
 }
 

@@ -45,15 +45,19 @@ int adapter_fuses(const int64_t* sizes, const void* x, int64_t x_stride, int64_t
 int adapter_fold(const int64_t* sizes, const void* down_weight, const void* down_bias, const void* up_weight,
                  const void* up_bias, const void* norm_weight, const void* norm_bias, void* folded_weight,
                  void* folded_bias, void* folded_sum, void* folded_up, void* folded_up_bias) {
-  const mmk::cuda::AdapterFold args = {
-      shape_of(sizes),
-      {down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, parameter_type_of(sizes)},
-      folded_weight,
-      folded_bias,
-      folded_sum,
-      folded_up,
-      folded_up_bias};
-  return mmk::cuda::adapter_fold(dtype_of(sizes), args, nullptr);
+  const auto [rows, width, bottleneck] = shape_of(sizes);
+  const mmk::NormProductFold args = {{rows, 1, width, bottleneck},
+                                     down_weight,
+                                     down_bias,
+                                     norm_weight,
+                                     norm_bias,
+                                     folded_weight,
+                                     folded_bias,
+                                     folded_sum,
+                                     parameter_type_of(sizes),
+                                     {up_weight, folded_up, width * bottleneck},
+                                     {up_bias, folded_up_bias, width}};
+  return mmk::cuda::norm_product_fold(dtype_of(sizes), args, nullptr);
 }
 
 int adapter_forward(const int64_t* sizes, double scale, double eps, const void* x, int64_t x_stride,

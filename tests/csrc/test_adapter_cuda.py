@@ -32,7 +32,6 @@ pytestmark = pytest.mark.skipif(
 SOURCES = [
     "csrc/cuda/adapter.cu",
     "csrc/cuda/adapter_backward.cu",
-    "csrc/cuda/adapter_fold.cu",
     "csrc/cuda/norm_product.cu",
     "csrc/cuda/norm_product_backward.cu",
     "tests/csrc/adapter_shim.cpp",
@@ -246,7 +245,9 @@ def forward_by_products(
     sizes = library_sizes(problem)
     if problem.norm:
         strides = integers(problem.x.stride(0), 0)
-        kernels.call("norm_product_stats", sizes, pointer(problem.x), strides, EPS, pointer(stats), order=order)
+        kernels.call(
+            "norm_product_stats", sizes, pointer(problem.x), strides, EPS, pointer(stats), order=order
+        )
     activated = problem.product(problem.x, folded.down.T, problem.dtype)
     finish = (stats, folded.bias, folded.total, activated, result.hidden)
     kernels.call("norm_product_activate", sizes, *map(pointer, finish), order=order)

@@ -164,7 +164,7 @@ def check_forward(kernels: simt_build.Library, problem: Problem, *, fused: bool 
     assert_close_to_reference(found.y, exact, eager, problem.dtype)
 
 
-# Whole and partial tiles in every dimension, both tile widths, fewer and more steps than tiles in shared memory.
+# Whole and partial tiles in every dimension, both tile widths, fewer and more steps than tiles in a block.
 FUSED_SHAPES = [
     ((1, 1, 8), 8),
     ((128, 1, 32), 128),
@@ -242,7 +242,9 @@ def backward(
         dx.copy_(torch.einsum("nlo,loc->nlc", scaled.double(), saved.folded_weight.double()))
         if need_pull:
             x = problem.sizes, pointer(problem.x), problem.strides
-            kernels.call("norm_product_input_gradient", *x, *map(pointer, (saved.stats, pull, dx)), order=order)
+            kernels.call(
+                "norm_product_input_gradient", *x, *map(pointer, (saved.stats, pull, dx)), order=order
+            )
         found["x"] = dx
     d_weight = problem.of_parameters(taps if need_product else 0, outputs, inputs)
     apart = problem.norm and problem.parameter_dtype != torch.float32

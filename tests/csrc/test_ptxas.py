@@ -25,7 +25,6 @@ BOUNDED = (80, 90)
 MOST_REGISTERS = {
     "adapt": 255,  # its shared memory allows one block of 256 threads per multiprocessor
     "adapt_backward": 255,
-    "fold_weights": 48,
     "activate_hidden": 32,
     "finish_rows": 32,
     "column_sums": 40,
@@ -43,7 +42,7 @@ MOST_REGISTERS = {
     "gradients_plain": 40,
     "gradients_norm": 224,  # for rows of 1,280 columns, which would spill with 168
     "gradients_norm_wide": 72,
-    "fold": 56,
+    "fold": 48,
     "row_moments": 72,
     "row_moments_wide": 40,
     "activate_rows": 48,

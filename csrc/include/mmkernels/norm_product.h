@@ -40,17 +40,27 @@ struct NormProductInput {
   int64_t tap_stride;
 };
 
+// A parameter that kernels read in another type than the caller's. Null target: none.
+struct NormProductConversion {
+  const void* source = nullptr;
+  void* target = nullptr;
+  int64_t count = 0;
+};
+
 struct NormProductFold {
   NormProductShape shape;
   const void* weight;       // [L, C_out, C]
   const void* bias;         // [L, C_out] or null
-  const void* norm_weight;  // [L, C]; with it, folded_weight is written
+  const void* norm_weight;  // [L, C]; the CPU writes folded_weight with it only
   const void* norm_bias;    // [L, C] or null
   void* folded_weight;      // [L, C_out, C]  Vc
   void* folded_bias;        // [L, C_out]     b'
   // CUDA only.
   void* folded_sum = nullptr;              // [L, C_out] sums of the rows of Vc; null without norm_weight
-  DType parameter_type = DType::kFloat32;  // of the first four
+  DType parameter_type = DType::kFloat32;  // of the parameters
+  // In the same launch, for a product that follows: its weight to the type of x, and its bias to float.
+  NormProductConversion next_weight = {};
+  NormProductConversion next_bias = {};
 };
 
 struct NormProductStats {
@@ -128,6 +138,7 @@ constexpr int64_t norm_product_chunks(int64_t rows) {
 }
 
 // Launchers run on the current device and return a cudaError_t. dtype, that of x, is float, half or bfloat16.
+// A launch_overlapping() kernel may follow norm_product_fold.
 int norm_product_fold(DType dtype, const NormProductFold& args, CudaStream stream);
 int norm_product_stats(DType dtype, const NormProductStats& args, CudaStream stream);
 int norm_product_activate(DType dtype, const NormProductActivate& args, CudaStream stream);
