@@ -5,12 +5,14 @@ The library's products, which run between the kernels on a GPU, are torch's here
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import simt_build
 import torch
+from devices import A100, H100, LEAST_SHARED, RESERVED_SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, pointer
@@ -348,6 +350,33 @@ def test_results_are_the_same_in_all_thread_orders(kernels: simt_build.Library) 
         return np.concatenate([t.contiguous().view(torch.uint8).flatten().numpy() for t in tensors])
 
     simt_build.same_in_all_orders(run)
+
+
+def launch_of(kernels: simt_build.Library, name: str, *arguments: object) -> simt_build.Launch:
+    """What a launcher asks for, without running it."""
+    with kernels.recording(run=False) as launches:
+        kernels.call(name, *arguments)
+    return launches[0]
+
+
+@pytest.mark.parametrize("outputs", [64, 512])
+def test_two_blocks_of_the_product_share_a_multiprocessor(kernels: simt_build.Library, outputs: int) -> None:
+    """Of 256 threads, on GPUs with the shared memory of an A100 or more; one fits any other."""
+    memory = ctypes.c_void_p(1 << 20)  # an aligned address that no launcher reads
+    sizes = integers(DTYPE_CODES[torch.bfloat16], 4096, 12, 1024, outputs, 1)
+    launch = launch_of(kernels, "project_product", sizes, memory, integers(12 * 1024, 1024), *[memory] * 6)
+    assert launch.threads == 256
+    for device in (A100, H100):
+        assert 2 * (launch.dynamic_shared + RESERVED_SHARED) <= device.shared_per_multiprocessor
+    assert launch.dynamic_shared <= LEAST_SHARED
+
+
+def test_the_gradient_of_a_small_batch_fills_a_gpu(kernels: simt_build.Library) -> None:
+    """Five blocks of 128 threads on each multiprocessor have 80 KB of rows in flight."""
+    memory = ctypes.c_void_p(1 << 20)
+    sizes = integers(DTYPE_CODES[torch.bfloat16], 4096, 12, 1024, 512, 1)
+    launch = launch_of(kernels, "norm_product_gradient", sizes, *[memory] * 7)
+    assert launch.blocks * launch.threads >= 5 * 128 * H100.multiprocessors
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 8), (3, 0, 8)])
