@@ -1,7 +1,6 @@
 #include "mmkernels/layer_project.h"
 
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "cpu/activation.h"
@@ -11,30 +10,12 @@ namespace mmk::cpu {
 namespace {
 
 template <class A>
-MMK_INLINE void fold(const LayerProjectFold& args, int64_t begin, int64_t end) {
-  const int64_t inputs = args.shape.inputs;
-  for (int64_t i = begin; i < end; ++i) {
-    const int64_t tap = i / args.shape.outputs;
-    const A* weight = at<A>(args.weight, i * inputs);
-    const A* gain = at<A>(args.norm_weight, tap * inputs);
-    const A* shift = at<A>(args.norm_bias, tap * inputs);
-    A bias = args.bias == nullptr ? A(0) : *at<A>(args.bias, i);
-    if (shift != nullptr) bias += dot(weight, shift, inputs);
-    *at<A>(args.folded_bias, i) = bias;
-    if (gain == nullptr) continue;
-    A* folded = at<A>(args.folded_weight, i * inputs);
-    const A mean = dot(weight, gain, inputs) / static_cast<A>(inputs);
-    for (int64_t j = 0; j < inputs; ++j) folded[j] = weight[j] * gain[j] - mean;
-  }
-}
-
-template <class A>
-MMK_INLINE const A* input_row(const LayerProjectInput& x, int64_t row, int64_t tap) {
+MMK_INLINE const A* input_row(const NormProductInput& x, int64_t row, int64_t tap) {
   return at<A>(x.data, row * x.row_stride + tap * x.tap_stride);
 }
 
 template <class A>
-MMK_INLINE void stats(const LayerProjectStats& args, int64_t tap, int64_t begin, int64_t end) {
+MMK_INLINE void stats(const NormProductStats& args, int64_t tap, int64_t begin, int64_t end) {
   for (int64_t n = begin; n < end; ++n) {
     const A* x = input_row<A>(args.x, n, tap);
     const A* next = n + 1 < end ? input_row<A>(args.x, n + 1, tap) : x;
@@ -46,7 +27,7 @@ MMK_INLINE void stats(const LayerProjectStats& args, int64_t tap, int64_t begin,
 }
 
 template <class A, Activation kActivation>
-MMK_INLINE void activate_rows(const LayerProjectActivate& args, int64_t tap, const void* product,
+MMK_INLINE void activate_rows(const NormProductActivate& args, int64_t tap, const void* product,
                               int64_t first, int64_t begin, int64_t end) {
   const int64_t outputs = args.shape.outputs;
   const A* bias = at<A>(args.folded_bias, tap * outputs);
@@ -65,8 +46,8 @@ MMK_INLINE void activate_rows(const LayerProjectActivate& args, int64_t tap, con
 }
 
 template <class A, Activation kActivation>
-MMK_INLINE void gradient_chunk(const LayerProjectGradient& args, int64_t tap, int64_t chunk) {
-  const LayerProjectShape& shape = args.shape;
+MMK_INLINE void gradient_chunk(const NormProductGradient& args, int64_t tap, int64_t chunk) {
+  const NormProductShape& shape = args.shape;
   const int64_t outputs = shape.outputs;
   const A* bias = at<A>(args.folded_bias, tap * outputs);
   A* bias_sum = at<A>(args.partial_bias, (chunk * shape.taps + tap) * outputs);
@@ -95,7 +76,7 @@ MMK_INLINE void gradient_chunk(const LayerProjectGradient& args, int64_t tap, in
 }
 
 template <class A>
-MMK_INLINE void input_gradient(const LayerProjectInputGradient& args, int64_t tap, const void* product,
+MMK_INLINE void input_gradient(const NormProductInputGradient& args, int64_t tap, const void* product,
                                int64_t first, int64_t begin, int64_t end) {
   const int64_t inputs = args.shape.inputs;
   for (int64_t n = begin; n < end; ++n) {
@@ -113,53 +94,14 @@ MMK_INLINE void input_gradient(const LayerProjectInputGradient& args, int64_t ta
   }
 }
 
-template <class A>
-MMK_INLINE void unfold_tap(const LayerProjectUnfold& args, int64_t tap) {
-  const LayerProjectShape& shape = args.shape;
-  const int64_t inputs = shape.inputs;
-  const A* gain = at<A>(args.norm_weight, tap * inputs);
-  const A* shift = at<A>(args.norm_bias, tap * inputs);
-  A* d_gain = at<A>(args.d_norm_weight, tap * inputs);
-  A* d_shift = at<A>(args.d_norm_bias, tap * inputs);
-  if (d_gain != nullptr) std::fill(d_gain, d_gain + inputs, A(0));
-  if (d_shift != nullptr) std::fill(d_shift, d_shift + inputs, A(0));
-  for (int64_t o = 0; o < shape.outputs; ++o) {
-    const int64_t i = tap * shape.outputs + o;
-    double sum = 0;
-    for (int64_t c = 0; c < args.chunks; ++c) {
-      sum += static_cast<double>(*at<A>(args.partial_bias, c * shape.taps * shape.outputs + i));
-    }
-    const A d_bias = static_cast<A>(sum);
-    *at<A>(args.d_bias, i) = d_bias;
-    const A* weight = at<A>(args.weight, i * inputs);
-    A* d_weight = at<A>(args.d_weight, i * inputs);
-    if (d_shift != nullptr) {
-      for (int64_t j = 0; j < inputs; ++j) d_shift[j] += d_bias * weight[j];
-    }
-    if (d_weight == nullptr || gain == nullptr) continue;
-    double total = 0;
-    for (int64_t j = 0; j < inputs; ++j) total += static_cast<double>(d_weight[j]);
-    const A mean = static_cast<A>(total / static_cast<double>(inputs));
-    for (int64_t j = 0; j < inputs; ++j) {
-      const A d_product = d_weight[j] - mean;
-      if (d_gain != nullptr) d_gain[j] += d_product * weight[j];
-      d_weight[j] = d_product * gain[j] + (shift == nullptr ? A(0) : d_bias * shift[j]);
-    }
-  }
-}
-
 }  // namespace
 
-MMK_MULTIARCH void layer_project_fold(DType dtype, const LayerProjectFold& args, int64_t begin, int64_t end) {
-  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { fold<decltype(element)>(args, begin, end); });
-}
-
-MMK_MULTIARCH void layer_project_stats(DType dtype, const LayerProjectStats& args, int64_t tap, int64_t begin,
+MMK_MULTIARCH void layer_project_stats(DType dtype, const NormProductStats& args, int64_t tap, int64_t begin,
                                        int64_t end) {
   dispatch_wide(dtype, [&](auto element) MMK_LAMBDA { stats<decltype(element)>(args, tap, begin, end); });
 }
 
-MMK_MULTIARCH void layer_project_activate(DType dtype, const LayerProjectActivate& args, int64_t tap,
+MMK_MULTIARCH void layer_project_activate(DType dtype, const NormProductActivate& args, int64_t tap,
                                           const void* product, int64_t first, int64_t begin, int64_t end) {
   dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
     dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
@@ -168,7 +110,7 @@ MMK_MULTIARCH void layer_project_activate(DType dtype, const LayerProjectActivat
   });
 }
 
-MMK_MULTIARCH void layer_project_gradient(DType dtype, const LayerProjectGradient& args, int64_t tap,
+MMK_MULTIARCH void layer_project_gradient(DType dtype, const NormProductGradient& args, int64_t tap,
                                           int64_t begin, int64_t end) {
   dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
     dispatch_activation(args.activation, [&](auto activation) MMK_LAMBDA {
@@ -179,18 +121,11 @@ MMK_MULTIARCH void layer_project_gradient(DType dtype, const LayerProjectGradien
   });
 }
 
-MMK_MULTIARCH void layer_project_input_gradient(DType dtype, const LayerProjectInputGradient& args,
+MMK_MULTIARCH void layer_project_input_gradient(DType dtype, const NormProductInputGradient& args,
                                                 int64_t tap, const void* product, int64_t first,
                                                 int64_t begin, int64_t end) {
   dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
     input_gradient<decltype(element)>(args, tap, product, first, begin, end);
-  });
-}
-
-MMK_MULTIARCH void layer_project_unfold(DType dtype, const LayerProjectUnfold& args, int64_t begin,
-                                        int64_t end) {
-  dispatch_wide(dtype, [&](auto element) MMK_LAMBDA {
-    for (int64_t tap = begin; tap < end; ++tap) unfold_tap<decltype(element)>(args, tap);
   });
 }
 

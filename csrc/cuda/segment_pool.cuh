@@ -149,10 +149,4 @@ cudaError_t dispatch_reduction(Reduction reduce, Body&& body) {
   return cudaErrorInvalidValue;
 }
 
-template <class T>
-bool rows_aligned(const void* data, int64_t outer_stride, int64_t inner_stride) {
-  constexpr int kWidth = kVectorWidth<T>;
-  return is_vector_aligned(static_cast<const T*>(data), outer_stride, kWidth) && inner_stride % kWidth == 0;
-}
-
 }  // namespace mmk::cuda

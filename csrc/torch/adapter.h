@@ -51,13 +51,6 @@ struct AdapterInputs {
   ScalarType accumulate() const { return accumulate_type(dtype()); }
   ScalarType parameter_type() const { return down_weight.scalar_type(); }
 
-  AdapterParameters parameters() const {
-    return {down_weight.const_data_ptr(),        data_or_null(down_bias),
-            up_weight.const_data_ptr(),          data_or_null(up_bias),
-            data_or_null(norm_weight),           data_or_null(norm_bias),
-            dtype_of(down_weight, "down_weight")};
-  }
-
   // The tensor that the adapter adds to: x, another tensor of x's type or of the accumulation type, or none.
   OptionalTensor residual(const OptionalTensor& given, bool add_input) const {
     STD_TORCH_CHECK(!add_input || !given.has_value(), "residual: expected None where x is the residual");

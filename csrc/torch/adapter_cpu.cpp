@@ -1,6 +1,5 @@
-#include "mmkernels/layer_project.h"
+#include "mmkernels/norm_product.h"
 #include "torch/adapter.h"
-#include "torch/layer_project.h"
 
 namespace mmk::glue {
 namespace {
@@ -45,7 +44,7 @@ struct Folded {
   Tensor weight, bias;
 };
 
-LayerProjectShape projection_shape(const AdapterShape& shape) {
+NormProductShape projection_shape(const AdapterShape& shape) {
   return {shape.rows, 1, shape.width, shape.bottleneck};
 }
 
@@ -54,14 +53,13 @@ Folded fold(const AdapterInputs& wide) {
   const Folded folded = {
       wide.norm() ? new_empty(wide.x, {bottleneck, width}, wide.accumulate()) : wide.down_weight,
       new_empty(wide.x, {bottleneck}, wide.accumulate())};
-  const AdapterParameters parameters = wide.parameters();
-  const LayerProjectFold args = {
-      projection_shape(wide.shape), parameters.down_weight,
-      parameters.down_bias,         parameters.norm_weight,
-      parameters.norm_bias,         wide.norm() ? mutable_or_null(folded.weight) : nullptr,
+  const NormProductFold args = {
+      projection_shape(wide.shape), wide.down_weight.const_data_ptr(),
+      data_or_null(wide.down_bias), data_or_null(wide.norm_weight),
+      data_or_null(wide.norm_bias), wide.norm() ? mutable_or_null(folded.weight) : nullptr,
       mutable_or_null(folded.bias)};
   torch::stable::parallel_for(0, bottleneck, grain(width), [&](int64_t begin, int64_t end) {
-    cpu::layer_project_fold(wide.dtype(), args, begin, end);
+    cpu::norm_product_fold(wide.dtype(), args, begin, end);
   });
   return folded;
 }
@@ -176,18 +174,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                 cpu::adapter_weight_gradients(wide.dtype(), weight_args, begin, end);
                               });
   if (need_product) {
-    const AdapterParameters parameters = wide.parameters();
-    const LayerProjectUnfold unfold_args = {projection_shape(inputs.shape),
-                                            runs,
-                                            mutable_or_null(partial_hidden_bias),
-                                            parameters.down_weight,
-                                            parameters.norm_weight,
-                                            parameters.norm_bias,
-                                            mutable_or_null(d_down),
-                                            mutable_or_null(d_hidden_bias),
-                                            mutable_or_null(d_norm_weight),
-                                            mutable_or_null(d_norm_bias)};
-    cpu::layer_project_unfold(wide.dtype(), unfold_args, 0, 1);
+    const NormProductUnfold unfold_args = {projection_shape(inputs.shape),
+                                           runs,
+                                           mutable_or_null(partial_hidden_bias),
+                                           wide.down_weight.const_data_ptr(),
+                                           data_or_null(wide.norm_weight),
+                                           data_or_null(wide.norm_bias),
+                                           mutable_or_null(d_down),
+                                           mutable_or_null(d_hidden_bias),
+                                           mutable_or_null(d_norm_weight),
+                                           mutable_or_null(d_norm_bias)};
+    cpu::norm_product_unfold(wide.dtype(), unfold_args, 0, 1);
   }
   const auto parameter = [&](const Tensor& gradient) { return as_type(gradient, inputs.parameter_type()); };
   return {as_type(dx, inputs.x.scalar_type()),

@@ -1,4 +1,4 @@
-#include "mmkernels/layer_project.h"
+#include "mmkernels/norm_product.h"
 #include "torch/adapter.h"
 #include "torch/blas.h"
 #include "torch/cuda.h"
@@ -31,14 +31,19 @@ Folded folded(const AdapterInputs& inputs, CudaStream stream) {
                    new_empty(x, {inputs.norm() ? bottleneck : 0}, ScalarType::Float),
                    new_up ? new_empty(x, {width, bottleneck}, type) : inputs.up_weight, inputs.up_bias};
   if (new_bias) result.up_bias = new_empty(x, {width}, ScalarType::Float);
-  const cuda::AdapterFold args = {inputs.shape,
-                                  inputs.parameters(),
-                                  new_down ? mutable_or_null(result.down) : nullptr,
-                                  mutable_or_null(result.bias),
-                                  mutable_or_null(result.sum),
-                                  new_up ? mutable_or_null(result.up) : nullptr,
-                                  new_bias ? mutable_or_null(*result.up_bias) : nullptr};
-  check_launch(cuda::adapter_fold(inputs.dtype(), args, stream), "adapter fold");
+  NormProductFold args = {{rows, 1, width, bottleneck},
+                          inputs.down_weight.const_data_ptr(),
+                          data_or_null(inputs.down_bias),
+                          data_or_null(inputs.norm_weight),
+                          data_or_null(inputs.norm_bias),
+                          new_down ? mutable_or_null(result.down) : nullptr,
+                          mutable_or_null(result.bias),
+                          mutable_or_null(result.sum),
+                          dtype_of(inputs.down_weight, "down_weight")};
+  if (new_up)
+    args.next_weight = {inputs.up_weight.const_data_ptr(), mutable_or_null(result.up), width * bottleneck};
+  if (new_bias) args.next_bias = {inputs.up_bias->const_data_ptr(), mutable_or_null(*result.up_bias), width};
+  check_launch(cuda::norm_product_fold(inputs.dtype(), args, stream), "adapter fold");
   return result;
 }
 
@@ -52,7 +57,7 @@ Tensor transposed(const Tensor& matrix) {
   return torch::stable::transpose(matrix, 0, 1);
 }
 
-LayerProjectInput input_of(const Tensor& x) {
+NormProductInput input_of(const Tensor& x) {
   return {rows_of(x).data, stride_of(x, 0), 0};
 }
 
@@ -68,24 +73,24 @@ void forward_by_products(const AdapterInputs& inputs, const Folded& weights, con
                          CudaStream stream) {
   const auto [rows, width, bottleneck] = inputs.shape;
   const Tensor& x = inputs.x;
-  const LayerProjectShape down = {rows, 1, width, bottleneck};
+  const NormProductShape down = {rows, 1, width, bottleneck};
   const Tensor stats = inputs.norm() ? new_empty(x, {rows, 2}, ScalarType::Float) : result.stats;
   if (inputs.norm()) {
     const Tensor& target = result.stats.numel() > 0 ? result.stats : stats;
-    const LayerProjectStats args = {down, input_of(x), eps, mutable_or_null(target)};
-    check_launch(cuda::layer_project_stats(inputs.dtype(), args, stream), "adapter stats");
+    const NormProductStats args = {down, input_of(x), eps, mutable_or_null(target)};
+    check_launch(cuda::norm_product_stats(inputs.dtype(), args, stream), "adapter stats");
   }
   const Tensor& moments = result.stats.numel() > 0 ? result.stats : stats;
   const Tensor activated = new_empty(x, {rows, bottleneck}, x.scalar_type());
   product(activated, x, transposed(weights.down));
-  const LayerProjectActivate activate = {down,
-                                         activation,
-                                         inputs.norm() ? mutable_or_null(moments) : nullptr,
-                                         mutable_or_null(weights.bias),
-                                         mutable_or_null(activated),
-                                         mutable_or_null(result.hidden),
-                                         mutable_or_null(weights.sum)};
-  check_launch(cuda::layer_project_activate(inputs.dtype(), activate, stream), "adapter activation");
+  const NormProductActivate activate = {down,
+                                        activation,
+                                        inputs.norm() ? mutable_or_null(moments) : nullptr,
+                                        mutable_or_null(weights.bias),
+                                        mutable_or_null(activated),
+                                        mutable_or_null(result.hidden),
+                                        mutable_or_null(weights.sum)};
+  check_launch(cuda::norm_product_activate(inputs.dtype(), activate, stream), "adapter activation");
   const Tensor sums = new_empty(x, {rows, width}, ScalarType::Float);
   product(sums, activated, transposed(weights.up));
   cuda::AdapterFinish args = {};
@@ -232,7 +237,7 @@ RowGradients rows_by_products(const BackwardCall& call) {
   const bool need_hidden = call.need_x || call.need_product;
   const int64_t sum_rows = cuda::kAdapterSumRows;
   const RowGradients result =
-      allocate(call, layer_project_chunks(rows), (rows + sum_rows - 1) / sum_rows, need_hidden);
+      allocate(call, cuda::norm_product_chunks(rows), (rows + sum_rows - 1) / sum_rows, need_hidden);
   if (call.need_up) {
     const cuda::AdapterActivate activate = {inputs.shape, call.activation, call.scale,
                                             rows_of(call.hidden).data, mutable_or_null(result.activated)};
@@ -250,17 +255,17 @@ RowGradients rows_by_products(const BackwardCall& call) {
                                   : new_empty(x, {result.bias_chunks, bottleneck}, ScalarType::Float);
   const Tensor d_activated = new_empty(x, {rows, bottleneck}, x.scalar_type());
   product(d_activated, call.grad, weights.up);
-  const LayerProjectGradient args = {{rows, 1, width, bottleneck},
-                                     call.activation,
-                                     mutable_or_null(d_activated),
-                                     rows_of(call.hidden).data,
-                                     data_or_null(call.stats),
-                                     need_pull ? mutable_or_null(weights.bias) : nullptr,
-                                     mutable_or_null(result.scaled_grad),
-                                     mutable_or_null(pull),
-                                     mutable_or_null(partial_bias),
-                                     call.scale};
-  check_launch(cuda::layer_project_gradient(dtype, args, call.stream), "adapter gradient");
+  const NormProductGradient args = {{rows, 1, width, bottleneck},
+                                    call.activation,
+                                    mutable_or_null(d_activated),
+                                    rows_of(call.hidden).data,
+                                    data_or_null(call.stats),
+                                    need_pull ? mutable_or_null(weights.bias) : nullptr,
+                                    mutable_or_null(result.scaled_grad),
+                                    mutable_or_null(pull),
+                                    mutable_or_null(partial_bias),
+                                    call.scale};
+  check_launch(cuda::norm_product_gradient(dtype, args, call.stream), "adapter gradient");
   if (call.need_x) input_gradient(call, weights, result.scaled_grad, pull, result.dx);
   return result;
 }
@@ -308,20 +313,20 @@ DownGradients down_gradients(const BackwardCall& call, const RowGradients& from,
   const Tensor d_folded = apart ? new_empty(x, {bottleneck, width}, ScalarType::Float) : result.weight;
   product(d_folded, transposed(from.scaled_grad), x);
   const Tensor row_sums = new_empty(x, {bottleneck, 2}, ScalarType::Float);
-  const LayerProjectUnfold args = {{rows, 1, width, bottleneck},
-                                   from.bias_chunks,
-                                   mutable_or_null(from.partial_bias),
-                                   inputs.down_weight.const_data_ptr(),
-                                   data_or_null(inputs.norm_weight),
-                                   data_or_null(inputs.norm_bias),
-                                   mutable_or_null(result.weight),
-                                   mutable_or_null(result.bias),
-                                   mutable_or_null(result.norm_weight),
-                                   mutable_or_null(result.norm_bias),
-                                   inputs.norm() ? mutable_or_null(d_folded) : nullptr,
-                                   mutable_or_null(row_sums),
-                                   dtype_of(inputs.down_weight, "down_weight")};
-  check_launch(cuda::layer_project_unfold(args, call.stream), "adapter unfold");
+  const NormProductUnfold args = {{rows, 1, width, bottleneck},
+                                  from.bias_chunks,
+                                  mutable_or_null(from.partial_bias),
+                                  inputs.down_weight.const_data_ptr(),
+                                  data_or_null(inputs.norm_weight),
+                                  data_or_null(inputs.norm_bias),
+                                  mutable_or_null(result.weight),
+                                  mutable_or_null(result.bias),
+                                  mutable_or_null(result.norm_weight),
+                                  mutable_or_null(result.norm_bias),
+                                  inputs.norm() ? mutable_or_null(d_folded) : nullptr,
+                                  mutable_or_null(row_sums),
+                                  dtype_of(inputs.down_weight, "down_weight")};
+  check_launch(cuda::norm_product_unfold(args, call.stream), "adapter unfold");
   return result;
 }
 

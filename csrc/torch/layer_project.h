@@ -14,7 +14,7 @@ namespace mmk::glue {
 struct LayerProjectInputs {
   Tensor x, weight;
   OptionalTensor bias, norm_weight, norm_bias;
-  LayerProjectShape shape;
+  NormProductShape shape;
 
   LayerProjectInputs(const Tensor& given_x, const Tensor& given_weight, const OptionalTensor& given_bias,
                      const OptionalTensor& given_norm_weight, const OptionalTensor& given_norm_bias) {
@@ -37,7 +37,7 @@ struct LayerProjectInputs {
   ScalarType parameter_type() const { return weight.scalar_type(); }
 };
 
-inline LayerProjectInput view_of(const Tensor& x) {
+inline NormProductInput view_of(const Tensor& x) {
   return {x.const_data_ptr(), stride_of(x, 0), stride_of(x, 1)};
 }
 

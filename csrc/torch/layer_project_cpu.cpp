@@ -37,15 +37,15 @@ Folded fold(const LayerProjectInputs& wide, bool needed) {
   if (!needed) return folded;
   folded.weight = wide.norm() ? new_empty(wide.x, {taps, out, in}, folded.type) : wide.weight;
   folded.bias = new_empty(wide.x, {taps, out}, folded.type);
-  const LayerProjectFold args = {wide.shape,
-                                 wide.weight.const_data_ptr(),
-                                 data_or_null(wide.bias),
-                                 data_or_null(wide.norm_weight),
-                                 data_or_null(wide.norm_bias),
-                                 wide.norm() ? folded.weight->mutable_data_ptr() : nullptr,
-                                 folded.bias->mutable_data_ptr()};
+  const NormProductFold args = {wide.shape,
+                                wide.weight.const_data_ptr(),
+                                data_or_null(wide.bias),
+                                data_or_null(wide.norm_weight),
+                                data_or_null(wide.norm_bias),
+                                wide.norm() ? folded.weight->mutable_data_ptr() : nullptr,
+                                folded.bias->mutable_data_ptr()};
   torch::stable::parallel_for(0, taps * out, grain(in), [&](int64_t begin, int64_t end) {
-    cpu::layer_project_fold(folded.dtype, args, begin, end);
+    cpu::norm_product_fold(folded.dtype, args, begin, end);
   });
   return folded;
 }
@@ -126,10 +126,10 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
   const Tensor value = new_empty(x, {save_value ? rows : 0, taps, out}, folded.type);
   const Tensor stats = new_empty(x, {inputs.norm() ? rows : 0, taps, 2}, folded.type);
 
-  const LayerProjectStats stats_args = {inputs.shape, view_of(x), eps, mutable_or_null(stats)};
-  const LayerProjectActivate activate_args = {inputs.shape,           activation,
-                                              mutable_or_null(stats), data_or_null(folded.bias),
-                                              y.mutable_data_ptr(),   mutable_or_null(value)};
+  const NormProductStats stats_args = {inputs.shape, view_of(x), eps, mutable_or_null(stats)};
+  const NormProductActivate activate_args = {inputs.shape,           activation,
+                                             mutable_or_null(stats), data_or_null(folded.bias),
+                                             y.mutable_data_ptr(),   mutable_or_null(value)};
   Scratch scratch(x, out);
   for_each_group(taps, [&](int64_t first_tap, int64_t group) {
     const Tensor group_weight = transposed(narrowed(*folded.weight, first_tap, group));
@@ -173,7 +173,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   // The gradients of weight and gain both follow from that of the folded weight.
   const bool need_product = need_weight || (need_norm && inputs.norm());
   const bool pull_rows = need_x && inputs.norm();
-  const int64_t chunks = layer_project_chunks(rows);
+  const int64_t chunks = cpu::layer_project_chunks(rows);
   const Tensor dx = new_empty(x, {need_x ? rows : 0, taps, in}, folded.type);
   const Tensor d_weight = new_empty(x, {need_product ? taps : 0, out, in}, folded.type);
   const Tensor d_bias = new_empty(x, {taps, out}, folded.type);
@@ -182,23 +182,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const Tensor partial_bias = new_empty(x, {chunks, taps, out}, folded.type);
   const Tensor pull = new_empty(x, {pull_rows ? rows : 0, taps}, folded.type);
   const void* stats_data = data_or_null(stats);
-  LayerProjectGradient gradient_args = {inputs.shape,
-                                        activation,
-                                        grad.const_data_ptr(),
-                                        value.const_data_ptr(),
-                                        stats_data,
-                                        data_or_null(folded.bias),
-                                        nullptr,
-                                        mutable_or_null(pull),
-                                        partial_bias.mutable_data_ptr()};
-  const LayerProjectInputGradient input_args = {inputs.shape, view_of(x), stats_data, mutable_or_null(pull),
-                                                mutable_or_null(dx)};
+  NormProductGradient gradient_args = {inputs.shape,
+                                       activation,
+                                       grad.const_data_ptr(),
+                                       value.const_data_ptr(),
+                                       stats_data,
+                                       data_or_null(folded.bias),
+                                       nullptr,
+                                       mutable_or_null(pull),
+                                       partial_bias.mutable_data_ptr()};
+  const NormProductInputGradient input_args = {inputs.shape, view_of(x), stats_data, mutable_or_null(pull),
+                                               mutable_or_null(dx)};
   Scratch scaled_scratch(x, out), product_scratch(x, in);
   for_each_group(taps, [&](int64_t first_tap, int64_t group) {
     const Tensor scaled = scaled_scratch.sized(group, rows);
     for_each_matrix(scaled, first_tap, [&](int64_t tap, void* matrix) {
       gradient_args.scaled_grad = matrix;
-      torch::stable::parallel_for(0, chunks, grain(kLayerProjectChunk * out),
+      torch::stable::parallel_for(0, chunks, grain(cpu::kLayerProjectChunk * out),
                                   [&](int64_t begin, int64_t end) {
                                     cpu::layer_project_gradient(folded.dtype, gradient_args, tap, begin, end);
                                   });
@@ -221,18 +221,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     });
   });
 
-  const LayerProjectUnfold args = {inputs.shape,
-                                   chunks,
-                                   partial_bias.const_data_ptr(),
-                                   inputs.weight.const_data_ptr(),
-                                   data_or_null(inputs.norm_weight),
-                                   data_or_null(inputs.norm_bias),
-                                   mutable_or_null(d_weight),
-                                   d_bias.mutable_data_ptr(),
-                                   mutable_or_null(d_norm_weight),
-                                   mutable_or_null(d_norm_bias)};
+  const NormProductUnfold args = {inputs.shape,
+                                  chunks,
+                                  partial_bias.const_data_ptr(),
+                                  inputs.weight.const_data_ptr(),
+                                  data_or_null(inputs.norm_weight),
+                                  data_or_null(inputs.norm_bias),
+                                  mutable_or_null(d_weight),
+                                  d_bias.mutable_data_ptr(),
+                                  mutable_or_null(d_norm_weight),
+                                  mutable_or_null(d_norm_bias)};
   torch::stable::parallel_for(0, taps, 1, [&](int64_t begin, int64_t end) {
-    cpu::layer_project_unfold(folded.dtype, args, begin, end);
+    cpu::norm_product_unfold(folded.dtype, args, begin, end);
   });
   const auto parameter = [&](const Tensor& gradient) { return as_type(gradient, weight.scalar_type()); };
   return {as_type(dx, type), parameter(d_weight), parameter(d_bias), parameter(d_norm_weight),

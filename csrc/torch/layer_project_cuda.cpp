@@ -31,16 +31,16 @@ Folded fold(const LayerProjectInputs& inputs, CudaStream stream) {
   const Folded folded = {rewritten ? new_empty(inputs.x, {taps, out, in}, type) : inputs.weight,
                          new_empty(inputs.x, {taps, out}, ScalarType::Float),
                          new_empty(inputs.x, {inputs.norm() ? taps : 0, out}, ScalarType::Float)};
-  const LayerProjectFold args = {inputs.shape,
-                                 inputs.weight.const_data_ptr(),
-                                 data_or_null(inputs.bias),
-                                 data_or_null(inputs.norm_weight),
-                                 data_or_null(inputs.norm_bias),
-                                 rewritten ? mutable_or_null(folded.weight) : nullptr,
-                                 mutable_or_null(folded.bias),
-                                 mutable_or_null(folded.sum),
-                                 dtype_of(inputs.weight, "weight")};
-  check_launch(cuda::layer_project_fold(dtype_of(inputs.x, "x"), args, stream), "layer_project fold");
+  const NormProductFold args = {inputs.shape,
+                                inputs.weight.const_data_ptr(),
+                                data_or_null(inputs.bias),
+                                data_or_null(inputs.norm_weight),
+                                data_or_null(inputs.norm_bias),
+                                rewritten ? mutable_or_null(folded.weight) : nullptr,
+                                mutable_or_null(folded.bias),
+                                mutable_or_null(folded.sum),
+                                dtype_of(inputs.weight, "weight")};
+  check_launch(cuda::norm_product_fold(dtype_of(inputs.x, "x"), args, stream), "layer_project fold");
   return folded;
 }
 
@@ -70,22 +70,22 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& given_x, const Tensor& 
   const Tensor stats = new_empty(x, {inputs.norm() ? rows : 0, taps, 2}, ScalarType::Float);
 
   if (inputs.norm()) {
-    const LayerProjectStats args = {inputs.shape, view_of(x), eps, mutable_or_null(stats)};
-    check_launch(cuda::layer_project_stats(dtype, args, scope.stream()), "layer_project stats");
+    const NormProductStats args = {inputs.shape, view_of(x), eps, mutable_or_null(stats)};
+    check_launch(cuda::norm_product_stats(dtype, args, scope.stream()), "layer_project stats");
   }
-  const LayerProjectActivate activate = {inputs.shape,
-                                         activation,
-                                         mutable_or_null(stats),
-                                         mutable_or_null(folded.bias),
-                                         mutable_or_null(y),
-                                         mutable_or_null(value),
-                                         mutable_or_null(folded.sum)};
+  const NormProductActivate activate = {inputs.shape,
+                                        activation,
+                                        mutable_or_null(stats),
+                                        mutable_or_null(folded.bias),
+                                        mutable_or_null(y),
+                                        mutable_or_null(value),
+                                        mutable_or_null(folded.sum)};
   if (cuda::layer_project_fuses(dtype, inputs.shape, view_of(x))) {
     const cuda::LayerProjectProduct args = {view_of(x), mutable_or_null(folded.weight), activate};
     check_launch(cuda::layer_project_product(dtype, args, scope.stream()), "layer_project product");
   } else {
     bmm_out(by_tap(y), by_tap(x), matrices_transposed(folded.weight));
-    check_launch(cuda::layer_project_activate(dtype, activate, scope.stream()), "layer_project activation");
+    check_launch(cuda::norm_product_activate(dtype, activate, scope.stream()), "layer_project activation");
   }
   const bool save_stats = save && inputs.norm();
   return {y, value, save_stats ? stats : new_empty(x, {0, taps, 2}, ScalarType::Float)};
@@ -111,7 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   // The gradients of weight and gain both follow from that of the folded weight.
   const bool need_product = need_weight || (need_norm && inputs.norm());
   const bool need_pull = need_x && inputs.norm();
-  const int64_t chunks = layer_project_chunks(rows);
+  const int64_t chunks = cuda::norm_product_chunks(rows);
   const Tensor dx = new_empty(x, {need_x ? rows : 0, taps, in}, type);
   // The gradients of the parameters have their type. dVc, which the last step centres, is not rounded before.
   const ScalarType given = inputs.parameter_type();
@@ -128,38 +128,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   Folded folded;
   if (need_x) folded = fold(inputs, scope.stream());
 
-  const LayerProjectGradient gradient_args = {inputs.shape,
-                                              activation,
-                                              grad.const_data_ptr(),
-                                              value.const_data_ptr(),
-                                              data_or_null(stats),
-                                              need_pull ? mutable_or_null(folded.bias) : nullptr,
-                                              mutable_or_null(scaled),
-                                              mutable_or_null(pull),
-                                              mutable_or_null(partial_bias)};
-  check_launch(cuda::layer_project_gradient(dtype, gradient_args, scope.stream()), "layer_project gradient");
+  const NormProductGradient gradient_args = {inputs.shape,
+                                             activation,
+                                             grad.const_data_ptr(),
+                                             value.const_data_ptr(),
+                                             data_or_null(stats),
+                                             need_pull ? mutable_or_null(folded.bias) : nullptr,
+                                             mutable_or_null(scaled),
+                                             mutable_or_null(pull),
+                                             mutable_or_null(partial_bias)};
+  check_launch(cuda::norm_product_gradient(dtype, gradient_args, scope.stream()), "layer_project gradient");
   if (need_product && rows > 0) bmm_out_as(d_folded, matrices_transposed(by_tap(scaled)), by_tap(x));
   if (need_product && rows == 0) torch::stable::zero_(d_folded);
   if (need_x) bmm_out(by_tap(dx), by_tap(scaled), folded.weight);
   if (need_pull) {
-    const LayerProjectInputGradient args = {inputs.shape, view_of(x), data_or_null(stats),
-                                            mutable_or_null(pull), mutable_or_null(dx)};
-    check_launch(cuda::layer_project_input_gradient(dtype, args, scope.stream()), "layer_project dx");
+    const NormProductInputGradient args = {inputs.shape, view_of(x), data_or_null(stats),
+                                           mutable_or_null(pull), mutable_or_null(dx)};
+    check_launch(cuda::norm_product_input_gradient(dtype, args, scope.stream()), "layer_project dx");
   }
-  const LayerProjectUnfold unfold_args = {inputs.shape,
-                                          chunks,
-                                          mutable_or_null(partial_bias),
-                                          inputs.weight.const_data_ptr(),
-                                          data_or_null(inputs.norm_weight),
-                                          data_or_null(inputs.norm_bias),
-                                          mutable_or_null(d_weight),
-                                          mutable_or_null(d_bias),
-                                          mutable_or_null(d_norm_weight),
-                                          mutable_or_null(d_norm_bias),
-                                          inputs.norm() ? mutable_or_null(d_folded) : nullptr,
-                                          mutable_or_null(row_sums),
-                                          dtype_of(inputs.weight, "weight")};
-  check_launch(cuda::layer_project_unfold(unfold_args, scope.stream()), "layer_project unfold");
+  const NormProductUnfold unfold_args = {inputs.shape,
+                                         chunks,
+                                         mutable_or_null(partial_bias),
+                                         inputs.weight.const_data_ptr(),
+                                         data_or_null(inputs.norm_weight),
+                                         data_or_null(inputs.norm_bias),
+                                         mutable_or_null(d_weight),
+                                         mutable_or_null(d_bias),
+                                         mutable_or_null(d_norm_weight),
+                                         mutable_or_null(d_norm_bias),
+                                         inputs.norm() ? mutable_or_null(d_folded) : nullptr,
+                                         mutable_or_null(row_sums),
+                                         dtype_of(inputs.weight, "weight")};
+  check_launch(cuda::norm_product_unfold(unfold_args, scope.stream()), "layer_project unfold");
   return {dx, d_weight, d_bias, d_norm_weight, d_norm_bias};
 }
 

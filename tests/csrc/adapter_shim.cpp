@@ -2,7 +2,7 @@
 #include <cstdint>
 
 #include "mmkernels/adapter.h"
-#include "mmkernels/layer_project.h"
+#include "mmkernels/norm_product.h"
 
 namespace {
 
@@ -45,15 +45,19 @@ int adapter_fuses(const int64_t* sizes, const void* x, int64_t x_stride, int64_t
 int adapter_fold(const int64_t* sizes, const void* down_weight, const void* down_bias, const void* up_weight,
                  const void* up_bias, const void* norm_weight, const void* norm_bias, void* folded_weight,
                  void* folded_bias, void* folded_sum, void* folded_up, void* folded_up_bias) {
-  const mmk::cuda::AdapterFold args = {
-      shape_of(sizes),
-      {down_weight, down_bias, up_weight, up_bias, norm_weight, norm_bias, parameter_type_of(sizes)},
-      folded_weight,
-      folded_bias,
-      folded_sum,
-      folded_up,
-      folded_up_bias};
-  return mmk::cuda::adapter_fold(dtype_of(sizes), args, nullptr);
+  const auto [rows, width, bottleneck] = shape_of(sizes);
+  const mmk::NormProductFold args = {{rows, 1, width, bottleneck},
+                                     down_weight,
+                                     down_bias,
+                                     norm_weight,
+                                     norm_bias,
+                                     folded_weight,
+                                     folded_bias,
+                                     folded_sum,
+                                     parameter_type_of(sizes),
+                                     {up_weight, folded_up, width * bottleneck},
+                                     {up_bias, folded_up_bias, width}};
+  return mmk::cuda::norm_product_fold(dtype_of(sizes), args, nullptr);
 }
 
 int adapter_forward(const int64_t* sizes, double scale, double eps, const void* x, int64_t x_stride,
@@ -107,22 +111,22 @@ int adapter_backward(const int64_t* sizes, double scale, const void* grad, int64
   return mmk::cuda::adapter_backward(dtype_of(sizes), args, tiles, nullptr);
 }
 
-// layer_project's step between library products, with the scale of adapter.
+// norm_product's step between library products, with the scale of adapter.
 int adapter_gradient(const int64_t* sizes, double scale, const void* grad, const void* hidden,
                      const void* stats, const void* folded_bias, void* scaled_grad, void* pull,
                      void* partial_bias) {
   const mmk::AdapterShape shape = shape_of(sizes);
-  const mmk::LayerProjectGradient args = {{shape.rows, 1, shape.width, shape.bottleneck},
-                                          activation_of(sizes),
-                                          grad,
-                                          hidden,
-                                          stats,
-                                          folded_bias,
-                                          scaled_grad,
-                                          pull,
-                                          partial_bias,
-                                          scale};
-  return mmk::cuda::layer_project_gradient(dtype_of(sizes), args, nullptr);
+  const mmk::NormProductGradient args = {{shape.rows, 1, shape.width, shape.bottleneck},
+                                         activation_of(sizes),
+                                         grad,
+                                         hidden,
+                                         stats,
+                                         folded_bias,
+                                         scaled_grad,
+                                         pull,
+                                         partial_bias,
+                                         scale};
+  return mmk::cuda::norm_product_gradient(dtype_of(sizes), args, nullptr);
 }
 
 // chunks: rows of partial_bias
@@ -130,20 +134,20 @@ int adapter_unfold(const int64_t* sizes, int64_t chunks, const void* partial_bia
                    const void* norm_weight, const void* norm_bias, const void* product, void* d_weight,
                    void* d_bias, void* d_norm_weight, void* d_norm_bias, void* row_sums) {
   const mmk::AdapterShape shape = shape_of(sizes);
-  const mmk::LayerProjectUnfold args = {{shape.rows, 1, shape.width, shape.bottleneck},
-                                        chunks,
-                                        partial_bias,
-                                        weight,
-                                        norm_weight,
-                                        norm_bias,
-                                        d_weight,
-                                        d_bias,
-                                        d_norm_weight,
-                                        d_norm_bias,
-                                        product,
-                                        row_sums,
-                                        parameter_type_of(sizes)};
-  return mmk::cuda::layer_project_unfold(args, nullptr);
+  const mmk::NormProductUnfold args = {{shape.rows, 1, shape.width, shape.bottleneck},
+                                       chunks,
+                                       partial_bias,
+                                       weight,
+                                       norm_weight,
+                                       norm_bias,
+                                       d_weight,
+                                       d_bias,
+                                       d_norm_weight,
+                                       d_norm_bias,
+                                       product,
+                                       row_sums,
+                                       parameter_type_of(sizes)};
+  return mmk::cuda::norm_product_unfold(args, nullptr);
 }
 
 int adapter_activate(const int64_t* sizes, double scale, const void* hidden, void* activated) {

@@ -32,15 +32,16 @@ pytestmark = pytest.mark.skipif(
 SOURCES = [
     "csrc/cuda/adapter.cu",
     "csrc/cuda/adapter_backward.cu",
-    "csrc/cuda/adapter_fold.cu",
-    "csrc/cuda/layer_project.cu",
-    "csrc/cuda/layer_project_backward.cu",
+    "csrc/cuda/norm_product.cu",
+    "csrc/cuda/norm_product_backward.cu",
     "tests/csrc/adapter_shim.cpp",
-    "tests/csrc/layer_project_shim.cpp",
+    "tests/csrc/norm_product_shim.cpp",
 ]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
-CHUNK = 256  # rows of a partial sum around library products
+# Rows of a partial sum around library products, of dz and of g.
+CHUNK = 64
+SUM_ROWS = 256
 
 
 @dataclass
@@ -191,7 +192,7 @@ def rows_of(tensor: Tensor | None) -> tuple[ctypes.c_void_p, int]:
 
 
 def library_sizes(problem: Problem) -> np.ndarray:
-    """Sizes for the steps of layer_project: one tap."""
+    """Sizes for the steps of norm_product: one tap."""
     dtype, rows, *rest = problem.sizes
     return integers(dtype, rows, 1, *rest)
 
@@ -244,10 +245,12 @@ def forward_by_products(
     sizes = library_sizes(problem)
     if problem.norm:
         strides = integers(problem.x.stride(0), 0)
-        kernels.call("project_stats", sizes, pointer(problem.x), strides, EPS, pointer(stats), order=order)
+        kernels.call(
+            "norm_product_stats", sizes, pointer(problem.x), strides, EPS, pointer(stats), order=order
+        )
     activated = problem.product(problem.x, folded.down.T, problem.dtype)
     finish = (stats, folded.bias, folded.total, activated, result.hidden)
-    kernels.call("project_activate", sizes, *map(pointer, finish), order=order)
+    kernels.call("norm_product_activate", sizes, *map(pointer, finish), order=order)
     sums = problem.product(activated, folded.up.T, torch.float32)
     kernels.call(
         "adapter_finish",
@@ -541,7 +544,7 @@ def rows_by_products(
     rows, _, bottleneck = problem.shape
     chunks = -(-rows // CHUNK)
     need_hidden = bool(need - {"up"})
-    result = wanted_rows(problem, need, (chunks, chunks), need_hidden)
+    result = wanted_rows(problem, need, (chunks, -(-rows // SUM_ROWS)), need_hidden)
     sizes = problem.sizes
     if "up" in need:
         activate = map(pointer, (saved.hidden, result.activated))

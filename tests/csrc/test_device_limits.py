@@ -104,16 +104,16 @@ def launch_layer_project(width: int, taps: int, dtype: torch.dtype, norm: bool) 
     ):
         sizes = integers(DTYPE_CODES[dtype], 500, taps, width, outputs, 1, parameters)
         strides, stats = integers(taps * width, width), some(norm)
-        call("project_fold", sizes, address, MEMORY, *[stats] * 2, MEMORY, MEMORY, stats)
-        call("project_stats", sizes, address, strides, 1e-5, MEMORY)
+        call("norm_product_fold", sizes, address, MEMORY, *[stats] * 2, MEMORY, MEMORY, stats)
+        call("norm_product_stats", sizes, address, strides, 1e-5, MEMORY)
         fuses = integers(0)
         call("project_fuses", sizes, address, strides, fuses)
         if fuses[0]:
             call("project_product", sizes, address, strides, MEMORY, stats, MEMORY, stats, MEMORY, MEMORY)
-        call("project_activate", sizes, stats, MEMORY, stats, address, MEMORY)
-        call("project_gradient", sizes, address, MEMORY, stats, MEMORY, MEMORY, stats, MEMORY)
-        call("project_input_gradient", sizes, address, strides, MEMORY, MEMORY, MEMORY)
-        call("project_unfold", sizes, MEMORY, MEMORY, *[stats] * 3, *[MEMORY] * 2, *[stats] * 2, MEMORY)
+        call("norm_product_activate", sizes, stats, MEMORY, stats, address, MEMORY)
+        call("norm_product_gradient", sizes, address, MEMORY, stats, MEMORY, MEMORY, stats, MEMORY)
+        call("norm_product_input_gradient", sizes, address, strides, MEMORY, MEMORY, MEMORY)
+        call("norm_product_unfold", sizes, MEMORY, MEMORY, *[stats] * 3, *[MEMORY] * 2, *[stats] * 2, MEMORY)
 
 
 def launch_adapter(width: int, bottleneck: int, dtype: torch.dtype, norm: bool) -> None:

@@ -5,12 +5,14 @@ The library's products, which run between the kernels on a GPU, are torch's here
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 import simt_build
 import torch
+from devices import A100, H100, LEAST_SHARED, RESERVED_SHARED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simt_tensors import DTYPE_CODES, HALF_DTYPES, GuardedTensors, integers, pointer
@@ -28,12 +30,14 @@ pytestmark = pytest.mark.skipif(
 
 SOURCES = [
     "csrc/cuda/layer_project.cu",
-    "csrc/cuda/layer_project_backward.cu",
+    "csrc/cuda/norm_product.cu",
+    "csrc/cuda/norm_product_backward.cu",
     "tests/csrc/layer_project_shim.cpp",
+    "tests/csrc/norm_product_shim.cpp",
 ]
 DTYPES = tuple(DTYPE_CODES)
 EPS = 1e-5
-CHUNK = 256
+CHUNK = 64
 
 
 @dataclass
@@ -137,10 +141,10 @@ def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2) ->
     folded_sum = problem.empty(taps if problem.norm else 0, outputs)
     parameters = map(pointer, (problem.weight, problem.b, problem.gain, problem.shift))
     folded = map(pointer, (None if as_it_is else folded_weight, folded_bias, folded_sum))
-    kernels.call("project_fold", problem.sizes, *parameters, *folded, order=order)
+    kernels.call("norm_product_fold", problem.sizes, *parameters, *folded, order=order)
     x = (problem.sizes, pointer(problem.x), problem.strides)
     if problem.norm:
-        kernels.call("project_stats", *x, EPS, pointer(stats), order=order)
+        kernels.call("norm_product_stats", *x, EPS, pointer(stats), order=order)
     fused = integers(0)
     kernels.call("project_fuses", *x, fused)
     finish = map(pointer, (stats, folded_bias, folded_sum, y, value))
@@ -149,7 +153,7 @@ def forward(kernels: simt_build.Library, problem: Problem, *, order: int = 2) ->
     else:
         product = torch.einsum("nlc,loc->nlo", problem.x.double(), folded_weight.double())
         y.copy_(product)
-        kernels.call("project_activate", problem.sizes, *finish, order=order)
+        kernels.call("norm_product_activate", problem.sizes, *finish, order=order)
     problem.memory.check()
     return Forward(y, value if saves_value else y, stats, folded_weight, folded_bias, bool(fused[0]))
 
@@ -162,13 +166,14 @@ def check_forward(kernels: simt_build.Library, problem: Problem, *, fused: bool 
     assert_close_to_reference(found.y, exact, eager, problem.dtype)
 
 
-# Whole and partial tiles in every dimension, both tile widths, fewer and more steps than pipeline stages.
+# Whole and partial tiles in every dimension, both tile widths, fewer and more steps than tiles in a block.
 FUSED_SHAPES = [
     ((1, 1, 8), 8),
     ((128, 1, 32), 128),
     ((130, 2, 40), 72),
     ((3, 2, 200), 64),
     ((40, 1, 96), 136),
+    ((20, 1, 456), 72),
 ]
 
 
@@ -232,14 +237,16 @@ def backward(
     chunks = -(-rows // CHUNK)
     partial_bias = problem.empty(chunks, taps, outputs)
     gradient = (problem.grad, saved.value, saved.stats, saved.folded_bias, scaled, pull, partial_bias)
-    kernels.call("project_gradient", problem.sizes, *map(pointer, gradient), order=order)
+    kernels.call("norm_product_gradient", problem.sizes, *map(pointer, gradient), order=order)
     found: dict[str, Tensor] = {}
     if need_x:
         dx = problem.empty(*problem.shape, dtype=dtype)
         dx.copy_(torch.einsum("nlo,loc->nlc", scaled.double(), saved.folded_weight.double()))
         if need_pull:
             x = problem.sizes, pointer(problem.x), problem.strides
-            kernels.call("project_input_gradient", *x, *map(pointer, (saved.stats, pull, dx)), order=order)
+            kernels.call(
+                "norm_product_input_gradient", *x, *map(pointer, (saved.stats, pull, dx)), order=order
+            )
         found["x"] = dx
     d_weight = problem.of_parameters(taps if need_product else 0, outputs, inputs)
     apart = problem.norm and problem.parameter_dtype != torch.float32
@@ -253,7 +260,7 @@ def backward(
     row_sums = problem.empty(taps, outputs, 2)
     inputs_of_unfold = (partial_bias, problem.weight, problem.gain, problem.shift)
     results = (product if problem.norm else None, d_weight, found["bias"], d_gain, d_shift, row_sums)
-    kernels.call("project_unfold", problem.sizes, *map(pointer, inputs_of_unfold + results), order=order)
+    kernels.call("norm_product_unfold", problem.sizes, *map(pointer, inputs_of_unfold + results), order=order)
     problem.memory.check()
     if problem.norm and need_product:
         found["norm_weight"] = d_gain
@@ -343,6 +350,33 @@ def test_results_are_the_same_in_all_thread_orders(kernels: simt_build.Library) 
         return np.concatenate([t.contiguous().view(torch.uint8).flatten().numpy() for t in tensors])
 
     simt_build.same_in_all_orders(run)
+
+
+def launch_of(kernels: simt_build.Library, name: str, *arguments: object) -> simt_build.Launch:
+    """What a launcher asks for, without running it."""
+    with kernels.recording(run=False) as launches:
+        kernels.call(name, *arguments)
+    return launches[0]
+
+
+@pytest.mark.parametrize("outputs", [64, 512])
+def test_two_blocks_of_the_product_share_a_multiprocessor(kernels: simt_build.Library, outputs: int) -> None:
+    """Of 256 threads, on GPUs with the shared memory of an A100 or more; one fits any other."""
+    memory = ctypes.c_void_p(1 << 20)  # an aligned address that no launcher reads
+    sizes = integers(DTYPE_CODES[torch.bfloat16], 4096, 12, 1024, outputs, 1)
+    launch = launch_of(kernels, "project_product", sizes, memory, integers(12 * 1024, 1024), *[memory] * 6)
+    assert launch.threads == 256
+    for device in (A100, H100):
+        assert 2 * (launch.dynamic_shared + RESERVED_SHARED) <= device.shared_per_multiprocessor
+    assert launch.dynamic_shared <= LEAST_SHARED
+
+
+def test_the_gradient_of_a_small_batch_fills_a_gpu(kernels: simt_build.Library) -> None:
+    """Five blocks of 128 threads on each multiprocessor have 80 KB of rows in flight."""
+    memory = ctypes.c_void_p(1 << 20)
+    sizes = integers(DTYPE_CODES[torch.bfloat16], 4096, 12, 1024, 512, 1)
+    launch = launch_of(kernels, "norm_product_gradient", sizes, *[memory] * 7)
+    assert launch.blocks * launch.threads >= 5 * 128 * H100.multiprocessors
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 8), (3, 0, 8)])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 from tree import ROOT, imports, starts
 
@@ -23,6 +26,9 @@ FILES_OF_AN_OP = (
     "benches/ops/bench_{op}.py",
 )
 
+# Kernels that several ops share.
+SHARED = ("norm_product",)
+
 
 @pytest.mark.parametrize("op", op_names())
 def test_an_op_has_its_files(op: str) -> None:
@@ -36,7 +42,29 @@ def test_an_op_has_its_files(op: str) -> None:
 def test_every_kernel_file_is_an_op(folder: str, suffix: str) -> None:
     """An op's kernels may be in several files, `<op>_<part>`, so that they compile side by side."""
     for path in (ROOT / folder).glob(f"*{suffix}"):
-        assert any(path.stem == op or path.stem.startswith(f"{op}_") for op in op_names()), path.name
+        assert owner(path) is not None, path.name
+
+
+def owner(path: Path) -> str | None:
+    """The op, or the code that several ops share, whose name the file has: `<name>` or `<name>_<part>`."""
+    return next(
+        (name for name in (*op_names(), *SHARED) if path.stem == name or path.stem.startswith(f"{name}_")),
+        None,
+    )
+
+
+def test_no_op_includes_another() -> None:
+    """Kernels and glue that two ops share have a name and files of their own, as norm_product."""
+    folders = ("csrc/cpu", "csrc/cuda", "csrc/include/mmkernels", "csrc/torch")
+    files = [path for folder in folders for path in (ROOT / folder).iterdir() if path.is_file()]
+    assert {owner(path) for path in files} > {*op_names(), *SHARED}
+    wrong = [
+        f"{path.relative_to(ROOT)}: {included}"
+        for path in files
+        for included in re.findall(r'^#include "([^"]+)"', path.read_text(), re.MULTILINE)
+        if owner(path) and owner(Path(included)) not in (None, owner(path), *SHARED)
+    ]
+    assert not wrong
 
 
 # Forbidden imports of a folder: the arrows of the design point from kernels to ops, to modules and patches,

@@ -2,19 +2,57 @@
 // dense along k.
 #pragma once
 
-#include "cuda/common/ptx.cuh"
-#include "cuda/common/reduce.cuh"
-#include "cuda/common/vector.cuh"
+#include "cuda/common/tile.cuh"
 
 namespace mmk {
 
-// A matrix of 16-bit elements in global memory. Rows are 16-byte aligned; `inner` is a multiple of 8.
+// A matrix of 16-bit elements in global memory, not empty. Rows are 16-byte aligned; `inner` is a multiple
+// of 8.
 template <class T>
 struct MatrixView {
   const T* data;
   int64_t row_stride;
   int64_t rows;
   int64_t inner;
+};
+
+// The copies of one thread: kRows rows of a matrix, 64 columns at a time, to tiles in shared memory. Rows
+// past the matrix repeat its last one; their products are not used.
+template <class T, int kRows, int kThreads>
+class TileSource {
+  static constexpr int kVectors = 8;  // of a row of a tile
+  static constexpr int kStep = kThreads / kVectors;
+  static constexpr int kCount = kRows / kStep;
+  static_assert(kStep % 8 == 0 && kRows % kStep == 0, "rows of a thread have one swizzle");
+
+ public:
+  static constexpr int kPitch = kVectors * 16;  // bytes from row to row of a tile
+  static constexpr int kBytes = kRows * kPitch;
+
+  MMK_DEVICE TileSource(const MatrixView<T>& matrix, int64_t first_row) {
+    const int row = static_cast<int>(threadIdx.x) / kVectors;
+    const int vector = static_cast<int>(threadIdx.x) % kVectors;
+    place_ = swizzled<kVectors>(row, vector) * static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const int64_t index = min(first_row + row + i * kStep, matrix.rows - 1);
+      rows_[i] = matrix.data + index * matrix.row_stride + vector * 8;
+    }
+  }
+
+  // Starts the copies of the 64 columns of a step. inside: whether the thread's vector of them is in the
+  // matrix.
+  MMK_DEVICE void copy(unsigned char* tile, int step, bool inside) const {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      cp_async_zfill<16>(tile + place_ + i * kStep * kPitch, rows_[i] + int64_t{step} * (kVectors * 8),
+                         inside);
+    }
+  }
+
+ private:
+  const T* rows_[kCount];
+  int place_;
 };
 
 // Eight warps compute kRows x kColumns of the product. T is __half or __nv_bfloat16, sums are float.
@@ -25,47 +63,63 @@ class TileProduct {
   static constexpr int kResultStride = kColumns + 8;  // floats; avoids bank conflicts in a warp's stores
 
  private:
-  static constexpr int kInner = 32;  // of a stage
-  static constexpr int kStages = 4;
-  // ldmatrix reads 8 rows at a time: 80 bytes apart they share no bank.
-  static constexpr int kStride = kInner + 8;
-  static constexpr int kStageElements = (kRows + kColumns) * kStride;
+  static constexpr int kInner = 64;  // of a step
+  using Rows = TileSource<T, kRows, kThreads>;
+  using Columns = TileSource<T, kColumns, kThreads>;
+  // Rows of A may come from memory, and are asked for two steps before their use. Those of B, which many
+  // blocks read, are in L2: one step. So two blocks fit the 164 KB of a multiprocessor of sm_80.
+  static constexpr int kRowTiles = 3;
+  static constexpr int kColumnTiles = 2;
   static constexpr int kWarpsAcross = kColumns / 32;
   static constexpr int kWarpRows = kRows / (kThreads / kWarpSize / kWarpsAcross);
   static constexpr int kRowFragments = kWarpRows / 16;
   static constexpr int kColumnFragments = 4;
   static_assert(kColumns % 32 == 0 && kWarpRows % 16 == 0, "whole fragments");
+  using Sums = float[kRowFragments][kColumnFragments][4];
 
  public:
-  static constexpr int kPipelineBytes = kStages * kStageElements * static_cast<int>(sizeof(T));
+  static constexpr int kTileBytes = kRowTiles * Rows::kBytes + kColumnTiles * Columns::kBytes;
   static constexpr int kResultBytes = kRows * kResultStride * static_cast<int>(sizeof(float));
-  static constexpr int kBytes = kPipelineBytes > kResultBytes ? kPipelineBytes : kResultBytes;
+  static constexpr int kBytes = kTileBytes > kResultBytes ? kTileBytes : kResultBytes;
 
-  // Computes rows from first_row and columns from first_column on, zero past the matrices, and writes them to
-  // buffer (kBytes of shared memory) as float [kRows][kResultStride]. All threads must call it; it ends with
-  // a barrier.
-  MMK_DEVICE static void run(void* buffer, const MatrixView<T>& a, int64_t first_row, const MatrixView<T>& b,
-                             int64_t first_column) {
-    T* stages = static_cast<T*>(buffer);
-    float sums[kRowFragments][kColumnFragments][4] = {};
+  // Computes rows from first_row and columns from first_column on, and writes them to buffer (kBytes of
+  // shared memory) as float [kRows][kResultStride]; those past the matrices are undefined. All threads must
+  // call it; it ends with a barrier.
+  MMK_DEVICE static void run(unsigned char* buffer, const MatrixView<T>& a, int64_t first_row,
+                             const MatrixView<T>& b, int64_t first_column) {
+    const Rows rows(a, first_row);
+    const Columns columns(b, first_column);
     const int count = static_cast<int>((a.inner + kInner - 1) / kInner);
-    const auto fetch = [&](int step) {
-      if (step < count) {
-        T* stage = stages + step % kStages * kStageElements;
-        copy<kRows>(stage, a, first_row, step * kInner);
-        copy<kColumns>(stage + kRows * kStride, b, first_column, step * kInner);
-      }
-      cp_async_commit_group();
-    };
-    for (int step = 0; step < kStages - 1; ++step) fetch(step);
+    // Steps in which the thread's vector is in the matrix.
+    const int vector_end = static_cast<int>(threadIdx.x) % (kInner / 8) * 8 + 8;
+    const int full = vector_end <= a.inner - (count - 1) * int64_t{kInner} ? count : count - 1;
+    // Offsets in the buffer, of the tiles and of the lane's place in them.
+    constexpr int kColumnsAt = kRowTiles * Rows::kBytes;
+    const int row_place = row_offset();
+    const int column_place = kColumnsAt + column_offset();
+
+    Sums sums = {};
+    columns.copy(buffer + kColumnsAt, 0, 0 < full);
+    rows.copy(buffer, 0, 0 < full);
+    cp_async_commit_group();
+    if (count > 1) rows.copy(buffer + Rows::kBytes, 1, 1 < full);
+    cp_async_commit_group();
+    int row_tile = 0;  // of the step
     for (int step = 0; step < count; ++step) {
-      cp_async_wait_group<kStages - 2>();
-      __syncthreads();  // makes this stage visible, and frees the one before, which is filled next
-      fetch(step + kStages - 1);
-      multiply(sums, stages + step % kStages * kStageElements);
+      cp_async_wait_group<1>();  // all but the rows of the next step
+      __syncthreads();           // makes the tiles visible, and frees those of the step before, filled next
+      const int column_tile = step % 2 * Columns::kBytes;
+      const int next_column_tile = Columns::kBytes - column_tile;
+      if (step + 1 < count) columns.copy(buffer + kColumnsAt + next_column_tile, step + 1, step + 1 < full);
+      cp_async_commit_group();
+      const int free_row_tile = row_tile == 0 ? 2 * Rows::kBytes : row_tile - Rows::kBytes;
+      if (step + 2 < count) rows.copy(buffer + free_row_tile, step + 2, step + 2 < full);
+      cp_async_commit_group();
+      multiply(sums, buffer, row_tile + row_place, column_tile + column_place);
+      row_tile = row_tile == 2 * Rows::kBytes ? 0 : row_tile + Rows::kBytes;
     }
     __syncthreads();  // no copy is in flight: the last groups were empty
-    store_sums(static_cast<float*>(buffer), sums);
+    store_sums(reinterpret_cast<float*>(buffer), sums);
     __syncthreads();
   }
 
@@ -73,35 +127,33 @@ class TileProduct {
   MMK_DEVICE static int warp_row() { return warp_index() / kWarpsAcross * kWarpRows; }
   MMK_DEVICE static int warp_column() { return warp_index() % kWarpsAcross * 32; }
 
-  template <int kTileRows>
-  MMK_DEVICE static void copy(T* tile, const MatrixView<T>& matrix, int64_t first_row, int64_t first_inner) {
-    constexpr int kVectors = kInner / 8;  // of a row
-#pragma unroll
-    for (int i = 0; i < kTileRows * kVectors / kThreads; ++i) {
-      const int vector = i * kThreads + static_cast<int>(threadIdx.x);
-      const int row = vector / kVectors;
-      const int inner = vector % kVectors * 8;
-      const bool inside = first_row + row < matrix.rows && first_inner + inner < matrix.inner;
-      const T* source = matrix.data + (first_row + row) * matrix.row_stride + first_inner + inner;
-      cp_async_zfill<16>(tile + row * kStride + inner, inside ? source : matrix.data, inside);
-    }
+  // Where a lane reads its first fragments in a tile, in bytes; places of RowFragments and ColumnFragments.
+  MMK_DEVICE static int row_offset() {
+    const int lane = lane_index();
+    return swizzled<kInner / 8>(warp_row() + lane % 16, lane / 16) * static_cast<int>(sizeof(T));
+  }
+  MMK_DEVICE static int column_offset() {
+    const int lane = lane_index();
+    return swizzled<kInner / 8>(warp_column() + lane % 8 + lane / 16 * 8, lane / 8 % 2) *
+           static_cast<int>(sizeof(T));
   }
 
-  MMK_DEVICE static void multiply(float (&sums)[kRowFragments][kColumnFragments][4], const T* stage) {
-    const int lane = lane_index();
-    const T* a_tile = stage + (warp_row() + lane % 16) * kStride + lane / 16 * 8;
-    const T* b_tile = stage + (kRows + warp_column() + lane % 8 + lane / 16 * 8) * kStride + lane / 8 % 2 * 8;
+  // row_place, column_place: the lane's places in the buffer. Offsets of 32 bits, where addresses would be
+  // computed in 64: the swizzle is an exclusive or, which hides the space of an address from the compiler.
+  MMK_DEVICE static void multiply(Sums& sums, const unsigned char* buffer, int row_place, int column_place) {
+    constexpr int kFragmentBytes = 16 * Rows::kPitch;
 #pragma unroll
     for (int inner = 0; inner < kInner; inner += 16) {
+      const int moved = inner * static_cast<int>(sizeof(T));
       uint32_t b[kColumnFragments / 2][4];  // two fragments each
 #pragma unroll
       for (int j = 0; j < kColumnFragments / 2; ++j) {
-        ldmatrix<4, false>(b[j], b_tile + j * 16 * kStride + inner);
+        ldmatrix<4, false>(b[j], buffer + (column_place ^ moved) + j * kFragmentBytes);
       }
 #pragma unroll
       for (int i = 0; i < kRowFragments; ++i) {
         uint32_t a[4];
-        ldmatrix<4, false>(a, a_tile + i * 16 * kStride + inner);
+        ldmatrix<4, false>(a, buffer + (row_place ^ moved) + i * kFragmentBytes);
 #pragma unroll
         for (int j = 0; j < kColumnFragments; ++j) {
           const uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
@@ -111,7 +163,7 @@ class TileProduct {
     }
   }
 
-  MMK_DEVICE static void store_sums(float* result, const float (&sums)[kRowFragments][kColumnFragments][4]) {
+  MMK_DEVICE static void store_sums(float* result, const Sums& sums) {
     const int row = warp_row() + lane_index() / 4;
     const int column = warp_column() + lane_index() % 4 * 2;
 #pragma unroll

@@ -1,7 +1,7 @@
 // adapter: out = residual + scale * (act(LN(x) V^T + b) U^T + c), x (rows, width), V (bottleneck, width),
 // U (width, bottleneck).
 //
-// The LayerNorm is folded into V as in layer_project.h. With W = V * gamma, Vc = W - mean(W) of each row,
+// The LayerNorm is folded into V as in norm_product.h. With W = V * gamma, Vc = W - mean(W) of each row,
 //   z = LN(x) V^T + b = rstd * (x Vc^T) + b',   b' = b + V beta.
 // Backwards, with g = dL/dout and a = act(z),
 //   dz = (scale g U) * act'(z),  dU = scale g^T a,  dc = scale sum_r g,  db = db' = sum_r dz,
@@ -47,17 +47,6 @@ struct AdapterShape {
 struct AdapterRows {
   const void* data;
   int64_t row_stride;
-};
-
-// Contiguous; null where absent. norm_weight turns the LayerNorm on.
-struct AdapterParameters {
-  const void* down_weight;  // [bottleneck, width]
-  const void* down_bias;    // [bottleneck]
-  const void* up_weight;    // [width, bottleneck]
-  const void* up_bias;      // [width]
-  const void* norm_weight;  // [width]
-  const void* norm_bias;    // [width]
-  DType type;               // the accumulation type of x; on CUDA it may be that of x
 };
 
 namespace cpu {
@@ -171,20 +160,7 @@ AdapterTiles adapter_tiles(const AdapterShape& shape, bool hold, int64_t multipr
 // The plan for the current device; a cudaError_t.
 int adapter_tiles(const AdapterShape& shape, bool hold, AdapterTiles* tiles);
 
-// Folds the parameters in one launch, and converts those that the other kernels read, if they must. Vc is
-// rounded to the type of x, so its rows sum to folded_sum instead of 0; z = rstd * (x Vc^T - mean(x)
-// folded_sum^T) + b' corrects for that.
-struct AdapterFold {
-  AdapterShape shape;
-  AdapterParameters parameters;
-  void* folded_weight;  // [bottleneck, width]  Vc, of x's type; null where the kernels read V itself
-  void* folded_bias;    // [bottleneck]         b', float
-  void* folded_sum;     // [bottleneck]         sums of the rows of Vc, float; null without norm
-  void* up_weight;      // [width, bottleneck]  U, of x's type; null where the kernels read U itself
-  void* up_bias;        // [width]              c, float; null where the kernels read c itself
-};
-
-// The whole forward pass in one kernel, with the parameters that adapter_fold wrote.
+// The whole forward pass in one kernel, with the parameters that norm_product_fold wrote.
 struct AdapterForward {
   AdapterShape shape;
   Activation activation;
@@ -274,7 +250,6 @@ bool adapter_fuses(DType dtype, const AdapterShape& shape);
 bool adapter_rows_fuse(const AdapterRows& rows);
 
 // Launchers run on the current device and return a cudaError_t. dtype is that of x: float, half or bfloat16.
-int adapter_fold(DType dtype, const AdapterFold& args, CudaStream stream);
 int adapter_forward(DType dtype, const AdapterForward& args, const AdapterTiles& tiles, CudaStream stream);
 int adapter_backward(DType dtype, const AdapterBackward& args, const AdapterTiles& tiles, CudaStream stream);
 int adapter_activate(DType dtype, const AdapterActivate& args, CudaStream stream);

@@ -1,5 +1,6 @@
 #include "gpu/driver/gpu_check.h"
 #include "mmkernels/adapter.h"
+#include "mmkernels/norm_product.h"
 
 namespace mmk::check {
 namespace {
@@ -178,7 +179,7 @@ struct DeviceRows {
   DeviceArray<T> array;
 };
 
-// The parameters on the device, as given and as adapter_fold makes them.
+// The parameters on the device, as given and as norm_product_fold makes them.
 template <class T, class P>
 struct Device {
   explicit Device(const Problem<T, P>& problem)
@@ -234,17 +235,19 @@ bool fuses(const Problem<T, P>& problem, const Device<T, P>& device) {
 template <class T, class P>
 void check_fold(Report& report, const Problem<T, P>& problem, const Device<T, P>& device) {
   const std::string name = name_of<T, P>(problem.shape);
-  const AdapterParameters parameters = {device.down.data(),    device.down_bias.data(), device.up.data(),
-                                        device.up_bias.data(), device.gain.data(),      device.shift.data(),
-                                        dtype_of<P>()};
-  const cuda::AdapterFold args = {problem.sizes(),
-                                  parameters,
-                                  device.folded_down.data(),
-                                  device.folded_bias.data(),
-                                  device.folded_sum.data(),
-                                  device.folded_up.data(),
-                                  device.folded_up_bias.data()};
-  require(cuda::adapter_fold(dtype_of<T>(), args, nullptr), "fold");
+  const Case& c = problem.shape;
+  const NormProductFold args = {{c.rows, 1, c.width, c.bottleneck},
+                                device.down.data(),
+                                device.down_bias.data(),
+                                device.gain.data(),
+                                device.shift.data(),
+                                device.folded_down.data(),
+                                device.folded_bias.data(),
+                                device.folded_sum.data(),
+                                dtype_of<P>(),
+                                {device.up.data(), device.folded_up.data(), c.width * c.bottleneck},
+                                {device.up_bias.data(), device.folded_up_bias.data(), c.width}};
+  require(cuda::norm_product_fold(dtype_of<T>(), args, nullptr), "fold");
   report.compare(name + "Vc", device.folded_down.values(), problem.folded_down, epsilon<T>() + 1e-6);
   report.compare(name + "b'", device.folded_bias.values(), problem.folded_bias, 1e-5);
   report.compare(name + "U", device.folded_up.values(), problem.folded_up, 0.0);

@@ -72,7 +72,7 @@ struct Problem {
     }
   }
 
-  LayerProjectShape sizes() const { return {shape.rows, shape.taps, shape.inputs, shape.outputs}; }
+  NormProductShape sizes() const { return {shape.rows, shape.taps, shape.inputs, shape.outputs}; }
 
   Case shape;
   Values x, weight, bias, gain, shift, grad, folded_weight, folded_bias, stats, product, z;
@@ -115,7 +115,7 @@ struct Device {
   DeviceArray<P> weight, bias, gain, shift;
   DeviceArray<T> folded_weight;
   DeviceArray<float> folded_bias, folded_sum, stats;
-  LayerProjectInput input;
+  NormProductInput input;
 };
 
 template <class T, class P>
@@ -123,32 +123,32 @@ void check_forward(Report& report, const Problem<T, P>& problem, const Device<T,
   const Case& c = problem.shape;
   const std::string name = name_of<T, P>(c);
   const DType dtype = dtype_of<T>();
-  const LayerProjectFold fold = {
+  const NormProductFold fold = {
       problem.sizes(),           device.weight.data(),     device.bias.data(),
       device.gain.data(),        device.shift.data(),      device.folded_weight.data(),
       device.folded_bias.data(), device.folded_sum.data(), dtype_of<P>()};
-  require(cuda::layer_project_fold(dtype, fold, nullptr), "fold");
+  require(cuda::norm_product_fold(dtype, fold, nullptr), "fold");
   report.compare(name + "folded_weight", device.folded_weight.values(), problem.folded_weight,
                  epsilon<T>() + 1e-6);
   report.compare(name + "folded_bias", device.folded_bias.values(), problem.folded_bias, 1e-5);
   if (c.norm) {
-    const LayerProjectStats stats = {problem.sizes(), device.input, kEps, device.stats.data()};
-    require(cuda::layer_project_stats(dtype, stats, nullptr), "stats");
+    const NormProductStats stats = {problem.sizes(), device.input, kEps, device.stats.data()};
+    require(cuda::norm_product_stats(dtype, stats, nullptr), "stats");
     report.compare(name + "stats", device.stats.values(), problem.stats, 1e-5);
   }
   // Take the product of the reference in place of the library's.
   const DeviceArray<T> y(problem.product);
   const DeviceArray<T> preactivation(static_cast<int64_t>(problem.z.size()));
-  const LayerProjectActivate activate_args = {problem.sizes(),           c.activation, device.stats.data(),
-                                              device.folded_bias.data(), y.data(),     preactivation.data(),
-                                              device.folded_sum.data()};
+  const NormProductActivate activate_args = {problem.sizes(),           c.activation, device.stats.data(),
+                                             device.folded_bias.data(), y.data(),     preactivation.data(),
+                                             device.folded_sum.data()};
   // Rounding the product to half precision causes an error that grows with the mean of x.
   double tolerance = 2 * epsilon<T>() + 1e-5;
   if (cuda::layer_project_fuses(dtype, problem.sizes(), device.input)) {
     const cuda::LayerProjectProduct product = {device.input, device.folded_weight.data(), activate_args};
     require(cuda::layer_project_product(dtype, product, nullptr), "product");
   } else {
-    require(cuda::layer_project_activate(dtype, activate_args, nullptr), "activate");
+    require(cuda::norm_product_activate(dtype, activate_args, nullptr), "activate");
     tolerance *= 2;
   }
   Values expected;
@@ -181,23 +181,23 @@ void check_gradient(Report& report, const Problem<T, P>& problem, const Device<T
   if (c.activation == Activation::kRelu) {
     for (double& value : stored) value = activate(c.activation, value);
   }
-  const int64_t chunks = layer_project_chunks(c.rows);
+  const int64_t chunks = cuda::norm_product_chunks(c.rows);
   const DeviceArray<T> grad(problem.grad), value(stored), scaled(static_cast<int64_t>(g.size()));
   const DeviceArray<float> device_pull(static_cast<int64_t>(pull.size())),
       partial(chunks * c.taps * c.outputs);
-  const LayerProjectGradient args = {problem.sizes(), c.activation,        grad.data(),
-                                     value.data(),    device.stats.data(), device.folded_bias.data(),
-                                     scaled.data(),   device_pull.data(),  partial.data()};
-  require(cuda::layer_project_gradient(dtype_of<T>(), args, nullptr), "gradient");
+  const NormProductGradient args = {problem.sizes(), c.activation,        grad.data(),
+                                    value.data(),    device.stats.data(), device.folded_bias.data(),
+                                    scaled.data(),   device_pull.data(),  partial.data()};
+  require(cuda::norm_product_gradient(dtype_of<T>(), args, nullptr), "gradient");
   report.compare(name + "g", scaled.values(), g, epsilon<T>() + 1e-5);
   report.compare(name + "pull", device_pull.values(), pull, 1e-4);
 
   Values dx = rounded<T>(problem.x);
   const DeviceArray<T> device_dx(dx);
   if (c.norm) {
-    const LayerProjectInputGradient input = {problem.sizes(), device.input, device.stats.data(),
-                                             device_pull.data(), device_dx.data()};
-    require(cuda::layer_project_input_gradient(dtype_of<T>(), input, nullptr), "input gradient");
+    const NormProductInputGradient input = {problem.sizes(), device.input, device.stats.data(),
+                                            device_pull.data(), device_dx.data()};
+    require(cuda::norm_product_input_gradient(dtype_of<T>(), input, nullptr), "input gradient");
     for (int64_t i = 0; i < rows * c.inputs; ++i) {
       const int64_t row = i / c.inputs;
       dx[i] -= pull[row] * (problem.x[i] - problem.stats[2 * row]);
@@ -218,20 +218,20 @@ void check_gradient(Report& report, const Problem<T, P>& problem, const Device<T
       return &apart;
     }
   }();
-  const LayerProjectUnfold unfold = {problem.sizes(),
-                                     chunks,
-                                     partial.data(),
-                                     device.weight.data(),
-                                     device.gain.data(),
-                                     device.shift.data(),
-                                     d_weight->data(),
-                                     device_d_bias.data(),
-                                     d_gain.data(),
-                                     d_shift.data(),
-                                     c.norm ? dvc.data() : nullptr,
-                                     row_sums.data(),
-                                     dtype_of<P>()};
-  require(cuda::layer_project_unfold(unfold, nullptr), "unfold");
+  const NormProductUnfold unfold = {problem.sizes(),
+                                    chunks,
+                                    partial.data(),
+                                    device.weight.data(),
+                                    device.gain.data(),
+                                    device.shift.data(),
+                                    d_weight->data(),
+                                    device_d_bias.data(),
+                                    d_gain.data(),
+                                    d_shift.data(),
+                                    c.norm ? dvc.data() : nullptr,
+                                    row_sums.data(),
+                                    dtype_of<P>()};
+  require(cuda::norm_product_unfold(unfold, nullptr), "unfold");
   report.compare(name + "d_bias", device_d_bias.values(), d_bias, epsilon<P>() + 1e-5,
                  std::sqrt(static_cast<double>(c.rows)));
   if (!c.norm) return;
