@@ -74,11 +74,11 @@ __global__ void __launch_bounds__(kPlainThreads) mix_bias(const __grid_constant_
   static_cast<float*>(args.mixed_bias)[column] = sum;
 }
 
-// sum += scale * gain * x; a null gain is 1.
-template <class Shape>
+// sum += scale * gain * x; without kGain the gain is 1.
+template <class Shape, bool kGain>
 MMK_DEVICE void add_scaled(typename Shape::Part& sum, const typename Shape::Part& x, float scale,
                            const float* gain, int width) {
-  if (gain == nullptr) {
+  if constexpr (!kGain) {
 #pragma unroll
     for (int v = 0; v < Shape::kCount; ++v) {
 #pragma unroll
@@ -94,12 +94,19 @@ MMK_DEVICE void add_scaled(typename Shape::Part& sum, const typename Shape::Part
   }
 }
 
-template <class Shape>
-__global__ void __launch_bounds__(kRowBlockThreads, 3)
+// Blocks of mix_norm per multiprocessor: as many as leave registers for the sum, one row, and its gain.
+template <class Shape, bool kGain>
+constexpr int mix_blocks() {
+  const int blocks = !Shape::kIsAligned ? 3 : Shape::kElements + (kGain ? 8 : 0) > 32 ? 4 : 5;
+  return blocks * kRowBlockThreads / Shape::kBlockThreads;
+}
+
+template <class Shape, bool kGain>
+__global__ void __launch_bounds__(Shape::kBlockThreads, mix_blocks<Shape, kGain>())
     mix_norm(const __grid_constant__ LayerMixForward args) {
   using T = typename Shape::Element;
   const LayerMixParams& p = args.mix;
-  const int width = static_cast<int>(p.width);
+  const int width = Shape::width(p.width);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * Shape::kRowsPerBlock + Shape::slot();
   if (index >= p.batch * p.frames) return;
   const MixRow row = locate(p, index);
@@ -126,13 +133,13 @@ __global__ void __launch_bounds__(kRowBlockThreads, 3)
     push(l + ring.kInFlight);
     const float2 moments = centre<Shape>(x, width, static_cast<float>(p.eps));
     if (stats != nullptr && Shape::thread() == 0) stats[l] = moments;
-    add_scaled<Shape>(sum, x, __ldg(weights + l) * moments.y, parameter_row(p.norm_weight, l, p.width),
-                      width);
+    add_scaled<Shape, kGain>(sum, x, __ldg(weights + l) * moments.y, parameter_row(p.norm_weight, l, width),
+                             width);
   }
   if (!row.valid && stats != nullptr) {
     for (int l = Shape::thread(); l < p.layers; l += Shape::kThreads) stats[l] = {0.0f, 0.0f};
   }
-  T* out = static_cast<T*>(args.out) + index * p.width;
+  T* out = static_cast<T*>(args.out) + index * width;
 #pragma unroll
   for (int v = 0; v < Shape::kCount; ++v) {
     store_columns<Shape::kIsAligned>(out, Shape::column(v), width, from_accumulator<T>(sum[v]));
@@ -204,13 +211,14 @@ cudaError_t forward_norm(const LayerMixForward& args, CudaStream stream) {
     const cudaError_t error = launch(mix_bias, grid, dim3(kPlainThreads), 0, stream, args);
     if (error != cudaSuccess) return error;
   }
-  return dispatch_row_shape<T, kAligned>(
+  return dispatch_streamed_row_shape<T, kAligned>(
       args.mix.width,
       [&](auto shape) {
         using Shape = decltype(shape);
         if (!make_grid(ceil_div<int64_t>(rows, Shape::kRowsPerBlock), &grid))
           return cudaErrorInvalidConfiguration;
-        return launch(mix_norm<Shape>, grid, dim3(kRowBlockThreads), RowRing<Shape>::kBytes, stream, args);
+        const auto kernel = args.mix.norm_weight == nullptr ? mix_norm<Shape, false> : mix_norm<Shape, true>;
+        return launch(kernel, grid, dim3(Shape::kBlockThreads), RowRing<Shape>::kBytes, stream, args);
       },
       [&] {
         if (!make_grid(rows, &grid)) return cudaErrorInvalidConfiguration;
