@@ -97,7 +97,9 @@ MMK_DEVICE void add_scaled(typename Shape::Part& sum, const typename Shape::Part
 // Blocks of mix_norm per multiprocessor: as many as leave registers for the sum, one row, and its gain.
 template <class Shape, bool kGain>
 constexpr int mix_blocks() {
-  const int blocks = !Shape::kIsAligned ? 3 : Shape::kElements + (kGain ? 8 : 0) > 32 ? 4 : 5;
+  constexpr bool kWide = Shape::kElements > 32;
+  int blocks = Shape::kIsAligned && !(kWide && kGain) && !kFewerBlocks ? 4 : 3;
+  if (Shape::kIsFull && !kWide && !kGain) ++blocks;
   return blocks * kRowBlockThreads / Shape::kBlockThreads;
 }
 

@@ -477,8 +477,8 @@ MMK_DEVICE void row_gradients(const LayerMixBackward& args, int64_t index, const
 // Blocks of gradients_norm per multiprocessor: as many as leave registers for grad, one row, and its gain.
 template <class Shape, bool kGain>
 constexpr int gradient_blocks() {
-  int blocks = Shape::kElements > 32 ? 2 : 3;
-  if (Shape::kIsFull) blocks = (Shape::kElements > 32 ? 3 : Shape::kElements > 24 ? 4 : 5) - (kGain ? 1 : 0);
+  int blocks = Shape::kElements > 32 || (kGain && kFewerBlocks) ? 2 : 3;
+  if (Shape::kIsFull && !kGain && !kFewerBlocks) ++blocks;
   return blocks * kRowBlockThreads / Shape::kBlockThreads;
 }
 

@@ -38,7 +38,7 @@ MOST_REGISTERS = {
     "mix_norm": 168,
     "mix_norm_wide": 72,
     "sum_rows": 128,
-    "reduce_dots": 40,
+    "add_partials": 40,
     "reduce_affine": 40,
     "gradients_plain": 40,
     "gradients_norm": 224,  # for rows of 1,280 columns, which would spill with 168

@@ -9,6 +9,13 @@ namespace mmk {
 
 inline constexpr int kRowBlockThreads = 128;
 
+// Blackwell's code takes some 20 registers more: kernels ask for fewer blocks per multiprocessor there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+inline constexpr bool kFewerBlocks = true;
+#else
+inline constexpr bool kFewerBlocks = false;
+#endif
+
 // A row in registers: kVectors vectors in each of kRowThreads threads (a warp or the whole block). A row of a
 // full shape has exactly as many columns as the shape: kernels that take their width from it test no bounds.
 template <class T, int kRowThreads, int kVectors, bool kAligned, bool kFull = false>
