@@ -100,6 +100,7 @@ constexpr int mix_blocks() {
   constexpr bool kWide = Shape::kElements > 32;
   int blocks = Shape::kIsAligned && !(kWide && kGain) && !kFewerBlocks ? 4 : 3;
   if (Shape::kIsFull && !kWide && !kGain) ++blocks;
+  if (kFewerBlocks && kWide && kGain) --blocks;
   return blocks * kRowBlockThreads / Shape::kBlockThreads;
 }
 

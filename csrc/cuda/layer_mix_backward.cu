@@ -297,22 +297,30 @@ __global__ void __launch_bounds__(kSumThreads, 4)
 
 // ---- from partial sums to gradients
 
+MMK_HOST_DEVICE int64_t gain_blocks(const LayerMixParams& p) {
+  return ceil_div<int64_t>(p.layers * p.width, kWarpSize);
+}
+
+// The first blocks take 32 gains each; the others 32 columns of the bias, whose sums all layers share.
 __global__ void __launch_bounds__(kPartialThreads)
     reduce_affine(const __grid_constant__ LayerMixBackward args, int64_t partials) {
-  const int64_t width = args.mix.width;
-  const int64_t size = args.mix.layers * width;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane_index();
-  const bool inside = index < size;
-  const int64_t layer = inside ? index / width : 0;
-  const int64_t column = inside ? index - layer * width : 0;
-  const float* scale = static_cast<const float*>(args.partial_scale);
-  const float* shift = static_cast<const float*>(args.partial_shift);
-  const double d_gain = sum_partials<kWarpSize>(scale + layer * width + column, partials, size, inside);
-  const double d_bias = sum_partials<kWarpSize>(shift + column, partials, width, inside);
-  if (!inside || warp_index() != 0) return;
-  const double weight = static_cast<const float*>(args.mix.weights)[layer];
-  static_cast<float*>(args.d_norm_weight)[index] = static_cast<float>(weight * d_gain);
-  static_cast<float*>(args.d_norm_bias)[index] = static_cast<float>(weight * d_bias);
+  const LayerMixParams& p = args.mix;
+  const float* weights = static_cast<const float*>(p.weights);
+  const bool of_gain = blockIdx.x < gain_blocks(p);
+  const int64_t columns = of_gain ? p.layers * p.width : p.width;
+  const int64_t index = (blockIdx.x - (of_gain ? 0 : gain_blocks(p))) * kWarpSize + lane_index();
+  const bool inside = index < columns;
+  const float* partial = static_cast<const float*>(of_gain ? args.partial_scale : args.partial_shift);
+  const double total = sum_partials<kWarpSize>(partial + index, partials, columns, inside);
+  if (!inside) return;
+  if (of_gain) {
+    if (warp_index() != 0) return;
+    static_cast<float*>(args.d_norm_weight)[index] = static_cast<float>(weights[index / p.width] * total);
+    return;
+  }
+  for (int l = warp_index(); l < p.layers; l += kPartialThreads / kWarpSize) {
+    static_cast<float*>(args.d_norm_bias)[l * p.width + index] = static_cast<float>(weights[l] * total);
+  }
 }
 
 // ---- gradients of the layers without norm: weights[l] * grad, one thread per vector; no layer is read
@@ -677,7 +685,7 @@ cudaError_t reduce(const LayerMixBackward& args, const LayerMixBackwardPlan& pla
     if (error != cudaSuccess) return error;
   }
   if (!args.need_affine || args.mix.width == 0) return cudaSuccess;
-  const int64_t blocks = ceil_div<int64_t>(args.mix.layers * args.mix.width, kWarpSize);
+  const int64_t blocks = gain_blocks(args.mix) + ceil_div<int64_t>(args.mix.width, kWarpSize);
   dim3 grid;
   if (!make_grid(blocks, &grid)) return cudaErrorInvalidConfiguration;
   return launch(reduce_affine, grid, dim3(kPartialThreads), 0, stream, args, plan.affine_partials);

@@ -76,7 +76,7 @@ MOST_REGISTERS = {
     "token_gradients": 64,
 }
 
-#: Bytes of local memory. Four instances of mix_norm (float32 rows of 1,280 columns, and long rows at odd
+#: Bytes of local memory. Four instances of mix_norm (long float32 rows with a gain, and long rows at odd
 #: addresses) lack a few registers on sm_120; more would allow two blocks per multiprocessor instead of three.
 MOST_LOCAL_BYTES = {(120, "mix_norm"): 156}
 
