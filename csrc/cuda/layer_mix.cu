@@ -24,7 +24,7 @@ MMK_DEVICE void add_layers(Vec<float, kVectorWidth<T>>& sum, const LayerMixParam
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const Vec<float, kWidth> value = to_accumulator(x[i]);
+    const Vec<float, kWidth> value = unpack(x[i]);
     const float weight = __ldg(weights + i);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) sum[j] += weight * value[j];
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kWideThreads) mix_norm_wide(const __grid_const
       sum = load_columns<kAligned, kWidth>(static_cast<const float*>(args.mixed_bias), column, p.width);
     }
     for (int l = 0; row.valid && l < p.layers; ++l) {
-      const auto x = to_accumulator(load_columns<kAligned, kWidth>(layer_row<T>(p, l, row), column, p.width));
+      const auto x = unpack(load_columns<kAligned, kWidth>(layer_row<T>(p, l, row), column, p.width));
       const float scale = weights[l] * stats[l].y;
       const float* gain = parameter_row(p.norm_weight, l, p.width);
       Vec<float, kWidth> factor;

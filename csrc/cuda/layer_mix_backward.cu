@@ -160,11 +160,11 @@ struct RowTiles {
   }
 
   MMK_DEVICE void add(int stage, ColumnSums<kWidth>& sums) const {
-    const Vec<float, kWidth> grad = to_accumulator(load<kWidth>(vector(stage, kLayerMixGroup)->data));
+    const Vec<float, kWidth> grad = unpack(load<kWidth>(vector(stage, kLayerMixGroup)->data));
 #pragma unroll
     for (int i = 0; i < kLayerMixGroup; ++i) {
       if (i < count) {
-        const Vec<float, kWidth> x = to_accumulator(load<kWidth>(vector(stage, i)->data));
+        const Vec<float, kWidth> x = unpack(load<kWidth>(vector(stage, i)->data));
         float2 m = {0.0f, 1.0f};
         if constexpr (kNorm) m = moments(stage)[i];
 #pragma unroll
@@ -338,7 +338,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   Vec<float, kWidth> grad = {};
   if (row.valid) {
     const T* start = grad_row<T>(args, row.batch, row.frame);
-    grad = to_accumulator(load_columns<kAligned, kWidth>(start, column, p.width));
+    grad = unpack(load_columns<kAligned, kWidth>(start, column, p.width));
   }
   for (int l = 0; l < p.layers; ++l) {
     T* d_layer = static_cast<T*>(args.d_layer[l]);
@@ -455,8 +455,7 @@ MMK_DEVICE void row_gradients(const LayerMixBackward& args, int64_t index, const
   typename Shape::Part grad;
 #pragma unroll
   for (int v = 0; v < Shape::kCount; ++v) {
-    grad[v] =
-        to_accumulator(load_columns<Shape::kIsAligned, Shape::kWidth>(grad_start, Shape::column(v), width));
+    grad[v] = unpack(load_columns<Shape::kIsAligned, Shape::kWidth>(grad_start, Shape::column(v), width));
   }
   const float2* stats = static_cast<const float2*>(args.stats) + index * p.layers;
   const auto is_needed = [&](int l) { return l < p.layers && (need_dots || args.d_layer[l] != nullptr); };
@@ -538,7 +537,7 @@ struct WideGradient {
 
   template <class E>
   MMK_DEVICE Columns columns(const E* row, int64_t column) const {
-    return to_accumulator(load_columns<kAligned, kVectorWidth<T>>(row, column, width));
+    return unpack(load_columns<kAligned, kVectorWidth<T>>(row, column, width));
   }
 
   MMK_DEVICE Columns scaled_grad(int64_t column) const {

@@ -79,7 +79,7 @@ class RowRing {
     cp_async_wait_group<kInFlight - 1>();
 #pragma unroll
     for (int v = 0; v < Shape::kCount; ++v) {
-      part[v] = to_accumulator(load<Shape::kWidth>(place(tail_, v)));
+      part[v] = unpack(load<Shape::kWidth>(place(tail_, v)));
     }
   }
 
