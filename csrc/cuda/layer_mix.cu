@@ -74,11 +74,11 @@ __global__ void __launch_bounds__(kPlainThreads) mix_bias(const __grid_constant_
   static_cast<float*>(args.mixed_bias)[column] = sum;
 }
 
-// sum += scale * gain * x; without kGain the gain is 1.
+// sum += scale * gain * x; without kGain the gain is 1. Shapes that are not full have no copy without it.
 template <class Shape, bool kGain>
 MMK_DEVICE void add_scaled(typename Shape::Part& sum, const typename Shape::Part& x, float scale,
                            const float* gain, int width) {
-  if constexpr (!kGain) {
+  if (!kGain || (!Shape::kIsFull && gain == nullptr)) {
 #pragma unroll
     for (int v = 0; v < Shape::kCount; ++v) {
 #pragma unroll
@@ -220,7 +220,8 @@ cudaError_t forward_norm(const LayerMixForward& args, CudaStream stream) {
         using Shape = decltype(shape);
         if (!make_grid(ceil_div<int64_t>(rows, Shape::kRowsPerBlock), &grid))
           return cudaErrorInvalidConfiguration;
-        const auto kernel = args.mix.norm_weight == nullptr ? mix_norm<Shape, false> : mix_norm<Shape, true>;
+        const bool plain = Shape::kIsFull && args.mix.norm_weight == nullptr;
+        const auto kernel = plain ? mix_norm<Shape, !Shape::kIsFull> : mix_norm<Shape, true>;
         return launch(kernel, grid, dim3(Shape::kBlockThreads), RowRing<Shape>::kBytes, stream, args);
       },
       [&] {

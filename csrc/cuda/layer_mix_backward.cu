@@ -240,8 +240,9 @@ MMK_DEVICE void store_column_sums(float* partial, const Vec<float, kWidth>& valu
   __syncthreads();
 }
 
+// Rows at odd addresses are copied by element, which takes registers.
 template <class T, bool kAligned, bool kNorm>
-__global__ void __launch_bounds__(kSumThreads, 4)
+__global__ void __launch_bounds__(kSumThreads, kAligned ? 4 : 3)
     sum_rows(const __grid_constant__ LayerMixBackward args, const __grid_constant__ LayerMixSums plan) {
   constexpr int kWidth = kVectorWidth<T>;
   const LayerMixParams& p = args.mix;
@@ -392,7 +393,7 @@ MMK_DEVICE float dot_parameter(const typename Shape::Part& part, const float* pa
 }
 
 // Writes the gradient of one row of a layer, unless d_layer is null, and overwrites x. Returns the row's
-// contribution to d_weights, without that of the bias.
+// contribution to d_weights, without that of the bias. Shapes that are not full have no copy without kGain.
 template <class Shape, bool kGain>
 MMK_DEVICE float layer_gradient(typename Shape::Element* d_layer, typename Shape::Part& x,
                                 const typename Shape::Part& grad, float2 moments, float weight,
@@ -402,7 +403,7 @@ MMK_DEVICE float layer_gradient(typename Shape::Element* d_layer, typename Shape
 #pragma unroll
   for (int v = 0; v < Shape::kCount; ++v) {
     scaled[v] = grad[v];
-    if constexpr (kGain) {
+    if (kGain && (Shape::kIsFull || gain != nullptr)) {
       const auto factor = load_columns<Shape::kIsAligned, Shape::kWidth>(gain, Shape::column(v), width);
 #pragma unroll
       for (int i = 0; i < Shape::kWidth; ++i) scaled[v][i] *= factor[i];
@@ -645,8 +646,9 @@ cudaError_t backward_gradients(const LayerMixBackward& args, const LayerMixBackw
   if (!make_grid(plan.gradient_blocks, &grid)) return cudaErrorInvalidConfiguration;
   const auto in_registers = [&](auto shape) {
     using Shape = decltype(shape);
-    const auto kernel =
-        args.mix.norm_weight == nullptr ? gradients_norm<Shape, false> : gradients_norm<Shape, true>;
+    const auto kernel = Shape::kIsFull && args.mix.norm_weight == nullptr
+                            ? gradients_norm<Shape, !Shape::kIsFull>
+                            : gradients_norm<Shape, true>;
     return launch(kernel, grid, dim3(Shape::kBlockThreads), RowRing<Shape>::kBytes, stream, args,
                   plan.rows_per_block, plan.gradients_dot);
   };

@@ -37,7 +37,7 @@ MOST_REGISTERS = {
     "mix_bias": 40,
     "mix_norm": 168,
     "mix_norm_wide": 72,
-    "sum_rows": 128,
+    "sum_rows": 168,  # of rows at odd addresses, 3 blocks; the launch bounds of the others are 4 blocks
     "add_partials": 40,
     "reduce_affine": 40,
     "gradients_plain": 40,
