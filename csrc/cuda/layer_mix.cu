@@ -24,7 +24,7 @@ MMK_DEVICE void add_layers(Vec<float, kVectorWidth<T>>& sum, const LayerMixParam
   }
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const Vec<float, kWidth> value = to_accumulator(x[i]);
+    const Vec<float, kWidth> value = unpack(x[i]);
     const float weight = __ldg(weights + i);
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) sum[j] += weight * value[j];
@@ -74,11 +74,11 @@ __global__ void __launch_bounds__(kPlainThreads) mix_bias(const __grid_constant_
   static_cast<float*>(args.mixed_bias)[column] = sum;
 }
 
-// sum += scale * gain * x; a null gain is 1.
-template <class Shape>
+// sum += scale * gain * x; without kGain the gain is 1. Shapes that are not full have no copy without it.
+template <class Shape, bool kGain>
 MMK_DEVICE void add_scaled(typename Shape::Part& sum, const typename Shape::Part& x, float scale,
                            const float* gain, int width) {
-  if (gain == nullptr) {
+  if (!kGain || (!Shape::kIsFull && gain == nullptr)) {
 #pragma unroll
     for (int v = 0; v < Shape::kCount; ++v) {
 #pragma unroll
@@ -94,12 +94,22 @@ MMK_DEVICE void add_scaled(typename Shape::Part& sum, const typename Shape::Part
   }
 }
 
-template <class Shape>
-__global__ void __launch_bounds__(kRowBlockThreads, 3)
+// Blocks of mix_norm per multiprocessor: as many as leave registers for the sum, one row, and its gain.
+template <class Shape, bool kGain>
+constexpr int mix_blocks() {
+  constexpr bool kWide = Shape::kElements > 32;
+  int blocks = Shape::kIsAligned && !(kWide && kGain) && !kFewerBlocks ? 4 : 3;
+  if (Shape::kIsFull && !kWide && !kGain) ++blocks;
+  if (kFewerBlocks && kWide && kGain) --blocks;
+  return blocks * kRowBlockThreads / Shape::kBlockThreads;
+}
+
+template <class Shape, bool kGain>
+__global__ void __launch_bounds__(Shape::kBlockThreads, mix_blocks<Shape, kGain>())
     mix_norm(const __grid_constant__ LayerMixForward args) {
   using T = typename Shape::Element;
   const LayerMixParams& p = args.mix;
-  const int width = static_cast<int>(p.width);
+  const int width = Shape::width(p.width);
   const int64_t index = static_cast<int64_t>(blockIdx.x) * Shape::kRowsPerBlock + Shape::slot();
   if (index >= p.batch * p.frames) return;
   const MixRow row = locate(p, index);
@@ -126,13 +136,13 @@ __global__ void __launch_bounds__(kRowBlockThreads, 3)
     push(l + ring.kInFlight);
     const float2 moments = centre<Shape>(x, width, static_cast<float>(p.eps));
     if (stats != nullptr && Shape::thread() == 0) stats[l] = moments;
-    add_scaled<Shape>(sum, x, __ldg(weights + l) * moments.y, parameter_row(p.norm_weight, l, p.width),
-                      width);
+    add_scaled<Shape, kGain>(sum, x, __ldg(weights + l) * moments.y, parameter_row(p.norm_weight, l, width),
+                             width);
   }
   if (!row.valid && stats != nullptr) {
     for (int l = Shape::thread(); l < p.layers; l += Shape::kThreads) stats[l] = {0.0f, 0.0f};
   }
-  T* out = static_cast<T*>(args.out) + index * p.width;
+  T* out = static_cast<T*>(args.out) + index * width;
 #pragma unroll
   for (int v = 0; v < Shape::kCount; ++v) {
     store_columns<Shape::kIsAligned>(out, Shape::column(v), width, from_accumulator<T>(sum[v]));
@@ -169,7 +179,7 @@ __global__ void __launch_bounds__(kWideThreads) mix_norm_wide(const __grid_const
       sum = load_columns<kAligned, kWidth>(static_cast<const float*>(args.mixed_bias), column, p.width);
     }
     for (int l = 0; row.valid && l < p.layers; ++l) {
-      const auto x = to_accumulator(load_columns<kAligned, kWidth>(layer_row<T>(p, l, row), column, p.width));
+      const auto x = unpack(load_columns<kAligned, kWidth>(layer_row<T>(p, l, row), column, p.width));
       const float scale = weights[l] * stats[l].y;
       const float* gain = parameter_row(p.norm_weight, l, p.width);
       Vec<float, kWidth> factor;
@@ -204,13 +214,15 @@ cudaError_t forward_norm(const LayerMixForward& args, CudaStream stream) {
     const cudaError_t error = launch(mix_bias, grid, dim3(kPlainThreads), 0, stream, args);
     if (error != cudaSuccess) return error;
   }
-  return dispatch_row_shape<T, kAligned>(
+  return dispatch_streamed_row_shape<T, kAligned>(
       args.mix.width,
       [&](auto shape) {
         using Shape = decltype(shape);
         if (!make_grid(ceil_div<int64_t>(rows, Shape::kRowsPerBlock), &grid))
           return cudaErrorInvalidConfiguration;
-        return launch(mix_norm<Shape>, grid, dim3(kRowBlockThreads), RowRing<Shape>::kBytes, stream, args);
+        const bool plain = Shape::kIsFull && args.mix.norm_weight == nullptr;
+        const auto kernel = plain ? mix_norm<Shape, !Shape::kIsFull> : mix_norm<Shape, true>;
+        return launch(kernel, grid, dim3(Shape::kBlockThreads), RowRing<Shape>::kBytes, stream, args);
       },
       [&] {
         if (!make_grid(rows, &grid)) return cudaErrorInvalidConfiguration;

@@ -18,14 +18,14 @@ struct MixRow {
 };
 
 // Clamps lengths: with a negative one no frame is valid, with too large a one all are.
-MMK_DEVICE bool is_valid(const LayerMixParams& p, int64_t batch, int64_t frame) {
-  return p.lengths == nullptr || frame < p.lengths[batch];
+MMK_DEVICE int64_t valid_frames(const LayerMixParams& p, int64_t batch) {
+  return p.lengths == nullptr ? p.frames : min(p.lengths[batch], p.frames);
 }
 
 MMK_DEVICE MixRow locate(const LayerMixParams& p, int64_t index) {
   const int64_t batch = index / p.frames;
   const int64_t frame = index - batch * p.frames;
-  return {batch, frame, is_valid(p, batch, frame)};
+  return {batch, frame, frame < valid_frames(p, batch)};
 }
 
 template <class T>

@@ -1,3 +1,4 @@
+#include "cuda/common/partials.cuh"
 #include "cuda/layer_mix.cuh"
 
 namespace mmk::cuda {
@@ -13,29 +14,50 @@ MMK_DEVICE const T* grad_row(const LayerMixBackward& args, int64_t batch, int64_
 constexpr int kSumThreads = 128;
 constexpr int kSumWarps = kSumThreads / kWarpSize;
 
-// Position of a warp in the rows of its chunk; advancing needs no division.
-struct RowCursor {
-  int64_t row;
-  int64_t batch;
-  int64_t frame;
+// The rows of a warp: each kSumWarps-th of its chunk that is not padding, in runs within one utterance.
+class RowRuns {
+ public:
+  MMK_DEVICE RowRuns(const LayerMixParams& p, int64_t begin, int64_t end)
+      : row_(begin), end_(end), batch_(begin / p.frames) {}
 
-  MMK_DEVICE RowCursor(int64_t start, int64_t frames)
-      : row(start), batch(start / frames), frame(start - batch * frames) {}
-
-  MMK_DEVICE void advance(int64_t step, int64_t frames) {
-    row += step;
-    frame += step;
-    while (frame >= frames) {
-      frame -= frames;
-      ++batch;
+  // Calls enter(row, batch, frame) with the first row of the next run, if there is one.
+  template <class Enter>
+  MMK_DEVICE void next_run(const LayerMixParams& p, Enter&& enter) {
+    while (row_ < end_) {
+      const int64_t frame = row_ - batch_ * p.frames;
+      if (frame < p.frames) {
+        const int64_t rows = min(valid_frames(p, batch_) - frame, end_ - row_);
+        if (rows > 0) {
+          left_ = static_cast<int>((rows + kSumWarps - 1) / kSumWarps);
+          enter(row_, batch_, frame);
+          row_ += int64_t{left_} * kSumWarps;
+          return;
+        }
+        row_ += (p.frames - frame + kSumWarps - 1) / kSumWarps * kSumWarps;
+      }
+      ++batch_;
     }
   }
+
+  MMK_DEVICE bool done() const { return left_ == 0; }
+  // Moves to the next row of the run; false at its end.
+  MMK_DEVICE bool advance() { return --left_ > 0; }
+
+ private:
+  int64_t row_;  // past the run
+  int64_t end_;
+  int64_t batch_;
+  int left_ = 0;  // rows of the run; a chunk has fewer than 2^31 rows
 };
 
+// Addresses of a warp's rows: of the layers of a group and of grad, padded to pairs.
+constexpr int kSumRows = (kLayerMixGroup + 2) / 2 * 2;
+
 // Shared memory of sum_rows: two stages, each with a vector per thread of every layer of a group and of grad,
-// and with the group's moments per warp.
+// and with the group's moments and the addresses of the next rows per warp.
 constexpr int kSumBytes = 2 * ((kLayerMixGroup + 1) * kSumThreads * 16 +
-                               kSumWarps * kLayerMixGroup * static_cast<int>(sizeof(float2)));
+                               kSumWarps * (kLayerMixGroup * static_cast<int>(sizeof(float2)) +
+                                            kSumRows * static_cast<int>(sizeof(void*))));
 
 // A thread's sums over rows, for its columns: of grad * normalised layer (grad * layer without norm), and of
 // grad.
@@ -47,16 +69,46 @@ struct ColumnSums {
 
 // The layers and columns of a block, and the shared memory that prefetches its rows: a warp adds one row
 // while the next is in flight. A thread reads its own copies, and moments that its warp copied.
+//
+// Each lane follows the rows of one tensor: the first lanes those of the layers, the next those of grad, and
+// later ones the moments. It publishes the address of a row one row ahead, through shared memory, where the
+// barrier before the next fetch makes it visible to the warp.
 template <class T, bool kAligned, bool kNorm>
 struct RowTiles {
   static constexpr int kWidth = kVectorWidth<T>;
   static constexpr int kStageVectors = (kLayerMixGroup + 1) * kSumThreads;  // the last ones hold grad
+  static constexpr int kMomentLane = 2 * kLayerMixGroup;                    // that of the first layer
+  using Address = uint64_t;
 
   const LayerMixBackward& args;
   int first;
   int count;
-  int64_t column;
+  int columns;  // of the row from the thread's first one on; none or less past its end
+  int64_t slice_begin;
   Vec<T, kWidth>* vectors;
+  RowRuns runs;
+  Address next = 0;  // the lane's tensor, at the row to be fetched and at the slice
+  int64_t step = 0;  // from a row to the next
+
+  MMK_DEVICE RowTiles(const LayerMixBackward& backward, int first_layer, int layers, int64_t first_column,
+                      void* buffer, int64_t begin, int64_t end)
+      : args(backward),
+        first(first_layer),
+        count(layers),
+        columns(static_cast<int>(min(backward.mix.width - first_column, int64_t{kWarpSize} * kWidth)) -
+                lane_index() * kWidth),
+        slice_begin(first_column),
+        vectors(static_cast<Vec<T, kWidth>*>(buffer)),
+        runs(backward.mix, begin, end) {
+    const int lane = lane_index();
+    int64_t elements = 0;
+    if (lane < count) elements = args.mix.frame_stride[first + lane];
+    if (lane == kLayerMixGroup) elements = args.grad_frame_stride;
+    step = kSumWarps * elements * static_cast<int64_t>(sizeof(T));
+    if (follows_moments()) step = kSumWarps * args.mix.layers * static_cast<int64_t>(sizeof(float2));
+    enter_run();
+    publish(0);
+  }
 
   MMK_DEVICE Vec<T, kWidth>* vector(int stage, int i) const {
     return vectors + stage * kStageVectors + i * kSumThreads + threadIdx.x;
@@ -65,42 +117,54 @@ struct RowTiles {
     return reinterpret_cast<float2*>(vectors + 2 * kStageVectors) +
            (stage * kSumWarps + warp_index()) * kLayerMixGroup;
   }
+  MMK_DEVICE Address* addresses(int stage) const {
+    return reinterpret_cast<Address*>(reinterpret_cast<float2*>(vectors + 2 * kStageVectors) +
+                                      2 * kSumWarps * kLayerMixGroup) +
+           (stage * kSumWarps + warp_index()) * kSumRows;
+  }
 
-  MMK_DEVICE void copy(Vec<T, kWidth>* target, const T* row) const {
-    const int64_t width = args.mix.width;
+  // Past the end of the row a thread copies columns that it does not use.
+  MMK_DEVICE void copy(Vec<T, kWidth>* target, Address row) const {
+    const T* slice = reinterpret_cast<const T*>(row);
     if constexpr (kAligned) {
-      const bool inside = column < width;
-      cp_async_zfill<16>(target, inside ? row + column : row, inside);
+      cp_async<16>(target, slice + (columns > 0 ? lane_index() * kWidth : 0));
     } else {
-      store(target->data, load_columns<false, kWidth>(row, column, width));
+      store(target->data, load_columns<false, kWidth>(slice + lane_index() * kWidth, 0, columns));
     }
   }
 
-  // Starts the copies of the next valid row before `end`; false if there is none.
-  MMK_DEVICE bool fetch(int stage, RowCursor& at, int64_t end) const {
-    const LayerMixParams& p = args.mix;
-    while (at.row < end && !is_valid(p, at.batch, at.frame)) at.advance(kSumWarps, p.frames);
-    if (at.row >= end) return false;
-    const MixRow row = {at.batch, at.frame, true};
+  // Starts the copies of the next row; false if there is none. A barrier of the warp is needed between two
+  // calls, which take the stages in turn.
+  MMK_DEVICE bool fetch(int stage) {
+    if (runs.done()) return false;
+    const Address* rows = addresses(stage);
 #pragma unroll
-    for (int i = 0; i < kLayerMixGroup; ++i) {
-      if (i < count) copy(vector(stage, i), layer_row<T>(p, first + i, row));
+    for (int i = 0; i < kSumRows; i += 2) {
+      const Vec<Address, 2> pair = load<2>(rows + i);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        if (i + j > kLayerMixGroup) continue;
+        if (i + j < count || i + j == kLayerMixGroup) copy(vector(stage, i + j), pair[j]);
+      }
     }
-    copy(vector(stage, kLayerMixGroup), grad_row<T>(args, at.batch, at.frame));
-    if (kNorm && lane_index() < count) {
-      const float2* stats = static_cast<const float2*>(args.stats) + at.row * p.layers + first;
-      cp_async<8>(moments(stage) + lane_index(), stats + lane_index());
+    if (follows_moments()) {
+      cp_async<8>(moments(stage) + lane_index() - kMomentLane, reinterpret_cast<const float2*>(next));
     }
-    at.advance(kSumWarps, p.frames);
+    if (runs.advance()) {
+      next += step;
+    } else {
+      enter_run();
+    }
+    publish(stage ^ 1);
     return true;
   }
 
   MMK_DEVICE void add(int stage, ColumnSums<kWidth>& sums) const {
-    const Vec<float, kWidth> grad = to_accumulator(load<kWidth>(vector(stage, kLayerMixGroup)->data));
+    const Vec<float, kWidth> grad = unpack(load<kWidth>(vector(stage, kLayerMixGroup)->data));
 #pragma unroll
     for (int i = 0; i < kLayerMixGroup; ++i) {
       if (i < count) {
-        const Vec<float, kWidth> x = to_accumulator(load<kWidth>(vector(stage, i)->data));
+        const Vec<float, kWidth> x = unpack(load<kWidth>(vector(stage, i)->data));
         float2 m = {0.0f, 1.0f};
         if constexpr (kNorm) m = moments(stage)[i];
 #pragma unroll
@@ -113,6 +177,28 @@ struct RowTiles {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) sums.shift[j] += grad[j];
     }
+  }
+
+ private:
+  MMK_DEVICE bool follows_moments() const {
+    return kNorm && lane_index() >= kMomentLane && lane_index() < kMomentLane + count;
+  }
+
+  MMK_DEVICE void enter_run() {
+    runs.next_run(args.mix, [&](int64_t row, int64_t batch, int64_t frame) {
+      const int lane = lane_index();
+      const void* start = nullptr;
+      if (lane < count) start = layer_row<T>(args.mix, first + lane, {batch, frame, true}) + slice_begin;
+      if (lane == kLayerMixGroup) start = grad_row<T>(args, batch, frame) + slice_begin;
+      if (follows_moments()) {
+        start = static_cast<const float2*>(args.stats) + row * args.mix.layers + first + lane - kMomentLane;
+      }
+      next = reinterpret_cast<Address>(start);
+    });
+  }
+
+  MMK_DEVICE void publish(int stage) const {
+    if (lane_index() < kSumRows) addresses(stage)[lane_index()] = next;
   }
 };
 
@@ -154,8 +240,9 @@ MMK_DEVICE void store_column_sums(float* partial, const Vec<float, kWidth>& valu
   __syncthreads();
 }
 
+// Rows at odd addresses are copied by element, which takes registers.
 template <class T, bool kAligned, bool kNorm>
-__global__ void __launch_bounds__(kSumThreads, 4)
+__global__ void __launch_bounds__(kSumThreads, kAligned ? 4 : 3)
     sum_rows(const __grid_constant__ LayerMixBackward args, const __grid_constant__ LayerMixSums plan) {
   constexpr int kWidth = kVectorWidth<T>;
   const LayerMixParams& p = args.mix;
@@ -172,16 +259,17 @@ __global__ void __launch_bounds__(kSumThreads, 4)
 
   MMK_DYNAMIC_SMEM(unsigned char, buffer);
   using Tiles = RowTiles<T, kAligned, kNorm>;
-  const Tiles tiles = {args, first, count, column, reinterpret_cast<Vec<T, kWidth>*>(buffer)};
-  RowCursor at(begin + warp_index(), p.frames);
+  Tiles tiles(args, first, count, slice_begin, buffer, begin + warp_index(), end);
   ColumnSums<kWidth> sums = {};
-  bool more = tiles.fetch(0, at, end);
+  __syncwarp();
+  bool more = tiles.fetch(0);
   for (int stage = 0; more; stage ^= 1) {
     cp_async_wait_all();
-    __syncwarp();  // for the moments, and so that no lane still reads the other stage
-    more = tiles.fetch(stage ^ 1, at, end);
+    __syncwarp();  // for moments and addresses, and so that no lane still reads the other stage
+    more = tiles.fetch(stage ^ 1);
     tiles.add(stage, sums);
   }
+  if (column >= p.width) sums = {};
   if (args.need_weights) {
     float dots[kLayerMixGroup];
 #pragma unroll
@@ -210,48 +298,30 @@ __global__ void __launch_bounds__(kSumThreads, 4)
 
 // ---- from partial sums to gradients
 
-constexpr int kReduceThreads = 256;
-
-__global__ void __launch_bounds__(kReduceThreads)
-    reduce_dots(const __grid_constant__ LayerMixBackward args, int64_t partials) {
-  const float* partial = static_cast<const float*>(args.partial_dot) + blockIdx.x;
-  double sum = 0.0;
-  for (int64_t i = threadIdx.x; i < partials; i += kReduceThreads) sum += partial[i * args.mix.layers];
-  sum = block_sum<kReduceThreads>(sum);
-  if (threadIdx.x == 0) static_cast<float*>(args.d_weights)[blockIdx.x] = static_cast<float>(sum);
+MMK_HOST_DEVICE int64_t gain_blocks(const LayerMixParams& p) {
+  return ceil_div<int64_t>(p.layers * p.width, kWarpSize);
 }
 
-// Sums a column over the partials; each lane has its own column.
-MMK_DEVICE double sum_partials(const float* column, int64_t partials, int64_t stride, bool inside) {
-  constexpr int kWarps = kReduceThreads / kWarpSize;
-  MMK_SHARED(double, sums, kWarps, kWarpSize);
-  double sum = 0.0;
-  for (int64_t i = warp_index(); inside && i < partials; i += kWarps) sum += column[i * stride];
-  sums[warp_index()][lane_index()] = sum;
-  __syncthreads();
-  double total = 0.0;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) total += sums[warp][lane_index()];
-  __syncthreads();
-  return total;
-}
-
-__global__ void __launch_bounds__(kReduceThreads)
+// The first blocks take 32 gains each; the others 32 columns of the bias, whose sums all layers share.
+__global__ void __launch_bounds__(kPartialThreads)
     reduce_affine(const __grid_constant__ LayerMixBackward args, int64_t partials) {
-  const int64_t width = args.mix.width;
-  const int64_t size = args.mix.layers * width;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane_index();
-  const bool inside = index < size;
-  const int64_t layer = inside ? index / width : 0;
-  const int64_t column = inside ? index - layer * width : 0;
-  const float* scale = static_cast<const float*>(args.partial_scale);
-  const float* shift = static_cast<const float*>(args.partial_shift);
-  const double d_gain = sum_partials(scale + layer * width + column, partials, size, inside);
-  const double d_bias = sum_partials(shift + column, partials, width, inside);
-  if (!inside || warp_index() != 0) return;
-  const double weight = static_cast<const float*>(args.mix.weights)[layer];
-  static_cast<float*>(args.d_norm_weight)[index] = static_cast<float>(weight * d_gain);
-  static_cast<float*>(args.d_norm_bias)[index] = static_cast<float>(weight * d_bias);
+  const LayerMixParams& p = args.mix;
+  const float* weights = static_cast<const float*>(p.weights);
+  const bool of_gain = blockIdx.x < gain_blocks(p);
+  const int64_t columns = of_gain ? p.layers * p.width : p.width;
+  const int64_t index = (blockIdx.x - (of_gain ? 0 : gain_blocks(p))) * kWarpSize + lane_index();
+  const bool inside = index < columns;
+  const float* partial = static_cast<const float*>(of_gain ? args.partial_scale : args.partial_shift);
+  const double total = sum_partials<kWarpSize>(partial + index, partials, columns, inside);
+  if (!inside) return;
+  if (of_gain) {
+    if (warp_index() != 0) return;
+    static_cast<float*>(args.d_norm_weight)[index] = static_cast<float>(weights[index / p.width] * total);
+    return;
+  }
+  for (int l = warp_index(); l < p.layers; l += kPartialThreads / kWarpSize) {
+    static_cast<float*>(args.d_norm_bias)[l * p.width + index] = static_cast<float>(weights[l] * total);
+  }
 }
 
 // ---- gradients of the layers without norm: weights[l] * grad, one thread per vector; no layer is read
@@ -269,7 +339,7 @@ __global__ void __launch_bounds__(kPlainThreads)
   Vec<float, kWidth> grad = {};
   if (row.valid) {
     const T* start = grad_row<T>(args, row.batch, row.frame);
-    grad = to_accumulator(load_columns<kAligned, kWidth>(start, column, p.width));
+    grad = unpack(load_columns<kAligned, kWidth>(start, column, p.width));
   }
   for (int l = 0; l < p.layers; ++l) {
     T* d_layer = static_cast<T*>(args.d_layer[l]);
@@ -297,8 +367,20 @@ MMK_DEVICE GradientForm gradient_form(float weight, float rstd, float dot, float
   return {weight * rstd, sum * inverse, dot * rstd * rstd * inverse};
 }
 
+// The turn of the next sum over a row (row_sums_in_turn).
+struct Turn {
+  int next = 0;
+
+  template <class Shape, int kCount>
+  MMK_DEVICE void sum(float (&values)[kCount]) {
+    row_sums_in_turn<Shape::kThreads>(values, next);
+    next ^= 1;
+  }
+};
+
 template <class Shape>
-MMK_DEVICE float dot_parameter(const typename Shape::Part& part, const float* parameter, int width) {
+MMK_DEVICE float dot_parameter(const typename Shape::Part& part, const float* parameter, int width,
+                               Turn& turn) {
   float sum[1] = {0.0f};
 #pragma unroll
   for (int v = 0; v < Shape::kCount; ++v) {
@@ -306,22 +388,22 @@ MMK_DEVICE float dot_parameter(const typename Shape::Part& part, const float* pa
 #pragma unroll
     for (int i = 0; i < Shape::kWidth; ++i) sum[0] += part[v][i] * value[i];
   }
-  row_sums<Shape::kThreads>(sum);
+  turn.sum<Shape>(sum);
   return sum[0];
 }
 
 // Writes the gradient of one row of a layer, unless d_layer is null, and overwrites x. Returns the row's
-// contribution to d_weights, without that of the bias.
-template <class Shape>
+// contribution to d_weights, without that of the bias. Shapes that are not full have no copy without kGain.
+template <class Shape, bool kGain>
 MMK_DEVICE float layer_gradient(typename Shape::Element* d_layer, typename Shape::Part& x,
                                 const typename Shape::Part& grad, float2 moments, float weight,
-                                const float* gain, int width) {
+                                const float* gain, int width, Turn& turn) {
   typename Shape::Part scaled;
   float sums[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int v = 0; v < Shape::kCount; ++v) {
     scaled[v] = grad[v];
-    if (gain != nullptr) {
+    if (kGain && (Shape::kIsFull || gain != nullptr)) {
       const auto factor = load_columns<Shape::kIsAligned, Shape::kWidth>(gain, Shape::column(v), width);
 #pragma unroll
       for (int i = 0; i < Shape::kWidth; ++i) scaled[v][i] *= factor[i];
@@ -333,7 +415,7 @@ MMK_DEVICE float layer_gradient(typename Shape::Element* d_layer, typename Shape
       sums[1] += scaled[v][i];
     }
   }
-  row_sums<Shape::kThreads>(sums);
+  turn.sum<Shape>(sums);
   if (d_layer != nullptr) {
     const GradientForm form = gradient_form(weight, moments.y, sums[0], sums[1], width);
 #pragma unroll
@@ -352,29 +434,29 @@ MMK_DEVICE float layer_gradient(typename Shape::Element* d_layer, typename Shape
 template <class Shape>
 MMK_DEVICE void zero_gradients(const LayerMixBackward& args, int64_t row) {
   using T = typename Shape::Element;
+  const int width = Shape::width(args.mix.width);
   for (int l = 0; l < args.mix.layers; ++l) {
     if (args.d_layer[l] == nullptr) continue;
-    T* d_layer = static_cast<T*>(args.d_layer[l]) + row * args.mix.width;
+    T* d_layer = static_cast<T*>(args.d_layer[l]) + row * width;
 #pragma unroll
     for (int v = 0; v < Shape::kCount; ++v) {
-      store_columns<Shape::kIsAligned>(d_layer, Shape::column(v), args.mix.width, Vec<T, Shape::kWidth>{});
+      store_columns<Shape::kIsAligned>(d_layer, Shape::column(v), width, Vec<T, Shape::kWidth>{});
     }
   }
 }
 
 // Computes the needed gradients of one row and, with need_dots, adds its contributions to d_weights to dots.
-template <class Shape>
+template <class Shape, bool kGain>
 MMK_DEVICE void row_gradients(const LayerMixBackward& args, int64_t index, const MixRow& row, bool need_dots,
-                              RowRing<Shape>& ring, float* dots) {
+                              RowRing<Shape>& ring, Turn& turn, float* dots) {
   using T = typename Shape::Element;
   const LayerMixParams& p = args.mix;
-  const int width = static_cast<int>(p.width);
+  const int width = Shape::width(p.width);
   const T* grad_start = grad_row<T>(args, row.batch, row.frame);
   typename Shape::Part grad;
 #pragma unroll
   for (int v = 0; v < Shape::kCount; ++v) {
-    grad[v] =
-        to_accumulator(load_columns<Shape::kIsAligned, Shape::kWidth>(grad_start, Shape::column(v), width));
+    grad[v] = unpack(load_columns<Shape::kIsAligned, Shape::kWidth>(grad_start, Shape::column(v), width));
   }
   const float2* stats = static_cast<const float2*>(args.stats) + index * p.layers;
   const auto is_needed = [&](int l) { return l < p.layers && (need_dots || args.d_layer[l] != nullptr); };
@@ -387,20 +469,29 @@ MMK_DEVICE void row_gradients(const LayerMixBackward& args, int64_t index, const
     push(l + ring.kInFlight);
     if (!is_needed(l)) continue;
     T* d_layer = static_cast<T*>(args.d_layer[l]);
-    if (d_layer != nullptr) d_layer += index * p.width;
-    const float* gain = parameter_row(p.norm_weight, l, p.width);
+    if (d_layer != nullptr) d_layer += index * width;
+    const float* gain = parameter_row(p.norm_weight, l, width);
     const float weight = __ldg(static_cast<const float*>(p.weights) + l);
-    float dot = layer_gradient<Shape>(d_layer, x, grad, __ldg(stats + l), weight, gain, width);
+    float dot = layer_gradient<Shape, kGain>(d_layer, x, grad, __ldg(stats + l), weight, gain, width, turn);
     if (!need_dots) continue;
-    if (p.norm_bias != nullptr)
-      dot += dot_parameter<Shape>(grad, parameter_row(p.norm_bias, l, p.width), width);
+    if (p.norm_bias != nullptr) {
+      dot += dot_parameter<Shape>(grad, parameter_row(p.norm_bias, l, width), width, turn);
+    }
     if (Shape::thread() == 0) dots[l] += dot;
   }
   ring.drain();
 }
 
-template <class Shape>
-__global__ void __launch_bounds__(kRowBlockThreads, Shape::kElements > 32 ? 2 : 3)
+// Blocks of gradients_norm per multiprocessor: as many as leave registers for grad, one row, and its gain.
+template <class Shape, bool kGain>
+constexpr int gradient_blocks() {
+  int blocks = Shape::kElements > 32 || (kGain && kFewerBlocks) ? 2 : 3;
+  if (Shape::kIsFull && !kGain && !kFewerBlocks) ++blocks;
+  return blocks * kRowBlockThreads / Shape::kBlockThreads;
+}
+
+template <class Shape, bool kGain>
+__global__ void __launch_bounds__(Shape::kBlockThreads, gradient_blocks<Shape, kGain>())
     gradients_norm(const __grid_constant__ LayerMixBackward args, int64_t rows_per_block, bool need_dots) {
   const LayerMixParams& p = args.mix;
   const int64_t begin = blockIdx.x * rows_per_block;
@@ -411,10 +502,11 @@ __global__ void __launch_bounds__(kRowBlockThreads, Shape::kElements > 32 ? 2 : 
 
   MMK_DYNAMIC_SMEM(typename Shape::Element, buffer);
   RowRing<Shape> ring(buffer);
+  Turn turn;
   for (int64_t index = begin + Shape::slot(); index < end; index += Shape::kRowsPerBlock) {
     const MixRow row = locate(p, index);
     if (row.valid) {
-      row_gradients<Shape>(args, index, row, need_dots, ring, dots[Shape::slot()]);
+      row_gradients<Shape, kGain>(args, index, row, need_dots, ring, turn, dots[Shape::slot()]);
     } else {
       zero_gradients<Shape>(args, index);
     }
@@ -422,7 +514,7 @@ __global__ void __launch_bounds__(kRowBlockThreads, Shape::kElements > 32 ? 2 : 
   if (!need_dots) return;
   __syncthreads();
   float* partial = static_cast<float*>(args.partial_dot) + static_cast<int64_t>(blockIdx.x) * p.layers;
-  for (int l = threadIdx.x; l < p.layers; l += kRowBlockThreads) {
+  for (int l = threadIdx.x; l < p.layers; l += Shape::kBlockThreads) {
     float sum = 0.0f;
 #pragma unroll
     for (int slot = 0; slot < Shape::kRowsPerBlock; ++slot) sum += dots[slot][l];
@@ -446,7 +538,7 @@ struct WideGradient {
 
   template <class E>
   MMK_DEVICE Columns columns(const E* row, int64_t column) const {
-    return to_accumulator(load_columns<kAligned, kVectorWidth<T>>(row, column, width));
+    return unpack(load_columns<kAligned, kVectorWidth<T>>(row, column, width));
   }
 
   MMK_DEVICE Columns scaled_grad(int64_t column) const {
@@ -554,14 +646,17 @@ cudaError_t backward_gradients(const LayerMixBackward& args, const LayerMixBackw
   if (!make_grid(plan.gradient_blocks, &grid)) return cudaErrorInvalidConfiguration;
   const auto in_registers = [&](auto shape) {
     using Shape = decltype(shape);
-    return launch(gradients_norm<Shape>, grid, dim3(kRowBlockThreads), RowRing<Shape>::kBytes, stream, args,
+    const auto kernel = Shape::kIsFull && args.mix.norm_weight == nullptr
+                            ? gradients_norm<Shape, !Shape::kIsFull>
+                            : gradients_norm<Shape, true>;
+    return launch(kernel, grid, dim3(Shape::kBlockThreads), RowRing<Shape>::kBytes, stream, args,
                   plan.rows_per_block, plan.gradients_dot);
   };
   const auto wide = [&] {
     return launch(gradients_norm_wide<T, kAligned>, grid, dim3(kWideThreads), 0, stream, args,
                   plan.rows_per_block, plan.gradients_dot);
   };
-  return dispatch_row_shape<T, kAligned>(args.mix.width, in_registers, wide);
+  return dispatch_streamed_row_shape<T, kAligned>(args.mix.width, in_registers, wide);
 }
 
 template <class T, bool kAligned>
@@ -585,16 +680,16 @@ bool gradients_aligned(const LayerMixBackward& args) {
 }
 
 cudaError_t reduce(const LayerMixBackward& args, const LayerMixBackwardPlan& plan, CudaStream stream) {
-  dim3 grid(static_cast<unsigned>(args.mix.layers));
   if (args.need_weights) {
-    const cudaError_t error =
-        launch(reduce_dots, grid, dim3(kReduceThreads), 0, stream, args, plan.dot_partials);
+    const cudaError_t error = reduce_partials<4>(args.partial_dot, plan.dot_partials, args.mix.layers, 1.0,
+                                                 static_cast<float*>(args.d_weights), stream);
     if (error != cudaSuccess) return error;
   }
   if (!args.need_affine || args.mix.width == 0) return cudaSuccess;
-  const int64_t blocks = ceil_div<int64_t>(args.mix.layers * args.mix.width, kWarpSize);
+  const int64_t blocks = gain_blocks(args.mix) + ceil_div<int64_t>(args.mix.width, kWarpSize);
+  dim3 grid;
   if (!make_grid(blocks, &grid)) return cudaErrorInvalidConfiguration;
-  return launch(reduce_affine, grid, dim3(kReduceThreads), 0, stream, args, plan.affine_partials);
+  return launch(reduce_affine, grid, dim3(kPartialThreads), 0, stream, args, plan.affine_partials);
 }
 
 }  // namespace

@@ -30,7 +30,10 @@ EPS = 1e-5
 
 @dataclass
 class Problem:
-    """Inputs of one call: rows `gap` elements apart, `offset` elements past an aligned address."""
+    """Inputs of one call: rows `gap` elements apart, `offset` elements past an aligned address.
+
+    With `uneven` each layer has its own strides, and frames that belong to no utterance between two.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, int, int]
@@ -41,6 +44,7 @@ class Problem:
     offset: int = 0
     gap: int = 0
     mean: float = 0.0
+    uneven: bool = False
     memory: GuardedTensors = field(default_factory=GuardedTensors)
 
     def __post_init__(self) -> None:
@@ -51,9 +55,11 @@ class Problem:
             return torch.randn(shape, generator=generator)
 
         self.inputs: list[Tensor] = []
-        for _ in range(self.layers):
-            values = (self.mean + random(batch, frames, width + self.gap)).to(self.dtype)
-            layer = self.memory.of(values, self.offset)[:, :, :width]
+        for index in range(self.layers):
+            spare, gap = (1 + index % 3, 8 * (index % 2)) if self.uneven else (0, self.gap)
+            values = (self.mean + random(batch, frames + spare, width + gap)).to(self.dtype)
+            values[:, frames:] = torch.nan
+            layer = self.memory.of(values, self.offset)[:, :frames, :width]
             if self.lengths is not None:
                 for index, length in enumerate(self.lengths):
                     layer[index, max(length, 0) :] = torch.nan
@@ -132,8 +138,11 @@ def test_forward_without_norm(
     check_forward(kernels, Problem(dtype, shape, layers))
 
 
-# One width for each row shape: a warp with 1 to 5 vectors, a block, too wide for registers; partial vectors.
-NORM_WIDTHS = [8, 256, 264, 760, 1024, 1280, 1288, 4096, 4104, 1, 33, 511, 513, 4099]
+# One width for each row shape: a warp with 1 to 5 vectors, two warps with 3 and 4, a block, too wide for
+# registers; those that fill their shape; partial vectors.
+NORM_WIDTHS = [8, 264, 760, 776, 1032, 1288, 1544, 4096, 4104]
+NORM_WIDTHS += [256, 512, 768, 1024, 1280, 2048]
+NORM_WIDTHS += [1, 33, 511, 513, 4099]
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -189,7 +198,7 @@ def test_statistics_are_those_of_the_rows(kernels: simt_build.Library, width: in
     torch.testing.assert_close(stats, torch.stack([x.mean(-1), rstd], -1).float(), rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("width", [40, 1032])
+@pytest.mark.parametrize("width", [40, 1032, 1544])
 def test_forward_is_the_same_in_all_thread_orders(kernels: simt_build.Library, width: int) -> None:
     problem = Problem(torch.float16, (2, 3, width), 3, norm=True, affine=True, lengths=(3, 1))
     simt_build.same_in_all_orders(lambda order: forward(kernels, problem, order=order)[0].numpy())
@@ -333,6 +342,18 @@ def test_backward_sums_over_chunks_and_utterances(kernels: simt_build.Library, f
 
 
 @pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("lengths", [None, (11, 0, 3, 9)])
+@pytest.mark.parametrize("wanted", [(), (0, 8)])
+def test_each_layer_has_its_own_strides(
+    kernels: simt_build.Library, lengths: tuple[int, ...] | None, norm: bool, wanted: tuple[int, ...]
+) -> None:
+    shape = (4, 11, 264)
+    problem = Problem(torch.bfloat16, shape, 9, norm=norm, affine=norm, lengths=lengths, uneven=True)
+    check_forward(kernels, problem)
+    check_backward(kernels, problem, wanted=wanted)
+
+
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("offset", "gap"), [(1, 0), (0, 3), (0, 8)])
 def test_backward_of_any_alignment(kernels: simt_build.Library, offset: int, gap: int, norm: bool) -> None:
     problem = Problem(torch.bfloat16, (2, 3, 64), 3, norm=norm, affine=norm, offset=offset, gap=gap)
@@ -353,7 +374,7 @@ def test_padding_gives_no_gradient_and_gets_zero(kernels: simt_build.Library, wi
     check_backward(kernels, problem)
 
 
-@pytest.mark.parametrize("width", [40, 1032])
+@pytest.mark.parametrize("width", [40, 1032, 1544])
 @pytest.mark.parametrize("wanted", [(), (0, 1)])
 def test_backward_is_the_same_in_all_thread_orders(
     kernels: simt_build.Library, width: int, wanted: tuple[int, ...]

@@ -36,8 +36,8 @@ MOST_REGISTERS = {
     "mix_bias": 40,
     "mix_norm": 168,
     "mix_norm_wide": 72,
-    "sum_rows": 128,
-    "reduce_dots": 40,
+    "sum_rows": 168,  # of rows at odd addresses, 3 blocks; the launch bounds of the others are 4 blocks
+    "add_partials": 40,
     "reduce_affine": 40,
     "gradients_plain": 40,
     "gradients_norm": 224,  # for rows of 1,280 columns, which would spill with 168
@@ -75,7 +75,7 @@ MOST_REGISTERS = {
     "token_gradients": 64,
 }
 
-#: Bytes of local memory. Four instances of mix_norm (float32 rows of 1,280 columns, and long rows at odd
+#: Bytes of local memory. Four instances of mix_norm (long float32 rows with a gain, and long rows at odd
 #: addresses) lack a few registers on sm_120; more would allow two blocks per multiprocessor instead of three.
 MOST_LOCAL_BYTES = {(120, "mix_norm"): 156}
 

@@ -18,6 +18,7 @@ MMK_DEVICE void for_each_element(int width, Body&& body) {
 }
 
 // Subtracts the mean from a row in registers, and returns its moments, which are finite for an empty row.
+// Calls may follow each other, but not other sums in turn.
 template <class Shape>
 MMK_DEVICE float2 centre(typename Shape::Part& x, int width, float eps) {
   const float inverse = 1.0f / static_cast<float>(max(width, 1));
@@ -27,14 +28,14 @@ MMK_DEVICE float2 centre(typename Shape::Part& x, int width, float eps) {
 #pragma unroll
     for (int i = 0; i < Shape::kWidth; ++i) sum[0] += x[v][i];
   }
-  row_sums<Shape::kThreads>(sum);
+  row_sums_in_turn<Shape::kThreads>(sum, 0);
   const float mean = sum[0] * inverse;
   float square[1] = {0.0f};
   for_each_element<Shape>(width, [&](int v, int i) {
     x[v][i] -= mean;
     square[0] += x[v][i] * x[v][i];
   });
-  row_sums<Shape::kThreads>(square);
+  row_sums_in_turn<Shape::kThreads>(square, 1);
   return {mean, rsqrtf(square[0] * inverse + eps)};
 }
 

@@ -9,18 +9,31 @@ namespace mmk {
 
 inline constexpr int kRowBlockThreads = 128;
 
-// A row in registers: kVectors vectors in each of kRowThreads threads (a warp or the whole block).
-template <class T, int kRowThreads, int kVectors, bool kAligned>
+// Blackwell's code takes some 20 registers more: kernels ask for fewer blocks per multiprocessor there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+inline constexpr bool kFewerBlocks = true;
+#else
+inline constexpr bool kFewerBlocks = false;
+#endif
+
+// A row in registers: kVectors vectors in each of kRowThreads threads (a warp or the whole block). A row of a
+// full shape has exactly as many columns as the shape: kernels that take their width from it test no bounds.
+template <class T, int kRowThreads, int kVectors, bool kAligned, bool kFull = false>
 struct RowShape {
+  static_assert(kAligned || !kFull, "a full row consists of whole vectors");
   using Element = T;
   static constexpr int kThreads = kRowThreads;
-  static constexpr int kRowsPerBlock = kRowBlockThreads / kRowThreads;
+  static constexpr int kBlockThreads = kRowThreads == kWarpSize ? kRowBlockThreads : kRowThreads;
+  static constexpr int kRowsPerBlock = kBlockThreads / kRowThreads;
   static constexpr int kCount = kVectors;
   static constexpr int kWidth = kVectorWidth<T>;
   static constexpr int kElements = kVectors * kWidth;
+  static constexpr int kColumns = kElements * kRowThreads;
   static constexpr bool kIsAligned = kAligned;
+  static constexpr bool kIsFull = kFull;
   using Part = Vec<float, kWidth>[kVectors];
 
+  MMK_DEVICE static int width(int64_t columns) { return kFull ? kColumns : static_cast<int>(columns); }
   MMK_DEVICE static int thread() { return static_cast<int>(threadIdx.x) % kThreads; }
   MMK_DEVICE static int slot() { return static_cast<int>(threadIdx.x) / kThreads; }
   MMK_DEVICE static int column(int vector) { return (vector * kThreads + thread()) * kWidth; }
@@ -37,7 +50,7 @@ class RowRing {
   using T = typename Shape::Element;
   static constexpr int kInFlight = 8 / Shape::kCount < 2 ? 2 : 8 / Shape::kCount > 6 ? 6 : 8 / Shape::kCount;
   static constexpr int kStages = kInFlight + 1;
-  static constexpr int kBytes = kStages * Shape::kCount * kRowBlockThreads * 16;
+  static constexpr int kBytes = kStages * Shape::kCount * Shape::kBlockThreads * 16;
 
   MMK_DEVICE explicit RowRing(T* buffer) : buffer_(buffer) {}
 
@@ -47,7 +60,9 @@ class RowRing {
 #pragma unroll
       for (int v = 0; v < Shape::kCount; ++v) {
         const int column = Shape::column(v);
-        if constexpr (Shape::kIsAligned) {
+        if constexpr (Shape::kIsFull) {
+          cp_async<16>(place(head_, v), row + column);
+        } else if constexpr (Shape::kIsAligned) {
           const bool inside = column < width;
           cp_async_zfill<16>(place(head_, v), inside ? row + column : row, inside);
         } else {
@@ -64,7 +79,7 @@ class RowRing {
     cp_async_wait_group<kInFlight - 1>();
 #pragma unroll
     for (int v = 0; v < Shape::kCount; ++v) {
-      part[v] = to_accumulator(load<Shape::kWidth>(place(tail_, v)));
+      part[v] = unpack(load<Shape::kWidth>(place(tail_, v)));
     }
   }
 
@@ -75,8 +90,9 @@ class RowRing {
 
  private:
   MMK_DEVICE T* place(int stage, int vector) const {
-    return buffer_ + ((stage * Shape::kCount + vector) * kRowBlockThreads + static_cast<int>(threadIdx.x)) *
-                         Shape::kWidth;
+    return buffer_ +
+           ((stage * Shape::kCount + vector) * Shape::kBlockThreads + static_cast<int>(threadIdx.x)) *
+               Shape::kWidth;
   }
 
   T* buffer_;
@@ -100,6 +116,24 @@ cudaError_t dispatch_row_shape(int64_t width, Body&& body, Wide&& wide) {
   }
   if (width <= 4096) return body(RowShape<T, kRowBlockThreads, 4 * kPer8, kAligned>{});
   return wide();
+}
+
+// As dispatch_row_shape, for kernels that read many rows and have to keep enough bytes in flight: they have
+// blocks of Shape::kBlockThreads, two warps for rows of medium width, and full shapes for the usual widths.
+template <class T, bool kAligned, class Body, class Wide>
+cudaError_t dispatch_streamed_row_shape(int64_t width, Body&& body, Wide&& wide) {
+  constexpr int kPer8 = 8 / kVectorWidth<T>;
+  if constexpr (kAligned) {
+    constexpr int kPair = 2 * kWarpSize;
+    if (width == 512) return body(RowShape<T, 32, 2 * kPer8, true, true>{});
+    if (width == 768) return body(RowShape<T, 32, 3 * kPer8, true, true>{});
+    if (width == 1024) return body(RowShape<T, 32, 4 * kPer8, true, true>{});
+    if (width == 1280) return body(RowShape<T, 32, 5 * kPer8, true, true>{});
+    if (width == 2048) return body(RowShape<T, kPair, 4 * kPer8, true, true>{});
+    if (width > 1280 && width <= 1536) return body(RowShape<T, kPair, 3 * kPer8, true>{});
+    if (width > 1536 && width <= 2048) return body(RowShape<T, kPair, 4 * kPer8, true>{});
+  }
+  return dispatch_row_shape<T, kAligned>(width, body, wide);
 }
 
 }  // namespace mmk

@@ -66,6 +66,29 @@ MMK_DEVICE void row_sums(float (&values)[Count]) {
   }
 }
 
+// As row_sums with one barrier instead of two. A block calls it with 0 and 1 in turn: no thread writes a slot
+// of shared memory that another still reads, since the barrier of the call between separates them.
+template <int Threads, int Count>
+MMK_DEVICE void row_sums_in_turn(float (&values)[Count], int turn) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) values[i] = warp_sum(values[i]);
+  if constexpr (Threads > kWarpSize) {
+    constexpr int kWarps = Threads / kWarpSize;
+    MMK_SHARED(float, partial, 2, kWarps, Count);
+    if (lane_index() == 0) {
+#pragma unroll
+      for (int i = 0; i < Count; ++i) partial[turn][warp_index()][i] = values[i];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < Count; ++i) {
+      values[i] = partial[turn][0][i];
+#pragma unroll
+      for (int warp = 1; warp < kWarps; ++warp) values[i] += partial[turn][warp][i];
+    }
+  }
+}
+
 // Makes a one-dimensional grid; false if there are no blocks or more than a GPU accepts.
 inline bool make_grid(int64_t blocks, dim3* grid) {
   constexpr int64_t kMostBlocks = (int64_t{1} << 31) - 1;
