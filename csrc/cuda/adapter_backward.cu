@@ -190,9 +190,12 @@ MMK_DEVICE void finish_sums(const AdapterBackward& args, const GradientScratch<T
 template <class Tile, bool kFull>
 MMK_DEVICE void load_pairs(ChunkWords<Tile>& words, const AdapterRows& from, int64_t first_row, int rows,
                            int64_t column, int64_t width) {
-  const auto* data = static_cast<const typename Tile::T*>(from.data) + first_row * from.row_stride;
-  for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
-    words[i][j][h] = __ldg(reinterpret_cast<const uint32_t*>(data + row * from.row_stride + c));
+  const int64_t stride = from.row_stride;
+  const auto* first = static_cast<const typename Tile::T*>(from.data) +
+                      (first_row + Tile::row(0, 0)) * stride + pair_column<Tile>(column, 0);
+  for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int, int64_t) {
+    const auto* pair = first + (i * 16 + h * 8) * stride + j * 8;
+    words[i][j][h] = __ldg(reinterpret_cast<const uint32_t*>(pair));
   });
 }
 
@@ -206,9 +209,11 @@ MMK_DEVICE void gradient_step(const AdapterBackward& args, bool adds, const floa
   using T = typename Tile::T;
   const int64_t width = args.shape.width;
   ChunkWords<Tile> x = {};
-  ChunkWords<Tile> grad = {};  // zero where it is not added
+  ChunkWords<Tile> grad = {};                       // zero where it is not added
   if constexpr (kNorm) load_pairs<Tile, kFull>(x, args.x, first_row, rows, column, width);
   if (adds) load_words<Tile>(grad, place);
+  typename Tile::ChunkSums sums = {};
+  second_product<Tile, true>(sums, hidden, weights);
   float2 moments[2][2] = {};
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -217,8 +222,6 @@ MMK_DEVICE void gradient_step(const AdapterBackward& args, bool adds, const floa
       if (kNorm && (kFull || Tile::row(i, h) < rows)) moments[i][h] = row_values[Tile::row(i, h)];
     }
   }
-  typename Tile::ChunkSums sums = {};
-  second_product<Tile, true>(sums, hidden, weights);
   for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int, int64_t) {
     float2 value = {sums[i][j][2 * h], sums[i][j][2 * h + 1]};
     if constexpr (kNorm) {
@@ -254,7 +257,9 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
     float* partial = static_cast<float*>(args.partial_up_bias);
     if (partial != nullptr) partial += tile_index * ColumnSums<Tile>::kParts * args.shape.width;
     typename Tile::HiddenWords words;
-    load_hidden<Tile>(args, first_row, rows, words);
+    // Early, unless the product leaves no registers for them.
+    constexpr bool kEarly = Tile::kHiddenBlocks < 8;
+    if constexpr (kEarly) load_hidden<Tile>(args, first_row, rows, words);
     typename Tile::HiddenSums sums = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
@@ -277,6 +282,7 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
       const int column = chunk * Tile::kChunk;
       column_sums.store(partial + column, width, width - column);
     }
+    if constexpr (!kEarly) load_hidden<Tile>(args, first_row, rows, words);
     dispatch_activation(args.activation, [&](auto activation) {
       gradient_hidden<Tile, decltype(activation)::value>(args, first_row, rows, sums, words, scratch);
     });
