@@ -18,13 +18,24 @@ struct ShiftedSums {
   float square[2][2];
 };
 
-template <class T>
-MMK_DEVICE void add_pair(ShiftedSums& sums, int i, int h, uint32_t word) {
-  const float2 x = unpack<T>(word);
-  const float low = x.x - sums.shift[i][h];
-  const float high = x.y - sums.shift[i][h];
-  sums.sum[i][h] += low + high;
-  sums.square[i][h] += low * low + high * high;
+// Adds this warp's 16 of 32 columns, of which the first `columns` exist; a: their fragments (first_product).
+template <class Tile, bool kFull>
+MMK_DEVICE void add_columns(ShiftedSums& sums, const uint32_t (&a)[2][2][4], int columns) {
+  static_assert(kMomentWarps == 2, "a fragment of 16 columns each");
+  const bool odd = Tile::column_warp() % 2 == 1;  // of the other warps nobody reads the sums
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+#pragma unroll
+    for (int word = 0; word < 4; ++word) {
+      const int h = word % 2;
+      const float2 x = unpacked_pair<typename Tile::T>(odd ? a[1][i][word] : a[0][i][word]);
+      const bool inside = kFull || (odd ? 16 : 0) + word / 2 * 8 < columns;
+      const float low = inside ? x.x - sums.shift[i][h] : 0.0f;
+      const float high = inside ? x.y - sums.shift[i][h] : 0.0f;
+      sums.sum[i][h] += low + high;
+      sums.square[i][h] += low * low + high * high;
+    }
+  }
 }
 
 template <class Tile>
@@ -79,31 +90,29 @@ MMK_DEVICE void finish_moments(const ShiftedSums& sums, int64_t width, float eps
 
 // ---- the kernel
 
-enum class Residual : int { kNone, kHeld, kHalf, kFloat };
-
-template <class Tile>
+// The products' part of the columns of hidden values: z from the sums, and act(z) in words.
+template <class Tile, bool kNorm, Activation kActivation>
 MMK_DEVICE void forward_hidden(const AdapterForward& args, const float2* moments, int64_t first_row, int rows,
                                typename Tile::HiddenSums& sums, typename Tile::HiddenWords& words) {
   using T = typename Tile::T;
-  const bool norm = args.folded_sum != nullptr;
   float2 row_moments[2][2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      row_moments[i][h] = norm ? moments[Tile::row(i, h)] : float2{0.0f, 1.0f};
-    }
+    for (int h = 0; h < 2; ++h) row_moments[i][h] = kNorm ? moments[Tile::row(i, h)] : float2{0.0f, 1.0f};
   }
+  T* const saved = static_cast<T*>(args.hidden) + first_row * args.shape.bottleneck;
   const auto finish = [&](int block, const float (&top)[4], const float (&bottom)[4],
                           uint32_t (&finished)[2][2]) {
     const int column = Tile::hidden_column(block);
     const bool inside = column < args.shape.bottleneck;
     float2 bias = {0.0f, 0.0f};
     float2 sum = {0.0f, 0.0f};
-    if (inside)
+    if (inside) {
       bias = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(args.folded_bias) + column));
-    if (inside && norm) {
-      sum = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(args.folded_sum) + column));
+      if (kNorm) {
+        sum = __ldg(reinterpret_cast<const float2*>(static_cast<const float*>(args.folded_sum) + column));
+      }
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -112,14 +121,12 @@ MMK_DEVICE void forward_hidden(const AdapterForward& args, const float2* moments
         const float2 m = row_moments[i][h];
         const float low = m.y * ((i == 0 ? top : bottom)[2 * h] - m.x * sum.x) + bias.x;
         const float high = m.y * ((i == 0 ? top : bottom)[2 * h + 1] - m.x * sum.y) + bias.y;
-        const int row = Tile::row(i, h);
-        if (args.hidden != nullptr && inside && row < rows) {
-          T* target = static_cast<T*>(args.hidden) + (first_row + row) * args.shape.bottleneck + column;
-          *reinterpret_cast<uint32_t*>(target) = pack<T>(low, high);
-        }
         // Zero the padding columns: an Inf in x would turn them into NaN.
-        finished[i][h] =
-            inside ? pack<T>(activate(args.activation, low), activate(args.activation, high)) : 0;
+        finished[i][h] = inside ? packed_pair<T>(activate<kActivation>(low), activate<kActivation>(high)) : 0;
+        if (args.hidden != nullptr && inside && Tile::row(i, h) < rows) {
+          T* target = saved + Tile::row(i, h) * args.shape.bottleneck + column;
+          *reinterpret_cast<uint32_t*>(target) = packed_pair<T>(low, high);
+        }
       }
     }
   };
@@ -127,66 +134,62 @@ MMK_DEVICE void forward_hidden(const AdapterForward& args, const float2* moments
 }
 
 // One step of the second product, for the columns of the output from `column` on. Every load is issued before
-// the product, which hides part of its latency.
-template <class Tile, Residual kResidual, bool kFull>
-MMK_DEVICE void forward_step(const AdapterForward& args, int64_t first_row, int rows, int64_t column,
-                             const typename Tile::HiddenFragments& hidden, const typename Tile::T* weights,
-                             typename Tile::T* place) {
+// the product, which hides part of its latency. kWide: the output and the residual are float; otherwise the
+// chunk in `place` is added, if `adds`.
+template <class Tile, bool kWide, bool kFull>
+MMK_DEVICE void forward_step(const AdapterForward& args, bool adds, int64_t first_row, int rows,
+                             int64_t column, const typename Tile::HiddenFragments& hidden,
+                             const typename Tile::T* weights, typename Tile::T* place) {
   using T = typename Tile::T;
   const int64_t width = args.shape.width;
   const float scale = static_cast<float>(args.scale);
   ChunkWords<Tile> words = {};
-  float2 wide[kResidual == Residual::kFloat ? 2 : 1][Tile::kChunkBlocks][2] = {};
-  if constexpr (kResidual == Residual::kHalf) {
-    load_pairs<Tile, kFull>(words, args.residual, first_row, rows, column, width);
-  }
-  for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
-    if constexpr (kResidual == Residual::kHeld) words[i][j][h] = chunk_pair<Tile>(place, i, j, h);
-    if constexpr (kResidual == Residual::kFloat) {
-      const float* data = static_cast<const float*>(args.residual.data);
-      const float* pair = data + (first_row + row) * args.residual.row_stride + c;
-      wide[i][j][h] = __ldg(reinterpret_cast<const float2*>(pair));
-    }
-  });
+  float2 wide[kWide ? 2 : 1][Tile::kChunkBlocks][2] = {};
+  const auto load_wide = [&] {
+    const auto* data = static_cast<const float*>(args.residual.data) + first_row * args.residual.row_stride;
+    for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
+      wide[i][j][h] = __ldg(reinterpret_cast<const float2*>(data + row * args.residual.row_stride + c));
+    });
+  };
+  constexpr bool kEarly = Tile::kBottleneck < 256;  // more hidden values leave no registers for the addends
+  if constexpr (kWide && kEarly) load_wide();
+  if (!kWide && adds) load_words<Tile>(words, place);
   float2 bias[Tile::kChunkBlocks] = {};
+  if (args.up_bias != nullptr) {
+    const float* first = static_cast<const float*>(args.up_bias) + pair_column<Tile>(column, 0);
 #pragma unroll
-  for (int j = 0; j < Tile::kChunkBlocks; ++j) {
-    const int64_t c = pair_column<Tile>(column, j);
-    if (args.up_bias == nullptr || (!kFull && c >= width)) continue;
-    // up_bias is the caller's tensor, aligned to 4 bytes only: no float2.
-    const float* pair = static_cast<const float*>(args.up_bias) + c;
-    bias[j] = {__ldg(pair), __ldg(pair + 1)};
+    for (int j = 0; j < Tile::kChunkBlocks; ++j) {
+      // up_bias is the caller's tensor, aligned to 4 bytes only: no float2.
+      if (kFull || pair_column<Tile>(column, j) < width)
+        bias[j] = {__ldg(first + j * 8), __ldg(first + j * 8 + 1)};
+    }
   }
   typename Tile::ChunkSums sums = {};
   second_product<Tile, false>(sums, hidden, weights);
+  if constexpr (kWide && !kEarly) load_wide();
   for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
-    float2 value = {scale * (sums[i][j][2 * h] + bias[j].x), scale * (sums[i][j][2 * h + 1] + bias[j].y)};
-    if constexpr (kResidual == Residual::kFloat) {
-      value.x += wide[i][j][h].x;
-      value.y += wide[i][j][h].y;
-      float* target = static_cast<float*>(args.out) + (first_row + row) * width + c;
-      *reinterpret_cast<float2*>(target) = value;
+    const float2 added = kWide ? wide[i][j][h] : unpacked_pair<T>(words[i][j][h]);
+    const float2 value = {scale * (sums[i][j][2 * h] + bias[j].x) + added.x,
+                          scale * (sums[i][j][2 * h + 1] + bias[j].y) + added.y};
+    if constexpr (kWide) {
+      *reinterpret_cast<float2*>(static_cast<float*>(args.out) + (first_row + row) * width + c) = value;
     } else {
-      const float2 added = unpack<T>(words[i][j][h]);
-      value.x += added.x;
-      value.y += added.y;
-      chunk_pair<Tile>(place, i, j, h) = pack<T>(value.x, value.y);
+      chunk_pair<Tile>(place, i, j, h) = packed_pair<T>(value.x, value.y);
     }
   });
-  if constexpr (kResidual != Residual::kFloat) {
-    write_chunk<Tile, kFull>(static_cast<T*>(args.out), place, first_row, rows, column, width);
+  if constexpr (!kWide) {
+    write_chunk<Tile, kFull>(args.out, place, first_row, rows, column, width);
   }
 }
 
-template <class Tile, Residual kResidual>
+template <class Tile, bool kNorm, bool kWide>
 __global__ void __launch_bounds__(kAdapterThreads, 1)
     adapt(const __grid_constant__ AdapterForward args, const __grid_constant__ AdapterTiles tiles) {
-  using T = typename Tile::T;
   MMK_DYNAMIC_SMEM(unsigned char, buffer);
   const AdapterShared<Tile> shared(buffer);
-  AdapterStream<Tile, false> stream(buffer, tiles, args.shape, args.x, args.down_weight, args.up_weight,
-                                    true);
-  const bool norm = args.folded_sum != nullptr;
+  const AdapterRows added = {kWide ? nullptr : args.residual.data, args.residual.row_stride};
+  AdapterStream<Tile, false> stream(shared.stages, tiles, args.shape, args.x, added, args.down_weight,
+                                    args.up_weight, true);
   const int width = static_cast<int>(args.shape.width);
   const int chunks = static_cast<int>(tiles.chunks);
 #pragma unroll 1
@@ -200,35 +203,42 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stream.next();
       if (!live) continue;
-      if (norm && chunk == 0) start_sums<Tile>(shifted, stream.chunk());
-      first_product<Tile, false>(sums, stream.chunk(), stream.weights(),
-                                 [&](int i, int inner, const uint32_t (&a)[4]) {
-                                   const int column = chunk * Tile::kChunk + inner;
-                                   if (!norm || column / 16 % kMomentWarps != Tile::column_warp()) return;
-#pragma unroll
-                                   for (int h = 0; h < 2; ++h) {
-                                     if (column < width) add_pair<T>(shifted, i, h, a[h]);
-                                     if (column + 8 < width) add_pair<T>(shifted, i, h, a[2 + h]);
-                                   }
-                                 });
+      if constexpr (kNorm) {
+        if (chunk == 0) start_sums<Tile>(shifted, stream.chunk());
+        const int columns = width - chunk * Tile::kChunk;
+        dispatch_full(columns >= Tile::kChunk, [&](auto full) {
+          first_product<Tile, false>(sums, stream.chunk(), stream.weights(),
+                                     [&](int inner, const uint32_t (&a)[2][2][4]) {
+                                       add_columns<Tile, decltype(full)::value>(shifted, a, columns - inner);
+                                     });
+        });
+      } else {
+        first_product<Tile, false>(sums, stream.chunk(), stream.weights(),
+                                   [](int, const uint32_t (&)[2][2][4]) {});
+      }
     }
-    if (norm) {
+    if constexpr (kNorm) {
       float2* stats = args.stats == nullptr ? nullptr : static_cast<float2*>(args.stats) + first_row;
       finish_moments<Tile>(shifted, width, static_cast<float>(args.eps),
                            reinterpret_cast<float2*>(shared.exchange), shared.rows, stats, rows);
     }
     typename Tile::HiddenWords words = {};
-    if (live) forward_hidden<Tile>(args, shared.rows, first_row, rows, sums, words);
+    if (live) {
+      dispatch_activation(args.activation, [&](auto activation) {
+        forward_hidden<Tile, kNorm, decltype(activation)::value>(args, shared.rows, first_row, rows, sums,
+                                                                 words);
+      });
+    }
     typename Tile::HiddenFragments hidden;
     exchange_hidden<Tile>(shared.exchange, words, hidden);
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stream.next();
       if (!live) continue;
-      const int64_t column = chunk * Tile::kChunk;
-      dispatch_full<Tile>(rows, column, width, [&](auto full) {
-        forward_step<Tile, kResidual, decltype(full)::value>(args, first_row, rows, column, hidden,
-                                                             stream.weights(), stream.place());
+      const int column = chunk * Tile::kChunk;
+      dispatch_full(rows == Tile::kRows && column + Tile::kChunk <= width, [&](auto full) {
+        forward_step<Tile, kWide, decltype(full)::value>(args, stream.adds(), first_row, rows, column, hidden,
+                                                         stream.weights(), stream.place());
       });
     }
   }
@@ -325,26 +335,14 @@ bool is_half(DType dtype) {
 
 template <class T>
 cudaError_t launch_forward(const AdapterForward& args, const AdapterTiles& tiles, CudaStream stream) {
-  const Residual residual = args.add_input && tiles.held       ? Residual::kHeld
-                            : args.residual.data == nullptr    ? Residual::kNone
-                            : args.out_type == DType::kFloat32 ? Residual::kFloat
-                                                               : Residual::kHalf;
+  const bool norm = args.folded_sum != nullptr;
+  const bool wide = args.residual.data != nullptr && args.out_type == DType::kFloat32;
   return dispatch_adapter_tile<T>(tiles, [&](auto tile) {
     using Tile = decltype(tile);
-    const auto run = [&](auto kernel) {
-      return launch_overlapping(kernel, dim3(static_cast<unsigned>(tiles.blocks)), dim3(kAdapterThreads),
-                                static_cast<size_t>(tiles.shared_bytes), stream, args, tiles);
-    };
-    switch (residual) {
-      case Residual::kHeld:
-        return run(adapt<Tile, Residual::kHeld>);
-      case Residual::kHalf:
-        return run(adapt<Tile, Residual::kHalf>);
-      case Residual::kFloat:
-        return run(adapt<Tile, Residual::kFloat>);
-      default:
-        return run(adapt<Tile, Residual::kNone>);
-    }
+    const auto kernel = norm ? (wide ? adapt<Tile, true, true> : adapt<Tile, true, false>)
+                             : (wide ? adapt<Tile, false, true> : adapt<Tile, false, false>);
+    return launch_overlapping(kernel, dim3(static_cast<unsigned>(tiles.blocks)), dim3(kAdapterThreads),
+                              static_cast<size_t>(tiles.shared_bytes), stream, args, tiles);
   });
 }
 
@@ -404,7 +402,8 @@ bool adapter_rows_fuse(const AdapterRows& rows) {
 }
 
 int adapter_forward(DType dtype, const AdapterForward& args, const AdapterTiles& tiles, CudaStream stream) {
-  if (!adapter_fuses(dtype, args.shape) || !adapter_rows_fuse(args.x) || !adapter_rows_fuse(args.residual)) {
+  if (!adapter_fuses(dtype, args.shape) || !adapter_rows_fuse(args.x) || !adapter_rows_fuse(args.residual) ||
+      (tiles.held && !args.add_input)) {
     return cudaErrorInvalidValue;
   }
   if (args.shape.rows == 0) return cudaSuccess;

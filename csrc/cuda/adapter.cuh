@@ -4,7 +4,8 @@
 //
 // One block per multiprocessor takes a contiguous range of rows tile by tile. A ring in shared memory streams
 // chunks of the tile, three stages hold the weights, and hidden values stay in registers between the
-// products. Where shared memory holds the whole tile, the second product adds it without reading it again.
+// products. The second product adds rows where they lie in the ring: those of the tile, if shared memory
+// holds all of it, or else rows that are streamed once more.
 // docs/design/adapter-cuda.md has the argument: bytes moved, tile sizes, estimated times.
 #pragma once
 
@@ -12,10 +13,8 @@
 
 #include "cuda/common/activation.cuh"
 #include "cuda/common/launch.cuh"
-#include "cuda/common/ptx.cuh"
-#include "cuda/common/reduce.cuh"
 #include "cuda/common/rows.cuh"
-#include "cuda/common/vector.cuh"
+#include "cuda/common/tile.cuh"
 #include "mmkernels/adapter.h"
 
 namespace mmk::cuda {
@@ -52,7 +51,7 @@ struct AdapterTile {
 
   using HiddenSums = float[2][kHiddenBlocks][4];
   using HiddenWords = uint32_t[2][kHiddenBlocks][2];         // HiddenSums rounded to T, two per word
-  using HiddenFragments = uint32_t[2][kBottleneck / 16][4];  // hidden values of all columns
+  using HiddenFragments = uint32_t[kBottleneck / 16][2][4];  // hidden values of all columns
   using ChunkSums = float[2][kChunkBlocks][4];
 
   MMK_DEVICE static int row_warp() { return warp_index() / kColumnWarps; }
@@ -67,61 +66,45 @@ struct AdapterTile {
   MMK_DEVICE static int chunk_block(int j) { return column_warp() * kChunkBlocks + j; }
 };
 
-// Index of a vector of 8 elements in a tile of 8 * kVectors columns. The swizzle puts the same vector of
-// eight neighbouring rows into different banks.
-template <int kVectors>
-MMK_DEVICE int swizzled(int row, int vector) {
-  constexpr int kMask = (kVectors < 8 ? kVectors : 8) - 1;
-  constexpr int kRowsPerLine = kVectors < 8 ? 8 / kVectors : 1;
-  return (row * kVectors + (vector ^ (row / kRowsPerLine & kMask))) * 8;
-}
-
-template <class T>
-MMK_DEVICE uint32_t pack(float low, float high) {
-  const Vec<T, 2> pair = from_accumulator<T>(Vec<float, 2>{{low, high}});
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
-template <class T>
-MMK_DEVICE float2 unpack(uint32_t word) {
-  const auto pair = to_accumulator(reinterpret_cast<const Vec<T, 2>&>(word));
-  return {pair[0], pair[1]};
-}
-
 // ---- the stream of chunks and weights through shared memory
 
 // The steps of a block: for each tile the chunks of the first product, then those of the second, if `second`.
-// Weights are fetched kStages - 1 steps ahead, chunks of rows as soon as a slot is free.
+// Half of the warps copy weights, kStages - 1 steps ahead, and half copy rows, as soon as a slot is free: a
+// thread waits for its copies in order, so that one that copied both would wait for rows with each weight.
 template <class Tile, bool kBackward>
 class AdapterStream {
  public:
   using T = typename Tile::T;
 
-  MMK_DEVICE AdapterStream(unsigned char* buffer, const AdapterTiles& tiles, const AdapterShape& shape,
-                           const AdapterRows& rows, const void* down, const void* up, bool second)
+  // added: rows that the second product adds and that are not held; null for none.
+  MMK_DEVICE AdapterStream(T* stages, const AdapterTiles& tiles, const AdapterShape& shape,
+                           const AdapterRows& rows, const AdapterRows& added, const void* down,
+                           const void* up, bool second)
       : shape_(shape),
         rows_(rows),
+        added_(added),
         down_(static_cast<const T*>(down)),
         up_(static_cast<const T*>(up)),
-        slots_(reinterpret_cast<T*>(buffer + Tile::kRows * sizeof(float2)) + Tile::kExchangeElements +
-               Tile::kStages * Tile::kStageElements),
+        stages_(stages),
+        slots_(stages + Tile::kStages * Tile::kStageElements),
         begin_(static_cast<int64_t>(blockIdx.x) * tiles.rows_per_block),
         end_(min(begin_ + tiles.rows_per_block, shape.rows)),
-        fetch_row_(begin_),
         chunks_(static_cast<int>(tiles.chunks)),
         steps_(second ? 2 * chunks_ : chunks_),
         slot_count_(static_cast<int>(tiles.slots)),
         held_(tiles.held && second),
+        streamed_(!held_ && second && added.data != nullptr),
+        row_steps_(streamed_ ? steps_ : chunks_),
+        fetch_row_(begin_),
         free_slots_(slot_count_),
-        chunks_left_(static_cast<int>(tiles.tiles_per_block) * chunks_),
+        chunks_left_(static_cast<int>(tiles.tiles_per_block) * row_steps_),
         weights_left_(static_cast<int>(tiles.tiles_per_block) * steps_) {
     // The previous kernel writes the folded weights; rows need not wait for it.
-    fetch_rows();
-    grid_dependency_wait();
-    fetch_weights();
-    cp_async_commit_group();
 #pragma unroll 1
-    for (int i = 1; i < Tile::kStages - 1; ++i) fetch();
+    for (int i = 0; i < kBurst; ++i) fetch_rows();
+    grid_dependency_wait();
+#pragma unroll 1
+    for (int i = 0; i < Tile::kStages - 1; ++i) fetch_weights(i, i);
   }
 
   // The first row of a tile and its number of rows, 0 for a tile past the end.
@@ -130,215 +113,155 @@ class AdapterStream {
     const int64_t left = end_ - first_row(tile);
     return static_cast<int>(max(int64_t{0}, min(left, int64_t{Tile::kRows})));
   }
-  MMK_DEVICE bool held() const { return held_; }
 
   // Moves all warps to the next step: waits for its data, frees the slot of the step before, starts copies
   // for later steps. It contains a barrier.
   MMK_DEVICE void next() {
-    cp_async_wait_group<Tile::kStages - 2>();
-    __syncthreads();
-    if (started_) {
-      const bool first = step_ < chunks_;
-      if (first != held_) ++free_slots_;
-      if (first) read_slot_ = wrapped(read_slot_ + 1, slot_count_);
-      step_ = wrapped(step_ + 1, steps_);
-      stage_ = wrapped(stage_ + 1, Tile::kStages);
+    step_ = wrapped(step_ + 1, steps_);
+    const int freed_stage = stage_;
+    stage_ = wrapped(stage_ + 1, Tile::kStages);
+    const bool first = step_ < chunks_;
+    if (first || adds()) slot_ = wrapped(slot_ + 1, slot_count_);
+    if (first || streamed_) --chunks_ahead_;
+    if (copies_weights()) {
+      cp_async_wait_group<Tile::kStages - 2>();
+    } else if (first || streamed_) {
+      wait_for_chunk();
     }
-    started_ = true;
-    fetch();
+    __syncthreads();
+    free_slots_ += freed_;
+    freed_ = first ? !held_ : adds();
+    const int later = step_ + Tile::kStages - 1;
+    fetch_weights(later < steps_ ? later : later - steps_, freed_stage);
+    fetch_rows();
   }
 
+  // Whether the current step of the second product finds rows to add in place().
+  MMK_DEVICE bool adds() const { return held_ || streamed_; }
   // The chunk [kRows][kChunk] of the current step of the first product.
-  MMK_DEVICE const T* chunk() const { return slots_ + read_slot_ * Tile::kSlotElements; }
-  // The slot where the current step of the second product leaves its result. If held, it has the chunk of the
-  // input in the same columns.
-  MMK_DEVICE T* place() const {
-    return slots_ + (held_ ? step_ - chunks_ : slot_count_) * Tile::kSlotElements;
-  }
-  MMK_DEVICE const T* weights() const { return stage(stage_); }
+  MMK_DEVICE const T* chunk() const { return slots_ + slot_ * Tile::kSlotElements; }
+  // Where the current step of the second product leaves its result.
+  MMK_DEVICE T* place() const { return slots_ + (adds() ? slot_ : slot_count_) * Tile::kSlotElements; }
+  MMK_DEVICE const T* weights() const { return stages_ + stage_ * Tile::kStageElements; }
 
  private:
-  static constexpr int kBurst = 3;  // the most chunks fetched in one step
+  static constexpr int kCopyThreads = kAdapterThreads / 2;
+  // Chunks in flight before the first step; later steps fetch one each. 64 KB keep the memory busy.
+  static constexpr int kBurst = 32 * 1024 / Tile::kSlotElements;
 
   MMK_DEVICE static int wrapped(int value, int count) { return value == count ? 0 : value; }
+  MMK_DEVICE static bool copies_weights() { return threadIdx.x < kCopyThreads; }
 
-  MMK_DEVICE T* stage(int index) const { return slots_ - (Tile::kStages - index) * Tile::kStageElements; }
+  // Each chunk is a group of copies: all but the latest chunks_ahead_ must have arrived.
+  MMK_DEVICE void wait_for_chunk() const {
+    if (chunks_ahead_ >= 8) {
+      cp_async_wait_group<8>();
+    } else if (chunks_ahead_ >= 4) {
+      cp_async_wait_group<4>();
+    } else if (chunks_ahead_ >= 2) {
+      cp_async_wait_group<2>();
+    } else {
+      cp_async_wait_group<0>();
+    }
+  }
 
-  MMK_DEVICE void fetch() {
-    fetch_weights();
-    fetch_rows();
+  MMK_DEVICE void fetch_weights(int step, int stage) {
+    if (!copies_weights()) return;
+    if (weights_left_-- > 0) {
+      T* target = stages_ + stage * Tile::kStageElements;
+      const bool first = step < chunks_;
+      const int column = (first ? step : step - chunks_) * Tile::kChunk;
+      const int columns = static_cast<int>(shape_.width) - column;
+      const int thread = static_cast<int>(threadIdx.x);
+      const int bottleneck = static_cast<int>(shape_.bottleneck);
+      if (first != kBackward) {
+        copy_part<Tile::kBottleneck, Tile::kChunk / 8, kCopyThreads>(target, down_ + column, shape_.width,
+                                                                     bottleneck, columns, thread);
+      } else {
+        copy_part<Tile::kChunk, Tile::kBottleneck / 8, kCopyThreads>(target, up_ + column * shape_.bottleneck,
+                                                                     bottleneck, columns, bottleneck, thread);
+      }
+    }
     cp_async_commit_group();
   }
 
-  MMK_DEVICE void fetch_weights() {
-    if (weights_left_ > 0) {
-      T* target = stage(fetch_stage_);
-      const bool first = fetch_step_ < chunks_;
-      const int column = (first ? fetch_step_ : fetch_step_ - chunks_) * Tile::kChunk;
-      if (first != kBackward) {
-        copy<Tile::kBottleneck, Tile::kChunk>(target, down_, shape_.width, 0, shape_.bottleneck, column,
-                                              shape_.width);
-      } else {
-        copy<Tile::kChunk, Tile::kBottleneck>(target, up_, shape_.bottleneck, column, shape_.width, 0,
-                                              shape_.bottleneck);
-      }
-      fetch_step_ = wrapped(fetch_step_ + 1, steps_);
-      fetch_stage_ = wrapped(fetch_stage_ + 1, Tile::kStages);
-      --weights_left_;
-    }
-  }
-
   MMK_DEVICE void fetch_rows() {
-#pragma unroll 1
-    for (int i = 0; i < kBurst && free_slots_ > 0 && chunks_left_ > 0; ++i) {
-      copy<Tile::kRows, Tile::kChunk>(slots_ + fetch_slot_ * Tile::kSlotElements,
-                                      static_cast<const T*>(rows_.data), rows_.row_stride, fetch_row_, end_,
-                                      fetch_chunk_ * Tile::kChunk, shape_.width);
-      fetch_slot_ = wrapped(fetch_slot_ + 1, slot_count_);
-      fetch_chunk_ = wrapped(fetch_chunk_ + 1, chunks_);
-      if (fetch_chunk_ == 0) fetch_row_ += Tile::kRows;
-      --free_slots_;
-      --chunks_left_;
+    if (free_slots_ == 0 || chunks_left_ == 0) return;
+    if (!copies_weights()) {
+      const bool first = fetch_chunk_ < chunks_;
+      const auto* data = static_cast<const T*>(first ? rows_.data : added_.data);
+      const int64_t stride = first ? rows_.row_stride : added_.row_stride;
+      const int column = (first ? fetch_chunk_ : fetch_chunk_ - chunks_) * Tile::kChunk;
+      copy_part<Tile::kRows, Tile::kChunk / 8, kCopyThreads>(
+          slots_ + fetch_slot_ * Tile::kSlotElements, data + fetch_row_ * stride + column, stride,
+          end_ - fetch_row_, static_cast<int>(shape_.width) - column,
+          static_cast<int>(threadIdx.x) - kCopyThreads);
+      cp_async_commit_group();
     }
-  }
-
-  // Copies kTileRows x kColumns from (row, column) on; zero from end_row and end_column on.
-  template <int kTileRows, int kColumns>
-  MMK_DEVICE static void copy(T* tile, const T* data, int64_t stride, int64_t row, int64_t end_row,
-                              int64_t column, int64_t end_column) {
-    constexpr int kVectors = kColumns / 8;
-    const int thread = static_cast<int>(threadIdx.x);
-    if constexpr (kAdapterThreads % kVectors == 0) {
-      // All rows of a thread have the same swizzle, so that targets and sources have constant strides.
-      constexpr int kStep = kAdapterThreads / kVectors;
-      static_assert(kStep % 8 == 0 && kTileRows % kStep == 0, "whole periods of the swizzle");
-      row += thread / kVectors;
-      column += thread % kVectors * 8;
-      T* target = tile + swizzled<kVectors>(thread / kVectors, thread % kVectors);
-      const T* source = data + row * stride + column;
-      const int64_t left = column < end_column ? end_row - row : 0;
-#pragma unroll
-      for (int r = 0; r < kTileRows; r += kStep) {
-        const bool inside = r < left;
-        cp_async_zfill<16>(target + r * kColumns, inside ? source + r * stride : data, inside);
-      }
-    } else {
-      constexpr int kCount = kTileRows * kVectors;
-      static_assert(kCount % kAdapterThreads == 0, "the same number of vectors for every thread");
-#pragma unroll
-      for (int index = thread; index < kCount; index += kAdapterThreads) {
-        const int r = index / kVectors;
-        const int v = index % kVectors;
-        const bool inside = row + r < end_row && column + v * 8 < end_column;
-        const T* source = inside ? data + (row + r) * stride + column + v * 8 : data;
-        cp_async_zfill<16>(tile + swizzled<kVectors>(r, v), source, inside);
-      }
-    }
+    fetch_slot_ = wrapped(fetch_slot_ + 1, slot_count_);
+    fetch_chunk_ = wrapped(fetch_chunk_ + 1, row_steps_);
+    if (fetch_chunk_ == 0) fetch_row_ += Tile::kRows;
+    --free_slots_;
+    --chunks_left_;
+    ++chunks_ahead_;
   }
 
   const AdapterShape& shape_;
   const AdapterRows& rows_;
-  const T* down_;
-  const T* up_;
-  T* slots_;
+  const AdapterRows added_;
+  const T *down_, *up_;
+  T *stages_, *slots_;
   int64_t begin_, end_;
-  int64_t fetch_row_;
   int chunks_, steps_, slot_count_;
-  bool held_;
-  bool started_ = false;
-  int step_ = 0, stage_ = 0, read_slot_ = 0;
-  int fetch_step_ = 0, fetch_stage_ = 0, fetch_slot_ = 0, fetch_chunk_ = 0;
-  int free_slots_, chunks_left_, weights_left_;
+  bool held_, streamed_;
+  int row_steps_;  // that take a chunk of rows from the stream, of each tile
+  int step_ = -1, stage_ = Tile::kStages - 1, slot_ = -1;
+  int64_t fetch_row_;
+  int fetch_slot_ = 0, fetch_chunk_ = 0;
+  int free_slots_, freed_ = 0, chunks_left_, weights_left_;
+  int chunks_ahead_ = 0;  // fetched for steps after the current one
 };
 
-// The shared memory before that of the stream.
+// The shared memory before the slots.
 template <class Tile>
 struct AdapterShared {
   float2* rows;                // [kRows] two numbers per row: (mean, rstd) or (mean, pull)
   typename Tile::T* exchange;  // [kRows][kAdapterExchange]
+  typename Tile::T* stages;    // kStages of weights
   MMK_DEVICE explicit AdapterShared(unsigned char* buffer)
       : rows(reinterpret_cast<float2*>(buffer)),
-        exchange(reinterpret_cast<typename Tile::T*>(buffer + Tile::kRows * sizeof(float2))) {}
+        exchange(reinterpret_cast<typename Tile::T*>(rows + Tile::kRows)),
+        stages(exchange + Tile::kExchangeElements) {}
 };
 
 // ---- products
 
-// The address `vector` vectors to the right of `place`, whose vector is 0 or 1. The swizzle is an exclusive
-// or, so a lane computes its place once and reaches the others by constants.
-template <int kVectors, class T>
-MMK_DEVICE const T* moved(const T* place, int vector) {
-  constexpr int kLine = kVectors < 8 ? kVectors : 8;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(place) ^ static_cast<uintptr_t>(vector % kLine * 16);
-  return reinterpret_cast<const T*>(address) + vector / kLine * kLine * 8;
-}
-
-// This lane's address for ldmatrix of 16 x 16 fragments from `row` on, in a tile of 8 * kVectors columns.
-template <int kVectors, class T>
-MMK_DEVICE const T* rows_place(const T* tile, int row) {
-  return tile + swizzled<kVectors>(row + lane_index() % 16, lane_index() / 16);
-}
-
-// Loads kCount fragments (16 inner x 8 columns) of the right factor, from block `column` of 8 columns on. The
-// tile is [columns][inner], or [inner][columns] if kTransposed; its rows have 8 * kVectors elements.
-template <bool kTransposed, int kVectors, int kCount, class T>
-class ColumnFragments {
- public:
-  MMK_DEVICE ColumnFragments(const T* tile, int column) {
-    const int lane = lane_index();
-    if constexpr (kTransposed) {
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        places_[j] = tile + swizzled<kVectors>(lane % 16, column + 2 * j + (kCount > 1 ? lane / 16 : 0));
-      }
-    } else {
-      places_[0] =
-          tile + swizzled<kVectors>(column * 8 + lane % 8 + (kCount > 1 ? lane / 16 * 8 : 0), lane / 8 % 2);
-    }
-  }
-
-  MMK_DEVICE void load(uint32_t (&b)[kCount][2], int inner) const {
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const T* place = kTransposed ? places_[j] + inner * kVectors * 8
-                                   : moved<kVectors>(places_[0], inner / 8) + j * 16 * kVectors * 8;
-      if constexpr (kCount == 1) {
-        ldmatrix<2, kTransposed>(b[0], place);
-      } else {
-        uint32_t pair[4];
-        ldmatrix<4, kTransposed>(pair, place);
-        b[2 * j][0] = pair[0], b[2 * j][1] = pair[1];
-        b[2 * j + 1][0] = pair[2], b[2 * j + 1][1] = pair[3];
-      }
-    }
-  }
-
- private:
-  static_assert(kCount == 1 || kCount % 2 == 0, "one fragment or pairs");
-  static constexpr int kPairs = (kCount + 1) / 2;
-  const T* places_[kTransposed ? kPairs : 1];
-};
-
-// sums += chunk of rows times stage of weights; calls body(i, inner, a) for each fragment a of the rows.
+// sums += chunk of rows times stage of weights; calls body(inner, a) with the fragments a of the rows for
+// each 32 columns: a[k][i] are columns inner + 16 k and rows 16 i.
 template <class Tile, bool kTransposed, class Body>
 MMK_DEVICE void first_product(typename Tile::HiddenSums& sums, const typename Tile::T* chunk,
                               const typename Tile::T* weights, Body&& body) {
   using T = typename Tile::T;
   constexpr int kVectors = Tile::kChunk / 8;
-  const ColumnFragments<kTransposed, kTransposed ? Tile::kBottleneck / 8 : kVectors, Tile::kHiddenBlocks, T>
-      columns(weights, Tile::column_warp() * Tile::kHiddenBlocks);
-  const T* rows = rows_place<kVectors>(chunk, Tile::row_warp() * 32);
+  constexpr int kBlocks = Tile::kHiddenBlocks;
+  const ColumnBlocks<kTransposed, kTransposed ? Tile::kBottleneck / 8 : kVectors, kBlocks, T> columns(
+      weights, Tile::column_warp() * kBlocks);
+  const RowBlocks<kVectors, 2, T> rows(chunk, Tile::row_warp() * 32);
 #pragma unroll
-  for (int inner = 0; inner < Tile::kChunk; inner += 16) {
-    uint32_t b[Tile::kHiddenBlocks][2];
-    columns.load(b, inner);
+  for (int inner = 0; inner < Tile::kChunk; inner += 32) {
+    uint32_t a[2][2][4];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      uint32_t a[4];
-      ldmatrix<4, false>(a, moved<kVectors>(rows, inner / 8) + i * 16 * Tile::kChunk);
-      body(i, inner, a);
+    for (int k = 0; k < 2; ++k) {
+      uint32_t b[kBlocks][2];
+      columns.load(b, inner + 16 * k);
+      rows.load(a[k], inner + 16 * k);
 #pragma unroll
-      for (int j = 0; j < Tile::kHiddenBlocks; ++j) mma_m16n8k16<T>(sums[i][j], a, b[j]);
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < kBlocks; ++j) mma_m16n8k16<T>(sums[i][j], a[k][i], b[j]);
+      }
     }
+    body(inner, a);
   }
 }
 
@@ -346,9 +269,8 @@ template <class Tile, bool kTransposed>
 MMK_DEVICE void second_product(typename Tile::ChunkSums& sums, const typename Tile::HiddenFragments& hidden,
                                const typename Tile::T* weights) {
   using T = typename Tile::T;
-  const ColumnFragments<kTransposed, (kTransposed ? Tile::kChunk : Tile::kBottleneck) / 8, Tile::kChunkBlocks,
-                        T>
-      columns(weights, Tile::chunk_block(0));
+  constexpr int kVectors = (kTransposed ? Tile::kChunk : Tile::kBottleneck) / 8;
+  const ColumnBlocks<kTransposed, kVectors, Tile::kChunkBlocks, T> columns(weights, Tile::chunk_block(0));
 #pragma unroll
   for (int inner = 0; inner < Tile::kBottleneck; inner += 16) {
     uint32_t b[Tile::kChunkBlocks][2];
@@ -356,9 +278,7 @@ MMK_DEVICE void second_product(typename Tile::ChunkSums& sums, const typename Ti
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
 #pragma unroll
-      for (int j = 0; j < Tile::kChunkBlocks; ++j) {
-        mma_m16n8k16<T>(sums[i][j], hidden[i][inner / 16], b[j]);
-      }
+      for (int j = 0; j < Tile::kChunkBlocks; ++j) mma_m16n8k16<T>(sums[i][j], hidden[inner / 16][i], b[j]);
     }
   }
 }
@@ -397,8 +317,7 @@ template <class Tile>
 MMK_DEVICE void exchange_hidden(typename Tile::T* exchange, const typename Tile::HiddenWords& words,
                                 typename Tile::HiddenFragments& fragments) {
   constexpr int kVectors = kAdapterExchange / 8;
-  const auto* rows =
-      rows_place<kVectors>(static_cast<const typename Tile::T*>(exchange), Tile::row_warp() * 32);
+  const RowBlocks<kVectors, 2, typename Tile::T> rows(exchange, Tile::row_warp() * 32);
 #pragma unroll
   for (int round = 0; round < Tile::kBottleneck / kAdapterExchange; ++round) {
 #pragma unroll
@@ -416,12 +335,8 @@ MMK_DEVICE void exchange_hidden(typename Tile::T* exchange, const typename Tile:
     }
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int k = 0; k < kAdapterExchange / 16; ++k) {
-        ldmatrix<4, false>(fragments[i][round * (kAdapterExchange / 16) + k],
-                           moved<kVectors>(rows, 2 * k) + i * 16 * kAdapterExchange);
-      }
+    for (int k = 0; k < kAdapterExchange / 16; ++k) {
+      rows.load(fragments[round * (kAdapterExchange / 16) + k], k * 16);
     }
     __syncthreads();
   }
@@ -457,49 +372,28 @@ MMK_DEVICE void for_each_pair(int rows, int64_t column, int64_t width, Body&& bo
 template <class Tile>
 using ChunkWords = uint32_t[2][Tile::kChunkBlocks][2];
 
-// Loads the pairs of a matrix of T, all before the first is used.
-template <class Tile, bool kFull>
-MMK_DEVICE void load_pairs(ChunkWords<Tile>& words, const AdapterRows& from, int64_t first_row, int rows,
-                           int64_t column, int64_t width) {
-  const auto* data = static_cast<const typename Tile::T*>(from.data) + first_row * from.row_stride;
-  for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int row, int64_t c) {
-    words[i][j][h] = __ldg(reinterpret_cast<const uint32_t*>(data + row * from.row_stride + c));
-  });
-}
-
-// This lane's pair of elements in a chunk in shared memory.
 template <class Tile>
 MMK_DEVICE uint32_t& chunk_pair(typename Tile::T* chunk, int i, int j, int h) {
-  auto* vector = chunk + swizzled<Tile::kChunk / 8>(Tile::row(i, h), Tile::chunk_block(j));
-  return reinterpret_cast<uint32_t*>(vector)[lane_index() % 4];
+  return block_pair<Tile::kChunk / 8, Tile::kChunkBlocks>(chunk, Tile::row_warp() * 32, Tile::chunk_block(0),
+                                                          i * 16 + h * 8, j);
 }
 
-// Writes this warp's part of a chunk from shared to device memory, in coalesced 16-byte stores.
-template <class Tile, bool kFull>
-MMK_DEVICE void write_chunk(typename Tile::T* out, const typename Tile::T* chunk, int64_t first_row, int rows,
-                            int64_t column, int64_t width) {
-  constexpr int kBlocks = Tile::kChunkBlocks;
-  __syncwarp();
+template <class Tile>
+MMK_DEVICE void load_words(ChunkWords<Tile>& words, typename Tile::T* chunk) {
 #pragma unroll
-  for (int k = 0; k < kBlocks; ++k) {
-    const int index = k * kWarpSize + lane_index();
-    const int row = Tile::row_warp() * 32 + index / kBlocks;
-    const int block = Tile::chunk_block(index % kBlocks);
-    const int64_t c = column + block * 8;
-    if (!kFull && (row >= rows || c >= width)) continue;
-    const auto value = load<8>(chunk + swizzled<Tile::kChunk / 8>(row, block));
-    store_columns<true>(out + (first_row + row) * width, c, width, value);
+  for (int n = 0; n < 4 * Tile::kChunkBlocks; ++n) {
+    words[n / 2 % 2][n / 4][n % 2] = chunk_pair<Tile>(chunk, n / 2 % 2, n / 4, n % 2);
   }
 }
 
-// Calls body(constant<bool>): whether the chunk is full. A second copy of the body serves the last ones.
-template <class Tile, class Body>
-MMK_DEVICE void dispatch_full(int rows, int64_t column, int64_t width, Body&& body) {
-  if (rows == Tile::kRows && column + Tile::kChunk <= width) {
-    body(std::true_type{});
-  } else {
-    body(std::false_type{});
-  }
+// Writes this warp's part of a chunk from shared to device memory.
+template <class Tile, bool kFull>
+MMK_DEVICE void write_chunk(void* out, const typename Tile::T* chunk, int64_t first_row, int rows,
+                            int64_t column, int64_t width) {
+  __syncwarp();
+  store_blocks<Tile::kChunk / 8, Tile::kChunkBlocks, kFull>(
+      static_cast<typename Tile::T*>(out) + first_row * width + column, width, rows,
+      static_cast<int>(width - column), chunk, Tile::row_warp() * 32, Tile::chunk_block(0));
 }
 
 // ---- launching

@@ -1,36 +1,44 @@
 #include "cuda/adapter.cuh"
 #include "cuda/common/dispatch.cuh"
+#include "cuda/common/partials.cuh"
 
 namespace mmk::cuda {
 namespace {
 
 // ---- column sums of a chunk of g, as a product with ones
 
+// The sums of 8 columns over this warp's part of the rows.
 template <class Tile>
-MMK_DEVICE void sum_columns(const typename Tile::T* chunk, float* partial, int64_t column, int64_t width) {
-  using T = typename Tile::T;
-  constexpr int kVectors = Tile::kChunk / 8;
-  constexpr int kParts = kAdapterThreads / kWarpSize / kVectors;  // of the rows, one warp each
-  constexpr int kPartRows = Tile::kRows / kParts;
+struct ColumnSums {
+  static constexpr int kVectors = Tile::kChunk / 8;
+  static constexpr int kParts = kAdapterThreads / kWarpSize / kVectors;  // of the rows, one warp each
+  static constexpr int kPartRows = Tile::kRows / kParts;
   static_assert(kPartRows % 32 == 0, "whole fragments");
-  const int block = warp_index() % kVectors;
-  const int part = warp_index() / kVectors;
-  const uint32_t one = pack<T>(1.0f, 1.0f);
-  const uint32_t ones[4] = {one, one, one, one};
+
   float sums[4] = {};
+
+  MMK_DEVICE void add(const typename Tile::T* chunk) {
+    using T = typename Tile::T;
+    const int part = warp_index() / kVectors;
+    const uint32_t one = packed_pair<T>(1.0f, 1.0f);
+    const uint32_t ones[4] = {one, one, one, one};
 #pragma unroll
-  for (int row = 0; row < kPartRows; row += 32) {
-    uint32_t b[4];
-    ldmatrix<4, true>(b, chunk + swizzled<kVectors>(part * kPartRows + row + lane_index(), block));
-    const uint32_t first[2] = {b[0], b[1]};
-    const uint32_t second[2] = {b[2], b[3]};
-    mma_m16n8k16<T>(sums, ones, first);
-    mma_m16n8k16<T>(sums, ones, second);
+    for (int row = 0; row < kPartRows; row += 32) {
+      uint32_t b[4];
+      const int place = swizzled<kVectors>(part * kPartRows + row + lane_index(), warp_index() % kVectors);
+      ldmatrix<4, true>(b, chunk + place);
+      mma_m16n8k16<T>(sums, ones, {b[0], b[1]});
+      mma_m16n8k16<T>(sums, ones, {b[2], b[3]});
+    }
   }
-  const int64_t c = column + block * 8 + lane_index() * 2;  // the first four lanes hold the sums
-  if (lane_index() >= 4 || c >= width) return;
-  *reinterpret_cast<float2*>(partial + part * width + c) = {sums[0], sums[1]};
-}
+
+  // partial: [kParts][width], from the chunk's first column on, of which `columns` exist.
+  MMK_DEVICE void store(float* partial, int64_t width, int columns) const {
+    const int column = warp_index() % kVectors * 8 + lane_index() * 2;  // the first four lanes hold the sums
+    float* target = partial + warp_index() / kVectors * width + column;
+    if (lane_index() < 4 && column < columns) *reinterpret_cast<float2*>(target) = {sums[0], sums[1]};
+  }
+};
 
 // ---- from the first product to the gradients at z
 
@@ -68,7 +76,7 @@ MMK_DEVICE void load_hidden(const AdapterBackward& args, int64_t first_row, int 
 
 // Turns z in `words` into s. Writes s and scale * act(z) to device memory, and to scratch the sums of dz over
 // rows and of pull over columns.
-template <class Tile>
+template <class Tile, Activation kActivation>
 MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, int rows,
                                 typename Tile::HiddenSums& sums, typename Tile::HiddenWords& words,
                                 GradientScratch<Tile>& scratch) {
@@ -104,9 +112,9 @@ MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, 
         const int row = Tile::row(i, h);
         const bool present = inside && row < rows;
         const float (&da)[4] = i == 0 ? top : bottom;
-        const float2 z = unpack<T>(finished[i][h]);
-        const float low = present ? scale * da[2 * h] * activation_slope(args.activation, z.x) : 0.0f;
-        const float high = present ? scale * da[2 * h + 1] * activation_slope(args.activation, z.y) : 0.0f;
+        const float2 z = unpacked_pair<T>(finished[i][h]);
+        const float low = present ? scale * da[2 * h] * activation_slope<kActivation>(z.x) : 0.0f;
+        const float high = present ? scale * da[2 * h + 1] * activation_slope<kActivation>(z.y) : 0.0f;
         total.x += low;
         total.y += high;
         const float pulled = low * (z.x - bias.x) + high * (z.y - bias.y);
@@ -115,7 +123,7 @@ MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, 
           // A select instead of a branch, which would move the array to local memory.
           pull[part][i][h] += block / (Tile::kHiddenBlocks / kParts) == part ? pulled : 0.0f;
         }
-        finished[i][h] = pack<T>(low * rstd[i][h], high * rstd[i][h]);
+        finished[i][h] = packed_pair<T>(low * rstd[i][h], high * rstd[i][h]);
         if (!present) continue;
         const int64_t index = (first_row + row) * bottleneck + column;
         if (args.scaled_grad != nullptr) {
@@ -123,7 +131,7 @@ MMK_DEVICE void gradient_hidden(const AdapterBackward& args, int64_t first_row, 
         }
         if (args.activated != nullptr) {
           *reinterpret_cast<uint32_t*>(static_cast<T*>(args.activated) + index) =
-              pack<T>(scale * activate(args.activation, z.x), scale * activate(args.activation, z.y));
+              packed_pair<T>(scale * activate<kActivation>(z.x), scale * activate<kActivation>(z.y));
         }
       }
     }
@@ -178,25 +186,32 @@ MMK_DEVICE void finish_sums(const AdapterBackward& args, const GradientScratch<T
 
 // ---- the second product
 
+// Loads pairs of elements of a matrix of T, all before the first is used.
+template <class Tile, bool kFull>
+MMK_DEVICE void load_pairs(ChunkWords<Tile>& words, const AdapterRows& from, int64_t first_row, int rows,
+                           int64_t column, int64_t width) {
+  const int64_t stride = from.row_stride;
+  const auto* first = static_cast<const typename Tile::T*>(from.data) +
+                      (first_row + Tile::row(0, 0)) * stride + pair_column<Tile>(column, 0);
+  for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int, int64_t) {
+    const auto* pair = first + (i * 16 + h * 8) * stride + j * 8;
+    words[i][j][h] = __ldg(reinterpret_cast<const uint32_t*>(pair));
+  });
+}
+
 // One step, for the columns of dx from `column` on. Every load is issued before the product, which hides part
-// of its latency.
+// of its latency. The chunk in `place` is added, if `adds`.
 template <class Tile, bool kNorm, bool kFull>
-MMK_DEVICE void gradient_step(const AdapterBackward& args, bool held, const float2* row_values,
+MMK_DEVICE void gradient_step(const AdapterBackward& args, bool adds, const float2* row_values,
                               int64_t first_row, int rows, int64_t column,
                               const typename Tile::HiddenFragments& hidden, const typename Tile::T* weights,
                               typename Tile::T* place) {
   using T = typename Tile::T;
   const int64_t width = args.shape.width;
   ChunkWords<Tile> x = {};
-  ChunkWords<Tile> grad = {};  // zero where it is not added
+  ChunkWords<Tile> grad = {};                       // zero where it is not added
   if constexpr (kNorm) load_pairs<Tile, kFull>(x, args.x, first_row, rows, column, width);
-  if (args.add_input && held) {
-    for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int, int64_t) {
-      grad[i][j][h] = chunk_pair<Tile>(place, i, j, h);
-    });
-  } else if (args.add_input) {
-    load_pairs<Tile, kFull>(grad, args.grad, first_row, rows, column, width);
-  }
+  if (adds) load_words<Tile>(grad, place);
   typename Tile::ChunkSums sums = {};
   second_product<Tile, true>(sums, hidden, weights);
   float2 moments[2][2] = {};
@@ -210,28 +225,28 @@ MMK_DEVICE void gradient_step(const AdapterBackward& args, bool held, const floa
   for_each_pair<Tile, kFull>(rows, column, width, [&](int i, int j, int h, int, int64_t) {
     float2 value = {sums[i][j][2 * h], sums[i][j][2 * h + 1]};
     if constexpr (kNorm) {
-      const float2 pair = unpack<T>(x[i][j][h]);
+      const float2 pair = unpacked_pair<T>(x[i][j][h]);
       value.x -= moments[i][h].y * (pair.x - moments[i][h].x);
       value.y -= moments[i][h].y * (pair.y - moments[i][h].x);
     }
-    const float2 added = unpack<T>(grad[i][j][h]);
-    value.x += added.x;
-    value.y += added.y;
-    chunk_pair<Tile>(place, i, j, h) = pack<T>(value.x, value.y);
+    const float2 added = unpacked_pair<T>(grad[i][j][h]);
+    chunk_pair<Tile>(place, i, j, h) = packed_pair<T>(value.x + added.x, value.y + added.y);
   });
-  write_chunk<Tile, kFull>(static_cast<T*>(args.dx), place, first_row, rows, column, width);
+  write_chunk<Tile, kFull>(args.dx, place, first_row, rows, column, width);
 }
 
-template <class Tile>
+template <class Tile, bool kNorm>
 __global__ void __launch_bounds__(kAdapterThreads, 1)
     adapt_backward(const __grid_constant__ AdapterBackward args, const __grid_constant__ AdapterTiles tiles) {
   MMK_DYNAMIC_SMEM(unsigned char, buffer);
   const AdapterShared<Tile> shared(buffer);
   const bool second = args.dx != nullptr;
-  AdapterStream<Tile, true> stream(buffer, tiles, args.shape, args.grad, args.down_weight, args.up_weight,
-                                   second);
+  const AdapterRows added = {args.add_input ? args.grad.data : nullptr, args.grad.row_stride};
+  AdapterStream<Tile, true> stream(shared.stages, tiles, args.shape, args.grad, added, args.down_weight,
+                                   args.up_weight, second);
   static_assert(sizeof(GradientScratch<Tile>) <= Tile::kExchangeElements * sizeof(typename Tile::T));
   auto& scratch = *reinterpret_cast<GradientScratch<Tile>*>(shared.exchange);
+  const int width = static_cast<int>(args.shape.width);
   const int chunks = static_cast<int>(tiles.chunks);
 #pragma unroll 1
   for (int tile = 0; tile < tiles.tiles_per_block; ++tile) {
@@ -239,23 +254,38 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
     const int rows = stream.rows(tile);
     const bool live = Tile::live(rows);
     const int64_t tile_index = static_cast<int64_t>(blockIdx.x) * tiles.tiles_per_block + tile;
+    float* partial = static_cast<float*>(args.partial_up_bias);
+    if (partial != nullptr) partial += tile_index * ColumnSums<Tile>::kParts * args.shape.width;
     typename Tile::HiddenWords words;
-    load_hidden<Tile>(args, first_row, rows, words);
+    // Early, unless the product leaves no registers for them.
+    constexpr bool kEarly = Tile::kHiddenBlocks < 8;
+    if constexpr (kEarly) load_hidden<Tile>(args, first_row, rows, words);
     typename Tile::HiddenSums sums = {};
 #pragma unroll 1
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stream.next();
-      if (live) {
+      const auto product = [&] {
         first_product<Tile, true>(sums, stream.chunk(), stream.weights(),
-                                  [](int, int, const uint32_t (&)[4]) {});
+                                  [](int, const uint32_t (&)[2][2][4]) {});
+      };
+      if (partial == nullptr) {
+        if (live) product();
+        continue;
       }
-      if (args.partial_up_bias != nullptr) {
-        const int64_t width = args.shape.width;
-        float* partial = static_cast<float*>(args.partial_up_bias) + tile_index * (64 / Tile::kChunk) * width;
-        sum_columns<Tile>(stream.chunk(), partial, chunk * Tile::kChunk, width);
+      ColumnSums<Tile> column_sums;
+      if (live) {  // no branch between the products, so that the chain of the sums does not hold up the other
+        column_sums.add(stream.chunk());
+        product();
+      } else {
+        column_sums.add(stream.chunk());
       }
+      const int column = chunk * Tile::kChunk;
+      column_sums.store(partial + column, width, width - column);
     }
-    gradient_hidden<Tile>(args, first_row, rows, sums, words, scratch);
+    if constexpr (!kEarly) load_hidden<Tile>(args, first_row, rows, words);
+    dispatch_activation(args.activation, [&](auto activation) {
+      gradient_hidden<Tile, decltype(activation)::value>(args, first_row, rows, sums, words, scratch);
+    });
     finish_sums<Tile>(args, scratch, tile_index, first_row, rows, shared.rows);
     if (!second) continue;
     typename Tile::HiddenFragments hidden;
@@ -264,18 +294,10 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
     for (int chunk = 0; chunk < chunks; ++chunk) {
       stream.next();
       if (!live) continue;
-      const int64_t column = chunk * Tile::kChunk;
-      dispatch_full<Tile>(rows, column, args.shape.width, [&](auto full) {
-        const auto step = [&](auto norm) {
-          gradient_step<Tile, decltype(norm)::value, decltype(full)::value>(args, stream.held(), shared.rows,
-                                                                            first_row, rows, column, hidden,
-                                                                            stream.weights(), stream.place());
-        };
-        if (args.stats != nullptr) {
-          step(std::true_type{});
-        } else {
-          step(std::false_type{});
-        }
+      const int column = chunk * Tile::kChunk;
+      dispatch_full(rows == Tile::kRows && column + Tile::kChunk <= width, [&](auto full) {
+        gradient_step<Tile, kNorm, decltype(full)::value>(args, stream.adds(), shared.rows, first_row, rows,
+                                                          column, hidden, stream.weights(), stream.place());
       });
     }
   }
@@ -307,40 +329,21 @@ __global__ void __launch_bounds__(kSumThreads)
       (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// One block per 32 columns; P is the type of the result.
-template <class P>
-__global__ void __launch_bounds__(kSumThreads) up_bias(const __grid_constant__ AdapterUpBias args) {
-  constexpr int kWarps = kSumThreads / kWarpSize;
-  const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarpSize + lane_index();
-  const bool inside = column < args.width;
-  float sum = 0.0f;
-  for (int64_t chunk = warp_index(); inside && chunk < args.chunks; chunk += kWarps) {
-    sum += static_cast<const float*>(args.partial)[chunk * args.width + column];
-  }
-  MMK_SHARED(float, sums, kWarps, kWarpSize);
-  sums[warp_index()][lane_index()] = sum;
-  __syncthreads();
-  if (warp_index() != 0 || !inside) return;
-  float total = 0.0f;
-#pragma unroll
-  for (int warp = 0; warp < kWarps; ++warp) total += sums[warp][lane_index()];
-  static_cast<P*>(args.d_up_bias)[column] = from_accumulator<P>(static_cast<float>(args.scale) * total);
-}
-
 template <class T>
 cudaError_t launch_backward(const AdapterBackward& args, const AdapterTiles& tiles, CudaStream stream) {
   return dispatch_adapter_tile<T>(tiles, [&](auto tile) {
     using Tile = decltype(tile);
-    return launch_overlapping(adapt_backward<Tile>, dim3(static_cast<unsigned>(tiles.blocks)),
-                              dim3(kAdapterThreads), static_cast<size_t>(tiles.shared_bytes), stream, args,
-                              tiles);
+    const auto kernel = args.stats != nullptr ? adapt_backward<Tile, true> : adapt_backward<Tile, false>;
+    return launch_overlapping(kernel, dim3(static_cast<unsigned>(tiles.blocks)), dim3(kAdapterThreads),
+                              static_cast<size_t>(tiles.shared_bytes), stream, args, tiles);
   });
 }
 
 }  // namespace
 
 int adapter_backward(DType dtype, const AdapterBackward& args, const AdapterTiles& tiles, CudaStream stream) {
-  if (!adapter_fuses(dtype, args.shape) || !adapter_rows_fuse(args.grad) || !adapter_rows_fuse(args.x)) {
+  if (!adapter_fuses(dtype, args.shape) || !adapter_rows_fuse(args.grad) || !adapter_rows_fuse(args.x) ||
+      (tiles.held && !args.add_input)) {
     return cudaErrorInvalidValue;
   }
   if (args.shape.rows == 0) return cudaSuccess;
@@ -363,11 +366,10 @@ int adapter_column_sums(DType dtype, const AdapterColumnSums& args, CudaStream s
 }
 
 int adapter_up_bias(const AdapterUpBias& args, CudaStream stream) {
-  if (args.width == 0) return cudaSuccess;
-  dim3 grid;
-  if (!make_grid(ceil_div<int64_t>(args.width, kWarpSize), &grid)) return cudaErrorInvalidConfiguration;
   return dispatch(args.type, [&](auto parameter) {
-    return launch(up_bias<decltype(parameter)>, grid, dim3(kSumThreads), 0, stream, args);
+    using P = decltype(parameter);
+    return reduce_partials(args.partial, args.chunks, args.width, args.scale, static_cast<P*>(args.d_up_bias),
+                           stream);
   });
 }
 

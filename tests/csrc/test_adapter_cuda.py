@@ -333,7 +333,7 @@ NARROW = replace(SMALL, shared_per_block=A10.shared_per_block)
 NARROW_SHAPES = [(300, 768, 64), (70, 520, 128), (300, 520, 128), (40, 200, 192), (40, 200, 256)]
 
 
-@pytest.mark.parametrize("residual", ["x", "none"])
+@pytest.mark.parametrize("residual", ["x", "none", "same", "float"])
 @pytest.mark.parametrize("shape", NARROW_SHAPES)
 def test_forward_in_little_shared_memory(
     kernels: simt_build.Library, shape: tuple[int, int, int], residual: str
@@ -590,6 +590,15 @@ def up_gradients(kernels: simt_build.Library, problem: Problem, rows: Rows, orde
     kernels.call("adapter_up_bias", *arguments, pointer(rows.partial_up_bias), pointer(d_bias), order=order)
     product = problem.product(problem.grad.T, rows.activated, problem.parameter_dtype)
     return {"up_weight": product, "up_bias": d_bias}
+
+
+def test_parts_of_a_bias_gradient_are_added_in_double(kernels: simt_build.Library) -> None:
+    problem = Problem(torch.float32, (1, 40, 8))
+    partial = problem.of(torch.tensor([2.0**24, 1.0, -(2.0**24)])[:, None].repeat(1, 40))
+    found = problem.of_parameters(40)
+    kernels.call("adapter_up_bias", problem.sizes, 3, problem.scale, pointer(partial), pointer(found))
+    problem.memory.check()
+    assert (found == problem.scale).all()
 
 
 def down_gradients(
