@@ -209,7 +209,7 @@ MMK_DEVICE void gradient_step(const AdapterBackward& args, bool adds, const floa
   using T = typename Tile::T;
   const int64_t width = args.shape.width;
   ChunkWords<Tile> x = {};
-  ChunkWords<Tile> grad = {};                       // zero where it is not added
+  ChunkWords<Tile> grad = {};  // zero where it is not added
   if constexpr (kNorm) load_pairs<Tile, kFull>(x, args.x, first_row, rows, column, width);
   if (adds) load_words<Tile>(grad, place);
   typename Tile::ChunkSums sums = {};

@@ -28,7 +28,6 @@ MOST_REGISTERS = {
     "activate_hidden": 32,
     "finish_rows": 32,
     "column_sums": 40,
-    "add_partials": 40,
     # Of ctc_align and monotonic_align: a block of up to 512 threads an utterance, one to a multiprocessor.
     "align": 152,
     "align_wide": 64,  # of 1,024 threads
