@@ -26,7 +26,7 @@ def main(ops: list[str]) -> None:
             if isinstance(flight, str):
                 print(f"            # in flight: {flight}")
             elif shutil.which("nvcc") is not None:
-                print(f"            # in flight: {table.in_flight(flight, launches):.1f} KiB")
+                print(f"            # in flight: {table.in_flight(launches):.1f} KiB")
             wasted = {
                 (place.passes / place.ideal, place.space, place.operation, place.source)
                 for launch in launches

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sass
 import simt_build
 import test_adapter_cuda
 import test_cif_cuda
@@ -201,73 +202,72 @@ def measured(launches: Iterable[Traffic]) -> Bound:
 
 @dataclass(frozen=True)
 class Flight:
-    """Bytes that an H100's multiprocessor has in flight. loads: plain loads of a thread before the first use,
-    and bytes of each; without them, copies by cp.async count. least: KiB; below 40 there is a reason."""
+    """KiB that an H100's multiprocessor has in flight, at least: copies by cp.async, or without them the plain
+    loads of the hot loop before the first is used. Below 40 there is a reason."""
 
-    loads: tuple[int, int] | None = None
     least: int = 40
     reason: str = ""
 
 
-#: The loads are those of the source and of the SASS of sm_90, for aligned rows.
 IN_FLIGHT: dict[str, Flight | str] = {
     "adapt": Flight(least=36, reason="one block of 64 rows and wide weights to a multiprocessor"),
     "adapt_backward": Flight(least=36, reason="one block of 64 rows and wide weights to a multiprocessor"),
-    "fold_weights": Flight((5, 16)),
-    "activate_hidden": Flight((1, 16), 32, "a vector a thread, of as many threads as fit"),
-    "finish_rows": Flight((2, 16)),
-    "column_sums": Flight((2, 2), 8, "2 bytes a lane, around a product of the library"),
+    "fold_weights": Flight(),
+    "activate_hidden": Flight(32, "a vector a thread, of as many threads as fit"),
+    "finish_rows": Flight(),
+    "column_sums": Flight(8, "2 bytes a lane, around a product of the library"),
     "up_bias": "second stage: few partial sums",
     "align": "a block an utterance: bound by the chain of frames",
     "align_wide": "a block an utterance: bound by the chain of frames",
-    "mix_plain": Flight((8, 16)),
+    "mix_plain": Flight(),
     "mix_bias": "one row of each layer's parameters",
     "mix_norm": Flight(least=24, reason="rows of 2,048 columns fill half of the block's vectors"),
-    "mix_norm_wide": Flight((4, 16)),
+    "mix_norm_wide": Flight(),
     "sum_rows": Flight(),
     "reduce_dots": "second stage: few partial sums",
     "reduce_affine": "second stage: few partial sums",
-    "gradients_plain": Flight((1, 16), 32, "writes a vector for each layer, and reads one"),
+    "gradients_plain": Flight(32, "writes a vector for each layer, and reads one"),
     "gradients_norm": Flight(least=24, reason="rows of 2,048 columns fill half of the block's vectors"),
-    "gradients_norm_wide": Flight((4, 16)),
-    "fold": Flight((8, 16)),
-    "row_moments": Flight((3, 16)),
-    "row_moments_wide": Flight((3, 16)),
-    "activate_rows": Flight((3, 16)),
+    "gradients_norm_wide": Flight(),
+    "fold": Flight(),
+    "row_moments": Flight(),
+    "row_moments_wide": Flight(),
+    "activate_rows": Flight(),
     "project": Flight(),
-    "gradient": Flight((3, 16)),
-    "finish_input_gradient": Flight((2, 16)),
-    "unfold_rows": Flight((13, 4)),
-    "unfold_columns": Flight((3, 4), 24, "words of columns of the weights"),
-    "interpolate": Flight((8, 16)),
-    "interpolate_gradients": Flight((4, 16)),
+    "gradient": Flight(),
+    "finish_input_gradient": Flight(),
+    "unfold_rows": Flight(),
+    "unfold_columns": Flight(24, "words of columns of the weights"),
+    "interpolate": Flight(),
+    "interpolate_gradients": Flight(),
     "reduce_lam": "second stage: few partial sums",
     "segment_stops": "a number a segment",
-    "pool_pieces": Flight((8, 16)),
-    "take_last": Flight((1, 16), 32, "a vector a thread, of as many threads as fit"),
+    "pool_pieces": Flight(),
+    "take_last": Flight(32, "a vector a thread, of as many threads as fit"),
     "combine_pieces": "second stage: few partial sums",
-    "spread_pieces": Flight((1, 16), 20, "writes the rows of a segment, and reads one"),
-    "score_gradients": Flight((8, 16)),
+    "spread_pieces": Flight(20, "writes the rows of a segment, and reads one"),
+    "score_gradients": Flight(),
     "finish_scores": "a number a frame",
     "attention_extents": "a number a segment",
-    "attention_dots": Flight((4, 16)),
+    "attention_dots": Flight(),
     "attend": Flight(),
     "query_gradients": Flight(),
     "key_gradients": Flight(),
     "plan": "a number a frame",
-    "sum_tokens": Flight((8, 16)),
-    "frame_gradients": Flight((4, 16)),
+    "sum_tokens": Flight(),
+    "frame_gradients": Flight(),
     "alpha_gradients": "a number a frame",
-    "measure_tokens": Flight((4, 16)),
+    "measure_tokens": Flight(),
     "mean_loss": "a number a token",
-    "token_gradients": Flight((2, 16), 32, "writes a row for each two that it reads"),
+    "token_gradients": Flight(32, "writes a row for each two that it reads"),
 }
 
 
-def in_flight(flight: Flight, launches: Sequence[Traffic]) -> float:
+def in_flight(launches: Sequence[Traffic]) -> float:
     """KiB of a multiprocessor: the least of any instance of the kernel, of which the launch with the fullest
     tiles counts. Instances without copies, for float32, are left out where others have them."""
     usage = {usage.symbol: usage for usage in usages(H100.cubin)}
+    copies = any(launch.copies_of_block > 0 for launch in launches)
     of_instance: dict[str, float] = {}
     for launch in launches:
         instance = usage[launch.kernel]
@@ -275,8 +275,8 @@ def in_flight(flight: Flight, launches: Sequence[Traffic]) -> float:
             H100, launch.threads, instance.registers, instance.shared + launch.dynamic_shared
         )
         of_block = launch.copies_of_block
-        if flight.loads is not None:
-            of_block = launch.threads * flight.loads[0] * flight.loads[1]
+        if not copies:
+            of_block = launch.threads * sass.hot_loop(launch.kernel, H100.cubin).bytes_in_flight
         of_instance[launch.kernel] = max(of_instance.get(launch.kernel, 0), blocks * of_block / KIB)
     return min((kib for kib in of_instance.values() if kib > 0), default=0.0)
 
@@ -395,7 +395,7 @@ def test_wavefronts_sectors_and_bytes_in_flight(op: str) -> None:
     for kernel in BOUNDS[op]:
         flight = IN_FLIGHT[kernel]
         if isinstance(flight, Flight):
-            assert in_flight(flight, found[kernel]) >= flight.least, kernel
+            assert in_flight(found[kernel]) >= flight.least, kernel
 
 
 def test_the_tables_have_every_kernel() -> None:

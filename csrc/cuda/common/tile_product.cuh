@@ -93,10 +93,7 @@ class TileProduct {
     // Steps in which the thread's vector is in the matrix.
     const int vector_end = static_cast<int>(threadIdx.x) % (kInner / 8) * 8 + 8;
     const int full = vector_end <= a.inner - (count - 1) * int64_t{kInner} ? count : count - 1;
-    // Offsets in the buffer, of the tiles and of the lane's place in them.
     constexpr int kColumnsAt = kRowTiles * Rows::kBytes;
-    const int row_place = row_offset();
-    const int column_place = kColumnsAt + column_offset();
 
     Sums sums = {};
     columns.copy(buffer + kColumnsAt, 0, 0 < full);
@@ -115,7 +112,8 @@ class TileProduct {
       const int free_row_tile = row_tile == 0 ? 2 * Rows::kBytes : row_tile - Rows::kBytes;
       if (step + 2 < count) rows.copy(buffer + free_row_tile, step + 2, step + 2 < full);
       cp_async_commit_group();
-      multiply(sums, buffer, row_tile + row_place, column_tile + column_place);
+      multiply(sums, reinterpret_cast<const T*>(buffer + row_tile),
+               reinterpret_cast<const T*>(buffer + kColumnsAt + column_tile));
       row_tile = row_tile == 2 * Rows::kBytes ? 0 : row_tile + Rows::kBytes;
     }
     __syncthreads();  // no copy is in flight: the last groups were empty
@@ -127,38 +125,20 @@ class TileProduct {
   MMK_DEVICE static int warp_row() { return warp_index() / kWarpsAcross * kWarpRows; }
   MMK_DEVICE static int warp_column() { return warp_index() % kWarpsAcross * 32; }
 
-  // Where a lane reads its first fragments in a tile, in bytes; places of RowFragments and ColumnFragments.
-  MMK_DEVICE static int row_offset() {
-    const int lane = lane_index();
-    return swizzled<kInner / 8>(warp_row() + lane % 16, lane / 16) * static_cast<int>(sizeof(T));
-  }
-  MMK_DEVICE static int column_offset() {
-    const int lane = lane_index();
-    return swizzled<kInner / 8>(warp_column() + lane % 8 + lane / 16 * 8, lane / 8 % 2) *
-           static_cast<int>(sizeof(T));
-  }
-
-  // row_place, column_place: the lane's places in the buffer. Offsets of 32 bits, where addresses would be
-  // computed in 64: the swizzle is an exclusive or, which hides the space of an address from the compiler.
-  MMK_DEVICE static void multiply(Sums& sums, const unsigned char* buffer, int row_place, int column_place) {
-    constexpr int kFragmentBytes = 16 * Rows::kPitch;
+  MMK_DEVICE static void multiply(Sums& sums, const T* row_tile, const T* column_tile) {
+    constexpr int kVectors = kInner / 8;
+    const RowBlocks<kVectors, kRowFragments, T> rows(row_tile, warp_row());
+    const ColumnBlocks<false, kVectors, kColumnFragments, T> columns(column_tile, warp_column() / 8);
 #pragma unroll
     for (int inner = 0; inner < kInner; inner += 16) {
-      const int moved = inner * static_cast<int>(sizeof(T));
-      uint32_t b[kColumnFragments / 2][4];  // two fragments each
-#pragma unroll
-      for (int j = 0; j < kColumnFragments / 2; ++j) {
-        ldmatrix<4, false>(b[j], buffer + (column_place ^ moved) + j * kFragmentBytes);
-      }
+      uint32_t a[kRowFragments][4];
+      uint32_t b[kColumnFragments][2];
+      columns.load(b, inner);
+      rows.load(a, inner);
 #pragma unroll
       for (int i = 0; i < kRowFragments; ++i) {
-        uint32_t a[4];
-        ldmatrix<4, false>(a, buffer + (row_place ^ moved) + i * kFragmentBytes);
 #pragma unroll
-        for (int j = 0; j < kColumnFragments; ++j) {
-          const uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-          mma_m16n8k16<T>(sums[i][j], a, pair);
-        }
+        for (int j = 0; j < kColumnFragments; ++j) mma_m16n8k16<T>(sums[i][j], a[i], b[j]);
       }
     }
   }
