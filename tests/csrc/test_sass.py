@@ -89,8 +89,8 @@ MEASURED: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "attention_dots<false, bfloat16>": ((97, 1, 16, 8, 2), (95, 1, 16, 10, 2)),
     "attend<TensorTiles<bfloat16, 64, 64, 1>>": ((697, 4, 0, 8, 0), (712, 3, 0, 8, 0)),
     "query_gradients<TensorTiles<bfloat16, 64, 32, 2>>": ((362, 3, 0, 4, 0), (393, 2, 0, 4, 0)),
-    # Waits for its loads of 4 bytes in turn.
-    "key_gradients<TensorTiles<bfloat16, 64, 32, 2>>": ((690, 6, 16, 7, 5), (710, 5, 16, 9, 4)),
+    # The narrow load is a copy that is under way during a step.
+    "key_gradients<TensorTiles<bfloat16, 64, 32, 2>>": ((574, 7, 1, 5, 0), (604, 6, 1, 5, 0)),
     "plan<true>": ((286, 17, 3, 2, 2), (286, 16, 3, 2, 2)),
     "plan<false>": ((284, 17, 3, 3, 1), (300, 16, 3, 3, 1)),
     "sum_tokens<bfloat16, true>": ((253, 2, 0, 8, 1), (286, 1, 0, 8, 1)),
