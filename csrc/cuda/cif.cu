@@ -4,7 +4,10 @@ namespace mmk::cuda {
 namespace {
 
 constexpr double kMostTokens = 2e9;  // token numbers are int32
-constexpr int kUnroll = 4;           // frames that a warp loads before it uses the first
+// Frames that a warp loads before it uses the first: 128 bytes a lane, or 16 elements of rows at odd
+// addresses.
+template <bool kAligned, class T>
+constexpr int kUnroll = kAligned ? 16 / static_cast<int>(sizeof(T)) : 2;
 
 // Where the line of a row ends, and how the weights on it are scaled.
 struct Line {
@@ -102,9 +105,36 @@ __global__ void __launch_bounds__(kCifThreads) plan(CifForward args) {
   for (int64_t j = (length > 0 ? line.last : 0) + thread; j < p.tokens; j += kCifThreads) ends[j] = length;
 }
 
+// As load_part, but lanes past the end of the row load its last elements: a load under a condition, with its
+// conversion, would be waited for before the next one.
+template <bool kAligned, class T>
+MMK_DEVICE void load_part_clamped(CifPart<T>& part, const T* row, int64_t column, int64_t width) {
+#pragma unroll
+  for (int v = 0; v < kCifVectors<T>; ++v) {
+    const int64_t first = column + v * kWarpSize * kVectorWidth<T>;
+    if constexpr (kAligned) {
+      part[v] = load<kVectorWidth<T>>(row + min(first, width - kVectorWidth<T>));
+    } else {
+#pragma unroll
+      for (int i = 0; i < kVectorWidth<T>; ++i) part[v][i] = row[min(first + i, width - 1)];
+    }
+  }
+}
+
+// As add_part, but a part without weight need not be finite.
+template <class T>
+MMK_DEVICE void add_weighted_part(float (&sum)[kCifColumns], float weight, const CifPart<T>& part) {
+  float with[kCifColumns];
+#pragma unroll
+  for (int i = 0; i < kCifColumns; ++i) with[i] = sum[i];
+  add_part<T>(with, weight, part);
+#pragma unroll
+  for (int i = 0; i < kCifColumns; ++i) sum[i] = weight != 0.0f ? with[i] : sum[i];
+}
+
 // Warp = kCifWarpColumns columns of a token: the weighted sum of its frames.
 template <class T, bool kAligned>
-__global__ void __launch_bounds__(kCifThreads) sum_tokens(CifForward args, int64_t slabs) {
+__global__ void __launch_bounds__(kCifThreads, 3) sum_tokens(CifForward args, int64_t slabs) {
   const CifParams& p = args.params;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kCifWarps + warp_index();
   if (index >= p.batch * p.tokens * slabs) return;
@@ -133,19 +163,16 @@ __global__ void __launch_bounds__(kCifThreads) sum_tokens(CifForward args, int64
         }
       }
       const int frames = static_cast<int>(min(end - first, int64_t{kWarpSize}));
-      for (int f = 0; f < frames; f += kUnroll) {
-        CifPart<T> part[kUnroll];
-        float of_part[kUnroll];
+      for (int f = 0; f < frames; f += kUnroll<kAligned, T>) {
+        CifPart<T> part[kUnroll<kAligned, T>];
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          of_part[u] = __shfl_sync(kFullMask, weight, f + u);
-          // A frame without weight need not be finite.
-          if (of_part[u] != 0.0f)
-            load_part<kAligned>(part[u], x + (first + f + u) * p.frame_stride, column, p.width);
+        for (int u = 0; u < kUnroll<kAligned, T>; ++u) {
+          const int64_t frame = first + min(f + u, frames - 1);
+          load_part_clamped<kAligned>(part[u], x + frame * p.frame_stride, column, p.width);
         }
 #pragma unroll
-        for (int u = 0; u < kUnroll; ++u) {
-          if (of_part[u] != 0.0f) add_part<T>(sum, of_part[u], part[u]);
+        for (int u = 0; u < kUnroll<kAligned, T>; ++u) {
+          add_weighted_part<T>(sum, __shfl_sync(kFullMask, weight, f + u), part[u]);
         }
       }
     }

@@ -56,9 +56,9 @@ MMK_DEVICE auto token_at(const DistillLossParams& p, int64_t index) {
   using T = typename Shape::Pred;
   using U = typename Shape::Row;
   const int64_t batch = index / p.tokens, j = index - batch * p.tokens;
-  if (j >= count_of(p, batch)) return Token<T, U>{false, false, nullptr, nullptr};
-  const int64_t id = p.ids[index];
-  if (id < 0 || id >= p.vocabulary) return Token<T, U>{true, false, nullptr, nullptr};
+  const int64_t id = p.ids[index];  // with the count, not after it
+  const bool valid = j < count_of(p, batch);
+  if (!(valid & (id >= 0) & (id < p.vocabulary))) return Token<T, U>{valid, false, nullptr, nullptr};
   return Token<T, U>{true, true, static_cast<const T*>(p.pred) + batch * p.batch_stride + j * p.token_stride,
                      static_cast<const U*>(p.table) + id * p.row_stride};
 }

@@ -199,7 +199,9 @@ class PlainTiles {
     next_[0] = first;
     next_[1] = second;
   }
+  // multiply() has the barrier that makes copies of the kernel visible.
   MMK_DEVICE void wait(int) {
+    cp_async_wait_all();
     tiles_[0] = next_[0];
     tiles_[1] = next_[1];
   }

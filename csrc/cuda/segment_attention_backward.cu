@@ -154,15 +154,34 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   const int sharing = static_cast<int>(shape.heads / shape.key_heads);
   const int64_t last = block.first + block.count;
   const int64_t end = block.count > 0 ? clamped(stops[block.count - 1], last, shape.frames) : block.first;
-  const int per_head = static_cast<int>((end - block.first + Tiles::kStep - 1) / Tiles::kStep);
-  const int steps = per_head * sharing;
+  const int span = static_cast<int>(end - block.first);
+  const int steps = (span + Tiles::kStep - 1) / Tiles::kStep * sharing;
 
   Tiles tiles(buffer, shape.size, block.column);
+  // lse and dot of the queries of two steps. They are copied with the tiles: loads into registers would be
+  // waited for after the products, a few at a time.
+  using Statistics = Vec<float, 2>;
+  MMK_SHARED(Statistics, statistics, 2, Tiles::kStep);
+  static_assert(2 * Tiles::kStep <= kAttentionThreads, "a copy a thread");
+  int64_t next_head = block.head * sharing;
+  int next_query = 0;  // from the block's first frame on
   const auto fetch = [&](int step) {
-    const int64_t head = block.head * sharing + step / per_head;
-    const int64_t query = block.first + static_cast<int64_t>(step % per_head) * Tiles::kStep;
-    tiles.fetch(step, rows_of<T>(args.q, block.row, head, query, end - query),
-                rows_of<T>(args.grad, block.row, head, query, end - query));
+    const int64_t query = block.first + next_query;
+    tiles.fetch(step, rows_of<T>(args.q, block.row, next_head, query, end - query),
+                rows_of<T>(args.grad, block.row, next_head, query, end - query));
+    const int which = static_cast<int>(threadIdx.x) / Tiles::kStep;
+    const int column = static_cast<int>(threadIdx.x) % Tiles::kStep;
+    if (which < 2) {
+      const bool inside = next_query + column < span;
+      const float* source = static_cast<const float*>(which == 0 ? args.lse : args.dots);
+      const int64_t place = (block.row * shape.heads + next_head) * shape.frames + query;
+      cp_async_zfill<4>(&statistics[step % 2][column][which], source + (inside ? place + column : 0), inside);
+    }
+    next_query += Tiles::kStep;
+    if (next_query >= span) {
+      next_query = 0;
+      ++next_head;
+    }
   };
   if (steps > 0) {
     tiles.template keep<0>(rows_of<T>(args.k, block.row, block.head, block.first, block.count));
@@ -183,23 +202,19 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   typename Tiles::Sums dk, dv;
   Tiles::clear(dk);
   Tiles::clear(dv);
+  int32_t query = 0;
 #pragma unroll 1
   for (int step = 0; step < steps; ++step) {
     tiles.wait(step);
     if (step + 1 < steps) fetch(step + 1);
-    const int64_t head = block.head * sharing + step / per_head;
-    const int32_t query = step % per_head * Tiles::kStep;
-    const int64_t place = (block.row * shape.heads + head) * shape.frames + block.first + query;
-    const int left = static_cast<int>(min(end - block.first - query, int64_t{Tiles::kStep}));
     typename Tiles::Cells weights, products;
     tiles.template multiply<0>(weights);
     if (need_k) tiles.template multiply<1>(products);
 #pragma unroll
     for (int c = 0; c < Tiles::kColumns; ++c) {
       const int column = Tiles::column(c);
-      const bool inside = column < left;
-      const float lse = inside ? static_cast<const float*>(args.lse)[place + column] * kLog2E : 0.0f;
-      const float dot = inside ? static_cast<const float*>(args.dots)[place + column] : 0.0f;
+      const Statistics of_query = load<2>(&statistics[step % 2][column][0]);
+      const float lse = of_query[0] * kLog2E, dot = of_query[1];
 #pragma unroll
       for (int r = 0; r < Tiles::kRows; ++r) {
         const bool sees = query + column >= Tiles::row(r) && query + column < until[r];
@@ -211,6 +226,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     }
     if (need_v) tiles.template add<1>(dv, weights);
     if (need_k) tiles.template add<0>(dk, products);
+    query = query + Tiles::kStep < span ? query + Tiles::kStep : 0;
   }
 
 #pragma unroll

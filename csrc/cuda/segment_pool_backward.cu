@@ -109,18 +109,21 @@ __global__ void __launch_bounds__(kPoolThreads)
 
 // ---- attention, with the gradient of the scores: a block takes a unit, its warps the frames one by one
 
-// grad . x of a frame, to all lanes of the warp; with kNeedX it writes dx too.
-template <class T, bool kAligned, bool kNeedX>
-MMK_DEVICE float frame_dot(const SegmentPoolBackward& args, const PoolPiece& piece, const T* grad, int row,
-                           float weight) {
-  constexpr int kWidth = kVectorWidth<T>;
-  const int64_t width = args.shape.width, frame = piece.first + row;
-  const T* x = static_cast<const T*>(args.x) + piece.row * args.batch_stride + frame * args.frame_stride;
-  float dot = 0.0f;
-#pragma unroll 4
-  for (int64_t column = lane_index() * kWidth; column < width; column += kWarpSize * kWidth) {
-    const auto a = to_accumulator(load_columns<kAligned, kWidth>(grad, column, width));
-    const auto b = to_accumulator(load_columns<kAligned, kWidth>(x, column, width));
+// Adds kCount vectors of a lane, 32 vectors apart, to grad . x of a frame; with kNeedX it writes dx too. All
+// are loaded before the first is used, and before a store, which no load may pass.
+template <int kCount, bool kAligned, bool kNeedX, class T>
+MMK_DEVICE void add_products(float& dot, const T* grad, const T* x, T* dx, float weight, int64_t column,
+                             int64_t width) {
+  constexpr int kWidth = kVectorWidth<T>, kStride = kWarpSize * kWidth;
+  Vec<T, kWidth> of_grad[kCount], of_x[kCount];
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    of_grad[k] = load_columns<kAligned, kWidth>(grad, column + k * kStride, width);
+    of_x[k] = load_columns<kAligned, kWidth>(x, column + k * kStride, width);
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const auto a = to_accumulator(of_grad[k]), b = to_accumulator(of_x[k]);
     Vec<float, kWidth> value;
 #pragma unroll
     for (int i = 0; i < kWidth; ++i) {
@@ -128,9 +131,31 @@ MMK_DEVICE float frame_dot(const SegmentPoolBackward& args, const PoolPiece& pie
       value[i] = weight * a[i];
     }
     if constexpr (kNeedX) {
-      store_columns<kAligned>(frame_row<T>(args, piece.row, frame), column, width,
-                              from_accumulator<T>(value));
+      store_columns<kAligned>(dx, column + k * kStride, width, from_accumulator<T>(value));
     }
+  }
+}
+
+// grad . x of a frame, to all lanes of the warp; with kNeedX it writes dx too. Rows at odd addresses are
+// loaded element by element, and fewer together.
+template <class T, bool kAligned, bool kNeedX>
+MMK_DEVICE float frame_dot(const SegmentPoolBackward& args, const PoolPiece& piece, const T* grad, int row,
+                           float weight) {
+  constexpr int kWidth = kVectorWidth<T>, kStride = kWarpSize * kWidth;
+  constexpr int kCount = kAligned ? 4 : 2;
+  const int64_t width = args.shape.width, frame = piece.first + row;
+  const T* x = static_cast<const T*>(args.x) + piece.row * args.batch_stride + frame * args.frame_stride;
+  T* dx = kNeedX ? frame_row<T>(args, piece.row, frame) : nullptr;
+  float dot = 0.0f;
+  int64_t column = lane_index() * kWidth;
+#pragma unroll 1
+  for (; column + (kCount - 1) * kStride + kWidth <= width; column += kCount * kStride) {
+    // The end is one that all columns are seen to be before, so that they are not compared with it.
+    add_products<kCount, kAligned, kNeedX>(dot, grad, x, dx, weight, column, column + kCount * kStride);
+  }
+#pragma unroll 1
+  for (; column < width; column += kStride) {
+    add_products<1, kAligned, kNeedX>(dot, grad, x, dx, weight, column, width);
   }
   return warp_sum(dot);
 }

@@ -66,7 +66,7 @@ MOST_REGISTERS = {
     "query_gradients": 255,
     "key_gradients": 255,
     "plan": 48,
-    "sum_tokens": 96,  # 2 blocks of 256 threads: 64 KB in flight
+    "sum_tokens": 80,  # 3 blocks of 256 threads: 96 KB in flight
     "frame_gradients": 96,
     "alpha_gradients": 48,
     "measure_tokens": 64,  # 4 blocks of 256 threads: 64 KB in flight
