@@ -10,7 +10,8 @@ import torch
 from benches.case import Case
 
 STATISTICS = 8  # bytes of a row's mean and 1 / standard deviation
-ROWS_OF_TILE = 128
+#: Frames of an iteration of the loops of ctc_align and monotonic_align.
+FRAMES = 8
 #: Layers of one block, as in csrc/include/mmkernels/layer_mix.h.
 GROUP = 8
 
@@ -268,7 +269,7 @@ def _attention_backward(case: Case) -> Launches:
 
 
 def _align_forward(case: Case) -> Launches:
-    yield Launch("align ctc", case.minimum_bytes, steps=case.sizes["T"])
+    yield Launch("align ctc", case.minimum_bytes, steps=case.sizes["T"] / FRAMES)
 
 
 def _align_backward(case: Case) -> Launches:
@@ -277,7 +278,7 @@ def _align_backward(case: Case) -> Launches:
 
 
 def _monotonic_forward(case: Case) -> Launches:
-    yield Launch("align monotonic", case.minimum_bytes, steps=case.sizes["T"])
+    yield Launch("align monotonic", case.minimum_bytes, steps=case.sizes["T"] / FRAMES)
 
 
 def _distill_forward(case: Case) -> Launches:

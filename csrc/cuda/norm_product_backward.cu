@@ -197,12 +197,13 @@ __global__ void __launch_bounds__(kPartialThreads, 6)
 inline constexpr int kUnfoldLanes = 8;  // of a row: 128 bytes of dVc
 inline constexpr int kUnfoldColumns = kUnfoldLanes * kUnfoldWidth;
 
-// One block per kUnfoldColumns columns of a tap: turns dVc into dW, and sums over outputs.
-template <class P, bool kAligned>
+// One block per kUnfoldColumns columns of a tap: turns dVc into dW if there is a norm, and sums over outputs.
+template <class P, bool kAligned, bool kNorm>
 __global__ void __launch_bounds__(kNormProductThreads, 3)
     unfold_columns(const __grid_constant__ NormProductUnfold args, int64_t blocks_per_tap) {
   constexpr int kRows = kNormProductThreads / kUnfoldLanes;
-  constexpr int kAhead = kAligned ? 4 : 2;  // rows of a thread whose loads are in flight together
+  // Rows of a thread whose loads are in flight together.
+  constexpr int kAhead = !kAligned ? 2 : sizeof(P) == 4 ? 3 : 4;
   using Columns = Vec<float, kUnfoldWidth>;
   const auto [batch, taps, inputs, outputs] = args.shape;
   const int64_t tap = static_cast<int64_t>(blockIdx.x) / blocks_per_tap;
@@ -210,7 +211,6 @@ __global__ void __launch_bounds__(kNormProductThreads, 3)
   const int part = static_cast<int>(threadIdx.x) % kUnfoldLanes * kUnfoldWidth;
   const int group = static_cast<int>(threadIdx.x) / kUnfoldLanes;
   const int64_t column = first_column + part;
-  const bool normed = args.product != nullptr;
   const auto parameter = [&](const void* data) {
     if (data == nullptr) return Columns{};
     return to_accumulator(
@@ -222,32 +222,34 @@ __global__ void __launch_bounds__(kNormProductThreads, 3)
   for (int64_t first = group; column < inputs && first < outputs; first += kAhead * kRows) {
     Vec<P, kUnfoldWidth> weights[kAhead];
     Columns products[kAhead];
-    const int64_t row = tap * outputs + first;
-    const auto element = [&](int k) { return (row + k * kRows) * inputs + column; };
+    float2 row_sums[kAhead];
+    const auto present = [&](int k) { return first + k * kRows < outputs; };
+    // Past the last row the thread reads its first one again: a branch would wait for each load.
+    const auto row = [&](int k) { return tap * outputs + first + (present(k) ? k * kRows : 0); };
+    const auto element = [&](int k) { return row(k) * inputs + column; };
     const int left = static_cast<int>(inputs - column < kUnfoldWidth ? inputs - column : kUnfoldWidth);
     const auto columns = [&](const auto* data) {
       return load_columns<kAligned, kUnfoldWidth>(data, 0, left);
     };
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      if (first + k * kRows >= outputs) break;
       weights[k] = columns(static_cast<const P*>(args.weight) + element(k));
-      if (normed) products[k] = columns(static_cast<const float*>(args.product) + element(k));
+      if constexpr (kNorm) products[k] = columns(static_cast<const float*>(args.product) + element(k));
+      row_sums[k] = __ldg(static_cast<const float2*>(args.row_sums) + row(k));
     }
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      if (first + k * kRows >= outputs) break;
-      const float2 row_sums = __ldg(static_cast<const float2*>(args.row_sums) + row + k * kRows);
+      if (!present(k)) continue;
       const Columns weight = to_accumulator(weights[k]);
 #pragma unroll
-      for (int i = 0; i < kUnfoldWidth; ++i) d_shift[i] += row_sums.x * weight[i];
-      if (!normed) continue;
+      for (int i = 0; i < kUnfoldWidth; ++i) d_shift[i] += row_sums[k].x * weight[i];
+      if constexpr (!kNorm) continue;
       Columns d_weight;
 #pragma unroll
       for (int i = 0; i < kUnfoldWidth; ++i) {
-        const float d_product = products[k][i] - row_sums.y;
+        const float d_product = products[k][i] - row_sums[k].y;
         d_gain[i] += d_product * weight[i];
-        d_weight[i] = d_product * gain[i] + row_sums.x * shift[i];
+        d_weight[i] = d_product * gain[i] + row_sums[k].x * shift[i];
       }
       store_columns<kAligned>(static_cast<P*>(args.d_weight) + element(k), 0, left,
                               from_accumulator<P>(d_weight));
@@ -281,8 +283,9 @@ cudaError_t launch_unfold(const NormProductUnfold& args, CudaStream stream) {
   if (!wanted || shape.taps * shape.inputs == 0) return cudaSuccess;
   const int64_t blocks_per_tap = ceil_div<int64_t>(shape.inputs, kUnfoldColumns);
   if (!make_grid(blocks_per_tap * shape.taps, &grid)) return cudaErrorInvalidConfiguration;
-  return launch(unfold_columns<P, kAligned>, grid, dim3(kNormProductThreads), 0, stream, args,
-                blocks_per_tap);
+  const auto kernel =
+      args.product != nullptr ? unfold_columns<P, kAligned, true> : unfold_columns<P, kAligned, false>;
+  return launch(kernel, grid, dim3(kNormProductThreads), 0, stream, args, blocks_per_tap);
 }
 
 }  // namespace

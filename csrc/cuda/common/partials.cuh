@@ -21,11 +21,17 @@ MMK_DEVICE double sum_partials(const float* column, int64_t count, int64_t strid
   const int place = static_cast<int>(threadIdx.x) % kColumns;
   const int part = static_cast<int>(threadIdx.x) / kColumns;
   double sums[kSums] = {};
-  for (int64_t first = part; inside && first < count; first += kSums * kParts) {
+  const int64_t step = kParts * stride;
+  const float* row = column + part * stride;
+  // Without branches, which would wait for each load: past the end the first row is read again.
+  int left = inside ? static_cast<int>(ceil_div<int64_t>(count - part, kParts)) : 0;
+#pragma unroll 1
+  for (; left > 0; left -= kSums, row += kSums * step) {
+    float values[kSums];
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) {
-      if (first + i * kParts < count) sums[i] += __ldg(column + (first + i * kParts) * stride);
-    }
+    for (int i = 0; i < kSums; ++i) values[i] = __ldg(row + (i < left ? i * step : 0));
+#pragma unroll
+    for (int i = 0; i < kSums; ++i) sums[i] += i < left ? values[i] : 0.0f;
   }
   MMK_SHARED(double, parts, kParts, kColumns);
   parts[part][place] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
