@@ -39,8 +39,8 @@ PREFERENCES = (
         HALF_PRECISION,
         90,
         "triton",
-        "its product reads shared memory once for four warps (wgmma), the compiled one for each warp "
-        "(mma.sync), which is predicted to take 1.5 times as long",
+        "its product (wgmma) reads shared memory once for four warps; reads for each warp bound the compiled "
+        "one (mma.sync): predicted 0.32 of 0.42 ms for 12,000 rows of 12 taps, 1,024 -> 512",
     ),
 )
 

@@ -1,9 +1,10 @@
 """The time of a case on an H100, predicted from the machine code of its kernels and from its bytes.
 
 A kernel takes the longest of: its bytes at the rate of a copy; its instructions at the rate at which a
-multiprocessor issues them; its accesses to shared memory, 128 bytes a clock; its products at the rate of the tensor
-cores; and the steps of its hot loop one after another, by as many warps as are resident. `kernels.json` has the facts
-of each kernel, which `python tests/csrc/kernel_facts.py` reads from the build. Good to about 30 %.
+multiprocessor issues them; its accesses to shared memory, 128 bytes a clock; its products at the rate of the
+tensor cores; and the steps of its hot loop one after another, by as many warps as are resident. The facts of
+each kernel, in `kernels.json`, are those that `python tests/csrc/kernel_facts.py` reads from the build. Good to
+about 30 %.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from benches.case import Case
 
@@ -26,9 +29,10 @@ CLOCK = 1.755e9
 COPY = 3.0e12
 #: Instructions that a multiprocessor issues in a clock, one for each of its schedulers.
 ISSUE = 4
-#: FLOPs per second: of a large product of the library, and of mma.sync, which reads registers.
+#: FLOPs per second: of a large product of the library, of mma.sync, and of float32 without tensor cores.
 LIBRARY_PRODUCT = 6.5e14
 WARP_PRODUCT = 6.2e14
+FLOAT_PRODUCT = 5e13
 #: Seconds from the end of one kernel to the first results of the next.
 LAUNCH = 2.5e-6
 
@@ -70,11 +74,13 @@ def facts() -> Mapping[str, KernelFacts]:
     return {name: KernelFacts(**each) for name, each in json.loads(FACTS.read_text())["kernels"].items()}
 
 
-def times(launch: Launch, kernels: Mapping[str, KernelFacts]) -> dict[str, float]:
-    """Seconds that each resource needs for a launch."""
+def times(launch: Launch, kernels: Mapping[str, KernelFacts], *, half: bool = True) -> dict[str, float]:
+    """Seconds that each resource needs for a launch; half: whether products are of half precision."""
     found = {"bytes": launch.moved / COPY}
+    if not half:
+        found["products"] = launch.flops / FLOAT_PRODUCT
     if not launch.kernel:
-        return {**found, "tensor cores": launch.flops / LIBRARY_PRODUCT}
+        return {**found, "tensor cores": launch.flops / LIBRARY_PRODUCT if half else 0.0}
     kernel = kernels[launch.kernel]
     found["tensor cores"] = launch.flops / WARP_PRODUCT
     if launch.flops:
@@ -97,7 +103,7 @@ def predict(case: Case, kernels: Mapping[str, KernelFacts] | None = None) -> Pre
         return None
     seconds, by_limit = 0.0, dict.fromkeys(("launches", "bytes"), 0.0)
     for launch in found:
-        by_resource = times(launch, kernels)
+        by_resource = times(launch, kernels, half=case.dtype != torch.float32)
         limit = max(by_resource, key=lambda name: by_resource[name])
         seconds += by_resource[limit] + LAUNCH
         by_limit[limit] = by_limit.get(limit, 0.0) + by_resource[limit]

@@ -15,7 +15,9 @@ TITLE = "Predicted, H100: a model of machine code and bytes (benches/predict), n
 COLUMNS = ("op", "case", "predicted, H100", "limit", "of copy, predicted", "measured", "measured / predicted")
 
 
-def show(record: Record | None = None, ops: Collection[str] = (), match: str = "", console: Any = None) -> None:
+def show(
+    record: Record | None = None, ops: Collection[str] = (), match: str = "", console: Any = None
+) -> None:
     """Print the predictions of the chosen cases; nothing where there are none.
 
     Args:
@@ -24,8 +26,7 @@ def show(record: Record | None = None, ops: Collection[str] = (), match: str = "
         match: only cases whose name contains this.
         console: of rich; by default plain print.
     """
-    shown = [*lines(record, ops, match)]
-    for text in shown if len(shown) > 3 else []:
+    for text in lines(record, ops, match):
         print(text) if console is None else console.print(text, markup=False, highlight=False)
 
 
@@ -34,14 +35,17 @@ def lines(record: Record | None = None, ops: Collection[str] = (), match: str = 
     rows = [
         _cells(case, prediction, measured.get(case.id))
         for case in registry("cuda")
-        if (not ops or case.op in ops)
-        and match in case.id
-        and (prediction := predict(case)) is not None
+        if (not ops or case.op in ops) and match in case.id and (prediction := predict(case)) is not None
     ]
+    if not rows:
+        return
     columns = COLUMNS if measured else COLUMNS[:5]
     widths = [max(len(row[place]) for row in (COLUMNS, *rows)) for place in range(len(columns))]
     yield ""
     yield TITLE
+    if record is not None and measured:
+        name, commit = record.machine["name"], record.commit
+        yield f"measured: {name}, {record.date}, commit {commit}, perhaps other kernels"
     for row in (columns, *rows):
         cells = zip(row[: len(columns)], widths, strict=True)
         yield "  ".join(

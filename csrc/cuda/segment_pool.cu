@@ -61,12 +61,14 @@ MMK_DEVICE void add_rows(Columns<T, kReduce>& columns, const SegmentPoolForward&
                          const PoolPiece& piece, const LaneScores& weights, int row, int64_t column) {
   constexpr int kWidth = kVectorWidth<T>;
   Vec<T, kWidth> values[kCount];
+  // Past the end of a row a thread takes its first columns, which are not stored: a branch would wait for
+  // each load.
+  const T* first = x + row * args.frame_stride + (kAligned && column < args.shape.width ? column : 0);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const T* source = x + (row + i) * args.frame_stride;
+    const T* source = first + i * args.frame_stride;
     if constexpr (kAligned) {
-      values[i] = {};
-      if (column < args.shape.width) values[i] = load_streaming<kWidth>(source + column);
+      values[i] = load_streaming<kWidth>(source);
     } else {
       values[i] = load_columns<false, kWidth>(source, column, args.shape.width);
     }

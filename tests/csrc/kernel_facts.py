@@ -1,7 +1,7 @@
 """The facts of the kernels that benches/predict needs, from the machine code of sm_90.
 
-    python tests/csrc/kernel_facts.py         prints them
-    python tests/csrc/kernel_facts.py --write puts them into benches/predict/kernels.json
+python tests/csrc/kernel_facts.py         prints them
+python tests/csrc/kernel_facts.py --write puts them into benches/predict/kernels.json
 """
 
 from __future__ import annotations
@@ -29,6 +29,39 @@ SHARED = ("LDS", "STS", "LDSM", "LDGSTS")
 #: shared memory of a block in bytes.
 INSTANCES: dict[str, tuple[str, int, int]] = {
     "mix_plain": ("mix_plain<bfloat16, true>", 256, 0),
+    "mix_norm": ("mix_norm<RowShape<bfloat16, 32, 4, true, true>, false>", 128, 24_576),
+    "mix_norm affine": ("mix_norm<RowShape<bfloat16, 32, 4, true, true>, true>", 128, 24_576),
+    "sum_rows": ("sum_rows<bfloat16, true, false>", 128, 38_016),
+    "sum_rows norm": ("sum_rows<bfloat16, true, true>", 128, 38_016),
+    "gradients_plain": ("gradients_plain<bfloat16, true>", 256, 0),
+    "gradients_norm": ("gradients_norm<RowShape<bfloat16, 32, 4, true, true>, false>", 128, 24_576),
+    "row_moments": ("row_moments<RowShape<bfloat16, 32, 4, true, false>>", 128, 0),
+    "project": ("project<bfloat16, 128, 128>", 256, 81_920),
+    "gradient": ("gradient<bfloat16, true, 1>", 128, 0),
+    "finish_input_gradient": ("finish_input_gradient<bfloat16, true>", 256, 0),
+    "unfold_columns": ("unfold_columns<bfloat16, true, true>", 256, 0),
+    "adapt first": ("adapt<AdapterTile<bfloat16, 128, 64>, false, false> #2", 256, 230_400),
+    "adapt first, norm": ("adapt<AdapterTile<bfloat16, 128, 64>, true, false> #2", 256, 230_400),
+    "adapt second": ("adapt<AdapterTile<bfloat16, 128, 64>, true, false>", 256, 230_400),
+    "adapt_backward first": ("adapt_backward<AdapterTile<bfloat16, 128, 64>, true> #2", 256, 230_400),
+    "adapt_backward second": ("adapt_backward<AdapterTile<bfloat16, 128, 64>, false>", 256, 230_400),
+    "adapt_backward second, norm": ("adapt_backward<AdapterTile<bfloat16, 128, 64>, true>", 256, 230_400),
+    "interpolate": ("interpolate<float, float, float>", 256, 0),
+    "interpolate_gradients": ("interpolate_gradients<true, float, float, float>", 256, 0),
+    "pool_pieces mean": ("pool_pieces<bfloat16, 0, true>", 128, 0),
+    "pool_pieces max": ("pool_pieces<bfloat16, 2, true>", 128, 0),
+    "pool_pieces attention": ("pool_pieces<bfloat16, 4, true>", 128, 0),
+    "score_gradients": ("score_gradients<bfloat16, true, true>", 128, 0),
+    "sum_tokens": ("sum_tokens<float, true>", 256, 0),
+    "frame_gradients": ("frame_gradients<float, true, true, true>", 256, 0),
+    "attend": ("attend<TensorTiles<bfloat16, 128, 64, 1>>", 128, 81_920),
+    "attention_dots": ("attention_dots<true, bfloat16>", 128, 0),
+    "query_gradients": ("query_gradients<TensorTiles<bfloat16, 128, 32, 2>>", 128, 65_536),
+    "key_gradients": ("key_gradients<TensorTiles<bfloat16, 128, 16, 2>>", 128, 49_152),
+    "align ctc": ("align<float, 4, 4>", 128, 0),
+    "align monotonic": ("align<float, true, false>", 64, 0),
+    "measure_tokens": ("measure_tokens<Shape<float, float, 256, true>>", 256, 0),
+    "token_gradients": ("token_gradients<Shape<float, float, 256, true>>", 256, 0),
 }
 
 

@@ -202,42 +202,40 @@ def measured(launches: Iterable[Traffic]) -> Bound:
 
 @dataclass(frozen=True)
 class Flight:
-    """KiB that an H100's multiprocessor has in flight, at least: copies by cp.async, or without them the plain
-    loads of the hot loop before the first is used. Below 40 there is a reason."""
+    """KiB that an H100's multiprocessor has in flight, at least: copies by cp.async, or without them the
+    plain loads of the hot loop before the first is used. Below 40 there is a reason."""
 
     least: int = 40
     reason: str = ""
 
 
 IN_FLIGHT: dict[str, Flight | str] = {
-    "adapt": Flight(least=36, reason="one block of 64 rows and wide weights to a multiprocessor"),
-    "adapt_backward": Flight(least=36, reason="one block of 64 rows and wide weights to a multiprocessor"),
-    "fold_weights": Flight(),
+    "adapt": Flight(),
+    "adapt_backward": Flight(),
     "activate_hidden": Flight(32, "a vector a thread, of as many threads as fit"),
     "finish_rows": Flight(),
-    "column_sums": Flight(8, "2 bytes a lane, around a product of the library"),
-    "up_bias": "second stage: few partial sums",
+    "column_sums": Flight(16, "2 bytes a lane, around a product of the library"),
+    "add_partials": "second stage: few partial sums",
     "align": "a block an utterance: bound by the chain of frames",
     "align_wide": "a block an utterance: bound by the chain of frames",
     "mix_plain": Flight(),
     "mix_bias": "one row of each layer's parameters",
-    "mix_norm": Flight(least=24, reason="rows of 2,048 columns fill half of the block's vectors"),
-    "mix_norm_wide": Flight(),
+    "mix_norm": Flight(),
+    "mix_norm_wide": Flight(32, "rows of more than 4,096 columns, which it reads a second time from L2"),
     "sum_rows": Flight(),
-    "reduce_dots": "second stage: few partial sums",
     "reduce_affine": "second stage: few partial sums",
-    "gradients_plain": Flight(32, "writes a vector for each layer, and reads one"),
-    "gradients_norm": Flight(least=24, reason="rows of 2,048 columns fill half of the block's vectors"),
+    "gradients_plain": "writes a vector for each layer, and reads one before its loop",
+    "gradients_norm": Flight(),
     "gradients_norm_wide": Flight(),
     "fold": Flight(),
-    "row_moments": Flight(),
+    "row_moments": Flight(32, "float32: a row of 768 columns a warp, of as many warps as fit"),
     "row_moments_wide": Flight(),
     "activate_rows": Flight(),
     "project": Flight(),
     "gradient": Flight(),
     "finish_input_gradient": Flight(),
-    "unfold_rows": Flight(),
-    "unfold_columns": Flight(24, "words of columns of the weights"),
+    "unfold_rows": Flight(18, "a second stage, and the sum of a row of the weights"),
+    "unfold_columns": Flight(),
     "interpolate": Flight(),
     "interpolate_gradients": Flight(),
     "reduce_lam": "second stage: few partial sums",
@@ -245,7 +243,7 @@ IN_FLIGHT: dict[str, Flight | str] = {
     "pool_pieces": Flight(),
     "take_last": Flight(32, "a vector a thread, of as many threads as fit"),
     "combine_pieces": "second stage: few partial sums",
-    "spread_pieces": Flight(20, "writes the rows of a segment, and reads one"),
+    "spread_pieces": "writes the rows of a segment, and reads one",
     "score_gradients": Flight(),
     "finish_scores": "a number a frame",
     "attention_extents": "a number a segment",
@@ -259,22 +257,22 @@ IN_FLIGHT: dict[str, Flight | str] = {
     "alpha_gradients": "a number a frame",
     "measure_tokens": Flight(),
     "mean_loss": "a number a token",
-    "token_gradients": Flight(32, "writes a row for each two that it reads"),
+    "token_gradients": Flight(),
 }
 
 
 def in_flight(launches: Sequence[Traffic]) -> float:
     """KiB of a multiprocessor: the least of any instance of the kernel, of which the launch with the fullest
-    tiles counts. Instances without copies, for float32, are left out where others have them."""
+    tiles counts. Instances without copies of tiles, for float32, are left out where others have them."""
     usage = {usage.symbol: usage for usage in usages(H100.cubin)}
-    copies = any(launch.copies_of_block > 0 for launch in launches)
+    copies = any(launch.copies_of_block >= KIB for launch in launches)
     of_instance: dict[str, float] = {}
     for launch in launches:
         instance = usage[launch.kernel]
         blocks = resident_blocks(
             H100, launch.threads, instance.registers, instance.shared + launch.dynamic_shared
         )
-        of_block = launch.copies_of_block
+        of_block = launch.copies_of_block if launch.copies_of_block >= KIB else 0
         if not copies:
             of_block = launch.threads * sass.hot_loop(launch.kernel, H100.cubin).bytes_in_flight
         of_instance[launch.kernel] = max(of_instance.get(launch.kernel, 0), blocks * of_block / KIB)
@@ -284,15 +282,20 @@ def in_flight(launches: Sequence[Traffic]) -> float:
 #: Today's: 1 is ideal. A note says where a kernel takes more; an improvement lowers its bound.
 BOUNDS: dict[str, dict[str, Bound]] = {
     "adapter": {
-        "fold_weights": Bound(),
-        # write_chunk: two rows of half a line; addends, hidden values and results of 4 bytes a lane
-        "adapt": Bound(wavefronts=1.07, wavefronts_of_place=2.0, sectors=1.13, sectors_of_place=2.0),
-        # the same
-        "adapt_backward": Bound(wavefronts=1.06, wavefronts_of_place=2.0, sectors=1.31, sectors_of_place=2.0),
-        "up_bias": Bound(),
+        "fold": Bound(),
+        # x, hidden values and float32 addends of 4 bytes a lane
+        "adapt": Bound(wavefronts=1.01, sectors=1.06, sectors_of_place=2.0),
+        # x and hidden values of 4 bytes a lane
+        "adapt_backward": Bound(sectors=1.3, sectors_of_place=2.0),
+        "add_partials": Bound(),
+        "unfold_rows": Bound(),
+        "unfold_columns": Bound(),
+        "row_moments": Bound(),
+        "activate_rows": Bound(),
         "finish_rows": Bound(),
         "activate_hidden": Bound(),
         "column_sums": Bound(),
+        "gradient": Bound(sectors=1.01),
     },
     "cif": {
         # numbers of frames
@@ -316,10 +319,10 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     "layer_mix": {
         "mix_plain": Bound(),
         # float32 sums and parameters of 8 columns a lane, in two vectors
-        "sum_rows": Bound(wavefronts=1.24, wavefronts_of_place=2.0, sectors=1.67, sectors_of_place=2.0),
+        "sum_rows": Bound(wavefronts=1.21, wavefronts_of_place=2.0, sectors=1.67, sectors_of_place=2.0),
         "gradients_plain": Bound(),
         # a word of each row of partial sums
-        "reduce_dots": Bound(sectors=3.0, sectors_of_place=5.0),
+        "add_partials": Bound(sectors=2.4, sectors_of_place=2.6),
         # float32 parameters of 8 columns a lane, in two vectors
         "mix_norm": Bound(sectors=1.67, sectors_of_place=2.0),
         "mix_bias": Bound(),
@@ -334,10 +337,9 @@ BOUNDS: dict[str, dict[str, Bound]] = {
     "layer_project": {
         "fold": Bound(),
         "row_moments": Bound(),
-        # cp.async to rows 80 bytes apart; float32 results of 8 columns a lane, in two vectors
-        "project": Bound(wavefronts=1.29, wavefronts_of_place=2.0, sectors=1.11, sectors_of_place=2.0),
-        # float32 sums of 8 columns a lane, in two vectors
-        "gradient": Bound(wavefronts=1.34, wavefronts_of_place=2.0, sectors=1.17, sectors_of_place=2.0),
+        "project": Bound(),
+        # float32 sums and bias of 8 columns a lane, in two vectors
+        "gradient": Bound(wavefronts=1.26, wavefronts_of_place=2.0, sectors=1.09, sectors_of_place=2.0),
         "finish_input_gradient": Bound(),
         "unfold_rows": Bound(),
         "unfold_columns": Bound(),
@@ -362,7 +364,7 @@ BOUNDS: dict[str, dict[str, Bound]] = {
         # the same
         "query_gradients": Bound(wavefronts=1.01, sectors=1.22, sectors_of_place=4.0),
         # the same
-        "key_gradients": Bound(wavefronts=1.02, sectors=1.33, sectors_of_place=4.0),
+        "key_gradients": Bound(wavefronts=1.02, sectors=1.34, sectors_of_place=4.0),
     },
     "segment_pool": {
         "segment_stops": Bound(),

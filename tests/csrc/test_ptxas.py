@@ -54,7 +54,7 @@ MOST_REGISTERS = {
     "interpolate_gradients": 80,  # 3 blocks
     "reduce_lam": 40,
     "segment_stops": 40,
-    "pool_pieces": 104,  # 4 blocks of 128 threads with eight rows in flight: 64 KB per multiprocessor
+    "pool_pieces": 128,  # 4 blocks of 128 threads with eight rows in flight: 64 KB per multiprocessor
     "take_last": 32,
     "combine_pieces": 48,
     "spread_pieces": 64,

@@ -1,4 +1,6 @@
-"""Predicted times of the CUDA kernels: every case has one, each resource can limit it, none is shown as measured."""
+"""Predicted times of the CUDA kernels: every case has one, each resource can limit it, none is shown as
+measured.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from tree import ROOT
 
 from benches.measure.record import Record, load
 from benches.predict import model
@@ -15,7 +18,6 @@ from benches.predict.launches import Launch, launches
 from benches.predict.model import KernelFacts, predict, times
 from benches.registry import registry
 from benches.report import predicted
-from tree import ROOT
 
 CASES = [case for case in registry("cuda") if launches(case) is not None]
 H100 = ROOT / "benches/results/nvidia-h100-80gb-hbm3.json"
@@ -73,6 +75,7 @@ def test_times_of_a_launch() -> None:
 
 def test_products_of_the_library_need_no_facts() -> None:
     assert times(Launch("", flops=6.5e11), {})["tensor cores"] == pytest.approx(1e-3)
+    assert times(Launch("", flops=5e10), {}, half=False)["products"] == pytest.approx(1e-3)
 
 
 def test_a_prediction_is_named_as_one() -> None:
@@ -86,7 +89,8 @@ def test_a_prediction_is_named_as_one() -> None:
 def test_measured_times_stand_next_to_predictions() -> None:
     record = load(H100)
     text = [*predicted.lines(record, ["layer_mix"])]
-    assert "measured / predicted" in text[2]
+    assert "measured: NVIDIA H100" in text[2]
+    assert "measured / predicted" in text[3]
     row = next(line for line in text if "wav2vec2-large, forward, bfloat16" in line)
     measured = next(
         row["seconds"]["median"]
@@ -94,6 +98,10 @@ def test_measured_times_stand_next_to_predictions() -> None:
         if row["id"] == "layer_mix/wav2vec2-large/forward/bfloat16/system" and row["role"] == "kernel"
     )
     assert f"{measured * 1e6:.3g} us" in row
+
+
+def test_no_case_no_table() -> None:
+    assert [*predicted.lines(ops=["hff"])] == []
 
 
 def test_times_of_another_gpu_are_not_compared() -> None:
@@ -110,4 +118,4 @@ def test_the_command() -> None:
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[1] == predicted.TITLE
-    assert len(lines) == 3 + 3
+    assert len(lines) == 4 + 3
