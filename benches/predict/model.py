@@ -1,10 +1,10 @@
 """The time of a case on an H100, predicted from the machine code of its kernels and from its bytes.
 
 A kernel takes the longest of: its bytes at the rate of a copy; its instructions at the rate at which a
-multiprocessor issues them; its accesses to shared memory, 128 bytes a clock; its products at the rate of the
-tensor cores; and the steps of its hot loop one after another, by as many warps as are resident. The facts of
-each kernel, in `kernels.json`, are those that `python tests/csrc/kernel_facts.py` reads from the build. Good to
-about 30 %.
+multiprocessor issues them; its accesses to shared memory, 128 bytes a clock; its products at the rate of
+the tensor cores; and the steps of its hot loop one after another, by as many warps as are resident. The
+facts of each kernel, in `kernels.json`, are those that `python tests/csrc/kernel_facts.py` reads from
+the build. Good to about 30 %.
 """
 
 from __future__ import annotations
