@@ -21,11 +21,11 @@ class Launch:
     """One kernel, or one product of the library.
 
     Attributes:
-        kernel: its name in kernels.json; "" for a product of the library, and for short kernels between the
-            others, of which the launch is all that counts.
+        kernel: its name in kernels.json, or those of its hot loops, joined by " + "; "" for a product of the
+            library, and for short kernels between the others, of which the launch is all that counts.
         moved: bytes of device memory that it reads and writes, each once.
         loaded: bytes that the loads of its hot loop ask for, those that a cache serves included.
-        flops: on tensor cores.
+        flops: on tensor cores; of each hot loop where there are several.
         steps: iterations of its hot loop that one warp does, one after another; where that limits it.
     """
 
@@ -141,9 +141,7 @@ def _adapter_forward(case: Case) -> Launches:
     yield Launch("")  # the fold
     if _is_half(case):
         first = "adapt first, norm" if "norm" in _options(case) else "adapt first"
-        # The two products of a tile follow each other; each has its part of the memory's time.
-        yield Launch(first, 0.0, flops=flops)
-        yield Launch("adapt second", 2 * x + saved, flops=flops)
+        yield Launch(f"{first} + adapt second", 2 * x + saved, flops=flops)
         return
     yield Launch("", x + hidden, flops=flops)
     yield Launch("", 3 * hidden)
@@ -158,9 +156,8 @@ def _adapter_backward(case: Case) -> Launches:
     flops = 2 * rows * width * bottleneck
     if _is_half(case):
         yield Launch("")
-        yield Launch("adapt_backward first", 0.0, flops=flops)
         second = "adapt_backward second, norm" if norm else "adapt_backward second"
-        yield Launch(second, (2 + norm) * x + 3 * hidden, flops=flops)
+        yield Launch(f"adapt_backward first + {second}", (2 + norm) * x + 3 * hidden, flops=flops)
     else:
         yield Launch("", x + hidden, flops=flops)
         yield Launch("", 4 * hidden)

@@ -81,17 +81,19 @@ def times(launch: Launch, kernels: Mapping[str, KernelFacts], *, half: bool = Tr
         found["products"] = launch.flops / FLOAT_PRODUCT
     if not launch.kernel:
         return {**found, "tensor cores": launch.flops / LIBRARY_PRODUCT if half else 0.0}
-    kernel = kernels[launch.kernel]
-    found["tensor cores"] = launch.flops / WARP_PRODUCT
-    if launch.flops:
-        iterations = launch.flops / kernel.tensor_flops
-    else:
-        iterations = launch.loaded / kernel.load_bytes if launch.loaded else 0.0
+    found |= dict.fromkeys(("tensor cores", "issue", "shared memory", "latency"), 0.0)
     clocks = MULTIPROCESSORS * CLOCK
-    found["issue"] = iterations * kernel.instructions / (ISSUE * clocks)
-    found["shared memory"] = iterations * kernel.wavefronts / clocks
-    latency = iterations * kernel.critical_path / (kernel.resident_warps * clocks)
-    found["latency"] = latency + launch.steps * kernel.critical_path / CLOCK
+    for name in launch.kernel.split(" + "):
+        loop = kernels[name]
+        if launch.flops:
+            iterations = launch.flops / loop.tensor_flops
+        else:
+            iterations = launch.loaded / loop.load_bytes if launch.loaded else 0.0
+        found["tensor cores"] += launch.flops / WARP_PRODUCT
+        found["issue"] += iterations * loop.instructions / (ISSUE * clocks)
+        found["shared memory"] += iterations * loop.wavefronts / clocks
+        found["latency"] += iterations * loop.critical_path / (loop.resident_warps * clocks)
+        found["latency"] += launch.steps * loop.critical_path / CLOCK
     return found
 
 

@@ -68,7 +68,7 @@ INSTANCES: dict[str, tuple[str, int, int]] = {
 def facts_of(instance: str, threads: int, dynamic_shared: int, usage: dict[str, Usage]) -> KernelFacts:
     name, number = sass.split(instance)
     kernel = next(each for each in sass.kernels(H100.capability).values() if each.instance == name)
-    loop = sass.hot_loops(kernel.symbol, H100.capability)[number - 1]
+    loop = sass.hot_loops(kernel.symbol, H100.capability, full=True)[number - 1]
     use = usage[kernel.symbol]
     blocks = resident_blocks(H100, threads, use.registers, use.shared + dynamic_shared)
     loads = [item for name in sass.GLOBAL_LOADS for item in loop.widths.get(name, {}).items()]

@@ -19,7 +19,7 @@ import functools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -235,17 +235,23 @@ def natural_loops(graph: Sequence[Block]) -> dict[int, set[int]]:
     return loops
 
 
-def longest_path(graph: Sequence[Block], header: int, body: set[int], latches: set[int]) -> list[int]:
-    """The blocks of the path from the header to one of `latches` that has the most instructions."""
+def longest_path(
+    graph: Sequence[Block],
+    header: int,
+    body: set[int],
+    latches: set[int],
+    length_of: Callable[[Block], int] = lambda block: block.end - block.begin,
+) -> list[int]:
+    """The blocks of the longest path from the header to one of `latches`, by default in instructions."""
     # Blocks are in reverse postorder: an edge to an earlier block goes back.
-    best: dict[int, tuple[int, int]] = {header: (graph[header].end - graph[header].begin, -1)}
+    best: dict[int, tuple[int, int]] = {header: (length_of(graph[header]), -1)}
     for k in sorted(body):
         if k not in best:
             continue
         for target in graph[k].successors:
             if target > k and target in body:
-                length = best[k][0] + graph[target].end - graph[target].begin
-                if length > best.get(target, (0, -1))[0]:
+                length = best[k][0] + length_of(graph[target])
+                if target not in best or length > best[target][0]:
                     best[target] = (length, k)
     at = max((k for k in latches if k in best), key=lambda k: best[k][0])
     path = [at]
@@ -350,12 +356,20 @@ def walk(path: Sequence[Instruction], body: Sequence[Instruction], whole: bool, 
     )
 
 
-def walk_loops(code: Sequence[Instruction], preferred: Sequence[str], memory_latency: int) -> list[Loop]:
+def walk_loops(
+    code: Sequence[Instruction], preferred: Sequence[str], memory_latency: int, *, full: bool = False
+) -> list[Loop]:
     """The innermost loops that have the first instruction of `preferred` that any loop has, longest first.
 
-    A kernel without such a loop is walked as a whole.
+    A kernel without such a loop is walked as a whole. full: take the path with the most products and wide
+    accesses, and of those the shortest: that of full tiles, where others have a second copy of the code. All
+    figures are then of this path.
     """
     graph = blocks(code)
+
+    def work(block: Block) -> int:
+        busy = sum(i.name == "HMMA" or i.width == 16 for i in code[block.begin : block.end])
+        return 1000 * busy - (block.end - block.begin)
 
     def instructions(members: Iterable[int]) -> list[Instruction]:
         return [instruction for k in members for instruction in code[graph[k].begin : graph[k].end]]
@@ -369,10 +383,13 @@ def walk_loops(code: Sequence[Instruction], preferred: Sequence[str], memory_lat
             body = bodies[header]
             if not any(other != header and other in body for other in having):
                 latches = {k for k in body if header in graph[k].successors}
-                path = instructions(longest_path(graph, header, body, latches))
-                found.append(walk(path, instructions(sorted(body)), False, memory_latency))
+                longest = instructions(longest_path(graph, header, body, latches))
+                path = instructions(longest_path(graph, header, body, latches, work)) if full else longest
+                whole_body = path if full else instructions(sorted(body))
+                loop = walk(path, whole_body, False, memory_latency)
+                found.append((len(longest), loop))
         if found:
-            return sorted(found, key=lambda loop: -loop.instructions)
+            return [loop for _, loop in sorted(found, key=lambda item: -item[0])]
     everything = set(range(len(graph)))
     ends = {k for k in everything if not graph[k].successors}
     path = instructions(longest_path(graph, 0, everything, ends))
@@ -412,11 +429,13 @@ def instructions_of(kernel: Kernel) -> list[Instruction]:
 
 
 @functools.cache
-def hot_loops(symbol: str, architecture: int, memory_latency: int = MEMORY_LATENCY) -> list[Loop]:
+def hot_loops(
+    symbol: str, architecture: int, memory_latency: int = MEMORY_LATENCY, *, full: bool = False
+) -> list[Loop]:
     """Loops of an instance that `kernels` lists under its symbol, the hot one first."""
     kernel = kernels(architecture)[symbol]
     preferred = (HOT[kernel.name],) if kernel.name in HOT else PREFERRED
-    return walk_loops(instructions_of(kernel), preferred, memory_latency)
+    return walk_loops(instructions_of(kernel), preferred, memory_latency, full=full)
 
 
 def hot_loop(symbol: str, architecture: int, memory_latency: int = MEMORY_LATENCY) -> Loop:

@@ -54,7 +54,7 @@ def owner(path: Path) -> str | None:
 
 
 def test_no_op_includes_another() -> None:
-    """Kernels and glue that two ops share have a name and files of their own, as norm_product."""
+    """Kernels and glue that two ops share have a name and files, as norm_product."""
     folders = ("csrc/cpu", "csrc/cuda", "csrc/include/mmkernels", "csrc/torch")
     files = [path for folder in folders for path in (ROOT / folder).iterdir() if path.is_file()]
     assert {owner(path) for path in files} > {*op_names(), *SHARED}
