@@ -79,7 +79,8 @@ def _mix_forward(case: Case) -> Launches:
         return
     if "affine" in options:
         yield Launch("")
-        yield Launch("mix_norm affine", read + written, read)
+        # The loop loads the float32 gain too, which a cache serves.
+        yield Launch("mix_norm affine", read + written, read * (1 + 4 / item))
         return
     stats = rows * layers * STATISTICS if case.direction != "forward" else 0
     yield Launch("mix_norm", read + written + stats, read)
@@ -93,13 +94,17 @@ def _mix_backward(case: Case) -> Launches:
     stats = rows * layers * STATISTICS if norm else 0
     if trainable and norm and "affine" not in options:
         written = layers * rows * width * item
-        yield Launch("gradients_norm", layer + grad + stats + written, layer)
+        # The path that is walked loads a float32 parameter too.
+        yield Launch("gradients_norm", layer + grad + stats + written, layer * (1 + 4 / item))
     else:
         groups = -(-layers // GROUP)
         name = "sum_rows norm" if norm else "sum_rows"
         yield Launch(name, layer + grad + stats, layer + groups * grad)
         if trainable:
-            yield Launch("gradients_plain", grad + layers * rows * width * item, grad)
+            written = layers * rows * width * item
+            yield Launch(
+                "gradients_plain", grad + written, written / 2
+            )  # 256 bytes of loads to 512 of stores
     yield Launch("")
     if "affine" in options:
         yield Launch("")
@@ -129,7 +134,8 @@ def _project_backward(case: Case) -> Launches:
         yield Launch("", x + y, flops=flops)
         yield Launch("finish_input_gradient", 3 * x, 2 * x)
     yield Launch("")
-    yield Launch("unfold_columns", 12 * weight, 8 * weight)
+    # dVc in float32, of which alone the loads are wide; weights and their gradients.
+    yield Launch("unfold_columns", (4 + 2 * item) * weight, 4 * weight)
 
 
 def _adapter_forward(case: Case) -> Launches:

@@ -221,7 +221,7 @@ class Edit:
 
 def restored(build: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """`build(*args, **kwargs)`, whose edits leave the values of additions to a checkpoint."""
-    # In a context of its own: no error and no interruption can leave `restoring` set for other models.
+    # In a separate context: no error and no interruption can leave `restoring` set for other models.
     context = copy_context()
     context.run(restoring.set, True)
     return context.run(build, *args, **kwargs)
