@@ -25,9 +25,9 @@ MMK_DEVICE void first_product(typename Tile::HiddenSums& sums, const typename Ti
   using T = typename Tile::T;
   constexpr int kVectors = Tile::kChunk / 8;
   constexpr int kBlocks = Tile::kHiddenBlocks;
-  const ColumnBlocks<kTransposed, kTransposed ? Tile::kBottleneck / 8 : kVectors, kBlocks, T> columns(
+  const ColumnFragments<kTransposed, kTransposed ? Tile::kBottleneck / 8 : kVectors, kBlocks, T> columns(
       weights, Tile::column_warp() * kBlocks);
-  const RowBlocks<kVectors, 2, T> rows(chunk, Tile::row_warp() * 32);
+  const RowFragments<kVectors, 2, T> rows(chunk, Tile::row_warp() * 32);
 #pragma unroll
   for (int inner = 0; inner < Tile::kChunk; inner += 32) {
     uint32_t a[2][2][4];
@@ -51,7 +51,7 @@ MMK_DEVICE void second_product(typename Tile::ChunkSums& sums, const typename Ti
                                const typename Tile::T* weights) {
   using T = typename Tile::T;
   constexpr int kVectors = (kTransposed ? Tile::kChunk : Tile::kBottleneck) / 8;
-  const ColumnBlocks<kTransposed, kVectors, Tile::kChunkBlocks, T> columns(weights, Tile::chunk_block(0));
+  const ColumnFragments<kTransposed, kVectors, Tile::kChunkBlocks, T> columns(weights, Tile::chunk_block(0));
 #pragma unroll
   for (int inner = 0; inner < Tile::kBottleneck; inner += 16) {
     uint32_t b[Tile::kChunkBlocks][2];
@@ -98,7 +98,7 @@ template <class Tile>
 MMK_DEVICE void exchange_hidden(typename Tile::T* exchange, const typename Tile::HiddenWords& words,
                                 typename Tile::HiddenFragments& fragments) {
   constexpr int kVectors = kAdapterExchange / 8;
-  const RowBlocks<kVectors, 2, typename Tile::T> rows(exchange, Tile::row_warp() * 32);
+  const RowFragments<kVectors, 2, typename Tile::T> rows(exchange, Tile::row_warp() * 32);
   // Blocks of a warp start at an even one, so that the place of block j differs by an exclusive or with j.
   static_assert(Tile::kHiddenBlocks % 2 == 0, "pairs of blocks");
   const int place = swizzled<kVectors>(Tile::row(0, 0), Tile::hidden_column(0) / 8 % kVectors);
@@ -113,7 +113,7 @@ MMK_DEVICE void exchange_hidden(typename Tile::T* exchange, const typename Tile:
 #pragma unroll
         for (int h = 0; h < 2; ++h) {
           auto* target =
-              exchange + moved_index<kVectors>(place, j % kVectors) + (i * 16 + h * 8) * kAdapterExchange;
+              exchange + moved<kVectors>(place, j % kVectors) + (i * 16 + h * 8) * kAdapterExchange;
           reinterpret_cast<uint32_t*>(target)[lane_index() % 4] = words[i][j][h];
         }
       }

@@ -162,10 +162,10 @@ class AdapterStream {
       const int thread = static_cast<int>(threadIdx.x);
       const int bottleneck = static_cast<int>(shape_.bottleneck);
       if (first != kBackward) {
-        copy_part<Tile::kBottleneck, Tile::kChunk / 8, kCopyThreads>(target, down_ + column, shape_.width,
+        copy_tile<Tile::kBottleneck, Tile::kChunk / 8, kCopyThreads>(target, down_ + column, shape_.width,
                                                                      bottleneck, columns, thread);
       } else {
-        copy_part<Tile::kChunk, Tile::kBottleneck / 8, kCopyThreads>(target, up_ + column * shape_.bottleneck,
+        copy_tile<Tile::kChunk, Tile::kBottleneck / 8, kCopyThreads>(target, up_ + column * shape_.bottleneck,
                                                                      bottleneck, columns, bottleneck, thread);
       }
     }
@@ -179,7 +179,7 @@ class AdapterStream {
       const auto* data = static_cast<const T*>(first ? rows_.data : added_.data);
       const int64_t stride = first ? rows_.row_stride : added_.row_stride;
       const int column = (first ? fetch_chunk_ : fetch_chunk_ - chunks_) * Tile::kChunk;
-      copy_part<Tile::kRows, Tile::kChunk / 8, kCopyThreads>(
+      copy_tile<Tile::kRows, Tile::kChunk / 8, kCopyThreads>(
           slots_ + fetch_slot_ * Tile::kSlotElements, data + fetch_row_ * stride + column, stride,
           end_ - fetch_row_, static_cast<int>(shape_.width) - column,
           static_cast<int>(threadIdx.x) - kCopyThreads);

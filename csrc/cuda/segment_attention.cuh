@@ -63,16 +63,14 @@ class TensorTiles {
 
   template <int kIndex>
   MMK_DEVICE void keep(const AttentionRows<T>& rows) {
-    copy_tile<kAttentionRows, kVectors, kAttentionThreads>(kept_ + kIndex * kKeptElements, rows.data,
-                                                           rows.stride, rows.count, size_);
+    copy<kAttentionRows>(kept_ + kIndex * kKeptElements, rows);
   }
 
   // Starts the copies of one step's tiles. The first step's come right after keep().
   MMK_DEVICE void fetch(int step, const AttentionRows<T>& first, const AttentionRows<T>& second) {
     T* tiles = stage(step);
-    copy_tile<kStep, kVectors, kAttentionThreads>(tiles, first.data, first.stride, first.count, size_);
-    copy_tile<kStep, kVectors, kAttentionThreads>(tiles + kTileElements, second.data, second.stride,
-                                                  second.count, size_);
+    copy<kStep>(tiles, first);
+    copy<kStep>(tiles + kTileElements, second);
   }
   // Makes the tiles of a step visible, and frees those of the step before for fetch().
   MMK_DEVICE void wait(int step) {
@@ -83,8 +81,8 @@ class TensorTiles {
 
   template <int kIndex>
   MMK_DEVICE void multiply(Cells& cells) const {
-    const RowFragments<kVectors, T> rows(kept_ + kIndex * kKeptElements, warp_index() * 16);
-    const ColumnFragments<false, kVectors, T> columns(stage(step_) + kIndex * kTileElements);
+    const RowFragments<kVectors, 1, T> rows(kept_ + kIndex * kKeptElements, warp_index() * 16);
+    const ColumnFragments<false, kVectors, kStep / 8, T> columns(stage(step_) + kIndex * kTileElements, 0);
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
 #pragma unroll
@@ -92,21 +90,21 @@ class TensorTiles {
     }
 #pragma unroll
     for (int inner = 0; inner < kPaddedSize; inner += 16) {
-      uint32_t a[4];
+      uint32_t a[1][4];
       rows.load(a, inner);
 #pragma unroll
       for (int pair = 0; pair < kStep / 16; ++pair) {
         uint32_t b[2][2];
-        columns.load(b, pair, inner);
-        mma_m16n8k16<T>(cells[2 * pair], a, b[0]);
-        mma_m16n8k16<T>(cells[2 * pair + 1], a, b[1]);
+        columns.load_pair(b[0], b[1], pair, inner);
+        mma_m16n8k16<T>(cells[2 * pair], a[0], b[0]);
+        mma_m16n8k16<T>(cells[2 * pair + 1], a[0], b[1]);
       }
     }
   }
 
   template <int kIndex>
   MMK_DEVICE void add(Sums& sums, const Cells& cells) const {
-    const ColumnFragments<true, kVectors, T> columns(stage(step_) + kIndex * kTileElements);
+    const ColumnFragments<true, kVectors, kVectors, T> columns(stage(step_) + kIndex * kTileElements, 0);
 #pragma unroll
     for (int inner = 0; inner < kStep; inner += 16) {
       uint32_t a[4];
@@ -114,7 +112,7 @@ class TensorTiles {
 #pragma unroll
       for (int pair = 0; pair < kPaddedSize / 16; ++pair) {
         uint32_t b[2][2];
-        columns.load(b, pair, inner);
+        columns.load_pair(b[0], b[1], pair, inner);
         mma_m16n8k16<T>(sums[2 * pair], a, b[0]);
         mma_m16n8k16<T>(sums[2 * pair + 1], a, b[1]);
       }
@@ -146,6 +144,11 @@ class TensorTiles {
   }
 
  private:
+  template <int kCount>
+  MMK_DEVICE void copy(T* tile, const AttentionRows<T>& rows) const {
+    copy_tile<kCount, kVectors, kAttentionThreads, true>(tile, rows.data, rows.stride, rows.count, size_,
+                                                         static_cast<int>(threadIdx.x));
+  }
   MMK_DEVICE T* stage(int step) const { return kept_ + kKept * kKeptElements + step % 2 * 2 * kTileElements; }
 
   T* kept_;

@@ -19,25 +19,6 @@ MMK_DEVICE int swizzled(int row, int vector) {
   return (row * kVectors + (vector ^ (row / kRowsPerLine & kMask))) * 8;
 }
 
-// Starts copies of kRows rows, `stride` elements apart, by the kThreads threads of a block: zeros from row
-// `rows` and from column `columns` on, a multiple of 8. Rows start at 16-byte boundaries.
-template <int kRows, int kVectors, int kThreads, class T>
-MMK_DEVICE void copy_tile(T* tile, const T* source, int64_t stride, int64_t rows, int columns) {
-  constexpr int kStep = kThreads / kVectors;
-  static_assert(kThreads % kVectors == 0 && kStep % 8 == 0 && kRows % kStep == 0, "periods of the swizzle");
-  // All rows of a thread have the same swizzle, so that targets and sources have constant strides.
-  const int row = static_cast<int>(threadIdx.x) / kVectors;
-  const int vector = static_cast<int>(threadIdx.x) % kVectors;
-  T* target = tile + swizzled<kVectors>(row, vector);
-  const T* from = source + row * stride + vector * 8;
-  const int64_t left = vector * 8 < columns ? rows - row : 0;
-#pragma unroll
-  for (int r = 0; r < kRows; r += kStep) {
-    const bool inside = r < left;
-    cp_async_zfill<16>(target + r * kVectors * 8, inside ? from + r * stride : source, inside);
-  }
-}
-
 // Calls body(constant<bool>), to have code without tests for full tiles and a second copy for others.
 template <class Body>
 MMK_DEVICE void dispatch_full(bool full, Body&& body) {
@@ -48,10 +29,11 @@ MMK_DEVICE void dispatch_full(bool full, Body&& body) {
   }
 }
 
-// As copy_tile, by kThreads threads of which this is `thread`, for tiles of any width, and without tests
-// where all rows and columns exist.
-template <int kRows, int kVectors, int kThreads, class T>
-MMK_DEVICE void copy_part(T* tile, const T* source, int64_t stride, int64_t rows, int columns, int thread) {
+// Starts copies of kRows rows, `stride` elements apart, by kThreads threads of which this is `thread`: zeros
+// from row `rows` and from column `columns` on, a multiple of 8. Rows start at 16-byte boundaries. kRagged:
+// many tiles are not full, so that one unrolled copy with tests serves all.
+template <int kRows, int kVectors, int kThreads, bool kRagged = false, class T>
+MMK_DEVICE void copy_tile(T* tile, const T* source, int64_t stride, int64_t rows, int columns, int thread) {
   // Vectors of a row that are copied together, so that those of a thread have the same swizzle.
   constexpr bool kWhole = kThreads % kVectors == 0 && kThreads / kVectors % 8 == 0;
   constexpr int kAcross = kWhole ? kVectors : 8;
@@ -61,7 +43,7 @@ MMK_DEVICE void copy_part(T* tile, const T* source, int64_t stride, int64_t rows
   const int vector = thread % kAcross;
   T* target = tile + swizzled<kVectors>(row, vector);
   const T* from = source + row * stride + vector * 8;
-  if (rows >= kRows && columns >= kVectors * 8) {
+  if (!kRagged && rows >= kRows && columns >= kVectors * 8) {
 #pragma unroll
     for (int v = 0; v < kVectors; v += kAcross) {
 #pragma unroll
@@ -71,9 +53,10 @@ MMK_DEVICE void copy_part(T* tile, const T* source, int64_t stride, int64_t rows
     }
     return;
   }
-#pragma unroll 1  // seldom needed: few registers matter more than time
+  constexpr int kUnroll = kRagged ? kRows : 1;
+#pragma unroll kUnroll
   for (int v = 0; v < kVectors; v += kAcross) {
-#pragma unroll 1
+#pragma unroll kUnroll
     for (int r = 0; r < kRows; r += kStep) {
       const bool inside = row + r < rows && (vector + v) * 8 < columns;
       const T* at = inside ? from + r * stride + v * 8 : source;
@@ -82,78 +65,27 @@ MMK_DEVICE void copy_part(T* tile, const T* source, int64_t stride, int64_t rows
   }
 }
 
-// The address `vector` vectors to the right of `place`, whose vector is 0 or 1. The swizzle is an exclusive
-// or, so a lane computes its place once and reaches the others by constants.
-template <int kVectors, class T>
-MMK_DEVICE const T* moved(const T* place, int vector) {
-  constexpr int kLine = kVectors < 8 ? kVectors : 8;
-  const uintptr_t address = reinterpret_cast<uintptr_t>(place) ^ static_cast<uintptr_t>(vector % kLine * 16);
-  return reinterpret_cast<const T*>(address) + vector / kLine * kLine * 8;
-}
-
-// Factors of mma_m16n8k16, of which `inner`, a multiple of 16, is the dimension that the product sums over.
-
-// The left factor: 16 rows from `row` on of a tile [rows][inner].
-template <int kVectors, class T>
-class RowFragments {
- public:
-  MMK_DEVICE RowFragments(const T* tile, int row)
-      : place_(tile + swizzled<kVectors>(row + lane_index() % 16, lane_index() / 16)) {}
-
-  MMK_DEVICE void load(uint32_t (&a)[4], int inner) const {
-    ldmatrix<4, false>(a, moved<kVectors>(place_, inner / 8));
-  }
-
- private:
-  const T* place_;
-};
-
-// The right factor, of two blocks of 8 columns each: of a tile [columns][inner], or [inner][columns] if
-// kTransposed.
-template <bool kTransposed, int kVectors, class T>
-class ColumnFragments {
- public:
-  MMK_DEVICE explicit ColumnFragments(const T* tile)
-      : place_(tile + (kTransposed ? swizzled<kVectors>(lane_index() % 16, lane_index() / 16)
-                                   : swizzled<kVectors>(lane_index() % 8 + lane_index() / 16 * 8,
-                                                        lane_index() / 8 % 2))) {}
-
-  // The blocks 2 * pair and 2 * pair + 1.
-  MMK_DEVICE void load(uint32_t (&b)[2][2], int pair, int inner) const {
-    uint32_t words[4];
-    if constexpr (kTransposed) {
-      ldmatrix<4, true>(words, moved<kVectors>(place_, 2 * pair) + inner * kVectors * 8);
-    } else {
-      ldmatrix<4, false>(words, moved<kVectors>(place_, inner / 8) + pair * 16 * kVectors * 8);
-    }
-    b[0][0] = words[0], b[0][1] = words[1];
-    b[1][0] = words[2], b[1][1] = words[3];
-  }
-
- private:
-  const T* place_;
-};
-
-// The same factors for a warp that takes several fragments at a time.
-
-// The index of a vector in the same row as `place`, of which bits `vector` of the vector's number are 0.
+// The index of a vector in the same row as `place`, of which bits `vector` of the vector's number are 0. The
+// swizzle is an exclusive or, so a lane computes its place once and reaches the others by constants.
 template <int kVectors>
-MMK_DEVICE int moved_index(int place, int vector) {
+MMK_DEVICE int moved(int place, int vector) {
   constexpr int kLine = kVectors < 8 ? kVectors : 8;
   return (place ^ vector % kLine * 8) + vector / kLine * kLine * 8;
 }
 
-// The left factor: kCount times 16 rows from `row` on.
+// Factors of mma_m16n8k16, of which `inner`, a multiple of 16, is the dimension that the product sums over.
+
+// The left factor: kCount times 16 rows from `row` on of a tile [rows][inner].
 template <int kVectors, int kCount, class T>
-class RowBlocks {
+class RowFragments {
  public:
-  MMK_DEVICE RowBlocks(const T* tile, int row)
+  MMK_DEVICE RowFragments(const T* tile, int row)
       : tile_(tile), place_(swizzled<kVectors>(row + lane_index() % 16, lane_index() / 16)) {}
 
   MMK_DEVICE void load(uint32_t (&a)[kCount][4], int inner) const {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      ldmatrix<4, false>(a[i], tile_ + moved_index<kVectors>(place_, inner / 8) + i * 16 * kVectors * 8);
+      ldmatrix<4, false>(a[i], tile_ + moved<kVectors>(place_, inner / 8) + i * 16 * kVectors * 8);
     }
   }
 
@@ -162,11 +94,12 @@ class RowBlocks {
   int place_;
 };
 
-// The right factor: kCount blocks of 8 columns (1, or an even number) from block `first` on.
+// The right factor: kCount blocks of 8 columns (1, or an even number) from block `first`, a multiple of
+// kCount, on, of a tile [columns][inner], or [inner][columns] if kTransposed.
 template <bool kTransposed, int kVectors, int kCount, class T>
-class ColumnBlocks {
+class ColumnFragments {
  public:
-  MMK_DEVICE ColumnBlocks(const T* tile, int first) : tile_(tile) {
+  MMK_DEVICE ColumnFragments(const T* tile, int first) : tile_(tile) {
     const int lane = lane_index();
     const int second = kCount > 1 ? lane / 16 : 0;
 #pragma unroll
@@ -178,25 +111,39 @@ class ColumnBlocks {
   }
 
   MMK_DEVICE void load(uint32_t (&b)[kCount][2], int inner) const {
+    if constexpr (kCount == 1) {
+      ldmatrix<2, kTransposed>(b[0], tile_ + place(0, inner));
+    } else {
 #pragma unroll
-    for (int pair = 0; pair < kPairs; ++pair) {
-      const int place = kTransposed ? places_[pair] + inner * kVectors * 8
-                                    : moved_index<kVectors>(places_[0], inner / 8) + pair * 16 * kVectors * 8;
-      if constexpr (kCount == 1) {
-        ldmatrix<2, kTransposed>(b[0], tile_ + place);
-      } else {
-        uint32_t words[4];
-        ldmatrix<4, kTransposed>(words, tile_ + place);
-        b[2 * pair][0] = words[0], b[2 * pair][1] = words[1];
-        b[2 * pair + 1][0] = words[2], b[2 * pair + 1][1] = words[3];
-      }
+      for (int pair = 0; pair < kCount / 2; ++pair) load_pair(b[2 * pair], b[2 * pair + 1], pair, inner);
     }
+  }
+
+  // The blocks 2 * pair and 2 * pair + 1.
+  MMK_DEVICE void load_pair(uint32_t (&first)[2], uint32_t (&second)[2], int pair, int inner) const {
+    uint32_t words[4];
+    ldmatrix<4, kTransposed>(words, tile_ + place(pair, inner));
+    first[0] = words[0], first[1] = words[1];
+    second[0] = words[2], second[1] = words[3];
   }
 
  private:
   static_assert(kCount == 1 || kCount % 2 == 0, "one block or pairs");
-  static constexpr int kPairs = (kCount + 1) / 2;
-  static constexpr int kPlaces = kTransposed ? kPairs : 1;  // the swizzle repeats every 8 rows
+  // Along the columns the swizzle repeats every 8 rows. Across them, one place leads to all of a power of
+  // two.
+  static constexpr bool kPower = (kCount & (kCount - 1)) == 0;
+  static constexpr int kPlaces = kTransposed && !kPower ? kCount / 2 : 1;
+
+  MMK_DEVICE int place(int pair, int inner) const {
+    if constexpr (!kTransposed) {
+      return moved<kVectors>(places_[0], inner / 8) + pair * 16 * kVectors * 8;
+    } else if constexpr (kPlaces == 1) {
+      return moved<kVectors>(places_[0], 2 * pair) + inner * kVectors * 8;
+    } else {
+      return places_[pair] + inner * kVectors * 8;
+    }
+  }
+
   const T* tile_;
   int places_[kPlaces];
 };
@@ -231,7 +178,7 @@ template <int kVectors, int kBlocks, class T>
 MMK_DEVICE uint32_t& block_pair(T* tile, int row, int block, int down, int j) {
   static_assert((kBlocks & (kBlocks - 1)) == 0, "a power of two");
   const int first = swizzled<kVectors>(row + lane_index() / 4, block) + lane_index() % 4 * 2;
-  return *reinterpret_cast<uint32_t*>(tile + moved_index<kVectors>(first, j) + down * kVectors * 8);
+  return *reinterpret_cast<uint32_t*>(tile + moved<kVectors>(first, j) + down * kVectors * 8);
 }
 
 // Writes them to a matrix, of which the tile's first element is `target`, in 16-byte stores; without tests if

@@ -127,8 +127,8 @@ class TileProduct {
 
   MMK_DEVICE static void multiply(Sums& sums, const T* row_tile, const T* column_tile) {
     constexpr int kVectors = kInner / 8;
-    const RowBlocks<kVectors, kRowFragments, T> rows(row_tile, warp_row());
-    const ColumnBlocks<false, kVectors, kColumnFragments, T> columns(column_tile, warp_column() / 8);
+    const RowFragments<kVectors, kRowFragments, T> rows(row_tile, warp_row());
+    const ColumnFragments<false, kVectors, kColumnFragments, T> columns(column_tile, warp_column() / 8);
 #pragma unroll
     for (int inner = 0; inner < kInner; inner += 16) {
       uint32_t a[kRowFragments][4];
