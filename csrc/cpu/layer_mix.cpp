@@ -233,8 +233,8 @@ MMK_INLINE void write_stats(const LayerMixForward& args, int64_t r, const Moment
   }
 }
 
-// Sums each valid row while it measures the next. The first sum and the last statistics are dropped;
-// computing them all the same gives every row its statistics by the same additions.
+// Sums each valid row while it measures the next. The first sum and the last statistics are dropped:
+// computing them too gives the statistics of all rows the same order of additions.
 template <class T, bool kGain>
 MMK_INLINE void forward_norm_rows(const LayerMixForward& args, int64_t begin, int64_t end, acc_t<T>* bias,
                                   acc_t<T>* row_sum) {
