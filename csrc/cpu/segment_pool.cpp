@@ -27,8 +27,7 @@ struct RowSum {
   MMK_INLINE RowSum from(int64_t r) const { return {{x.row(r), x.stride}, weights + r, ahead}; }
 };
 
-// Adds `rows` rows of kVectors vectors to `sum`; with kStart the first row starts it. Calls place(offset,
-// sum).
+// Adds `rows` rows of kVectors vectors to `sum`, or starts it with them (kStart). Calls place(offset, total).
 template <class T, bool kStart, bool kWeighted, int kVectors, class Place>
 MMK_INLINE void add_vectors(const acc_t<T>* sum, const RowSum<T>& of, int64_t column, int64_t rows,
                             Place&& place) {

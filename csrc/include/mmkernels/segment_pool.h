@@ -95,7 +95,7 @@ struct SegmentPlan {
   }
 };
 
-// Pieces of all segments, those without frames too; with `uncovered` of the frames in none, too.
+// Pieces of all segments, including empty ones, and with `uncovered` of the frames in no segment.
 SegmentPlan segment_plan(const SegmentPoolShape& shape, const int64_t* stops, bool uncovered);
 
 // Pieces [begin, end) of the plan; then, once all are done, the long segments [begin, end).
@@ -103,7 +103,7 @@ void segment_pool_forward(const SegmentPoolForward& args, const SegmentPlan& pla
                           int64_t end);
 void segment_pool_combine(const SegmentPoolForward& args, const SegmentPlan& plan, int64_t begin,
                           int64_t end);
-// With `stream`, dx is written around the caches.
+// With `stream`, stores to dx bypass the caches.
 void segment_pool_backward(const SegmentPoolBackward& args, const SegmentPlan& plan, int64_t begin,
                            int64_t end, bool stream);
 // Completes d_scores of the long segments [begin, end).
@@ -114,7 +114,7 @@ void segment_pool_finish_scores(const SegmentPoolBackward& args, const SegmentPl
 
 namespace cuda {
 
-// The segments of a call as given, and where their stops are written.
+// The given segments of a call, and the memory of their stops.
 struct SegmentEnds {
   const int64_t* ends;    // [batch, segments]
   const int64_t* counts;  // [batch] or null
