@@ -22,7 +22,7 @@ struct Input {
 struct Output {
   DType type;
   void* data;
-  bool stream;  // bypass the caches
+  bool stream;  // stores bypass the caches
 };
 
 // Calls body(k, chunk) for every chunk of pair k that begins in [begin, end) of the elements of all pairs.

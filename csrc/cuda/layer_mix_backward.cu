@@ -14,8 +14,7 @@ MMK_DEVICE const T* grad_row(const LayerMixBackward& args, int64_t batch, int64_
 constexpr int kSumThreads = 128;
 constexpr int kSumWarps = kSumThreads / kWarpSize;
 
-// The rows of a warp: every kSumWarps-th one of its chunk. A run holds those of one utterance, without
-// padding.
+// The rows of a warp: every kSumWarps-th one of its chunk. A run: those of one utterance, without padding.
 class RowRuns {
  public:
   MMK_DEVICE RowRuns(const LayerMixParams& p, int64_t begin, int64_t end)

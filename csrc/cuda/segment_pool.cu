@@ -61,8 +61,8 @@ MMK_DEVICE void add_rows(Columns<T, kReduce>& columns, const SegmentPoolForward&
                          const PoolPiece& piece, const LaneScores& weights, int row, int64_t column) {
   constexpr int kWidth = kVectorWidth<T>;
   Vec<T, kWidth> values[kCount];
-  // Past the end of a row a thread loads its first columns, which are not stored: a branch would wait for
-  // each load.
+  // Past the end of a row a thread loads the row's first columns, which are not stored: a branch would
+  // wait for each load.
   const T* first = x + row * args.frame_stride + (kAligned && column < args.shape.width ? column : 0);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {

@@ -8,7 +8,7 @@
 //   dV = dVc - mean_c(dVc),  dW = dV * gamma + db' beta^T,  dgamma = sum_o dV * W,  dbeta = W^T db',
 //   dx = g Vc - pull * (x - mean),  pull = rstd^2 / C * sum_o dz * (z - b').
 // The gradient of the gain thus needs no gradient of x. Without norm_weight, Vc is W, rstd is 1 and pull 0.
-// `pull` is the factor of a row's x - mean in dx: the part of the gradient that comes from the variance.
+// `pull` is the factor of x - mean in dx: a row's gradient through the variance.
 //
 // On CUDA Vc is rounded to the type of x. Its rows then sum to folded_sum instead of 0, an error that a large
 // mean of x would amplify, so z = rstd * (x Vc^T - mean(x) folded_sum^T) + b'.

@@ -2,8 +2,8 @@
 //
 // `stops` are ends clamped to [0, frames] and to their running maximum, and equal from the first segment past
 // the row's count on: they are safe for any values of the ends, and segments past the count have no frames.
-// A segment is cut into pieces of kSegmentPiece frames. Those of more than one piece go through partial
-// results, combined in order: the order of a sum depends on the segment alone.
+// A segment is cut into pieces of kSegmentPiece frames. Several pieces go through partial results, combined
+// in order: the order of a sum depends on the segment alone.
 #pragma once
 
 #include <algorithm>
