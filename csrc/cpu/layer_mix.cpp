@@ -56,7 +56,7 @@ MMK_INLINE void mix_bias(const LayerMixParams& p, A* bias) {
 // The most layers read in parallel, each a stream that the hardware prefetcher follows. With more, rows whose
 // width is a multiple of the page size would map to the same sets of the L1 cache and evict each other.
 constexpr int kSideBySide = 16;
-// Vectors of a row taken before those of the next layer.
+// Vectors of each layer's row that one step takes.
 constexpr int kStep = 4;
 // Prefetch distance in bytes.
 constexpr int64_t kAhead = 1536;

@@ -170,7 +170,7 @@ MMK_MULTIARCH void merge_forward(const MergeForward& args, int64_t begin, int64_
     const MergePair& pair = args.pairs[k];
     Input near = {args.types.target, pair.target}, far = {args.types.source, pair.source};
     Output out = output(args.types.result, args.out[k], args.pairs, args.count);
-    if (out.data == near.data || out.data == far.data) out.stream = false;  // it is in the caches
+    if (out.data == near.data || out.data == far.data) out.stream = false;  // in place: it is cached
     double weight = lam_of(args.types, args.lam, pair.group);
     // Start from the nearer end, so that both ends are exact.
     if (!(weight < 0.5)) {

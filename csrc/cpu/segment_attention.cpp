@@ -2,7 +2,7 @@
 // read as they are:
 //   scores   tile[row][lane] = rows[row] . panel[lane]
 //   sums     sums[lane] += tile[row][lane] * rows[row]
-// For the result and for dq, lanes are queries and rows are keys; for dk and dv it is the other way round.
+// For the result and for dq, lanes are queries and rows are keys; for dk and dv the reverse.
 #include "mmkernels/segment_attention.h"
 
 #include <algorithm>
@@ -60,8 +60,8 @@ MMK_INLINE View<acc_t<T>> widened(View<T> rows, Range range, int64_t size, acc_t
   }
 }
 
-// The frames that each lane of a panel sees, first to last inclusive, and those of groups of lanes and of
-// all. A lane that sees nothing has kNothing.
+// The frames that each lane of a panel sees, first to last inclusive, and the ranges that groups of lanes and
+// all lanes see. For a lane that sees nothing first is kNothing.
 constexpr int32_t kNothing = std::numeric_limits<int32_t>::max();
 
 template <class A>

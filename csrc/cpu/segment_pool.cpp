@@ -216,7 +216,7 @@ MMK_INLINE void pool_piece(const SegmentPoolForward& args, const SegmentPiece& p
   const int64_t ahead = rows_ahead<T>(shape.width);
   for (int64_t column = 0; column < shape.width; column += kTile, x.data += kTile) {
     const int64_t width = std::min(kTile, shape.width - column);
-    // Partial results are written where they are computed.
+    // Compute partial results in place.
     const bool whole = piece.partial < 0;
     A* sum = whole ? values : at<A>(args.partial, piece.partial * shape.width + column);
     T* result = whole ? out + column : nullptr;

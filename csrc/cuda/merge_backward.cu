@@ -24,7 +24,7 @@ MMK_DEVICE Vec<float, kWidth> scaled(Vec<float, kWidth> values, float factor) {
 }
 
 // Writes the gradients of a chunk that are not null. Returns the thread's part of the sum of grad * (source -
-// target), for which alone these two are read.
+// target), the only use of target and source.
 template <bool kFull, bool kNeedLam, class Target, class Source, class Grad>
 MMK_DEVICE float chunk_gradients(const Grad* grad, const Target* target, const Source* source,
                                  Target* d_target, Source* d_source, int size, const float* lam) {

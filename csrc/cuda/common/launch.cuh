@@ -11,7 +11,7 @@ MMK_HOST_DEVICE constexpr Integer ceil_div(Integer dividend, Integer divisor) {
 }
 
 // Without opt-in a block gets 48 KiB of static and dynamic shared memory together. launch() knows the dynamic
-// part only, so it opts in long before that; the opt-in costs nothing.
+// part only, so it opts in well below that; the opt-in costs nothing.
 inline constexpr size_t kDynamicSharedMemoryWithoutOptIn = 32 * 1024;
 
 namespace detail {

@@ -25,7 +25,7 @@ struct CifParams {
   const void* x;  // [batch, frames, width], unit stride along width
   int64_t batch_stride;
   int64_t frame_stride;
-  const void* alpha;       // [batch, frames]; negative ones and those that are not finite count as zero
+  const void* alpha;       // [batch, frames]; negative and non-finite ones count as zero
   const int64_t* lengths;  // [batch] or null; clamped to [0, frames]
 };
 
