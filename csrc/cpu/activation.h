@@ -17,7 +17,7 @@ MMK_INLINE double exponential(double x) {
 // e^x to 2 units in the last place: 2^n e^r with |r| <= log(2) / 2, and e^r as 1 + r + r^2 times a polynomial
 // fitted to that interval.
 MMK_INLINE float exponential(float x) {
-  // Adding kRounder rounds to the nearest integer, in the lowest bits.
+  // Adding kRounder rounds to the nearest integer and leaves it in the lowest bits.
   constexpr float kRounder = 0x1.8p23f;
   const float shifted = x * 1.44269504f + kRounder;
   const float n = shifted - kRounder;
@@ -40,7 +40,7 @@ struct Sigmoid {
 
 template <class A>
 MMK_INLINE Sigmoid<A> sigmoid(A x) {
-  // Clamped: the exponential of -x would become infinite, and infinity times the value 0 is NaN.
+  // Clamp x: exp(-x) would overflow to infinity, and infinity times the value 0 is NaN.
   constexpr A kLeast = sizeof(A) == 4 ? A(-87) : A(-700);
   const A e = exponential(x < kLeast ? -kLeast : -x);
   const A value = A(1) / (A(1) + e);

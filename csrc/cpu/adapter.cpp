@@ -17,7 +17,7 @@ MMK_INLINE const A* row_of(const AdapterRows& rows, int64_t index) {
 }
 
 // Scratch of one thread for a block of rows: hidden values, statistics of each row, and a tile of rows of the
-// second product. Whole rows are then written: the prefetcher cannot follow parts of many rows.
+// second product. The output is written in whole rows: the prefetcher cannot follow parts of many rows.
 template <class A>
 struct Block {
   int64_t stride, wide_stride;

@@ -21,7 +21,7 @@ MMK_INLINE double weight_of(A alpha) {
 
 constexpr int64_t kMostTokens = 2'000'000'000;  // token numbers are int32
 
-// Where the line of a row ends, and how the weights on it are scaled.
+// The end of a row's line (mmkernels/cif.h), and the scale of the weights on it.
 struct Line {
   double scale;   // of alpha
   int64_t count;  // tokens
@@ -90,7 +90,7 @@ MMK_INLINE void plan_row(const CifForward& args, int64_t row) {
   std::fill(weights + 2 * length, weights + 2 * p.frames, A{0});
 }
 
-// Weight of a frame in a token between those in which it begins and ends.
+// Weight of frame t in token j: saved where t begins or ends in j, beta in the tokens between, else 0.
 template <class A>
 MMK_INLINE A weight_in(const int32_t* token, const A* weights, int64_t t, int64_t j, double beta) {
   if (j == token[t + 1]) return weights[2 * t + 1];
@@ -98,7 +98,7 @@ MMK_INLINE A weight_in(const int32_t* token, const A* weights, int64_t t, int64_
   return j > token[t] && j < token[t + 1] ? static_cast<A>(beta) : A{0};
 }
 
-// Elements of a token that are summed at a time, in the L1 cache.
+// Elements of a token summed at a time, so that the sums stay in the L1 cache.
 constexpr int64_t kTile = 1024;
 
 template <class T>
@@ -114,7 +114,7 @@ MMK_INLINE void sum_token(const CifForward& args, int64_t row, int64_t j) {
   const int32_t* token = args.plan.token + row * (p.frames + 1);
   const A* weights = at<A>(args.plan.weights, row * p.frames * 2);
   const int64_t* ends = args.ends + row * p.tokens;
-  // The frame in which the token before fires is also the first of this one.
+  // The frame in which the previous token fires is also the first of this one.
   const int64_t begin = j == 0 ? 0 : std::max<int64_t>(ends[j - 1] - 1, 0);
   for (int64_t column = 0; column < p.width; column += kTile) {
     const int64_t size = std::min(kTile, p.width - column);
@@ -122,7 +122,7 @@ MMK_INLINE void sum_token(const CifForward& args, int64_t row, int64_t j) {
     std::fill_n(sum, size, A{0});
     for (int64_t t = begin; t < ends[j]; ++t) {
       const A weight = weight_in(token, weights, t, j, p.beta);
-      if (weight == 0) continue;  // the frame need not be finite
+      if (weight == 0) continue;  // the frame may hold NaN or infinity
       const T* frame = x + t * p.frame_stride + column;
       sweep<A>(
           size, [&](int64_t i) MMK_LAMBDA { store(sum + i, load(sum + i) + weight * load(frame + i)); },
@@ -134,22 +134,22 @@ MMK_INLINE void sum_token(const CifForward& args, int64_t row, int64_t j) {
   }
 }
 
-// A frame in the backward pass: its tokens with a gradient are [first, end).
+// A frame in the backward pass, with the consecutive tokens that have a gradient.
 template <class T>
 struct Frame {
   using A = acc_t<T>;
   const T* x;
-  const T* grad;  // of `first`
+  const T* grad;  // of the first token
   int64_t grad_stride;
   int64_t tokens;
   int64_t width;
   A first_weight;
   A middle_weight;
-  A last_weight;  // of the last of at least two
-  T* dx;          // or null
+  A last_weight;  // of the last token, if there are several
+  T* dx;
 };
 
-// Writes dx. kTokens: their number, or 0 for any.
+// Writes dx. kTokens: the number of tokens, or 0 if only frame.tokens has it.
 template <int64_t kTokens, class T>
 MMK_INLINE void frame_gradient(const Frame<T>& frame) {
   using A = acc_t<T>;
@@ -234,7 +234,7 @@ MMK_INLINE void differentiate_alpha(const CifBackward& args, int64_t row) {
   A* d_alpha = at<A>(args.d_alpha, row * p.frames);
   const double scale = args.plan.facts[2 * row], inverse = args.plan.facts[2 * row + 1];
   const bool has_tail = !args.scaled && args.plan.facts[2 * row + 1] > 0 && length > 0;
-  // Moving the end of frame t moves weight between it and the next frame, in the token in which it ends.
+  // Moving the end of frame t shifts weight between t and t + 1, in the token in which t ends.
   double gradient = 0, product = 0;
   if (has_tail) {
     // More weight on the last frame moves the tail, a mean of frames, towards it.

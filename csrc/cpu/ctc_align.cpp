@@ -69,7 +69,7 @@ struct Scratch {
   }
 };
 
-// NaN and +inf are no log-probabilities.
+// NaN and +inf, which are not log-probabilities, count as -inf.
 template <class A>
 MMK_INLINE A usable(A value) {
   return value < std::numeric_limits<A>::infinity() ? value : kNever<A>;
@@ -103,7 +103,7 @@ struct Utterance {
     scratch.frame[classes] = kNever<A>;
   }
 
-  // Emissions of the tokens [first, last] in frame t. Few classes are converted all, else each token's.
+  // Emissions of tokens [first, last] in frame t. Converts all classes if there are few, else one per token.
   MMK_INLINE void read_frame(int64_t t, int64_t first, int64_t last) {
     const T* row = frame(t);
     const int32_t* labels = scratch.labels;
@@ -118,7 +118,7 @@ struct Utterance {
       for (; c < classes; ++c) all[c] = usable<A>(convert(row[c]));
       for (int64_t i = first; i <= last; ++i) emission[i] = all[labels[i]];
     } else {
-      // Those of one frame are far apart, and no hardware prefetcher finds them.
+      // The emissions of a frame lie far apart; hardware prefetchers do not follow them.
       const T* next = frame(std::min(t + 2, frames - 1));
       for (int64_t i = first; i <= last; ++i) {
         __builtin_prefetch(next + labels[i]);
@@ -157,7 +157,7 @@ struct Utterance {
     return result > kNever<A> ? result : A(0);
   }
 
-  // All frames; the checkpoints and the scores after the last frame, in the row that is returned.
+  // Runs all frames, saves the checkpoints, and returns the scores after the last frame.
   MMK_INLINE Scores<A> forward(const CtcCheckpoints& plan) {
     std::fill_n(scratch.rows, 4 * scratch.stride, kNever<A>);
     scratch.row(0).even[0] = 0;
@@ -168,7 +168,7 @@ struct Utterance {
         std::copy_n(from.even, tokens + 1, kept.even);
         std::copy_n(from.odd, tokens + 1, kept.odd);
       }
-      // No path is left of the first pair and reaches the end, or is right of the last.
+      // Paths from the start to the end pass these pairs only.
       const int64_t first = std::max<int64_t>(0, tokens - frames + t), last = std::min(tokens, t);
       step(t, {from.even + first, from.odd + first}, {to.even + first, to.odd + first}, first,
            last - first + 1);
@@ -181,8 +181,8 @@ struct Utterance {
     return scratch.row(frames % 2);
   }
 
-  // The scores of the frames [begin, end) again, of the pairs from `first` to the one where the path is
-  // after them. Row r of the window is that before frame begin + r.
+  // Recomputes the scores of frames [begin, end), for `count` pairs from `first` on; the last is the path's
+  // pair after them. Row r of the window holds the scores before frame begin + r.
   MMK_INLINE void recompute(Scores<A> kept, int64_t begin, int64_t end, int64_t first, int64_t count) {
     const Scores<A> start = scratch.window_row(0);
     std::copy_n(kept.even + first, count, start.even);
@@ -193,12 +193,12 @@ struct Utterance {
       if (t > begin && t % kCtcRescale == 0) {
         subtract(from, scratch.shift[t / kCtcRescale - 1], 0, count - 1);
       }
-      // The window has a row for each frame but the last, whose scores no one asks for.
+      // The backtrace does not read the scores after the last frame.
       if (t + 1 < end) step(t, from, scratch.window_row(t - begin + 1), first, count);
     }
   }
 
-  // 0, 1 or 2 states, from the scores before the frame; `i` counts pairs of the window.
+  // The path's advance in a frame, 0 to 2 states, by the scores before it; `i` counts pairs of the window.
   MMK_INLINE int advance(Scores<A> before, int64_t i, bool odd, A skip) const {
     const A left = before.odd[i - 1];
     if (!odd) return left > before.even[i] ? 1 : 0;

@@ -47,7 +47,7 @@ template <class T, class U>
 MMK_INLINE Sums<acc_t<T>> measure(const T* z, const U* h, const T* next_z, const U* next_h, int64_t width) {
   using A = acc_t<T>;
   constexpr int64_t kStep = 2 * kLanes<A>;
-  // Elements between two calls of the prefetches: whole lines of the narrower type.
+  // Elements between two prefetches: a whole line of the narrowest type.
   constexpr int64_t kBlock = 32;
   static_assert(kBlock % kStep == 0);
   vec_t<A> squares[2] = {}, pred_pred[2] = {}, pred_row[2] = {}, row_row[2] = {};
@@ -90,7 +90,7 @@ struct Angle {
 template <class A>
 MMK_INLINE Angle<A> angle_of(const A* dots) {
   constexpr A kLeast = std::numeric_limits<A>::min();
-  // NaN has to come through.
+  // NaN fails both comparisons, and so reaches the result.
   if (dots[kPredPred] < kLeast || dots[kRowRow] < kLeast) return {0, 0, 0};
   const A pred = std::sqrt(dots[kPredPred]), row = std::sqrt(dots[kRowRow]);
   return {dots[kPredRow] / pred / row, 1 / pred, 1 / row};
@@ -118,7 +118,7 @@ MMK_INLINE Token<T, U> token_at(const DistillLossParams& p, int64_t index) {
           at<U>(p.table, id * p.row_stride)};
 }
 
-// Calls body(token, next, index) for the tokens [begin, end); `next` is one to prefetch.
+// Calls body(token, next, index) for the tokens [begin, end); body prefetches `next`.
 template <class T, class U, class Body>
 MMK_INLINE void for_tokens(const DistillLossParams& p, int64_t begin, int64_t end, Body&& body) {
   if (begin >= end) return;
@@ -171,7 +171,7 @@ MMK_INLINE void differentiate(const DistillLossBackward& args, const Token<T, U>
     return;
   }
   const Angle<A> angle = angle_of(at<A>(args.dots, index * kDistillLossDots));
-  // Products with one inverse norm each: that of two may overflow.
+  // Multiply by one inverse norm at a time: the product of two may overflow.
   const A twice = 2 * scale, outer = scale * static_cast<A>(p.cosine_weight) * angle.inverse_pred;
   const A of_pred = angle.cosine * angle.inverse_pred, of_row = angle.inverse_row;
   const auto value = [&](auto a, auto b)

@@ -56,7 +56,7 @@ MMK_INLINE void mix_bias(const LayerMixParams& p, A* bias) {
 // The most layers read in parallel, each a stream that the hardware prefetcher follows. With more, rows whose
 // width is a multiple of the page size would map to the same sets of the L1 cache and evict each other.
 constexpr int kSideBySide = 16;
-// Vectors of a row taken before those of the next layer.
+// Vectors of each layer's row that one step takes.
 constexpr int kStep = 4;
 // Prefetch distance in bytes.
 constexpr int64_t kAhead = 1536;
@@ -233,8 +233,8 @@ MMK_INLINE void write_stats(const LayerMixForward& args, int64_t r, const Moment
   }
 }
 
-// Sums each valid row while it measures the next. The first sum and the last statistics are dropped;
-// computing them all the same gives every row its statistics by the same additions.
+// Sums each valid row while it measures the next. The first sum and the last statistics are dropped:
+// computing them too gives the statistics of all rows the same order of additions.
 template <class T, bool kGain>
 MMK_INLINE void forward_norm_rows(const LayerMixForward& args, int64_t begin, int64_t end, acc_t<T>* bias,
                                   acc_t<T>* row_sum) {

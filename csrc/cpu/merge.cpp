@@ -22,7 +22,7 @@ struct Input {
 struct Output {
   DType type;
   void* data;
-  bool stream;  // around the caches
+  bool stream;  // stores bypass the caches
 };
 
 // Calls body(k, chunk) for every chunk of pair k that begins in [begin, end) of the elements of all pairs.
@@ -53,7 +53,7 @@ MMK_INLINE void dispatch(MergeTypes types, Body&& body) {
   });
 }
 
-// The same for two of them.
+// The same with two types.
 template <class Body>
 MMK_INLINE void dispatch(DType from, DType to, Body&& body) {
   cpu::dispatch(from, [&](auto a) MMK_LAMBDA {
@@ -130,7 +130,7 @@ MMK_INLINE double lam_of(MergeTypes types, const void* lam, int64_t group) {
   return static_cast<const float*>(lam)[group];
 }
 
-// Results of calls of this many elements do not stay in the caches: they are written around them.
+// Results of calls with at least this many elements exceed the caches: stores bypass them.
 constexpr int64_t kLeastStreamed = int64_t{1} << 20;
 
 Output output(DType type, void* data, const MergePair* pairs, int64_t count) {
@@ -170,14 +170,14 @@ MMK_MULTIARCH void merge_forward(const MergeForward& args, int64_t begin, int64_
     const MergePair& pair = args.pairs[k];
     Input near = {args.types.target, pair.target}, far = {args.types.source, pair.source};
     Output out = output(args.types.result, args.out[k], args.pairs, args.count);
-    if (out.data == near.data || out.data == far.data) out.stream = false;  // it is in the caches
+    if (out.data == near.data || out.data == far.data) out.stream = false;  // in place: it is cached
     double weight = lam_of(args.types, args.lam, pair.group);
-    // From the nearer end, so that both ends are exact.
+    // Start from the nearer end, so that both ends are exact.
     if (!(weight < 0.5)) {
       std::swap(near, far);
       weight = 1 - weight;
     }
-    // The other side need not be finite.
+    // At an end the other tensor may hold NaN or infinity.
     if (weight == 0) {
       scale(near, 1.0, out, chunk);
     } else {

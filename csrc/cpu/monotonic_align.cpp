@@ -36,7 +36,7 @@ struct Trellis {
   int64_t columns;
 };
 
-// Fills the back-pointers. False if a log-probability is NaN.
+// Fills the back-pointers. Returns false if a log-probability is NaN.
 template <class T>
 MMK_INLINE bool search(const T* log_probs, int64_t frame_stride, const Trellis<acc_t<T>>& trellis) {
   using A = acc_t<T>;
@@ -86,7 +86,7 @@ MMK_INLINE void trace(const Trellis<A>& trellis, int64_t* durations) {
   while (u > 0) {
     const int64_t row = t / kBits<A>;
     word_t<A> starts = trellis.words[row * trellis.columns + u];
-    // Frame u is the earliest that token u can have.
+    // Token u starts in frame u at the earliest.
     if (u / kBits<A> == row) starts |= word_t<A>{1} << (u % kBits<A>);
     starts &= ~word_t<A>{0} >> (kBits<A> - 1 - t % kBits<A>);
     if (starts == 0) {
@@ -101,7 +101,6 @@ MMK_INLINE void trace(const Trellis<A>& trellis, int64_t* durations) {
   durations[0] = end;
 }
 
-// Row `row` of lengths, clamped.
 MMK_INLINE int64_t length_of(const int64_t* lengths, int64_t row, int64_t most) {
   return lengths == nullptr ? most : std::clamp<int64_t>(lengths[row], 0, most);
 }

@@ -17,8 +17,8 @@ inline uintptr_t page_of(const void* data) {
 }
 #endif
 
-// Whether most of a block has been written before: blocks that the allocator got from the system just now
-// have no pages yet. A few pages tell, in some microseconds; false where the system does not say.
+// Whether most pages of a block are resident: memory fresh from the system has none yet. Samples a few pages,
+// in microseconds. False where the system does not tell.
 inline bool has_pages([[maybe_unused]] const void* data, [[maybe_unused]] int64_t bytes) {
 #ifdef __linux__
   constexpr int kSamples = 8;
@@ -34,8 +34,8 @@ inline bool has_pages([[maybe_unused]] const void* data, [[maybe_unused]] int64_
 #endif
 }
 
-// Asks for huge pages for a block of new memory: the first access to each page of 4 KB costs more than the
-// kernels that write it. The system may refuse; that changes no result.
+// Requests huge pages for new memory: the page fault of each 4 KB page costs more than the kernel's writes to
+// it. A refusal changes no result.
 inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t begin = page_of(data);
@@ -44,8 +44,8 @@ inline void prefer_huge_pages([[maybe_unused]] void* data, [[maybe_unused]] int6
 #endif
 }
 
-// Before a kernel writes a result. Whether that is large and in memory that was written before; new memory
-// gets huge pages if it is large: most of the time of small kernels goes to new pages.
+// Call before a kernel writes a result. Returns whether the result is large and its memory resident. Large
+// new memory gets huge pages: page faults would take most of a small kernel's time.
 inline bool prepare_result(void* data, int64_t bytes) {
   constexpr int64_t kLarge = int64_t{4} << 20;
   if (data == nullptr || bytes < kLarge) return false;

@@ -62,7 +62,7 @@ MMK_INLINE void multiply(Tile<A>& tile, const A* const (&a)[kTileRows], const A*
   const A *a0 = a[0], *a1 = a[1], *a2 = a[2], *a3 = a[3], *a4 = a[4], *a5 = a[5];
   vec_t<A> s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {};
   vec_t<A> s30 = {}, s31 = {}, s40 = {}, s41 = {}, s50 = {}, s51 = {};
-#pragma GCC unroll 4  // FMAs leave little room for the loop's own instructions
+#pragma GCC unroll 4  // loop instructions compete with the FMAs
   for (int64_t k = 0; k < depth; ++k) {
     const vec_t<A> b0 = load(panel + k * kPanel<A>), b1 = load(panel + k * kPanel<A> + kLanes<A>);
     s00 += a0[k] * b0;
@@ -92,7 +92,7 @@ template <class A>
 MMK_INLINE void multiply_strip(Tile<A>& tile, const A* strip, const A* panel, int64_t depth) {
   vec_t<A> s00 = {}, s01 = {}, s10 = {}, s11 = {}, s20 = {}, s21 = {};
   vec_t<A> s30 = {}, s31 = {}, s40 = {}, s41 = {}, s50 = {}, s51 = {};
-#pragma GCC unroll 4  // FMAs leave little room for the loop's own instructions
+#pragma GCC unroll 4  // loop instructions compete with the FMAs
   for (int64_t k = 0; k < depth; ++k) {
     const vec_t<A> b0 = load(panel + k * kPanel<A>), b1 = load(panel + k * kPanel<A> + kLanes<A>);
     const A* row = strip + k * kTileRows;

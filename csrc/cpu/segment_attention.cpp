@@ -2,7 +2,7 @@
 // read as they are:
 //   scores   tile[row][lane] = rows[row] . panel[lane]
 //   sums     sums[lane] += tile[row][lane] * rows[row]
-// For the result and for dq, lanes are queries and rows are keys; for dk and dv it is the other way round.
+// For the result and for dq, lanes are queries and rows are keys; for dk and dv the reverse.
 #include "mmkernels/segment_attention.h"
 
 #include <algorithm>
@@ -45,7 +45,7 @@ MMK_INLINE View<T> view(const HeadRows& rows, int64_t row, int64_t head) {
   return {at<T>(rows.data, row * rows.batch_stride + head * rows.head_stride), rows.frame_stride};
 }
 
-// Rows in the accumulation type: themselves, or those of the range, converted into `buffer`.
+// Rows in the accumulation type: the rows themselves, or a copy of the range converted into `buffer`.
 template <class T>
 MMK_INLINE View<acc_t<T>> widened(View<T> rows, Range range, int64_t size, acc_t<T>* buffer) {
   if constexpr (sizeof(T) == sizeof(acc_t<T>)) {
@@ -60,8 +60,8 @@ MMK_INLINE View<acc_t<T>> widened(View<T> rows, Range range, int64_t size, acc_t
   }
 }
 
-// The frames that each lane of a panel sees, first to last inclusive, and those of groups of lanes and of
-// all. A lane that sees nothing has kNothing.
+// The frames that each lane of a panel sees, first to last inclusive, and the ranges that groups of lanes and
+// all lanes see. For a lane that sees nothing first is kNothing.
 constexpr int32_t kNothing = std::numeric_limits<int32_t>::max();
 
 template <class A>
@@ -210,7 +210,7 @@ MMK_INLINE void add_rows(A* sums, int64_t size, View<A> rows, Range range, const
   }
 }
 
-// Calls body(cells, seen) for each row of a tile; seen[lane] says whether the pair sees each other.
+// Calls body(frame, cells, sees) for each row of a tile; sees(lane): whether frame and lane see each other.
 template <class A, class Body>
 MMK_INLINE void for_rows(A* tile, Range range, const Seen<A>& seen, Body&& body) {
   for (int64_t frame = range.first; frame < range.last; ++frame, tile += kPanel<A>) {
@@ -351,7 +351,7 @@ struct Softmax {
     std::fill_n(total, kPanel<A>, A(0));
   }
 
-  // Replaces scores by their exponentials, and rescales the sums so far. Where all scores are -inf, so far,
+  // Replaces scores by their exponentials, and rescales the sums so far. While all scores of a lane are -inf,
   // their exponentials are 0.
   MMK_INLINE void add(A* tile, Range range, const Seen<A>& seen, A* sums, int64_t size) {
     constexpr A kLowest = -std::numeric_limits<A>::infinity();
@@ -372,7 +372,7 @@ struct Softmax {
       for (int64_t l = 0; l < kPanel<A>; ++l) total[l] += cells[l];
     });
     for (int64_t l = 0; l < kPanel<A>; ++l) {
-      if (factor[l] == A(1) || before[l] == kLowest) continue;  // without sums so far, they are 0
+      if (factor[l] == A(1) || before[l] == kLowest) continue;  // no sums yet: they are 0
       A* of_lane = sums + l * size;
       for (int64_t c = 0; c < size; c += kLanes<A>) store(of_lane + c, load(of_lane + c) * factor[l]);
     }
@@ -392,7 +392,7 @@ MMK_INLINE void write(void* out, const SegmentAttentionShape& shape, int64_t hea
     std::fill_n(to, shape.size, T{});
   } else if (shape.size * static_cast<int64_t>(sizeof(T)) % 64 == 0 &&
              reinterpret_cast<uintptr_t>(to) % 16 == 0) {
-    // Whole lines of the caches, which need not be read before they are written.
+    // Whole cache lines need not be read before they are written.
     for (int64_t c = 0; c < shape.size; c += kLanes<A>) store_streaming(to + c, load(from + c) * factor);
   } else {
     for (int64_t c = 0; c < shape.size; c += kLanes<A>) store(to + c, load(from + c) * factor);
@@ -461,8 +461,8 @@ MMK_INLINE void differentiate(A* tile, A* other, Range range, const Seen<A>& see
   });
 }
 
-// dots[lane] = a[lane] . b[lane] of packed panels, added in the order of the scores: the gradient of the
-// score of a query that sees one key, the difference of the two, is then exactly 0.
+// dots[lane] = a[lane] . b[lane] of packed panels, in the order in which score() adds: for a query that sees
+// one key the gradient of its score, a product minus its dot, is then exactly 0.
 template <class A>
 MMK_INLINE void dot_panels(const A* a, const A* b, int64_t size, A* dots) {
   vec_t<A> low = {}, high = {};
@@ -624,7 +624,7 @@ void segment_extents(const int64_t* ends, int64_t segments, int64_t frames, int6
                      int32_t* extents) {
   int32_t *starts = extents, *stops = extents + frames;
   int64_t frame = 0;
-  int64_t key = 0;  // the first whose queries end later than those of the segments so far
+  int64_t key = 0;  // the first key whose stop is not known yet
   for (int64_t segment = 0; segment < segments; ++segment) {
     const int64_t stop = std::min(std::max(ends[segment], frame), frames);
     if (stop == frame) continue;

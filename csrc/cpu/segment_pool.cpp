@@ -8,10 +8,10 @@
 namespace mmk::cpu {
 namespace {
 
-// Rows that are added at a time, while their sums stay in registers. More are too many streams.
+// Rows added at a time, with the sums in registers. More rows are too many streams for the prefetcher.
 constexpr int64_t kRowsAtOnce = 10;
 
-// Rows from a load to its prefetch, about 32 KB: the hardware's prefetcher starts again on every page.
+// Prefetch distance in rows, about 32 KB: the hardware prefetcher restarts on every page.
 template <class T>
 MMK_INLINE int64_t rows_ahead(int64_t width) {
   return std::clamp<int64_t>((int64_t{32} << 10) / (width * static_cast<int64_t>(sizeof(T)) + 1), 4, 64);
@@ -27,7 +27,7 @@ struct RowSum {
   MMK_INLINE RowSum from(int64_t r) const { return {{x.row(r), x.stride}, weights + r, ahead}; }
 };
 
-// Adds `rows` rows of kVectors vectors to `sum`; kStart starts the sum with them. Calls place(v, total).
+// Adds `rows` rows of kVectors vectors to `sum`, or starts it with them (kStart). Calls place(offset, total).
 template <class T, bool kStart, bool kWeighted, int kVectors, class Place>
 MMK_INLINE void add_vectors(const acc_t<T>* sum, const RowSum<T>& of, int64_t column, int64_t rows,
                             Place&& place) {
@@ -52,7 +52,7 @@ MMK_INLINE void add_vectors(const acc_t<T>* sum, const RowSum<T>& of, int64_t co
   for (int v = 0; v < kVectors; ++v) place(v * kLanes<A>, total[v]);
 }
 
-// As add_vectors, for all columns: to `sum`, or divided to `out` if there is one.
+// As add_vectors, for all columns: writes to `sum`, or divided by `divisor` to `out` if it is not null.
 template <class T, bool kStart, bool kWeighted>
 MMK_INLINE void add_rows(acc_t<T>* sum, acc_t<T>* out, acc_t<T> divisor, const RowSum<T>& of, int64_t rows,
                          int64_t width) {
@@ -92,7 +92,7 @@ MMK_INLINE void write(T* out, const acc_t<T>* values, acc_t<T> divisor, int64_t 
       [&](int64_t j) MMK_LAMBDA { out[j] = round_to<T>(values[j] / divisor); });
 }
 
-// The sum of at least one row: to `sum`, or divided and rounded to `out` if there is one.
+// The sum of at least one row: to `sum`, or divided and rounded to `out` if it is not null.
 template <class T, bool kWeighted>
 MMK_INLINE void sum_rows(acc_t<T>* sum, T* out, acc_t<T> divisor, const RowSum<T>& of, int64_t rows,
                          int64_t width) {
@@ -216,7 +216,7 @@ MMK_INLINE void pool_piece(const SegmentPoolForward& args, const SegmentPiece& p
   const int64_t ahead = rows_ahead<T>(shape.width);
   for (int64_t column = 0; column < shape.width; column += kTile, x.data += kTile) {
     const int64_t width = std::min(kTile, shape.width - column);
-    // Partial results are written where they are computed.
+    // Compute partial results in place.
     const bool whole = piece.partial < 0;
     A* sum = whole ? values : at<A>(args.partial, piece.partial * shape.width + column);
     T* result = whole ? out + column : nullptr;
@@ -236,8 +236,8 @@ MMK_INLINE void pool_piece(const SegmentPoolForward& args, const SegmentPiece& p
   }
 }
 
-// The sums of a long segment's pieces, in order. Attention: each after a factor, since pieces have different
-// largest scores.
+// Adds the sums of a long segment's pieces in order. For attention each gets a factor, since pieces have
+// different largest scores.
 template <class T>
 MMK_INLINE void combine_sums(const SegmentPoolForward& args, const LongSegment& segment) {
   using A = acc_t<T>;

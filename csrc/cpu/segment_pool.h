@@ -9,7 +9,7 @@
 
 namespace mmk::cpu {
 
-// Columns that a piece is worked on at a time: their sums stay in the L1 cache.
+// Columns of a piece processed at a time, so that their sums stay in the L1 cache.
 inline constexpr int64_t kTile = 1024;
 
 // As sweep. Narrower types take tail(j) everywhere: the compiler vectorises their conversions in loops only.

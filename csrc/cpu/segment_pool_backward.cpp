@@ -6,7 +6,7 @@
 namespace mmk::cpu {
 namespace {
 
-// Copies a row, around the caches if its place is a multiple of 16 bytes.
+// Copies a row; with `stream`, bypasses the caches if the target is 16-byte aligned.
 template <class T>
 MMK_INLINE void copy_row(T* to, const T* from, int64_t width, bool stream) {
   const int64_t bytes = width * static_cast<int64_t>(sizeof(T));
@@ -27,7 +27,7 @@ MMK_INLINE void attention_weights(const SegmentPoolBackward& args, const Segment
     weights[r] = std::exp(scores[r] - stats[0]) * stats[1];
 }
 
-// d_scores of a piece: complete where it is its whole segment, else grad . x, with its part of the sum.
+// d_scores of a piece: complete if the piece is a whole segment, else grad . x, with its part of the sum.
 template <class T>
 MMK_INLINE void score_gradients(const SegmentPoolBackward& args, const SegmentPiece& piece, const T* grad,
                                 const acc_t<T>* weights) {

@@ -145,8 +145,8 @@ MMK_INLINE A sum_lanes(vec_t<A> v) {
   return v[0];
 }
 
-// As store, around the caches, to an address that is a multiple of 16 bytes: memory that is not in the cache
-// is then not read before it is written. Call finish_streaming after the last one.
+// As store, bypassing the caches, to a 16-byte aligned address: lines that are not cached are then not read
+// before they are written. Call finish_streaming after the last one.
 template <class T>
 MMK_INLINE void store_streaming(T* p, vec_t<acc_t<T>> v) {
 #ifdef __SSE2__
@@ -161,7 +161,7 @@ MMK_INLINE void store_streaming(T* p, vec_t<acc_t<T>> v) {
 #endif
 }
 
-// As memcpy, around the caches where `to` is a multiple of 16 bytes.
+// As memcpy, bypassing the caches if `to` is 16-byte aligned.
 MMK_INLINE void copy_streaming(void* to, const void* from, int64_t bytes) {
   int64_t done = 0;
 #ifdef __SSE2__
@@ -208,7 +208,7 @@ MMK_INLINE void dispatch(DType dtype, Body&& body) {
   }
 }
 
-// The same for ops that run in float or double; their half-precision tensors are widened before.
+// Calls body(A{}) with the accumulation type of dtype.
 template <class Body>
 MMK_INLINE auto dispatch_wide(DType dtype, Body&& body) {
   if (dtype == DType::kFloat64) return body(double{});

@@ -4,16 +4,15 @@ namespace mmk::cuda {
 namespace {
 
 constexpr double kMostTokens = 2e9;  // token numbers are int32
-// Frames that a warp loads before it uses the first: 128 bytes a lane, or 16 elements of rows at odd
-// addresses.
+// Frames that a warp loads before it uses the first: 128 bytes a lane, or 16 elements of unaligned rows.
 template <bool kAligned, class T>
 constexpr int kUnroll = kAligned ? 16 / static_cast<int>(sizeof(T)) : 2;
 
-// Where the line of a row ends, and how the weights on it are scaled.
+// The end of a row's line (mmkernels/cif.h), and the scale of the weights on it.
 struct Line {
   double scale;  // of alpha
   int64_t last;  // token in which the last frame ends
-  int64_t most;  // token in which another frame may end
+  int64_t most;  // the last token in which any other frame may end
   int64_t tail;  // token whose weights are scaled, or -1
   double tail_factor;
 };
@@ -49,7 +48,7 @@ MMK_DEVICE Line line_of(const CifForward& args, int64_t row, double total) {
   }
 }
 
-// The token in which frame t of a row ends, whose cumulative sums are `sums`.
+// The token in which frame t ends, by the cumulative sums of its row.
 MMK_DEVICE int64_t token_at(const CifForward& args, const Line& line, const double* sums, int64_t frames,
                             int64_t t) {
   if (t < 0) return 0;
@@ -58,7 +57,7 @@ MMK_DEVICE int64_t token_at(const CifForward& args, const Line& line, const doub
   return min(static_cast<int64_t>(token), line.most);
 }
 
-// Block = row: cumulative sums, then each frame's tokens, weights and the ends of those that fire in it.
+// A block takes a row: cumulative sums, then each frame's tokens and weights, and the ends of tokens.
 template <bool kScaled>
 __global__ void __launch_bounds__(kCifThreads) plan(CifForward args) {
   const CifParams& p = args.params;
@@ -66,7 +65,7 @@ __global__ void __launch_bounds__(kCifThreads) plan(CifForward args) {
   const int64_t thread = threadIdx.x;
   const float* alpha = static_cast<const float*>(p.alpha) + row * p.frames;
   double* sums = args.sums + row * p.frames;
-  // Sums in another order may differ in the last bit: the maximum makes them ascend.
+  // Sums in another order may differ in the last bit: a running maximum keeps them ascending.
   double total = 0, highest = 0;
   for (int64_t first = 0; first < length; first += kCifThreads) {
     const int64_t t = first + thread;
@@ -105,8 +104,8 @@ __global__ void __launch_bounds__(kCifThreads) plan(CifForward args) {
   for (int64_t j = (length > 0 ? line.last : 0) + thread; j < p.tokens; j += kCifThreads) ends[j] = length;
 }
 
-// As load_part, but lanes past the end of the row load its last elements: a load under a condition, with its
-// conversion, would be waited for before the next one.
+// As load_part, but lanes past the end of the row load its last elements: a branch, with the conversion after
+// it, would wait for each load before the next is issued.
 template <bool kAligned, class T>
 MMK_DEVICE void load_part_clamped(CifPart<T>& part, const T* row, int64_t column, int64_t width) {
 #pragma unroll
@@ -121,7 +120,7 @@ MMK_DEVICE void load_part_clamped(CifPart<T>& part, const T* row, int64_t column
   }
 }
 
-// As add_part, but a part without weight need not be finite.
+// As add_part, but with weight 0 it drops the part, which may hold NaN or infinity.
 template <class T>
 MMK_DEVICE void add_weighted_part(float (&sum)[kCifColumns], float weight, const CifPart<T>& part) {
   float with[kCifColumns];
@@ -132,7 +131,7 @@ MMK_DEVICE void add_weighted_part(float (&sum)[kCifColumns], float weight, const
   for (int i = 0; i < kCifColumns; ++i) sum[i] = weight != 0.0f ? with[i] : sum[i];
 }
 
-// Warp = kCifWarpColumns columns of a token: the weighted sum of its frames.
+// A warp takes kCifWarpColumns columns of a token: the weighted sum of its frames.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kCifThreads, 3) sum_tokens(CifForward args, int64_t slabs) {
   const CifParams& p = args.params;
@@ -147,7 +146,7 @@ __global__ void __launch_bounds__(kCifThreads, 3) sum_tokens(CifForward args, in
     const int32_t* token = args.plan.token + row * (p.frames + 1);
     const float* weights = static_cast<const float*>(args.plan.weights) + row * p.frames * 2;
     const int64_t* ends = args.ends + row * p.tokens;
-    // The frame in which the token before fires is also the first of this one.
+    // The frame in which the previous token fires is also the first of this one.
     const int64_t begin = j == 0 ? 0 : max(ends[j - 1] - 1, int64_t{0}), end = ends[j];
     for (int64_t first = begin; first < end; first += kWarpSize) {
       const int64_t own = first + lane;

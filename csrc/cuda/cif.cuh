@@ -12,7 +12,7 @@ namespace mmk::cuda {
 inline constexpr int kCifThreads = 256;
 inline constexpr int kCifWarps = kCifThreads / kWarpSize;
 
-// Elements of a row that a warp takes at a time: 16 or 32 bytes a lane.
+// Elements of a row that a lane takes at a time: 16 or 32 bytes.
 inline constexpr int kCifColumns = 8;
 template <class T>
 inline constexpr int kCifVectors = kCifColumns / kVectorWidth<T>;

@@ -3,8 +3,8 @@
 namespace mmk::cuda {
 namespace {
 
-// Warp = frame: its gradient is the weighted sum of those of its tokens. For that of alpha, its dots with the
-// gradients of the tokens in which it begins and ends.
+// A warp takes a frame: dx is the weighted sum of its tokens' gradients. d_alpha needs the dot products of
+// the frame with the gradients of the tokens in which it begins and ends.
 template <class T, bool kAligned, bool kNeedX, bool kNeedAlpha>
 __global__ void __launch_bounds__(kCifThreads, 2) frame_gradients(CifBackward args) {
   const CifParams& p = args.params;
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kCifThreads, 2) frame_gradients(CifBackward ar
   }
 }
 
-// What more weight on the last frame does to the tail, a mean of frames: it moves towards that frame.
+// The gradient at the last frame's weight: more of it moves the tail, a mean of frames, towards that frame.
 MMK_DEVICE double tail_gradient(const float* weights, const float* dots, const int32_t* token, int64_t length,
                                 double factor) {
   const double end = dots[2 * length - 1];
@@ -74,8 +74,8 @@ MMK_DEVICE double tail_gradient(const float* weights, const float* dots, const i
   return factor * sums[0] / sums[1];
 }
 
-// Block = row. The gradient at the end of each frame, of moving weight between it and the next one in the
-// token in which it ends, is summed from the last frame on; then follows the quotient rule of the scaling.
+// A block takes a row. Moving the end of a frame shifts weight between it and the next one: sum these
+// gradients from the last frame on, then apply the quotient rule of the scaling.
 template <bool kScaled>
 __global__ void __launch_bounds__(kCifThreads, 4) alpha_gradients(CifBackward args) {
   const CifParams& p = args.params;

@@ -7,11 +7,11 @@ namespace mmk::cuda {
 namespace {
 
 // A block aligns an utterance, with the scores of kPairs pairs in the registers of each thread. A pair needs
-// its left neighbour only, by a shuffle. Warps overlap by kHalo pairs, which they compute too: these become
-// wrong from the left by one in each frame, and are renewed after kHalo frames, at a barrier.
+// its left neighbour only, by a shuffle. Each warp also computes a halo, the last kHalo pairs of the warp to
+// its left: one more of them becomes invalid in each frame, and exchange() refreshes them every kHalo frames.
 template <int kPairs, int kWarps>
 struct Layout {
-  // Pairs, and frames between two barriers; what a thread has loaded ahead.
+  // Pairs of the halo, frames between two barriers, and frames whose emissions are in flight.
   static constexpr int kHalo = kPairs == 2 ? 16 : kWarps < 16 ? 8 : 4;
   static constexpr int kWarpPairs = kPairs * kWarpSize;
   static constexpr int kMostPairs = kWarpPairs + (kWarps - 1) * (kWarpPairs - kHalo);
@@ -24,7 +24,7 @@ struct Scores {
   using Sizes = Layout<kPairs, kWarps>;
   const CtcUtterance<T>& u;
   int first;   // pair of this thread
-  bool owned;  // its pairs are not those of the overlap
+  bool owned;  // its pairs are not in the halo
   CtcPair pair[kPairs];
   int label[kPairs];
   bool skips[kPairs];
@@ -50,7 +50,7 @@ struct Scores {
     }
   }
 
-  // The frames from t on: kHalo of them if kFull, else as many as there are.
+  // Advances by kHalo frames from t on if kFull, else by the remaining ones.
   template <bool kFull>
   MMK_DEVICE void advance(int t) {
 #pragma unroll
@@ -68,7 +68,7 @@ struct Scores {
     }
   }
 
-  // Renews the overlap from the warp to the left. Two buffers, so that one barrier is enough.
+  // Refreshes the halo from the warp to the left. Two buffers, so that one barrier is enough.
   MMK_DEVICE void exchange(int buffer) {
     if constexpr (kWarps > 1) {
       MMK_SHARED(CtcPair, edge, 2, kWarps, Sizes::kHalo);
@@ -85,7 +85,7 @@ struct Scores {
     }
   }
 
-  // After frame t.
+  // Subtracts the largest score after frame t.
   MMK_DEVICE void rescale(int t) {
     float largest = ctc_never();
 #pragma unroll
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) align(const __grid_constant
   __syncthreads();
   if (!ctc_fill<Sizes::kThreads>(u, last[0], last[1]) || warp_index() > 0) return;
   CtcPath path = ctc_end_of_path(u, last[0], last[1]);
-  // Frames; with more, four warps of half precision keep values on the stack of sm_90.
+  // Frames in flight. With eight, four warps of half precision put values on the stack of sm_90.
   constexpr int kAhead = sizeof(T) == 2 && kWarps == 4 ? 4 : 8;
 #pragma unroll 1
   for (int block = ceil_div(u.frames, kCtcFrames) - 1; block >= 0; --block) {
@@ -142,13 +142,13 @@ __global__ void __launch_bounds__(kWarps* kWarpSize) align(const __grid_constant
 }
 
 constexpr int kWideThreads = 1024;
-// Of the blocks of kCtcFrames frames, checkpoints are kept of each fourth: hours of audio would need
-// gigabytes for all. The way back computes those between for the pairs that the path can pass.
+// Every fourth block of kCtcFrames frames has a checkpoint: hours of audio would need gigabytes for all. The
+// backtrace recomputes the scores between for the pairs that the path can pass.
 constexpr int kWideBlocks = 4, kWideFrames = kWideBlocks * kCtcFrames, kWidePairs = kWideFrames + 1;
 
-// The scores before the blocks of a group but the first, for kWidePairs pairs from `first` on, by all
-// threads. From the left they are wrong in one pair more after each frame, as the path is then so much nearer
-// to its end.
+// Recomputes the scores before each block of a group but the first, for kWidePairs pairs from `first` on. All
+// threads must call it. After each frame one more pair at the left is invalid. The path stays right of these:
+// it ends in the last pair and moves by at most one pair a frame.
 template <class U>
 MMK_DEVICE void between_checkpoints(const U& u, int group, int first, const float* shifts,
                                     CtcPair (*scores)[kWidePairs]) {
@@ -178,7 +178,7 @@ MMK_DEVICE void between_checkpoints(const U& u, int group, int first, const floa
   __syncthreads();
 }
 
-// Any number of tokens: the scores are in device memory, those of a frame and of the frame before.
+// For any number of tokens: the scores before and after a frame are in device memory.
 template <class T>
 __global__ void __launch_bounds__(kWideThreads, 1) align_wide(const __grid_constant__ CtcArguments<T> args) {
   const CtcUtterance<T, kWideFrames> u(args);
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kWideThreads, 1) align_wide(const __grid_const
 #pragma unroll 1
       for (int block = blocks - 1; block >= 0; --block) {
         const CtcPair* kept = block > 0 ? between[block - 1] : u.checkpoint(group);
-        // Loads no further ahead, as a thread has 64 registers.
+        // Prefetch one frame only: a thread has 64 registers.
         ctc_trace<1>(u, kept, block > 0 ? first : 0, group * kWideBlocks + block, path);
       }
       if (lane_index() == 0) reached[0] = path.pair;

@@ -1,4 +1,4 @@
-// What the kernels of ctc_align share: an utterance, a step of its scores, and the way back.
+// Shared by the kernels of ctc_align: an utterance, a step of its scores, and the backtrace.
 #pragma once
 
 #include "cuda/common/launch.cuh"
@@ -8,7 +8,7 @@
 
 namespace mmk::cuda {
 
-// Between two checkpoints lie as many frames as a warp has lanes: the path passes no more pairs in them.
+// Frames that the backtrace takes at a time, one for each lane: the path passes no more pairs in them.
 inline constexpr int kCtcFrames = static_cast<int>(kCtcRescale);
 static_assert(kCtcFrames == kWarpSize);
 
@@ -30,7 +30,7 @@ struct CtcArguments {
   CtcPair* checkpoints;  // [batch][checkpoints][tokens + 1]
   // For align_wide.
   CtcPair* rows;  // [batch][2][tokens + 1]
-  float* shifts;  // [batch][ceil(frames / kCtcFrames)]: what each rescaling subtracts
+  float* shifts;  // [batch][ceil(frames / kCtcFrames)]: subtracted by each rescaling
   int frames, tokens, classes, blank;
 };
 
@@ -38,7 +38,7 @@ MMK_DEVICE float ctc_never() {
   return -__int_as_float(0x7f800000);
 }
 
-// NaN and +inf are no log-probabilities.
+// NaN and +inf, which are not log-probabilities, count as -inf.
 MMK_DEVICE float ctc_usable(float value) {
   return value < -ctc_never() ? value : ctc_never();
 }
@@ -48,8 +48,8 @@ MMK_DEVICE int clamped_length(const int64_t* lengths, int64_t b, int most) {
   return static_cast<int>(min(max(lengths[b], int64_t{0}), static_cast<int64_t>(most)));
 }
 
-// The utterance of a block. Its lengths and tokens may have any values. A checkpoint every kCheckpoint
-// frames.
+// The utterance of a block, with a checkpoint every kCheckpoint frames. Its lengths and tokens may have any
+// values.
 template <class T, int kCheckpoint = kCtcFrames>
 struct CtcUtterance {
   const T* log_probs;
@@ -92,17 +92,17 @@ struct CtcUtterance {
   // Whether token i may follow token i - 1 without a blank.
   MMK_DEVICE bool skips(int i) const { return i > 0 && i < tokens && targets[i] != targets[i - 1]; }
 
-  // Of those that paths from the start to the end can be in after frame t.
+  // Whether a path from the start to the end can be in pair i after frame t.
   MMK_DEVICE bool passed(int i, int t) const { return i <= t && i >= tokens - frames + t; }
 };
 
-// The scores of a pair after a frame; `left` is the score of the token before.
+// The scores of a pair after a frame; `left` is the score of the previous token.
 MMK_DEVICE CtcPair ctc_step(CtcPair pair, float left, bool skips, float blank, float token) {
   const float best = fmaxf(fmaxf(pair.odd, pair.even), skips ? left : ctc_never());
   return {fmaxf(pair.even, left) + blank, best + token};
 }
 
-// Log-probabilities of the next Ahead frames, for the blank and Pairs tokens, on their way from memory.
+// Log-probabilities of the next Ahead frames, for the blank and Pairs tokens, in flight.
 template <class U, class T, int Pairs, int Ahead>
 struct CtcEmissions {
   T blank[Ahead];
@@ -122,13 +122,13 @@ struct CtcEmissions {
   }
 };
 
-// Where the states of 32 pairs come from, a frame to each lane and a pair to each bit.
+// The predecessors of the states of 32 pairs: a lane holds a frame, a bit a pair.
 struct CtcMoves {
   unsigned even_one = 0, odd_one = 0, odd_two = 0;
 };
 
-// The scores of a block of frames again, for the 32 pairs up to `last`; see the moves that led to them.
-// `kept` are the scores before the block, from pair `first_kept` on.
+// Recomputes a block of frames for the 32 pairs up to `last`, and returns the moves. `kept` holds the scores
+// before the block, from pair `first_kept` on.
 template <int kAhead, class T, int kCheckpoint>
 MMK_DEVICE CtcMoves ctc_recompute(const CtcUtterance<T, kCheckpoint>& u, const CtcPair* kept, int first_kept,
                                   int block, int frames, int last) {
@@ -138,7 +138,7 @@ MMK_DEVICE CtcMoves ctc_recompute(const CtcUtterance<T, kCheckpoint>& u, const C
   const bool skips = u.skips(i);
   CtcPair pair = {ctc_never(), ctc_never()};
   if (i >= 0) pair = kept[i - first_kept];
-  // Of lane 0; it matters in the first frame only, as the path does not come so far left after it.
+  // The left neighbour of lane 0 matters in the first frame only: the path is right of it afterwards.
   float before = i > 0 ? kept[i - 1 - first_kept].odd : ctc_never();
   CtcEmissions<CtcUtterance<T, kCheckpoint>, T, 1, kAhead> emissions;
 #pragma unroll
@@ -166,14 +166,14 @@ MMK_DEVICE CtcMoves ctc_recompute(const CtcUtterance<T, kCheckpoint>& u, const C
   return moves;
 }
 
-// Where the path is on the way back, and the sum of its scores of this lane's frames.
+// The state of the backtrace, and the sum of the path's scores in this lane's frames.
 struct CtcPath {
   int pair;
   bool odd;
   double total;
 };
 
-// One warp writes path and ends of a block of frames, at whose end the path is in `path`.
+// One warp writes path and ends of a block of frames, and moves `path` from its end to its start.
 template <int kAhead, class T, int kCheckpoint>
 MMK_DEVICE void ctc_trace(const CtcUtterance<T, kCheckpoint>& u, const CtcPair* kept, int first_kept,
                           int block, CtcPath& path) {
@@ -212,8 +212,8 @@ MMK_DEVICE void ctc_write_total(const U& u, const CtcPath& path) {
   if (lane_index() == 0) *u.total = static_cast<float>(total);
 }
 
-// By all Threads threads: what a path does not write. `blank` and `token` are the scores of the two states in
-// which a path may end; whether there is one.
+// Writes the outputs that no path writes; all Threads threads must call it. `blank` and `token` are the
+// scores of the two states in which a path may end. Returns whether there is a path.
 template <int Threads, class U>
 MMK_DEVICE bool ctc_fill(const U& u, float blank, float token) {
   const int thread = static_cast<int>(threadIdx.x);
@@ -225,7 +225,7 @@ MMK_DEVICE bool ctc_fill(const U& u, float blank, float token) {
   return feasible;
 }
 
-// In the last token, if that is as likely as the blank behind it.
+// A path ends in the last token if that is at least as likely as the blank behind it.
 template <class U>
 MMK_DEVICE CtcPath ctc_end_of_path(const U& u, float blank, float token) {
   const bool odd = u.tokens > 0 && !(blank > token);

@@ -16,9 +16,9 @@ constexpr int64_t kWidestOfWarp = 1024;
 template <class T, class U>
 constexpr int kPairWidth = kVectorWidth<T> < kVectorWidth<U> ? kVectorWidth<T> : kVectorWidth<U>;
 
-// kTokenThreads threads share a token. Of both of its rows each loads kSteps vectors of kWidth elements
-// before it uses the first: a block has 4,096 elements of each row in flight, and a multiprocessor has four
-// blocks, that is 64 KB of half precision.
+// kTokenThreads threads share a token. Each loads kSteps vectors of kWidth elements of both rows before it
+// uses the first: a block has 4,096 elements of each row in flight, and a multiprocessor four blocks, that is
+// 64 KB of half precision.
 template <class T, class U, int kTokenThreads, bool kAligned>
 struct Shape {
   using Pred = T;
@@ -56,7 +56,7 @@ MMK_DEVICE auto token_at(const DistillLossParams& p, int64_t index) {
   using T = typename Shape::Pred;
   using U = typename Shape::Row;
   const int64_t batch = index / p.tokens, j = index - batch * p.tokens;
-  const int64_t id = p.ids[index];  // with the count, not after it
+  const int64_t id = p.ids[index];  // before the count is used, to overlap both loads
   const bool valid = j < count_of(p, batch);
   if (!(valid & (id >= 0) & (id < p.vocabulary))) return Token<T, U>{valid, false, nullptr, nullptr};
   return Token<T, U>{true, true, static_cast<const T*>(p.pred) + batch * p.batch_stride + j * p.token_stride,
@@ -87,7 +87,7 @@ struct Angle {
 
 MMK_DEVICE Angle angle_of(const float* dots) {
   constexpr float kLeast = 1.17549435e-38f;  // the smallest normal number
-  // NaN has to come through.
+  // NaN fails both comparisons, and so reaches the result.
   if (dots[kPredPred] < kLeast || dots[kRowRow] < kLeast) return {0.0f, 0.0f, 0.0f};
   const float pred = sqrtf(dots[kPredPred]), row = sqrtf(dots[kRowRow]);
   return {dots[kPredRow] / pred / row, 1.0f / pred, 1.0f / row};
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kThreads, 4) measure_tokens(DistillLossForward
   static_cast<float*>(args.terms)[index] = term;
 }
 
-// One block: the sum of the terms and the count, each in an order that only the sizes decide.
+// One block: the sum of the terms and the count, each in an order that depends on the sizes only.
 __global__ void __launch_bounds__(kMeanThreads) mean_loss(DistillLossForward args) {
   const DistillLossParams& p = args.params;
   const int64_t thread = threadIdx.x, tokens = p.batch * p.tokens;
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 4) token_gradients(DistillLossBackwa
   }
   const float scale = *static_cast<const float*>(args.grad) / static_cast<float>(*args.count);
   const Angle angle = angle_of(static_cast<const float*>(args.dots) + index * kDistillLossDots);
-  // Products with one inverse norm each: that of two may overflow.
+  // Multiply by one inverse norm at a time: the product of two may overflow.
   const float twice = 2.0f * scale;
   const float outer = scale * static_cast<float>(p.cosine_weight) * angle.inverse_pred;
   const float of_pred = angle.cosine * angle.inverse_pred, of_row = angle.inverse_row;
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(kThreads, 4) token_gradients(DistillLossBackwa
   }
 }
 
-// Calls body(Shape) with the types, and with the most threads for a token that its rows keep busy.
+// Calls body(Shape) with the types, and with as many threads for a token as its rows keep busy.
 template <class Body>
 cudaError_t dispatch_shape(const DistillLossParams& p, const void* out, Body&& body) {
   return dispatch(p.dtype, [&](auto pred) {

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(kPlainThreads) mix_bias(const __grid_constant_
   static_cast<float*>(args.mixed_bias)[column] = sum;
 }
 
-// sum += scale * gain * x; without kGain the gain is 1. Shapes that are not full have no copy without it.
+// sum += scale * gain * x; without kGain the gain is 1. Only full shapes are compiled without it.
 template <class Shape, bool kGain>
 MMK_DEVICE void add_scaled(typename Shape::Part& sum, const typename Shape::Part& x, float scale,
                            const float* gain, int width) {

@@ -14,7 +14,7 @@ MMK_DEVICE const T* grad_row(const LayerMixBackward& args, int64_t batch, int64_
 constexpr int kSumThreads = 128;
 constexpr int kSumWarps = kSumThreads / kWarpSize;
 
-// The rows of a warp: each kSumWarps-th of its chunk that is not padding, in runs within one utterance.
+// The rows of a warp: every kSumWarps-th one of its chunk. A run: those of one utterance, without padding.
 class RowRuns {
  public:
   MMK_DEVICE RowRuns(const LayerMixParams& p, int64_t begin, int64_t end)
@@ -83,7 +83,7 @@ struct RowTiles {
   const LayerMixBackward& args;
   int first;
   int count;
-  int columns;  // of the row from the thread's first one on; none or less past its end
+  int columns;  // of the row from the thread's first one on; 0 or less past its end
   int64_t slice_begin;
   Vec<T, kWidth>* vectors;
   RowRuns runs;
@@ -240,7 +240,7 @@ MMK_DEVICE void store_column_sums(float* partial, const Vec<float, kWidth>& valu
   __syncthreads();
 }
 
-// Rows at odd addresses are copied by element, which takes registers.
+// Unaligned rows are copied element by element, which takes registers.
 template <class T, bool kAligned, bool kNorm>
 __global__ void __launch_bounds__(kSumThreads, kAligned ? 4 : 3)
     sum_rows(const __grid_constant__ LayerMixBackward args, const __grid_constant__ LayerMixSums plan) {
@@ -393,7 +393,7 @@ MMK_DEVICE float dot_parameter(const typename Shape::Part& part, const float* pa
 }
 
 // Writes the gradient of one row of a layer, unless d_layer is null, and overwrites x. Returns the row's
-// contribution to d_weights, without that of the bias. Shapes that are not full have no copy without kGain.
+// contribution to d_weights, without that of the bias. Only full shapes are compiled without kGain.
 template <class Shape, bool kGain>
 MMK_DEVICE float layer_gradient(typename Shape::Element* d_layer, typename Shape::Part& x,
                                 const typename Shape::Part& grad, float2 moments, float weight,

@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kProjectThreads, 2)
   using Tile = TileProduct<T, kRows, kColumns>;
   static_assert(Tile::kThreads == kProjectThreads);
   const NormProductShape& shape = args.rest.shape;
-  // Neighbouring blocks read the same rows of x. Their number fits an int, and so do the places of tiles.
+  // Neighbouring blocks read the same rows of x. The number of blocks fits an int, and so do tile indices.
   const int block = static_cast<int>(blockIdx.x);
   const int output_tiles = static_cast<int>(tiles.output_tiles);
   const int row_tiles = static_cast<int>(tiles.row_tiles);

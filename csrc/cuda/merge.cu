@@ -13,10 +13,10 @@ struct ForwardPair {
 };
 using ForwardTable = MergeTable<ForwardPair>;
 
-// target + lam (source - target), seen from the nearer end, so that both ends are exact.
+// target + lam (source - target), computed from the nearer end, so that both ends are exact.
 struct Blend {
   bool from_target;
-  bool copies;  // also where the other side is not finite
+  bool copies;  // at an end, where the other tensor may hold NaN or infinity
   float weight;
 
   MMK_DEVICE explicit Blend(float lam)
@@ -38,7 +38,7 @@ MMK_DEVICE void interpolate_chunk(const Target* target, const Source* source, Re
     Vec<Source, kWidth> s[Lanes::kCount];
     Lanes::load(t, target, first, size);
     Lanes::load(s, source, first, size);
-    // Read after the vectors were asked for, so that it does not delay them.
+    // Load lam after the vectors, so that it does not delay them.
     const Blend blend(__ldg(lam));
 #pragma unroll
     for (int i = 0; i < Lanes::kCount; ++i) {

@@ -89,9 +89,9 @@ cudaError_t launch_tables(const MergePair* pairs, int64_t count, Make&& make, St
   return flush();
 }
 
-// A thread's part of a chunk. kFull promises whole chunks and pointers at multiples of a vector; then
-// kMergeVectors vectors are taken together, else elements one by one. The thread of an element does not
-// depend on it, so that a sum has one order.
+// A thread's part of a chunk. kFull promises whole chunks and vector-aligned pointers: kMergeVectors vectors
+// are then in flight together, else elements are loaded one by one. Both assign an element to the same
+// thread, so that a sum has one order.
 template <bool kFull, int kWidth>
 struct MergeLanes {
   static constexpr int kCount = kFull ? kMergeVectors : 1;

@@ -24,7 +24,7 @@ MMK_DEVICE Vec<float, kWidth> scaled(Vec<float, kWidth> values, float factor) {
 }
 
 // Writes the gradients of a chunk that are not null. Returns the thread's part of the sum of grad * (source -
-// target), for which alone these two are read.
+// target), the only use of target and source.
 template <bool kFull, bool kNeedLam, class Target, class Source, class Grad>
 MMK_DEVICE float chunk_gradients(const Grad* grad, const Target* target, const Source* source,
                                  Target* d_target, Source* d_source, int size, const float* lam) {
@@ -41,7 +41,7 @@ MMK_DEVICE float chunk_gradients(const Grad* grad, const Target* target, const S
       Lanes::load(t, target, first, size);
       Lanes::load(s, source, first, size);
     }
-    // Read after the vectors were asked for, so that it does not delay them.
+    // Load lam after the vectors, so that it does not delay them.
     const float weight = __ldg(lam);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
@@ -114,7 +114,7 @@ cudaError_t reduce(const MergeBackward& args, bool overlapping, CudaStream strea
     std::copy_n(args.group_begin + first, groups + 1, table.begin);
     const dim3 grid(static_cast<unsigned>(groups)), block(kMergeThreads);
     float* d_lam = static_cast<float*>(args.d_lam) + first;
-    // The launches after the first are ordinary: this kernel lets none start early.
+    // Only the first launch overlaps: this kernel does not call grid_dependency_launch().
     const cudaError_t error =
         overlapping && first == 0
             ? launch_overlapping(reduce_lam, grid, block, 0, stream, table, partial, d_lam)

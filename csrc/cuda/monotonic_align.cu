@@ -1,6 +1,6 @@
 // One block for each utterance. A lane holds the scores of kStates neighbouring tokens in registers and takes
-// the score before its first token from the lane before it. Scores come from the left only, so the first lane
-// of a warp repeats the last tokens of the warp before: from kStates exact scores it follows kStates frames
+// the score before its first token from the previous lane. Scores come from the left only, so the first lane
+// of a warp repeats the last tokens of the previous warp: from kStates exact scores it follows kStates frames
 // without exchange. More tokens than a block holds are taken in panels, one after the other.
 #include <algorithm>
 #include <limits>
@@ -53,7 +53,7 @@ struct States {
   bool not_a_number;
 };
 
-// One frame. `bit` is its place in a word.
+// Advances by one frame. `bit` is the frame's bit in a word.
 template <class T>
 MMK_DEVICE void advance(States& states, const Vec<T, kStates>& log_probs, uint32_t bit, int valid) {
   const float before = __shfl_up_sync(kFullMask, states.score[kStates - 1], 1);
@@ -68,7 +68,7 @@ MMK_DEVICE void advance(States& states, const Vec<T, kStates>& log_probs, uint32
   }
 }
 
-// Frames [first, first + kAhead) of the utterance; those of the next kAhead are loaded meanwhile.
+// Frames [first, first + kAhead) of the utterance; loads those of the next kAhead.
 template <bool kWhole, class T, bool kAligned, class Exchange>
 MMK_DEVICE void advance_frames(States& states, Vec<T, kStates> (&ahead)[kAhead],
                                const Lane<T, kAligned>& lane, int first, int frames, Exchange&& exchange) {
@@ -83,8 +83,8 @@ MMK_DEVICE void advance_frames(States& states, Vec<T, kStates> (&ahead)[kAhead],
 }
 
 // The tokens from `panel_first` on, as many as the block holds. Returns whether a log-probability is NaN.
-// kPanels: there are other panels; `edges_in` and `edges_out` are the last scores of the panel before, and of
-// this one, at every kStates-th frame.
+// kPanels: there are other panels; `edges_in` and `edges_out` are the last scores of the previous panel and
+// of this one, at every kStates-th frame.
 template <class T, bool kAligned, bool kPanels>
 MMK_DEVICE bool search(const T* log_probs, int64_t frame_stride, const Utterance& utterance, int panel_first,
                        const float* edges_in, float* edges_out) {
@@ -165,8 +165,8 @@ struct Window {
   }
 };
 
-// Follows the back-pointers from the end, by one warp: a step for each token and each row of words. The words
-// of the next row arrive meanwhile; within a row the path moves by at most kBits tokens.
+// Follows the back-pointers from the end, by one warp: a step for each token and each row of words.
+// Prefetches the words of the next row; within a row the path moves by at most kBits tokens.
 MMK_DEVICE void trace(const Utterance& utterance, int64_t* durations) {
   int token = utterance.tokens - 1, end = utterance.frames, frame = utterance.frames - 1;
   int row = frame / kBits;
@@ -175,7 +175,7 @@ MMK_DEVICE void trace(const Utterance& utterance, int64_t* durations) {
     const Window next(utterance, row - 1, token);
     while (token > 0 && frame >= row * kBits) {
       uint32_t starts = window.at(token);
-      // Frame u is the earliest that token u can have.
+      // Token u starts in frame u at the earliest.
       if (token / kBits == row) starts |= 1u << (token % kBits);
       starts &= 0xffffffffu >> (kBits - 1 - frame % kBits);
       if (starts == 0) break;

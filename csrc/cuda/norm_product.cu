@@ -46,7 +46,7 @@ MMK_DEVICE void fold_row(const NormProductFold& args, int64_t index) {
     static_cast<float*>(args.folded_bias)[index] =
         (bias == nullptr ? 0.0f : to_accumulator(bias[index])) + sums[1];
   }
-  // Nothing left to write; with width 0 folded_weight is null, and folded_sum still has to be written.
+  // Stop if nothing is left to write. With width 0 folded_weight is null, but folded_sum must be written.
   if (args.folded_weight == nullptr && args.folded_sum == nullptr) return;
   const float mean = gain == nullptr ? 0.0f : sums[0] / static_cast<float>(width);
   float total = 0.0f;

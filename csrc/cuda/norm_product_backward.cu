@@ -8,7 +8,7 @@ namespace {
 
 // ---- gradient at z, scaled for the products, and its sums over rows (for the bias) and outputs (for x)
 
-// Five blocks have the registers for four rows of a warp ahead: 80 KB in flight on a multiprocessor.
+// Five blocks leave registers for four rows of a warp in flight: 80 KB on a multiprocessor.
 inline constexpr int kGradientThreads = 128;
 inline constexpr int kGradientWarps = kGradientThreads / kWarpSize;
 inline constexpr int kGradientBlocks = 5;
@@ -33,8 +33,8 @@ MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const NormProductGradien
   constexpr int kAhead = kAligned ? 4 : 1;
   const int64_t outputs = args.shape.outputs;
   const int left = static_cast<int>(max(min(outputs - column, int64_t{kWidth}), int64_t{0}));
-  // A lane past the end reads the first vector instead: a zero chosen there would take a row's elements apart
-  // before they are used, with a register for each.
+  // A lane past the end reads the first vector instead: selecting zeros would unpack the elements early, into
+  // a register each.
   const auto columns = [&](const auto* data) {
     if constexpr (kAligned) {
       return load<kWidth>(data);
@@ -55,7 +55,7 @@ MMK_DEVICE Vec<float, kVectorWidth<T>> gradient_columns(const NormProductGradien
     Vec<T, kWidth> grads[kAhead], values[kAhead];
 #pragma unroll
     for (int k = 0; k < kAhead; ++k) {
-      // A row past the end is the last one again, so that no load waits for a branch.
+      // Past the end the warp rereads the last row: a branch would wait for each load.
       const int64_t place = element(min(first + k * kGradientWarps, rows.count - 1));
       grads[k] = columns(static_cast<const T*>(args.grad) + place);
       values[k] = columns(static_cast<const T*>(args.value) + place);
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(kNormProductThreads, 3)
     Columns products[kAhead];
     float2 row_sums[kAhead];
     const auto present = [&](int k) { return first + k * kRows < outputs; };
-    // Past the last row the thread reads its first one again: a branch would wait for each load.
+    // Past the end the thread rereads its first row: a branch would wait for each load.
     const auto row = [&](int k) { return tap * outputs + first + (present(k) ? k * kRows : 0); };
     const auto element = [&](int k) { return row(k) * inputs + column; };
     const int left = static_cast<int>(inputs - column < kUnfoldWidth ? inputs - column : kUnfoldWidth);

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kStopThreads)
 
 // ---- pieces
 
-// What a thread has of a piece: its columns of the sum, or of the largest value and its frame.
+// A thread's columns of a piece: the sums, or the largest values and their frames.
 template <class T, Reduction kReduce>
 struct Columns {
   static constexpr int kWidth = kVectorWidth<T>;
@@ -61,8 +61,8 @@ MMK_DEVICE void add_rows(Columns<T, kReduce>& columns, const SegmentPoolForward&
                          const PoolPiece& piece, const LaneScores& weights, int row, int64_t column) {
   constexpr int kWidth = kVectorWidth<T>;
   Vec<T, kWidth> values[kCount];
-  // Past the end of a row a thread takes its first columns, which are not stored: a branch would wait for
-  // each load.
+  // Past the end of a row a thread loads the row's first columns, which are not stored: a branch would
+  // wait for each load.
   const T* first = x + row * args.frame_stride + (kAligned && column < args.shape.width ? column : 0);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
@@ -81,7 +81,7 @@ MMK_DEVICE void add_rows(Columns<T, kReduce>& columns, const SegmentPoolForward&
   }
 }
 
-// Rows at odd addresses are loaded element by element, and fewer together.
+// Unaligned rows are loaded element by element, and fewer together.
 template <bool kAligned, class T, Reduction kReduce>
 MMK_DEVICE void add_piece(Columns<T, kReduce>& columns, const SegmentPoolForward& args, const T* x,
                           const PoolPiece& piece, const LaneScores& weights, int64_t column) {
@@ -201,7 +201,7 @@ constexpr int kCombineWarps = kCombineThreads / kWarpSize;
 constexpr int kCombineWidth = 4;  // columns of a lane
 constexpr int64_t kCombineColumns = kWarpSize * kCombineWidth;
 
-// Of the partial statistics of a long segment: largest score, and sum of the exponentials.
+// Largest score and sum of exponentials of a long segment, from the statistics of its pieces.
 MMK_DEVICE float2 combine_stats(const float2* stats, int64_t first, int64_t pieces) {
   const auto at = [&](int64_t k) { return stats[first + 2 * k + (k > 0 ? 1 : 0)]; };
   float largest = -kInfinity;
@@ -216,8 +216,8 @@ MMK_DEVICE float2 combine_stats(const float2* stats, int64_t first, int64_t piec
   return {largest, block_sum<kCombineThreads>(sum)};
 }
 
-// A block takes 128 columns of the long segment that starts in a tile, if there is one. Its warps take the
-// pieces in eight runs, which are then combined in order.
+// A block takes 128 columns of the long segment that starts in a tile, if there is one. Each of its eight
+// warps takes a range of the pieces; the ranges are then combined in order.
 template <class T, Reduction kReduce>
 __global__ void __launch_bounds__(kCombineThreads)
     combine_pieces(const __grid_constant__ SegmentPoolForward args, int64_t tiles, int64_t slices) {
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kCombineThreads)
   bool none = begin == end;
 #pragma unroll 1
   for (int warp = 1; warp < kCombineWarps; ++warp) {
-    // Runs of fewer pieces than warps may be empty.
+    // With fewer pieces than warps some ranges are empty.
     if (pieces * warp / kCombineWarps == pieces * (warp + 1) / kCombineWarps) continue;
     const Columns<float, kReduce>& other = of_warp[warp][lane_index()];
 #pragma unroll

@@ -1,9 +1,9 @@
 // Shared by the forward and the backward kernels of segment_pool.
 //
 // The units of a row are its segments, then its tiles of kSegmentPiece frames. The unit of a segment takes
-// its first piece; the unit of a tile the later piece that starts in it. There is at most one, since pieces
-// of a segment start kSegmentPiece frames apart, and the next segment's second piece as far after its end. So
-// no count of pieces is needed, and the grid depends on the sizes alone.
+// its first piece; the unit of a tile the later piece that starts in it. There is at most one: pieces of a
+// segment start kSegmentPiece frames apart, and the next segment's second piece as far after its end. So no
+// count of pieces is needed, and the grid depends on the sizes alone.
 #pragma once
 
 #include "cuda/common/dispatch.cuh"
@@ -107,13 +107,13 @@ struct LaneScores {
     high = lane + kWarpSize < rows ? expf(high - largest) * factor : 0.0f;
   }
 
-  // That of a row, to all lanes. All lanes must call it.
+  // Broadcasts the score of a row. All lanes must call it.
   MMK_DEVICE float of(int row) const {
     return __shfl_sync(kFullMask, row < kWarpSize ? low : high, row % kWarpSize);
   }
 };
 
-// Softmax starts from 0 where all scores are -inf.
+// Where all scores are -inf the softmax subtracts 0: -inf - -inf is NaN.
 MMK_DEVICE float finite_largest(float largest) {
   return largest == -kInfinity ? 0.0f : largest;
 }

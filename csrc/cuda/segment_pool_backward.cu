@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kPoolThreads)
 // ---- attention, with the gradient of the scores: a block takes a unit, its warps the frames one by one
 
 // Adds kCount vectors of a lane, 32 vectors apart, to grad . x of a frame; with kNeedX it writes dx too. All
-// are loaded before the first is used, and before a store, which no load may pass.
+// loads are issued before the first is used and before a store, which no load may pass.
 template <int kCount, bool kAligned, bool kNeedX, class T>
 MMK_DEVICE void add_products(float& dot, const T* grad, const T* x, T* dx, float weight, int64_t column,
                              int64_t width) {
@@ -136,8 +136,8 @@ MMK_DEVICE void add_products(float& dot, const T* grad, const T* x, T* dx, float
   }
 }
 
-// grad . x of a frame, to all lanes of the warp; with kNeedX it writes dx too. Rows at odd addresses are
-// loaded element by element, and fewer together.
+// grad . x of a frame, to all lanes of the warp; with kNeedX it writes dx too. Unaligned rows are loaded
+// element by element, and fewer together.
 template <class T, bool kAligned, bool kNeedX>
 MMK_DEVICE float frame_dot(const SegmentPoolBackward& args, const PoolPiece& piece, const T* grad, int row,
                            float weight) {
@@ -150,7 +150,7 @@ MMK_DEVICE float frame_dot(const SegmentPoolBackward& args, const PoolPiece& pie
   int64_t column = lane_index() * kWidth;
 #pragma unroll 1
   for (; column + (kCount - 1) * kStride + kWidth <= width; column += kCount * kStride) {
-    // The end is one that all columns are seen to be before, so that they are not compared with it.
+    // With this end the compiler sees that all columns are inside, and drops the comparisons.
     add_products<kCount, kAligned, kNeedX>(dot, grad, x, dx, weight, column, column + kCount * kStride);
   }
 #pragma unroll 1
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kPoolThreads, 5)
   const float mean = warp_sum(weights.low * low_dot + weights.high * high_dot);
   const bool whole = piece.partial < 0;
   if (!whole && low == 0) static_cast<float*>(args.partial_dot)[piece.partial] = mean;
-  // Those of long segments are completed when the mean over all their pieces is there.
+  // finish_scores completes those of long segments, with the mean over all their pieces.
   if (low < piece.rows) d_scores[piece.first + low] = whole ? weights.low * (low_dot - mean) : low_dot;
   if (high < piece.rows) d_scores[piece.first + high] = whole ? weights.high * (high_dot - mean) : high_dot;
 }

@@ -308,7 +308,7 @@ DownGradients down_gradients(const BackwardCall& call, const RowGradients& from,
                                 new_empty(x, {need_norm ? width : 0}, type),
                                 new_empty(x, {need_norm ? width : 0}, type)};
   if (!call.need_product) return result;
-  // dVc, which the step after it centres: not rounded before.
+  // Keep dVc in float until the next step centres it.
   const bool apart = inputs.norm() && type != ScalarType::Float;
   const Tensor d_folded = apart ? new_empty(x, {bottleneck, width}, ScalarType::Float) : result.weight;
   product(d_folded, transposed(from.scaled_grad), x);

@@ -15,8 +15,8 @@ inline void bmm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   (void)torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// The same with `out` in the type of the factors, or in float32: sums of half-precision factors are not
-// rounded then. torch has that for CUDA only.
+// The same with `out` in the type of the factors, or in float32, which keeps sums of half-precision factors
+// unrounded. torch supports that on CUDA only.
 inline void bmm_out_as(const Tensor& out, const Tensor& a, const Tensor& b) {
   using torch::stable::detail::from;
   if (a.scalar_type() == out.scalar_type()) return bmm_out(out, a, b);

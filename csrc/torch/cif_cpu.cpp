@@ -3,7 +3,7 @@
 namespace mmk::glue {
 namespace {
 
-// Starting a thread pays off from about 32,000 elements on.
+// Grain size of parallel_for: starting a thread pays off from about 32,000 elements on.
 constexpr int64_t kGrain = 32768;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& alpha,
@@ -15,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   const CifParams& p = call.args.params;
   cpu::cif_plan(call.args, 0, p.batch);
   if (p.width > 0) {
-    // A token's share of the frames.
+    // Elements that a token sums, on average.
     const int64_t work = 1 + p.frames * p.width / (p.tokens + 1);
     torch::stable::parallel_for(0, p.batch * p.tokens, 1 + kGrain / work, [&](int64_t begin, int64_t end) {
       cpu::cif_features(call.args, begin, end);

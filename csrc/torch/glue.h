@@ -44,7 +44,7 @@ inline ScalarType accumulate_type(DType dtype) {
   return dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// The type of all parameters of a call, that of the one given: the accumulation type of x, or x's own.
+// The type of all parameters of a call, that of `parameter`: x's type or its accumulation type.
 inline ScalarType parameter_type(const Tensor& parameter, const Tensor& x, const char* name) {
   const ScalarType type = parameter.scalar_type();
   STD_TORCH_CHECK(type == x.scalar_type() || type == accumulate_type(dtype_of(x, "x")), name,
@@ -61,7 +61,7 @@ inline OptionalTensor as_type(const OptionalTensor& tensor, ScalarType type) {
   return as_type(*tensor, type);
 }
 
-// Where to allocate; asked for once where many tensors are made.
+// The device to allocate on. A call that makes many tensors queries it once.
 struct Place {
   int32_t device_type = 0, device_index = 0;
 
@@ -134,8 +134,8 @@ inline OptionalTensor checked(const OptionalTensor& tensor, std::initializer_lis
   return checked(*tensor, sizes, dtype, like, name);
 }
 
-// The stride of a dimension, 0 where it has at most one element: torch lets that stride be anything, and no
-// address needs it, but it would count as one that breaks the alignment of rows.
+// The stride of a dimension, 0 where it has at most one element: torch leaves that stride arbitrary and no
+// address uses it, but it would fail the check of the rows' alignment.
 inline int64_t stride_of(const Tensor& tensor, int64_t dimension) {
   return tensor.size(dimension) > 1 ? tensor.stride(dimension) : 0;
 }

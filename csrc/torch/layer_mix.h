@@ -48,7 +48,7 @@ struct LayerMixInputs {
   }
 
  private:
-  // Runs once per layer, and every query of a tensor is a call: it queries all sizes and all strides at once.
+  // Runs once per layer. Every query of a tensor is a call, so it queries all sizes and all strides at once.
   void add_layer(const Tensor& layer, const Tensor& first, size_t l) {
     if (l > 0) {
       STD_TORCH_CHECK(same_sizes(layer, first), "layers: expected one shape for all");

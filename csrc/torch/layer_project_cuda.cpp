@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const bool need_pull = need_x && inputs.norm();
   const int64_t chunks = cuda::norm_product_chunks(rows);
   const Tensor dx = new_empty(x, {need_x ? rows : 0, taps, in}, type);
-  // The gradients of the parameters have their type. dVc, which the last step centres, is not rounded before.
+  // Gradients of parameters have the parameters' type. Keep dVc in float until the last step centres it.
   const ScalarType given = inputs.parameter_type();
   const bool apart = inputs.norm() && given != ScalarType::Float;
   const Tensor d_weight = new_empty(x, {need_product ? taps : 0, out, in}, given);

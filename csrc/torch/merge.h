@@ -1,6 +1,6 @@
 // Checks and outputs that the CPU and the CUDA glue of merge share. The schema is in
-// mmkernels/ops/merge/schema.py. Every query of a tensor is a call, and there are many tensors: each is asked
-// for as little as can be.
+// mmkernels/ops/merge/schema.py. Every query of a tensor is a call into torch, and there are many tensors:
+// query each as little as possible.
 #pragma once
 
 #include <tuple>
@@ -113,12 +113,12 @@ inline std::vector<Tensor> merge_results(const MergeInputs& inputs) {
   return results;
 }
 
-// The type of memory that the caller gives.
+// The type of the given tensors; that of lam if there are none.
 inline ScalarType merge_out_type(const std::vector<Tensor>& out, const Tensor& lam) {
   return out.empty() ? lam.scalar_type() : out.front().scalar_type();
 }
 
-// Where results go. `out` is checked if the caller gave it.
+// The memory of the results. Checks `out` if the caller gave it.
 inline std::vector<void*> merge_out_data(const MergeInputs& inputs, const std::vector<Tensor>& out,
                                          bool given) {
   const MergeList results("out", out, inputs.result);

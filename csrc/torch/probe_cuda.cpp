@@ -3,8 +3,8 @@
 
 #include "mmkernels/probe.h"
 
-// Null where the kernels run on the current device, else what CUDA says; in any case the CUDA versions, as
-// 1000 major + 10 minor, that the driver serves (0: none) and that the kernels were built with.
+// Returns null if the kernels run on the current device, else CUDA's message. Writes the CUDA versions, as
+// 1000 major + 10 minor, that the driver supports (0: none) and that the kernels were built with.
 extern "C" __attribute__((visibility("default"))) const char* mmkernels_cuda_probe(int* driver,
                                                                                    int* built_with) {
   cudaDriverGetVersion(driver);

@@ -54,7 +54,7 @@ struct SegmentAttentionInputs {
   }
 
   ScalarType accumulate() const { return accumulate_type(shape.dtype); }
-  // Without heads of queries, gradients of keys are still zeros to be written.
+  // Without query heads the gradients of keys are zeros, which must still be written.
   bool empty() const { return shape.batch * shape.key_heads * shape.frames * shape.size == 0; }
 };
 

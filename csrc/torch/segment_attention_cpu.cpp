@@ -4,7 +4,7 @@
 namespace mmk::glue {
 namespace {
 
-// Starting a thread pays off from some hundred thousand products on; a unit of work has 128 * size.
+// Grain size: starting a thread pays off from about 500,000 products on; a unit of work has 128 * size.
 int64_t grain_of(const SegmentAttentionShape& shape) {
   return 1 + 4096 / (shape.size + 1);
 }

@@ -6,18 +6,18 @@
 namespace mmk::glue {
 namespace {
 
-// Starting a thread pays off from about 32,000 elements on.
+// Grain size of parallel_for: starting a thread pays off from about 32,000 elements on.
 int64_t grain_of(const SegmentPoolShape& shape) {
   return 1 + 32768 / (shape.width + 1);
 }
 
-// Whether an output is written around the caches: if it is too large to stay in them, but not in new memory,
-// whose pages the system clears through the caches at the first access.
+// Whether stores to an output bypass the caches: if it exceeds them, but not in new memory, whose pages
+// the system clears through the caches at the first access.
 bool write_around_caches(void* data, int64_t bytes) {
   return cpu::prepare_result(data, bytes);
 }
 
-// The stops of all segments; with `strict`, ends and counts that the op does not take are errors.
+// The stops of all segments; with `strict`, invalid ends and counts are errors.
 std::vector<int64_t> stops_of(const SegmentPoolInputs& inputs, bool strict) {
   const SegmentPoolShape& shape = inputs.shape;
   const int64_t* counts = inputs.counts_data();

@@ -4,7 +4,7 @@
 namespace mmk::glue {
 namespace {
 
-// Scratch memory for the stops of all segments, and where they come from.
+// Scratch memory for the stops, and the ends and counts that they follow from.
 struct Stops {
   Tensor stops;
   cuda::SegmentEnds ends;

@@ -1,4 +1,4 @@
-// Activations and their derivatives in float; the formulas are those of cpu/activation.h.
+// Activations and their derivatives in float: the functions of cpu/activation.h, by CUDA's math library.
 #pragma once
 
 #include <type_traits>
@@ -68,7 +68,7 @@ MMK_HOST_DEVICE auto dispatch_activation(Activation activation, Body&& body) {
   }
 }
 
-// The same with a switch for each element, for code that runs once for a row or less.
+// The same with a switch for each element, for kernels that are bound by memory.
 MMK_DEVICE float activate(Activation activation, float z) {
   return dispatch_activation(activation, [z](auto chosen) { return activate<decltype(chosen)::value>(z); });
 }

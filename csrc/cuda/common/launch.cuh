@@ -11,7 +11,7 @@ MMK_HOST_DEVICE constexpr Integer ceil_div(Integer dividend, Integer divisor) {
 }
 
 // Without opt-in a block gets 48 KiB of static and dynamic shared memory together. launch() knows the dynamic
-// part only, so it opts in long before that; the opt-in costs nothing.
+// part only, so it opts in well below that; the opt-in costs nothing.
 inline constexpr size_t kDynamicSharedMemoryWithoutOptIn = 32 * 1024;
 
 namespace detail {
@@ -71,9 +71,9 @@ cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dyna
   return detail::launch(false, kernel, grid, block, dynamic_smem_bytes, stream, static_cast<Args&&>(args)...);
 }
 
-// As launch, right after a launch() on the same stream whose kernel calls grid_dependency_launch(). From
-// sm_90 on this kernel may start before that one has ended: every block must call grid_dependency_wait()
-// before it reads what that kernel writes. The results of earlier kernels are visible from the start.
+// As launch, right after a kernel on the same stream that calls grid_dependency_launch(). From sm_90 on this
+// kernel may start before that one has ended: every block must call grid_dependency_wait() before it reads
+// that kernel's results, and before it reads earlier ones if that kernel was launched overlapping as well.
 template <class... Params, class... Args>
 cudaError_t launch_overlapping(void (*kernel)(Params...), dim3 grid, dim3 block, size_t dynamic_smem_bytes,
                                cudaStream_t stream, Args&&... args) {

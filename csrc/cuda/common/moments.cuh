@@ -18,7 +18,7 @@ MMK_DEVICE void for_each_element(int width, Body&& body) {
 }
 
 // Subtracts the mean from a row in registers, and returns its moments, which are finite for an empty row.
-// Calls may follow each other, but not other sums in turn.
+// Calls may follow each other, but must not mix with other calls of row_sums_in_turn.
 template <class Shape>
 MMK_DEVICE float2 centre(typename Shape::Part& x, int width, float eps) {
   const float inverse = 1.0f / static_cast<float>(max(width, 1));

@@ -23,7 +23,7 @@ MMK_DEVICE double sum_partials(const float* column, int64_t count, int64_t strid
   double sums[kSums] = {};
   const int64_t step = kParts * stride;
   const float* row = column + part * stride;
-  // Without branches, which would wait for each load: past the end the first row is read again.
+  // Past the end the thread rereads the first row of the step: a branch would wait for each load.
   int left = inside ? static_cast<int>(ceil_div<int64_t>(count - part, kParts)) : 0;
 #pragma unroll 1
   for (; left > 0; left -= kSums, row += kSums * step) {
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kPartialThreads)
   }
 }
 
-// result[j] = scale * sum_i partial[i * width + j]. kColumns neighbouring columns are summed by a block: few
-// where the sums are long and the columns few.
+// result[j] = scale * sum_i partial[i * width + j]. A block sums kColumns neighbouring columns: few for long
+// sums of few columns.
 template <int kColumns = kWarpSize, class P>
 cudaError_t reduce_partials(const void* partial, int64_t count, int64_t width, double scale, P* result,
                             cudaStream_t stream) {

@@ -5,7 +5,7 @@
 
 namespace mmk {
 
-// ---- cp.async: copies from global to shared memory that land at the wait ---------------------------------
+// ---- cp.async: copies from global to shared memory, complete after the wait ------------------------------
 
 // Copies Bytes (4, 8 or 16) from global to shared memory, both aligned to Bytes. Copies of 16 bytes bypass L1
 // (.cg); smaller ones cannot (.ca). This thread may read the data after cp_async_wait_group, other threads
@@ -158,7 +158,7 @@ MMK_DEVICE void mma_m16n8k16<__nv_bfloat16>(float (&d)[4], const uint32_t (&a)[4
 #endif
 }
 
-// ---- programmatic dependent launch: a kernel starts while the one before it still runs --------------------
+// ---- programmatic dependent launch: a kernel starts while the previous one still runs ---------------------
 
 // Lets the next kernel of the stream start early, if launch_overlapping launches it; it starts when all
 // blocks have called this or ended. No effect before sm_90.

@@ -9,7 +9,7 @@ namespace mmk {
 
 inline constexpr int kRowBlockThreads = 128;
 
-// Blackwell's code takes some 20 registers more: kernels ask for fewer blocks per multiprocessor there.
+// Code for Blackwell takes some 20 more registers: kernels request fewer blocks per multiprocessor there.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 inline constexpr bool kFewerBlocks = true;
 #else
@@ -54,7 +54,7 @@ class RowRing {
 
   MMK_DEVICE explicit RowRing(T* buffer) : buffer_(buffer) {}
 
-  // Starts the copy of the next row. Null copies nothing, but takes a stage all the same.
+  // Starts the copy of the next row. Null copies nothing, but takes a stage too.
   MMK_DEVICE void push(const T* row, int width) {
     if (row != nullptr) {
 #pragma unroll
@@ -74,7 +74,7 @@ class RowRing {
     head_ = head_ + 1 == kStages ? 0 : head_ + 1;
   }
 
-  // Waits for the oldest row and loads it. At least kInFlight rows must have been pushed, it included.
+  // Waits for the oldest row and loads it. Needs at least kInFlight rows in the ring, including this one.
   MMK_DEVICE void peek(typename Shape::Part& part) const {
     cp_async_wait_group<kInFlight - 1>();
 #pragma unroll

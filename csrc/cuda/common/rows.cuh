@@ -7,7 +7,7 @@
 namespace mmk {
 
 // Loads columns [column, column + Width) of a row; zero past its end. Aligned promises that the row starts at
-// a vector boundary and consists of whole vectors. It does not change the order of additions.
+// a vector boundary and consists of whole vectors; the order of additions is the same without it.
 template <bool Aligned, int Width, class T>
 MMK_DEVICE Vec<T, Width> load_columns(const T* row, int64_t column, int64_t columns) {
   Vec<T, Width> value = {};

@@ -16,8 +16,8 @@ struct MatrixView {
   int64_t inner;
 };
 
-// The copies of one thread: kRows rows of a matrix, 64 columns at a time, to tiles in shared memory. Rows
-// past the matrix repeat its last one; their products are not used.
+// One thread's copies of kRows rows of a matrix, 64 columns at a time, to tiles in shared memory. Rows past
+// the matrix repeat its last one; their products are not used.
 template <class T, int kRows, int kThreads>
 class TileSource {
   static constexpr int kVectors = 8;  // of a row of a tile
@@ -66,8 +66,8 @@ class TileProduct {
   static constexpr int kInner = 64;  // of a step
   using Rows = TileSource<T, kRows, kThreads>;
   using Columns = TileSource<T, kColumns, kThreads>;
-  // Rows of A may come from memory, and are asked for two steps before their use. Those of B, which many
-  // blocks read, are in L2: one step. So two blocks fit the 164 KB of a multiprocessor of sm_80.
+  // Rows of A may come from DRAM: prefetch them two steps ahead. Those of B, which many blocks read, hit L2:
+  // one step ahead. Two blocks then fit the 164 KB of an sm_80 multiprocessor.
   static constexpr int kRowTiles = 3;
   static constexpr int kColumnTiles = 2;
   static constexpr int kWarpsAcross = kColumns / 32;
@@ -104,7 +104,7 @@ class TileProduct {
     int row_tile = 0;  // of the step
     for (int step = 0; step < count; ++step) {
       cp_async_wait_group<1>();  // all but the rows of the next step
-      __syncthreads();           // makes the tiles visible, and frees those of the step before, filled next
+      __syncthreads();           // makes the tiles visible, and frees those of the previous step to be filled
       const int column_tile = step % 2 * Columns::kBytes;
       const int next_column_tile = Columns::kBytes - column_tile;
       if (step + 1 < count) columns.copy(buffer + kColumnsAt + next_column_tile, step + 1, step + 1 < full);

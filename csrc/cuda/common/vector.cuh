@@ -170,7 +170,6 @@ MMK_DEVICE void store_streaming(T* pointer, const Vec<T, Width>& value) {
   }
 }
 
-// Converts all elements, in pairs if the hardware has an instruction for it.
 template <class T, int Width>
 MMK_DEVICE Vec<accumulator_t<T>, Width> to_accumulator(const Vec<T, Width>& value) {
   Vec<accumulator_t<T>, Width> result;
@@ -197,6 +196,7 @@ MMK_DEVICE Vec<accumulator_t<T>, Width> unpack(const Vec<T, Width>& value) {
   }
 }
 
+// Converts pairs, for which the hardware has an instruction.
 template <class T, int Width>
 MMK_DEVICE Vec<T, Width> from_accumulator(const Vec<accumulator_t<T>, Width>& value) {
   Vec<T, Width> result;

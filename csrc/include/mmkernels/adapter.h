@@ -17,8 +17,7 @@
 //   b'     its bias with the LayerNorm bias folded in ("hidden_bias" or "folded_bias")
 //   z, a   hidden values before and after the activation
 //   s      gradient at z times rstd, the left factor of dVc and dx ("scaled", "scaled_grad")
-//   pull   factor of a row's x - mean in dx: the part of the LayerNorm's gradient that comes from the
-//   variance
+//   pull   factor of x - mean in dx: a row's gradient through the variance
 // of the CPU kernels:
 //   run    kAdapterRun consecutive rows, whose bias gradients one thread sums in order
 //   panel  kPanel columns of a packed right factor, dense by rows (cpu/product.h)

@@ -1,10 +1,10 @@
-// cif: continuous integrate-and-fire. With C the cumulative sum of the weights alpha, frame t has the part
-// [C[t - 1], C[t]] of the line and token j the part [j beta, (j + 1) beta]; their overlap is the frame's
-// weight in the token, and a token is the sum of its weighted frames.
+// cif: continuous integrate-and-fire, on a line of weight. With C the cumulative sum of alpha, frame t covers
+// [C[t - 1], C[t]] and token j covers [j beta, (j + 1) beta]. Their overlap is the frame's weight in the
+// token, and a token is the weighted sum of its frames.
 //
 // With target lengths, alpha is scaled so that its sum is beta times the target length, and the last token
-// ends with the last frame. Without, the rest after the last whole token is a token itself if it is large
-// enough; its weights are scaled to the sum beta (the tail).
+// ends with the last frame. Without, the rest after the last whole token (the tail) becomes a token if it is
+// at least tail_threshold * beta; its weights are scaled to the sum beta.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace mmk {
 
-// What both directions share. `alpha`, `weights` and sums are float (double for kFloat64).
+// Shared by the forward and the backward pass. `alpha`, `weights` and `dots` are float (double for kFloat64).
 struct CifParams {
   DType dtype;
   int64_t batch;
@@ -25,7 +25,7 @@ struct CifParams {
   const void* x;  // [batch, frames, width], unit stride along width
   int64_t batch_stride;
   int64_t frame_stride;
-  const void* alpha;       // [batch, frames]; negative ones and those that are not finite count as zero
+  const void* alpha;       // [batch, frames]; negative and non-finite ones count as zero
   const int64_t* lengths;  // [batch] or null; clamped to [0, frames]
 };
 
@@ -34,8 +34,8 @@ struct CifPlan {
   int64_t* counts;  // [batch] tokens of each row, at most `tokens`
   int32_t* token;   // [batch, frames + 1]: the token in which frame t begins and frame t - 1 ends
   void* weights;    // [batch, frames, 2]: the frame's weights in the tokens in which it begins and ends
-  double*
-      facts;  // [batch, 2]: scale of alpha and 1 / its sum; or factor of the tail and 1 / its sum, or 1, 0
+  // [batch, 2]: with target lengths, scale of alpha and 1 / its sum; else factor of the tail and 1, or 1, 0.
+  double* facts;
 };
 
 struct CifForward {
@@ -45,7 +45,7 @@ struct CifForward {
   double tail_threshold;
   void* features;  // [batch, tokens, width]
   int64_t* ends;   // [batch, tokens]: the frame in which a token fires, + 1
-  double* sums;    // [batch, frames] uninitialised, on CUDA
+  double* sums;    // [batch, frames] scratch, CUDA only
 };
 
 struct CifBackward {
@@ -57,8 +57,8 @@ struct CifBackward {
   int64_t grad_token_stride;
   void* dx;       // [batch, frames, width] or null
   void* d_alpha;  // [batch, frames] or null
-  void* dots;     // [batch, frames, 2]: of the frame with the gradients of both of its tokens; for d_alpha
-  double* sums;   // [batch, frames] uninitialised, for d_alpha on CUDA
+  void* dots;     // [batch, frames, 2]: x . grad of the tokens in which a frame begins and ends, for d_alpha
+  double* sums;   // [batch, frames] scratch for d_alpha, CUDA only
 };
 
 namespace cpu {

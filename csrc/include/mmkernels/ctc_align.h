@@ -1,4 +1,4 @@
-// ctc_align: the best CTC path of each utterance through its own target (Viterbi), and where tokens end.
+// ctc_align: the best CTC path of each utterance through its target (Viterbi), and where tokens end.
 //
 // A target of U tokens has U + 1 pairs of states: pair i is the blank before token i and token i itself; the
 // last pair is a blank alone. With even[i] and odd[i] the best scores that end in the two states of pair i,
@@ -40,14 +40,13 @@ struct CtcAlign {
   void* totals;                        // [batch], float (double for kFloat64); -inf where there is no path
 };
 
-// The states that are kept: those after every `block` frames, from which the backtrace computes the rest
-// again, for the pairs that it can pass.
+// Scores are saved every `block` frames; the backtrace recomputes the others, for the pairs that it can pass.
 struct CtcCheckpoints {
   int64_t block;  // frames, a multiple of kCtcRescale
   int64_t count;
 };
 
-// Of an utterance. Longer blocks for long audio: the scores between two checkpoints are kept too.
+// Blocks grow with the utterance: its checkpoints then hold at most about kMostScores scores.
 constexpr CtcCheckpoints ctc_checkpoints(int64_t frames, int64_t tokens) {
   constexpr int64_t kMostScores = int64_t{1} << 24;
   const int64_t scores = 2 * (tokens + 1) * frames;

@@ -10,7 +10,7 @@
 
 namespace mmk {
 
-// What both directions share. Sums are float, or double where `dtype` is kFloat64.
+// Shared by the forward and the backward pass. Sums are float, or double where `dtype` is kFloat64.
 struct DistillLossParams {
   DType dtype;        // of the predictions
   DType table_dtype;  // on the CPU any, on CUDA any but kFloat64
@@ -34,7 +34,7 @@ enum DistillLossDot { kPredPred, kPredRow, kRowRow, kDistillLossDots };
 struct DistillLossForward {
   DistillLossParams params;
   void* dots;      // [batch, tokens, kDistillLossDots]; zero past the counts
-  void* terms;     // [batch, tokens], what each token adds before the mean; zero past the counts
+  void* terms;     // [batch, tokens], the term of each token in the mean; zero past the counts
   void* loss;      // one number
   int64_t* count;  // one number, the valid tokens
 };

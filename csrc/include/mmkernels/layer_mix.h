@@ -140,7 +140,7 @@ constexpr LayerMixBackwardPlan layer_mix_backward_plan(DType dtype, int64_t rows
   plan.gradients_dot = need_weights && !need_affine && need_layers && norm;
   plan.sums = need_affine || (need_weights && !plan.gradients_dot);
   plan.sum_plan = layer_mix_sums(dtype, rows, width, layers);
-  // A multiple of the four rows that a block processes at a time.
+  // A multiple of four, the most rows that a block processes at a time.
   plan.rows_per_block = ((rows + wanted_blocks - 1) / wanted_blocks + 3) / 4 * 4;
   plan.gradient_blocks = rows == 0 || width == 0 ? 0 : (rows + plan.rows_per_block - 1) / plan.rows_per_block;
   plan.dot_partials = !need_weights        ? 0

@@ -1,7 +1,7 @@
 // layer_project: y[n, l] = act(LN_l(x[n, l]) W_l^T + b_l), one product per tap l, with the LayerNorm folded
 // into the product (norm_product.h).
 //
-// The device's BLAS computes the products, except for the forward product in half precision on CUDA; the
+// The device's BLAS computes the products, except for a forward product that layer_project_fuses accepts; the
 // functions here and those of norm_product.h do everything around them.
 #pragma once
 

@@ -21,7 +21,7 @@ constexpr int64_t merge_chunks(int64_t size) {
   return (size + kMergeChunk - 1) / kMergeChunk;
 }
 
-// One of each for all pairs of a call. Results and their gradients have the last.
+// One type of each for all pairs of a call. `result` is that of the results and of their gradients.
 struct MergeTypes {
   DType target;
   DType source;

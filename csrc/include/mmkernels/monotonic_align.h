@@ -39,8 +39,8 @@ struct MonotonicAlign {
   // [batch, tokens]. A row without a path (fewer frames than tokens, no tokens, or a NaN among its
   // log-probabilities) is zero.
   int64_t* durations;
-  void* words;   // [batch] times monotonic_words, uninitialised
-  void* states;  // [batch, states of one utterance] scores, uninitialised
+  void* words;   // [batch, rows, columns] of monotonic_words, scratch
+  void* states;  // [batch, states of one utterance] scores, scratch
 };
 
 namespace cpu {
@@ -57,7 +57,7 @@ void monotonic_align(const MonotonicAlign& args, int64_t begin, int64_t end);
 
 namespace cuda {
 
-// Scores that the CUDA kernel keeps for each utterance: none but for more tokens than a block takes at once.
+// Scores that the CUDA kernel keeps for each utterance: none unless it has more tokens than a block takes.
 int64_t monotonic_align_states(int64_t frames, int64_t tokens);
 
 // Runs on the current device and returns a cudaError_t. Types are float, half and bfloat16.

@@ -8,10 +8,10 @@
 //   dV = dVc - mean_c(dVc),  dW = dV * gamma + db' beta^T,  dgamma = sum_o dV * W,  dbeta = W^T db',
 //   dx = g Vc - pull * (x - mean),  pull = rstd^2 / C * sum_o dz * (z - b').
 // The gradient of the gain thus needs no gradient of x. Without norm_weight, Vc is W, rstd is 1 and pull 0.
-// `pull` is the factor of a row's x - mean in dx: the part of the gradient that comes from the variance.
+// `pull` is the factor of x - mean in dx: a row's gradient through the variance.
 //
-// On CUDA Vc is rounded to the type of x. Its rows then sum to folded_sum instead of 0, which a large mean of
-// x would multiply, so z = rstd * (x Vc^T - mean(x) folded_sum^T) + b'.
+// On CUDA Vc is rounded to the type of x. Its rows then sum to folded_sum instead of 0, an error that a large
+// mean of x would amplify, so z = rstd * (x Vc^T - mean(x) folded_sum^T) + b'.
 //
 // Tensors without strides are contiguous. Parameters, statistics and sums are float, or double on the CPU; on
 // CUDA x, y, z, their gradients and Vc have the type of x, and parameters and their gradients float or the
@@ -40,7 +40,7 @@ struct NormProductInput {
   int64_t tap_stride;
 };
 
-// A parameter that kernels read in another type than the caller's. Null target: none.
+// A parameter that kernels read in another type than the caller's. A null target means no conversion.
 struct NormProductConversion {
   const void* source = nullptr;
   void* target = nullptr;
@@ -51,7 +51,7 @@ struct NormProductFold {
   NormProductShape shape;
   const void* weight;       // [L, C_out, C]
   const void* bias;         // [L, C_out] or null
-  const void* norm_weight;  // [L, C]; the CPU writes folded_weight with it only
+  const void* norm_weight;  // [L, C] or null; without it the CPU writes no folded_weight
   const void* norm_bias;    // [L, C] or null
   void* folded_weight;      // [L, C_out, C]  Vc
   void* folded_bias;        // [L, C_out]     b'

@@ -3,9 +3,9 @@
 
 namespace mmk::cuda {
 
-// What CUDA answers about an empty kernel on the current device: cudaSuccess, or the error that every launch
-// of this library would end in, as for a driver that is too old or an architecture without an image. Waits
-// for nothing and leaves no error behind.
+// Queries an empty kernel on the current device: returns cudaSuccess, or the error of every launch of this
+// library, such as for a driver that is too old or an architecture without an image. Does not synchronise,
+// and clears the error.
 int probe();
 
 }  // namespace mmk::cuda

@@ -63,7 +63,7 @@ constexpr int64_t kAttentionBlock = 64;  // frames
 void segment_extents(const int64_t* ends, int64_t segments, int64_t frames, int64_t lookback,
                      int32_t* extents);
 
-// Blocks of frames of every row and head; begin is the work of all blocks before each, and at last of all.
+// Blocks of frames of every row and head. begin[i]: the work of all blocks before i; begin.back(): of all.
 struct AttentionPlan {
   std::vector<int64_t> begin;
 
@@ -86,7 +86,7 @@ void segment_attention_backward_keys(const SegmentAttentionBackward& args, int64
 
 namespace cuda {
 
-// Ends of segments as given, and where the extents are written.
+// The given ends of segments, and the memory of the extents.
 struct AttentionSegments {
   const int64_t* ends;  // [batch, segments]
   int64_t segments;

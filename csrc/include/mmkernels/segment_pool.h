@@ -2,8 +2,8 @@
 //
 // `stops` are ends clamped to [0, frames] and to their running maximum, and equal from the first segment past
 // the row's count on: they are safe for any values of the ends, and segments past the count have no frames.
-// A segment is cut into pieces of kSegmentPiece frames. Those of more than one piece go through partial
-// results, combined in order: the order of a sum depends on the segment alone.
+// A segment is cut into pieces of kSegmentPiece frames. Several pieces go through partial results, combined
+// in order: the order of a sum depends on the segment alone.
 #pragma once
 
 #include <algorithm>
@@ -95,7 +95,7 @@ struct SegmentPlan {
   }
 };
 
-// Pieces of all segments, those without frames too; with `uncovered` of the frames in none, too.
+// Pieces of all segments, including empty ones, and with `uncovered` of the frames in no segment.
 SegmentPlan segment_plan(const SegmentPoolShape& shape, const int64_t* stops, bool uncovered);
 
 // Pieces [begin, end) of the plan; then, once all are done, the long segments [begin, end).
@@ -103,7 +103,7 @@ void segment_pool_forward(const SegmentPoolForward& args, const SegmentPlan& pla
                           int64_t end);
 void segment_pool_combine(const SegmentPoolForward& args, const SegmentPlan& plan, int64_t begin,
                           int64_t end);
-// With `stream`, dx is written around the caches.
+// With `stream`, stores to dx bypass the caches.
 void segment_pool_backward(const SegmentPoolBackward& args, const SegmentPlan& plan, int64_t begin,
                            int64_t end, bool stream);
 // Completes d_scores of the long segments [begin, end).
@@ -114,7 +114,7 @@ void segment_pool_finish_scores(const SegmentPoolBackward& args, const SegmentPl
 
 namespace cuda {
 
-// The segments of a call as given, and where their stops are written.
+// The given segments of a call, and the memory of their stops.
 struct SegmentEnds {
   const int64_t* ends;    // [batch, segments]
   const int64_t* counts;  // [batch] or null
