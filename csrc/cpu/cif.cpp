@@ -138,7 +138,6 @@ MMK_INLINE void sum_token(const CifForward& args, int64_t row, int64_t j) {
 template <class T>
 struct Frame {
   using A = acc_t<T>;
-  const T* x;
   const T* grad;  // of the first token
   int64_t grad_stride;
   int64_t tokens;
@@ -205,8 +204,7 @@ MMK_INLINE void differentiate_frame(const CifBackward& args, int64_t row, int64_
   }
   const A middle = static_cast<A>(p.beta);
   const A of_first = last == first ? weights[2 * t + 1] : weights[2 * t];
-  const Frame<T> frame = {x,
-                          grad,
+  const Frame<T> frame = {grad,
                           args.grad_token_stride,
                           tokens,
                           p.width,

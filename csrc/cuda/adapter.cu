@@ -22,7 +22,7 @@ struct ShiftedSums {
 template <class Tile, bool kFull>
 MMK_DEVICE void add_columns(ShiftedSums& sums, const uint32_t (&a)[2][2][4], int columns) {
   static_assert(kMomentWarps == 2, "a fragment of 16 columns each");
-  const bool odd = Tile::column_warp() % 2 == 1;  // of the other warps nobody reads the sums
+  const bool odd = Tile::column_warp() % 2 == 1;  // the sums of other warps are not read
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
@@ -90,7 +90,7 @@ MMK_DEVICE void finish_moments(const ShiftedSums& sums, int64_t width, float eps
 
 // ---- the kernel
 
-// The products' part of the columns of hidden values: z from the sums, and act(z) in words.
+// Hidden values of this warp: z from the sums of the first product, written if saved; act(z) to `words`.
 template <class Tile, bool kNorm, Activation kActivation>
 MMK_DEVICE void forward_hidden(const AdapterForward& args, const float2* moments, int64_t first_row, int rows,
                                typename Tile::HiddenSums& sums, typename Tile::HiddenWords& words) {
@@ -312,8 +312,8 @@ static_assert(fixed_bytes(64, 256) == AdapterTile<__half, 64, 256>::kFixedBytes)
 
 // The plan for one tile size. Where it does not fit, its shared_bytes exceeds shared_limit.
 AdapterTiles tiles_of(const AdapterShape& shape, int64_t tile_rows, bool held, int64_t shared_limit) {
-  constexpr int64_t kLeastSlots = 3;     // weights arrive two steps ahead, so rows must too
-  constexpr int64_t kRingColumns = 384;  // of a ring that does not hold the tile, if they fit
+  constexpr int64_t kLeastSlots = 3;     // weights are copied two steps ahead, rows at least as early
+  constexpr int64_t kRingColumns = 384;  // of a ring that does not hold the tile, as far as they fit
   AdapterTiles tiles = {};
   tiles.tile_rows = tile_rows;
   tiles.bottleneck = max(ceil_div<int64_t>(shape.bottleneck, 64), int64_t{1}) * 64;
@@ -349,15 +349,11 @@ cudaError_t launch_forward(const AdapterForward& args, const AdapterTiles& tiles
 template <class T, class Out>
 cudaError_t launch_finish(const AdapterFinish& args, int64_t vectors_per_row, dim3 grid, CudaStream stream) {
   const int64_t width = args.shape.width;
-  const auto aligned = [](const auto* data, int64_t stride) {
-    return is_vector_aligned(data, stride, kFinishWidth);
-  };
-  const bool all = aligned(static_cast<const float*>(args.product), width) &&
-                   aligned(static_cast<const float*>(args.bias), 0) &&
-                   aligned(static_cast<const Out*>(args.addend.data), args.addend.row_stride) &&
-                   aligned(static_cast<const T*>(args.x.data), args.x.row_stride) &&
-                   aligned(static_cast<const Out*>(args.out), width);
-  const auto kernel = all ? finish_rows<T, Out, true> : finish_rows<T, Out, false>;
+  const bool aligned = rows_aligned<float>(args.product, width) && rows_aligned<float>(args.bias) &&
+                       rows_aligned<Out, kFinishWidth>(args.addend.data, args.addend.row_stride) &&
+                       rows_aligned<T, kFinishWidth>(args.x.data, args.x.row_stride) &&
+                       rows_aligned<Out, kFinishWidth>(args.out);
+  const auto kernel = aligned ? finish_rows<T, Out, true> : finish_rows<T, Out, false>;
   return launch(kernel, grid, dim3(kElementThreads), 0, stream, args, vectors_per_row);
 }
 
@@ -365,7 +361,7 @@ cudaError_t launch_finish(const AdapterFinish& args, int64_t vectors_per_row, di
 
 AdapterTiles adapter_tiles(const AdapterShape& shape, bool hold, int64_t multiprocessors,
                            int64_t shared_limit) {
-  // Rows are shared out evenly, in whole fragments; a block has at least the 32 rows of one warp.
+  // Distribute rows evenly, in whole fragments; a block has at least the 32 rows of one warp.
   constexpr int64_t kFragmentRows = 16;
   constexpr int64_t kLeastRows = 32;
   const int64_t share = ceil_div(ceil_div(shape.rows, multiprocessors), kFragmentRows) * kFragmentRows;
@@ -398,7 +394,7 @@ bool adapter_fuses(DType dtype, const AdapterShape& shape) {
 }
 
 bool adapter_rows_fuse(const AdapterRows& rows) {
-  return is_vector_aligned(static_cast<const __half*>(rows.data), rows.row_stride, 8);
+  return rows_aligned<__half>(rows.data, rows.row_stride);
 }
 
 int adapter_forward(DType dtype, const AdapterForward& args, const AdapterTiles& tiles, CudaStream stream) {
@@ -423,8 +419,7 @@ int adapter_activate(DType dtype, const AdapterActivate& args, CudaStream stream
     if (!make_grid(ceil_div<int64_t>(count, kElementThreads * kWidth), &grid)) {
       return cudaErrorInvalidConfiguration;
     }
-    const bool aligned = is_vector_aligned(static_cast<const T*>(args.hidden), count, kWidth) &&
-                         is_vector_aligned(static_cast<const T*>(args.activated), count, kWidth);
+    const bool aligned = rows_aligned<T>(args.hidden, count) && rows_aligned<T>(args.activated);
     const auto kernel = aligned ? activate_hidden<T, true> : activate_hidden<T, false>;
     return launch(kernel, grid, dim3(kElementThreads), 0, stream, args);
   });

@@ -42,7 +42,7 @@ struct ColumnSums {
 
 // ---- from the first product to the gradients at z
 
-// Always sum a row's pull over four parts of the hidden columns: it is then the same for every tile size.
+// Always sum a row's pull over four parts of the hidden columns, for the same result with every tile size.
 inline constexpr int kPullParts = 4;
 
 template <class Tile>
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
     float* partial = static_cast<float*>(args.partial_up_bias);
     if (partial != nullptr) partial += tile_index * ColumnSums<Tile>::kParts * args.shape.width;
     typename Tile::HiddenWords words;
-    // Early, unless the product leaves no registers for them.
+    // Before the product, to hide their latency, unless it leaves no registers for them.
     constexpr bool kEarly = Tile::kHiddenBlocks < 8;
     if constexpr (kEarly) load_hidden<Tile>(args, first_row, rows, words);
     typename Tile::HiddenSums sums = {};
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kAdapterThreads, 1)
         continue;
       }
       ColumnSums<Tile> column_sums;
-      if (live) {  // no branch between the products, so that the chain of the sums does not hold up the other
+      if (live) {  // no branch between the products, so that their instructions interleave
         column_sums.add(stream.chunk());
         product();
       } else {

@@ -56,8 +56,8 @@ struct AdapterTile {
 };
 
 // The steps of a block: for each tile the chunks of the first product, then those of the second, if `second`.
-// Half of the warps copy weights, kStages - 1 steps ahead, and half copy rows, as soon as a slot is free: a
-// thread waits for its copies in order, so that one that copied both would wait for rows with each weight.
+// Half of the warps copy weights, kStages - 1 steps ahead, and half copy rows, as soon as a slot is free.
+// Copies of a thread complete in order: a thread that copied both would wait for rows with each weight.
 template <class Tile, bool kBackward>
 class AdapterStream {
  public:
@@ -201,7 +201,7 @@ class AdapterStream {
   int64_t begin_, end_;
   int chunks_, steps_, slot_count_;
   bool held_, streamed_;
-  int row_steps_;  // that take a chunk of rows from the stream, of each tile
+  int row_steps_;  // of a tile: steps that take a chunk of rows from the stream
   int step_ = -1, stage_ = Tile::kStages - 1, slot_ = -1;
   int64_t fetch_row_;
   int fetch_slot_ = 0, fetch_chunk_ = 0;

@@ -197,8 +197,8 @@ int cif_forward(const CifForward& args, CudaStream stream) {
     return cudaErrorInvalidValue;
   return dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool aligned = cif_aligned<T>(p.x, p.batch_stride, p.frame_stride, p.width) &&
-                         cif_aligned<T>(args.features, 0, p.width, p.width);
+    const bool aligned =
+        rows_aligned<T>(p.x, p.batch_stride, p.frame_stride, p.width) && rows_aligned<T>(args.features);
     const auto sum = aligned ? sum_tokens<T, true> : sum_tokens<T, false>;
     return launch(sum, grid, dim3(kCifThreads), 0, stream, args, slabs);
   });

@@ -62,12 +62,4 @@ MMK_DEVICE void store_part(T* row, int64_t column, int64_t width, const float (&
   }
 }
 
-// Whether all rows of a tensor are whole vectors at vector boundaries.
-template <class T>
-bool cif_aligned(const void* data, int64_t batch_stride, int64_t row_stride, int64_t width) {
-  constexpr int kWidth = kVectorWidth<T>;
-  return width % kWidth == 0 && batch_stride % kWidth == 0 &&
-         is_vector_aligned(static_cast<const T*>(data), row_stride, kWidth);
-}
-
 }  // namespace mmk::cuda

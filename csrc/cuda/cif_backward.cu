@@ -130,9 +130,9 @@ int cif_backward(const CifBackward& args, CudaStream stream) {
   }
   const cudaError_t error = dispatch(p.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool aligned = cif_aligned<T>(p.x, p.batch_stride, p.frame_stride, p.width) &&
-                         cif_aligned<T>(args.grad, args.grad_batch_stride, args.grad_token_stride, p.width) &&
-                         cif_aligned<T>(args.dx, 0, p.width, p.width);
+    const bool aligned = rows_aligned<T>(p.x, p.batch_stride, p.frame_stride, p.width) &&
+                         rows_aligned<T>(args.grad, args.grad_batch_stride, args.grad_token_stride) &&
+                         rows_aligned<T>(args.dx);
     const auto start = [&](auto kernel) {
       return launch(kernel, frames, dim3(kCifThreads), 0, stream, args);
     };

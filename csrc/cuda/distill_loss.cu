@@ -196,10 +196,8 @@ cudaError_t dispatch_shape(const DistillLossParams& p, const void* out, Body&& b
       using T = decltype(pred);
       using U = decltype(row);
       constexpr int kWidth = kPairWidth<T, U>;
-      const bool aligned = p.width % kWidth == 0 && p.batch_stride % kWidth == 0 &&
-                           is_vector_aligned(static_cast<const T*>(p.pred), p.token_stride, kWidth) &&
-                           is_vector_aligned(static_cast<const U*>(p.table), p.row_stride, kWidth) &&
-                           is_vector_aligned(static_cast<const T*>(out), 0, kWidth);
+      const bool aligned = rows_aligned<T, kWidth>(p.pred, p.width, p.batch_stride, p.token_stride) &&
+                           rows_aligned<U, kWidth>(p.table, p.row_stride) && rows_aligned<T, kWidth>(out);
       if (!aligned) return body(Shape<T, U, kThreads, false>{});
       if (p.width <= kWidestOfWarp) return body(Shape<T, U, kWarpSize, true>{});
       return body(Shape<T, U, kThreads, true>{});

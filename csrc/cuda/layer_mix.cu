@@ -84,13 +84,13 @@ MMK_DEVICE void add_scaled(typename Shape::Part& sum, const typename Shape::Part
 #pragma unroll
       for (int i = 0; i < Shape::kWidth; ++i) sum[v][i] += scale * x[v][i];
     }
-    return;
-  }
+  } else {
 #pragma unroll
-  for (int v = 0; v < Shape::kCount; ++v) {
-    const auto factor = load_columns<Shape::kIsAligned, Shape::kWidth>(gain, Shape::column(v), width);
+    for (int v = 0; v < Shape::kCount; ++v) {
+      const auto factor = load_columns<Shape::kIsAligned, Shape::kWidth>(gain, Shape::column(v), width);
 #pragma unroll
-    for (int i = 0; i < Shape::kWidth; ++i) sum[v][i] += scale * factor[i] * x[v][i];
+      for (int i = 0; i < Shape::kWidth; ++i) sum[v][i] += scale * factor[i] * x[v][i];
+    }
   }
 }
 
@@ -241,8 +241,7 @@ int layer_mix_forward(const LayerMixForward& args, CudaStream stream) {
   if (args.mix.batch * args.mix.frames * args.mix.width == 0) return cudaSuccess;
   return dispatch(args.mix.dtype, [&](auto element) {
     using T = decltype(element);
-    const bool aligned =
-        is_aligned<T>(args.mix) && is_vector_aligned(static_cast<const T*>(args.out), 0, kVectorWidth<T>);
+    const bool aligned = is_aligned<T>(args.mix) && rows_aligned<T>(args.out);
     return aligned ? forward<T, true>(args, stream) : forward<T, false>(args, stream);
   });
 }

@@ -40,14 +40,9 @@ MMK_DEVICE const float* parameter_row(const void* parameter, int64_t layer, int6
 
 template <class T>
 bool is_aligned(const LayerMixParams& p) {
-  constexpr int kWidth = kVectorWidth<T>;
-  const auto rows_fit = [](const void* data, int64_t batch_stride, int64_t frame_stride) {
-    return is_vector_aligned(static_cast<const T*>(data), batch_stride, kWidth) && frame_stride % kWidth == 0;
-  };
-  bool aligned = p.width % kWidth == 0 && is_vector_aligned(static_cast<const float*>(p.norm_weight), 0, 4) &&
-                 is_vector_aligned(static_cast<const float*>(p.norm_bias), 0, 4);
+  bool aligned = rows_aligned<float>(p.norm_weight) && rows_aligned<float>(p.norm_bias);
   for (int l = 0; l < p.layers; ++l) {
-    aligned = aligned && rows_fit(p.layer[l], p.batch_stride[l], p.frame_stride[l]);
+    aligned = aligned && rows_aligned<T>(p.layer[l], p.width, p.batch_stride[l], p.frame_stride[l]);
   }
   return aligned;
 }

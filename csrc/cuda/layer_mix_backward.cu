@@ -670,11 +670,10 @@ cudaError_t backward(const LayerMixBackward& args, const LayerMixBackwardPlan& p
 
 template <class T>
 bool gradients_aligned(const LayerMixBackward& args) {
-  constexpr int kWidth = kVectorWidth<T>;
-  bool aligned = is_aligned<T>(args.mix) && args.grad_frame_stride % kWidth == 0 &&
-                 is_vector_aligned(static_cast<const T*>(args.grad), args.grad_batch_stride, kWidth);
+  bool aligned =
+      is_aligned<T>(args.mix) && rows_aligned<T>(args.grad, args.grad_batch_stride, args.grad_frame_stride);
   for (int l = 0; l < args.mix.layers; ++l) {
-    aligned = aligned && is_vector_aligned(static_cast<const T*>(args.d_layer[l]), 0, kWidth);
+    aligned = aligned && rows_aligned<T>(args.d_layer[l]);
   }
   return aligned;
 }

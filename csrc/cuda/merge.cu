@@ -80,9 +80,8 @@ int merge_forward(const MergeForward& args, CudaStream stream) {
     const auto make = [&](int64_t k, ForwardPair* pair) {
       const MergePair& given = args.pairs[k];
       *pair = {given.target, given.source, args.out[k], given.size, static_cast<int32_t>(given.group), false};
-      pair->aligned = is_vector_aligned(static_cast<const Target*>(pair->target), 0, kWidth) &&
-                      is_vector_aligned(static_cast<const Source*>(pair->source), 0, kWidth) &&
-                      is_vector_aligned(static_cast<const Result*>(pair->out), 0, kWidth);
+      pair->aligned = rows_aligned<Target, kWidth>(pair->target) &&
+                      rows_aligned<Source, kWidth>(pair->source) && rows_aligned<Result, kWidth>(pair->out);
       return true;
     };
     return launch_tables<ForwardPair>(

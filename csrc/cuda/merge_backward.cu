@@ -133,11 +133,9 @@ cudaError_t gradients(const MergeBackward& args, bool* launched, CudaStream stre
     *pair = {of.grad,     given.target, given.source,     of.d_target,
              of.d_source, given.size,   of.first_partial, static_cast<int32_t>(given.group),
              false};
-    pair->aligned = is_vector_aligned(static_cast<const Grad*>(of.grad), 0, kWidth) &&
-                    is_vector_aligned(static_cast<const Target*>(given.target), 0, kWidth) &&
-                    is_vector_aligned(static_cast<const Source*>(given.source), 0, kWidth) &&
-                    is_vector_aligned(static_cast<const Target*>(of.d_target), 0, kWidth) &&
-                    is_vector_aligned(static_cast<const Source*>(of.d_source), 0, kWidth);
+    pair->aligned = rows_aligned<Grad, kWidth>(of.grad) && rows_aligned<Target, kWidth>(given.target) &&
+                    rows_aligned<Source, kWidth>(given.source) && rows_aligned<Target, kWidth>(of.d_target) &&
+                    rows_aligned<Source, kWidth>(of.d_source);
     return kNeedLam || of.d_target != nullptr || of.d_source != nullptr;
   };
   return launch_tables<BackwardPair>(

@@ -247,8 +247,8 @@ int monotonic_align(const MonotonicAlign& args, CudaStream stream) {
   return dispatch(args.dtype, [&](auto element) {
     using T = decltype(element);
     const T* log_probs = static_cast<const T*>(args.log_probs);
-    const bool aligned = args.tokens % kStates == 0 && args.batch_stride % kStates == 0 &&
-                         is_vector_aligned(log_probs, args.frame_stride, kStates);
+    const bool aligned =
+        rows_aligned<T, kStates>(log_probs, args.tokens, args.batch_stride, args.frame_stride);
     const auto start = [&](auto kernel) {
       return launch(kernel, grid, dim3(static_cast<unsigned>(warps * kWarpSize)), 0, stream, args,
                     monotonic_words(args.dtype, args.frames, args.tokens), states);

@@ -13,8 +13,8 @@ namespace {
 constexpr int kExtentThreads = 256;
 constexpr int kWindow = 1024;  // frames of a block
 
-// Extents of a window of frames. Each segment fills those of its frames, and those of the keys whose last
-// queries it has.
+// Extents of a window of frames. Each segment writes those of its frames, and those of the keys whose last
+// query lies in it.
 __global__ void __launch_bounds__(kExtentThreads)
     attention_extents(const int64_t* ends, int64_t segments, int64_t frames, int64_t lookback,
                       int32_t* extents) {

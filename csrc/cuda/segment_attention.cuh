@@ -2,8 +2,8 @@
 // rows of two others past them:
 //   cells     cells[row][column] = rows[row] . tile[column]
 //   sums      sums[row] += cells[row][column] * tile[column]
-// For the result and for dq the rows are queries, and keys are streamed; for dk and dv it is the other way.
-// TensorTiles has the tensor cores of half precision, PlainTiles multiplies in float.
+// For the result and for dq the rows are queries, and keys are streamed; for dk and dv the reverse.
+// TensorTiles uses the tensor cores in half precision, PlainTiles multiplies in float.
 #pragma once
 
 #include "cuda/common/launch.cuh"
@@ -66,7 +66,7 @@ class TensorTiles {
     copy<kAttentionRows>(kept_ + kIndex * kKeptElements, rows);
   }
 
-  // Starts the copies of one step's tiles. The first step's come right after keep().
+  // Starts the copies of one step's tiles. Call it for the first step right after keep().
   MMK_DEVICE void fetch(int step, const AttentionRows<T>& first, const AttentionRows<T>& second) {
     T* tiles = stage(step);
     copy<kStep>(tiles, first);
@@ -170,7 +170,7 @@ class PlainTiles {
   using Sums = float[kRows][kWidth / kLanes];
 
  private:
-  // Rows in shared memory are 4 floats longer, so that 16-byte accesses to 8 of them meet no bank twice.
+  // Rows in shared memory are 4 floats longer, so that 16-byte accesses to 8 of them use different banks.
   static constexpr int kChunk = 32;
   static constexpr int kChunkStride = kChunk + 4;
   static constexpr int kCellStride = kStep + 4;
@@ -218,7 +218,7 @@ class PlainTiles {
     }
 #pragma unroll 1
     for (int64_t inner = 0; inner < size_; inner += kChunk) {
-      __syncthreads();  // the chunks before are no longer read
+      __syncthreads();  // all threads have read the previous chunks
       load_chunk<kAttentionRows, kChunk, kChunkStride>(row_chunk_, kept_[kIndex], inner);
       load_chunk<kStep, kChunk, kChunkStride>(tile_chunk_, tiles_[kIndex], inner);
       __syncthreads();
@@ -243,7 +243,7 @@ class PlainTiles {
 
   template <int kIndex>
   MMK_DEVICE void add(Sums& sums, const Cells& cells) const {
-    __syncthreads();  // neither the cells nor the tile before are read any more
+    __syncthreads();  // all threads have read the previous cells and tile
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -352,8 +352,7 @@ MMK_DEVICE int64_t clamped(int64_t value, int64_t low, int64_t high) {
 
 // Whether the tensor cores can take the rows: 16-byte boundaries, and heads that fit.
 inline bool rows_aligned(const HeadRows& rows) {
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.batch_stride % 8 == 0 &&
-         rows.head_stride % 8 == 0 && rows.frame_stride % 8 == 0;
+  return rows_aligned<__half>(rows.data, rows.batch_stride, rows.head_stride, rows.frame_stride);
 }
 
 }  // namespace mmk::cuda

@@ -1,6 +1,6 @@
 // The backward pass of segment_attention: dots, then dq by blocks of queries, and dk and dv by blocks of
-// keys. In float, dots are sums of the products that they are subtracted from: the result, which is rounded,
-// would leave an error where few keys are seen and both are nearly equal.
+// keys. In float, dots are sums of the products that they are subtracted from: with the rounded result an
+// error would remain where a query sees few keys and both are nearly equal.
 #include "cuda/common/dispatch.cuh"
 #include "cuda/common/rows.cuh"
 #include "cuda/segment_attention.cuh"
@@ -158,8 +158,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   const int steps = (span + Tiles::kStep - 1) / Tiles::kStep * sharing;
 
   Tiles tiles(buffer, shape.size, block.column);
-  // lse and dot of the queries of two steps. They are copied with the tiles: loads into registers would be
-  // waited for after the products, a few at a time.
+  // lse and dot of the queries of two steps. Copy them with the tiles: the products leave few registers, so
+  // that loads would wait for each other after them.
   using Statistics = Vec<float, 2>;
   MMK_SHARED(Statistics, statistics, 2, Tiles::kStep);
   static_assert(2 * Tiles::kStep <= kAttentionThreads, "a copy a thread");
@@ -246,9 +246,7 @@ cudaError_t launch_dots(const SegmentAttentionBackward& args, cudaStream_t strea
   const int64_t rows = shape.batch * shape.heads * shape.frames;
   dim3 grid;
   if (!make_grid(ceil_div(rows * kDotLanes, int64_t{kAttentionThreads}), &grid)) return cudaErrorInvalidValue;
-  const bool aligned = reinterpret_cast<uintptr_t>(args.grad.data) % 16 == 0 &&
-                       reinterpret_cast<uintptr_t>(args.out.data) % 16 == 0 && rows_aligned(args.grad) &&
-                       rows_aligned(args.out);
+  const bool aligned = rows_aligned(args.grad) && rows_aligned(args.out);
   const auto kernel = aligned ? attention_dots<true, T> : attention_dots<false, T>;
   return launch(kernel, grid, dim3(kAttentionThreads), 0, stream, args);
 }

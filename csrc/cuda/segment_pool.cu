@@ -249,26 +249,43 @@ __global__ void __launch_bounds__(kCombineThreads)
 
   Columns<float, kReduce> columns;
   const int64_t begin = pieces * warp_index() / kCombineWarps;
-  const int64_t end = pieces * (warp_index() + 1) / kCombineWarps;
-#pragma unroll 8
-  for (int64_t k = begin; k < end; ++k) {
-    const int64_t p = first + 2 * k + (k > 0 ? 1 : 0);
-    const float* partial = static_cast<const float*>(args.partial) + p * shape.width;
-    const Vec<float, kCombineWidth> value = load_columns<false, kCombineWidth>(partial, column, shape.width);
-    if constexpr (kReduce == Reduction::kMax) {
+  const int64_t end = shape.width > 0 ? pieces * (warp_index() + 1) / kCombineWarps : begin;
+  constexpr int kAhead = 4;  // pieces that are loaded before the first is used
+#pragma unroll 1
+  for (int64_t k = begin; k < end; k += kAhead) {
+    Columns<float, kReduce> parts[kAhead];
+    float2 part_stats[kAhead] = {};
+    // Past the end the last piece and column are read again and dropped: a branch would wait for each load.
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const int64_t p = units.partial(row, start, min(k + a, end - 1));
 #pragma unroll
       for (int i = 0; i < kCombineWidth; ++i) {
-        if (column + i >= shape.width || !(k == begin || replaces(value[i], columns.value[i]))) continue;
-        columns.value[i] = value[i];
-        if (args.index != nullptr) columns.frame[i] = args.partial_index[p * shape.width + column + i];
+        const int64_t index = p * shape.width + min(column + i, shape.width - 1);
+        parts[a].value[i] = __ldg(static_cast<const float*>(args.partial) + index);
+        if constexpr (kReduce == Reduction::kMax) {
+          if (args.index != nullptr) parts[a].frame[i] = __ldg(args.partial_index + index);
+        }
       }
-    } else {
+      if constexpr (kReduce == Reduction::kAttention) part_stats[a] = __ldg(stats + p);
+    }
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const bool inside = k + a < end;
       float weight = 1.0f;
       if constexpr (kReduce == Reduction::kAttention) {
-        weight = stats[p].y == 0.0f ? 0.0f : expf(stats[p].x - largest);
+        weight = part_stats[a].y == 0.0f ? 0.0f : expf(part_stats[a].x - largest);
       }
 #pragma unroll
-      for (int i = 0; i < kCombineWidth; ++i) columns.value[i] += weight * value[i];
+      for (int i = 0; i < kCombineWidth; ++i) {
+        if constexpr (kReduce == Reduction::kMax) {
+          const bool take = inside && (k + a == begin || replaces(parts[a].value[i], columns.value[i]));
+          columns.value[i] = take ? parts[a].value[i] : columns.value[i];
+          columns.frame[i] = take ? parts[a].frame[i] : columns.frame[i];
+        } else {
+          columns.value[i] += inside ? weight * parts[a].value[i] : 0.0f;
+        }
+      }
     }
   }
   using Shared = Columns<float, kReduce>;
@@ -349,7 +366,7 @@ int segment_pool_forward(const SegmentPoolForward& args, const SegmentEnds& ends
     using T = decltype(element);
     const bool aligned = shape.width % kVectorWidth<T> == 0 &&
                          rows_aligned<T>(args.x, args.batch_stride, args.frame_stride) &&
-                         rows_aligned<T>(args.out, 0, 0);
+                         rows_aligned<T>(args.out);
     return dispatch_reduction(shape.reduce, [&](auto reduce) {
       constexpr Reduction kReduce = decltype(reduce)::value;
       return aligned ? forward<T, kReduce, true>(args, stream) : forward<T, kReduce, false>(args, stream);

@@ -274,7 +274,7 @@ int segment_pool_backward(const SegmentPoolBackward& args, const SegmentEnds& en
     const bool aligned = shape.width % kVectorWidth<T> == 0 &&
                          rows_aligned<T>(args.grad, args.grad_batch_stride, args.grad_segment_stride) &&
                          rows_aligned<T>(args.x, args.batch_stride, args.frame_stride) &&
-                         rows_aligned<T>(args.dx, 0, 0) && is_vector_aligned(args.index, 0, 4);
+                         rows_aligned<T>(args.dx) && rows_aligned<int32_t>(args.index);
     return aligned ? backward<T, true>(args, stream) : backward<T, false>(args, stream);
   });
 }

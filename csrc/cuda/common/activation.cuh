@@ -73,9 +73,4 @@ MMK_DEVICE float activate(Activation activation, float z) {
   return dispatch_activation(activation, [z](auto chosen) { return activate<decltype(chosen)::value>(z); });
 }
 
-MMK_DEVICE float activation_slope(Activation activation, float z) {
-  return dispatch_activation(activation,
-                             [z](auto chosen) { return activation_slope<decltype(chosen)::value>(z); });
-}
-
 }  // namespace mmk

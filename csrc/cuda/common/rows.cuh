@@ -97,10 +97,4 @@ inline bool make_grid(int64_t blocks, dim3* grid) {
   return true;
 }
 
-// Whether rows at `data`, apart by any of the strides, can be read in vectors of kWidth elements of type T.
-template <class T, int kWidth = kVectorWidth<T>, class... Strides>
-bool rows_aligned(const void* data, Strides... strides) {
-  return is_vector_aligned(static_cast<const T*>(data), 0, kWidth) && ((strides % kWidth == 0) && ...);
-}
-
 }  // namespace mmk

@@ -48,10 +48,10 @@ struct alignas(Width * sizeof(T) < 16 ? Width * sizeof(T) : 16) Vec {
   MMK_HOST_DEVICE const T& operator[](int index) const { return data[index]; }
 };
 
-// Whether all rows, `stride` elements apart from `pointer` on, can be read in vectors of `width` elements.
-template <class T>
-MMK_HOST_DEVICE bool is_vector_aligned(const T* pointer, int64_t stride, int width) {
-  return reinterpret_cast<uintptr_t>(pointer) % (width * sizeof(T)) == 0 && stride % width == 0;
+// Whether rows at `data`, apart by any of the strides, consist of whole vectors of kWidth elements of type T.
+template <class T, int kWidth = kVectorWidth<T>, class... Strides>
+MMK_HOST_DEVICE bool rows_aligned(const void* data, Strides... strides) {
+  return reinterpret_cast<uintptr_t>(data) % (kWidth * sizeof(T)) == 0 && ((strides % kWidth == 0) && ...);
 }
 
 namespace detail {

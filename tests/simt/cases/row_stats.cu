@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(Threads) row_stats(const T* __restrict__ x, fl
   const T* row = x + blockIdx.x * columns;
   float sum = 0.0f;
   float top = 0.0f;
-  const int64_t in_vectors = mmk::is_vector_aligned(row, 0, kWidth) ? columns / kWidth * kWidth : 0;
+  const int64_t in_vectors = mmk::rows_aligned<T, kWidth>(row) ? columns / kWidth * kWidth : 0;
   for (int64_t i = threadIdx.x * kWidth; i < in_vectors; i += Threads * kWidth) {
     const auto values = mmk::to_accumulator(mmk::load_streaming<kWidth>(row + i));
 #pragma unroll
