@@ -27,12 +27,14 @@ __global__ void __launch_bounds__(kCifThreads, 2) frame_gradients(CifBackward ar
       CifPart<T> part;
       load_part<kAligned>(part, grad + j * args.grad_token_stride, column, p.width);
       if constexpr (kNeedX) add_part<T>(sum, weight, part);
-      if (!kNeedAlpha || dot < 0) return;
+      if constexpr (kNeedAlpha) {
+        if (dot < 0) return;
 #pragma unroll
-      for (int v = 0; v < kCifVectors<T>; ++v) {
+        for (int v = 0; v < kCifVectors<T>; ++v) {
 #pragma unroll
-        for (int i = 0; i < kVectorWidth<T>; ++i) {
-          dots[dot] += to_accumulator(frame[v][i]) * to_accumulator(part[v][i]);
+          for (int i = 0; i < kVectorWidth<T>; ++i) {
+            dots[dot] += to_accumulator(frame[v][i]) * to_accumulator(part[v][i]);
+          }
         }
       }
     };

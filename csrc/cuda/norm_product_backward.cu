@@ -243,16 +243,17 @@ __global__ void __launch_bounds__(kNormProductThreads, 3)
       const Columns weight = to_accumulator(weights[k]);
 #pragma unroll
       for (int i = 0; i < kUnfoldWidth; ++i) d_shift[i] += row_sums[k].x * weight[i];
-      if constexpr (!kNorm) continue;
-      Columns d_weight;
+      if constexpr (kNorm) {
+        Columns d_weight;
 #pragma unroll
-      for (int i = 0; i < kUnfoldWidth; ++i) {
-        const float d_product = products[k][i] - row_sums[k].y;
-        d_gain[i] += d_product * weight[i];
-        d_weight[i] = d_product * gain[i] + row_sums[k].x * shift[i];
+        for (int i = 0; i < kUnfoldWidth; ++i) {
+          const float d_product = products[k][i] - row_sums[k].y;
+          d_gain[i] += d_product * weight[i];
+          d_weight[i] = d_product * gain[i] + row_sums[k].x * shift[i];
+        }
+        store_columns<kAligned>(static_cast<P*>(args.d_weight) + element(k), 0, left,
+                                from_accumulator<P>(d_weight));
       }
-      store_columns<kAligned>(static_cast<P*>(args.d_weight) + element(k), 0, left,
-                              from_accumulator<P>(d_weight));
     }
   }
   MMK_SHARED(float, sums, 2, kRows, kUnfoldColumns);  // of the gain and of the shift

@@ -352,7 +352,7 @@ MMK_DEVICE int64_t clamped(int64_t value, int64_t low, int64_t high) {
 
 // Whether the tensor cores can take the rows: 16-byte boundaries, and heads that fit.
 inline bool rows_aligned(const HeadRows& rows) {
-  return rows_aligned<__half>(rows.data, rows.batch_stride, rows.head_stride, rows.frame_stride);
+  return mmk::rows_aligned<__half>(rows.data, rows.batch_stride, rows.head_stride, rows.frame_stride);
 }
 
 }  // namespace mmk::cuda

@@ -53,10 +53,9 @@ MMK_DEVICE void copy_tile(T* tile, const T* source, int64_t stride, int64_t rows
     }
     return;
   }
-  constexpr int kUnroll = kRagged ? kRows : 1;
-#pragma unroll kUnroll
+#pragma unroll(kRagged ? kRows : 1)
   for (int v = 0; v < kVectors; v += kAcross) {
-#pragma unroll kUnroll
+#pragma unroll(kRagged ? kRows : 1)
     for (int r = 0; r < kRows; r += kStep) {
       const bool inside = row + r < rows && (vector + v) * 8 < columns;
       const T* at = inside ? from + r * stride + v * 8 : source;
