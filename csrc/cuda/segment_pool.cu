@@ -249,43 +249,31 @@ __global__ void __launch_bounds__(kCombineThreads)
 
   Columns<float, kReduce> columns;
   const int64_t begin = pieces * warp_index() / kCombineWarps;
-  const int64_t end = shape.width > 0 ? pieces * (warp_index() + 1) / kCombineWarps : begin;
-  constexpr int kAhead = 4;  // pieces that are loaded before the first is used
-#pragma unroll 1
-  for (int64_t k = begin; k < end; k += kAhead) {
-    Columns<float, kReduce> parts[kAhead];
-    float2 part_stats[kAhead] = {};
-    // Past the end the last piece and column are read again and dropped: a branch would wait for each load.
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const int64_t p = units.partial(row, start, min(k + a, end - 1));
+  const int64_t end = pieces * (warp_index() + 1) / kCombineWarps;
+#pragma unroll(kReduce == Reduction::kMax ? 2 : 8)
+  for (int64_t k = begin; k < end; ++k) {
+    const int64_t p = first + 2 * k + (k > 0 ? 1 : 0);
+    const float* partial = static_cast<const float*>(args.partial) + p * shape.width;
+    const Vec<float, kCombineWidth> value = load_columns<false, kCombineWidth>(partial, column, shape.width);
+    if constexpr (kReduce == Reduction::kMax) {
+      Vec<int32_t, kCombineWidth> frame = {};
+      if (args.index != nullptr) {
+        frame = load_columns<false, kCombineWidth>(args.partial_index + p * shape.width, column, shape.width);
+      }
+      // Selects: a branch for each column would wait for it.
 #pragma unroll
       for (int i = 0; i < kCombineWidth; ++i) {
-        const int64_t index = p * shape.width + min(column + i, shape.width - 1);
-        parts[a].value[i] = __ldg(static_cast<const float*>(args.partial) + index);
-        if constexpr (kReduce == Reduction::kMax) {
-          if (args.index != nullptr) parts[a].frame[i] = __ldg(args.partial_index + index);
-        }
+        const bool take = k == begin || replaces(value[i], columns.value[i]);
+        columns.value[i] = take ? value[i] : columns.value[i];
+        columns.frame[i] = take ? frame[i] : columns.frame[i];
       }
-      if constexpr (kReduce == Reduction::kAttention) part_stats[a] = __ldg(stats + p);
-    }
-#pragma unroll
-    for (int a = 0; a < kAhead; ++a) {
-      const bool inside = k + a < end;
+    } else {
       float weight = 1.0f;
       if constexpr (kReduce == Reduction::kAttention) {
-        weight = part_stats[a].y == 0.0f ? 0.0f : expf(part_stats[a].x - largest);
+        weight = stats[p].y == 0.0f ? 0.0f : expf(stats[p].x - largest);
       }
 #pragma unroll
-      for (int i = 0; i < kCombineWidth; ++i) {
-        if constexpr (kReduce == Reduction::kMax) {
-          const bool take = inside && (k + a == begin || replaces(parts[a].value[i], columns.value[i]));
-          columns.value[i] = take ? parts[a].value[i] : columns.value[i];
-          columns.frame[i] = take ? parts[a].frame[i] : columns.frame[i];
-        } else {
-          columns.value[i] += inside ? weight * parts[a].value[i] : 0.0f;
-        }
-      }
+      for (int i = 0; i < kCombineWidth; ++i) columns.value[i] += weight * value[i];
     }
   }
   using Shared = Columns<float, kReduce>;

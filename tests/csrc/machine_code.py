@@ -119,7 +119,7 @@ def compile_cubin(source: Path, architecture: int) -> Path:
     headers = simt_build._headers_digest(("csrc/cuda", "csrc/include"))
     digest = simt_build._digest(headers, source.read_bytes(), str(architecture))
     # The flags of the build.
-    flags = f"-std=c++20 -O3 -lineinfo -Icsrc -Icsrc/include -arch=sm_{architecture} -cubin"
+    flags = f"-std=c++20 -O3 -Icsrc -Icsrc/include -arch=sm_{architecture} -cubin"
     target = CUBINS / f"{source.stem}-{digest}.cubin"
     return target if target.exists() else simt_build._run(["nvcc", *flags.split(), source], target)
 

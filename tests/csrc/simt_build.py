@@ -40,6 +40,7 @@ SANITIZE_FLAGS = [
     "-fno-omit-frame-pointer",
 ]
 # Compiling kernels takes most of the time of such a test: three times as much with -O1 and checks in line.
+# Programs that call them have no checks: they would compile for a minute each.
 SANITIZED_KERNEL_FLAGS = ["-O0", "--param=asan-instrumentation-with-call-threshold=0"]
 # The runtime's race detector defines the functions that g++ calls for ThreadSanitizer.
 RACE_DEFINE = "-DMMK_SIMT_RACES"
@@ -145,7 +146,7 @@ def build(
     has `main`. With `races`, races between threads are faults. Glue (csrc/torch) is
     compiled and linked with torch. `defines` are preprocessor definitions such as "WIDTH=4".
     """
-    flags = [*CXX_FLAGS, *(SANITIZE_FLAGS if sanitize else []), *(f"-D{define}" for define in defines)]
+    flags = [*CXX_FLAGS, *(f"-D{define}" for define in defines)]
     flags += [RACE_DEFINE] if races else []
     paths = [*(ROOT / source for source in sources), *RUNTIME]
     # Watch the accesses of kernels only, not those of glue and runtime.
@@ -154,7 +155,9 @@ def build(
     def flags_of(path: Path) -> list[str]:
         if path in watched:
             return [*flags, *RACE_FLAGS]
-        return [*flags, *SANITIZED_KERNEL_FLAGS] if sanitize and path.suffix == ".cu" else flags
+        if sanitize and path.suffix == ".cu":
+            return [*flags, *SANITIZE_FLAGS, *SANITIZED_KERNEL_FLAGS]
+        return [*flags, *SANITIZE_FLAGS] if sanitize and path in RUNTIME else flags
 
     work = [(path, flags_of(path)) for path in paths]
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:

@@ -15,7 +15,8 @@ import simt_build
 
 ROOT = simt_build.ROOT
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-ARCHITECTURES = [int(number) for number in re.findall(r"(\d+)-real", (ROOT / "CMakeLists.txt").read_text())]
+CMAKE = (ROOT / "CMakeLists.txt").read_text()
+ARCHITECTURES = sorted({int(number) for number in re.findall(r"\bsm_(\d+)", CMAKE)})
 
 #: Where the bounds below hold. On Blackwell small kernels take up to 23 registers more; no row of the benches
 #: was measured there, which could say whether that costs time.
